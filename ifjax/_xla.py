@@ -1,0 +1,83 @@
+"""Two operations that keep XLA from changing what was written: exact division, and a stage boundary.
+
+XLA is free to rewrite floating-point programs, and does. `x / c` with a scalar c becomes `x * (1 / c)`, which
+differs in the last bit for almost half of all x; `1 / (c / a)` becomes `a * (1 / c)`; XLA:GPU's own float32
+division is up to one unit off (openxla/xla#37181). A quantizer that has to agree with others bit for bit, and with
+itself between jit, vmap and eager mode, can afford none of that. Every division of the library goes through
+`divide`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+
+def divide(a: jax.Array | float, b: jax.Array | float) -> jax.Array:
+    """float32 a / b, correctly rounded on every platform, jitted or not, batched or not.
+
+    Subnormal quotients are exempt (XLA:CPU flushes subnormals to zero; so do TPUs).
+    """
+    a, b = jnp.broadcast_arrays(jnp.float32(a), jnp.float32(b))
+    # What XLA rewrites is a division by a scalar, by a broadcast or by another division. This divisor is none of
+    # them, because it depends on every element; yet it is b wherever the quotient is a number. It fuses away.
+    b = jnp.where((a == a) & (b == b), b, jnp.float32(jnp.nan))
+    return lax.platform_dependent(a, b, cpu=lax.div, default=_corrected_quotient)
+
+
+def _corrected_quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a / b from a quotient that may be one unit in the last place off."""
+    return correct_quotient(a, b, a / b)
+
+
+def correct_quotient(a: jax.Array, b: jax.Array, q: jax.Array) -> jax.Array:
+    """The float32 nearest to a / b, given q within one unit of it. Normal numbers only; others pass unchanged.
+
+    With 24-bit mantissas A, B, Q the remainder is R = A * 2^s - Q * B (s = 23 or 24 aligns the exponents).
+    |R| < 2^26, so it comes out exactly in arithmetic modulo 2^32: no fused multiply-add is needed, and none that the
+    compiler forms can do harm. A quotient of two 24-bit numbers never lies halfway between two floats.
+    """
+    def split(v):
+        bits = lax.bitcast_convert_type(v, jnp.int32)
+        return (bits >> 23) & 0xFF, (bits & 0x7FFFFF) | 0x800000
+
+    (ea, ma), (eb, mb), (eq, mq) = split(a), split(b), split(q)
+    shift = ea - (eq + eb - 127) + 23
+    normal = (ea > 0) & (ea < 255) & (eb > 0) & (eb < 255) & (eq > 1) & (eq < 254) & (shift >= 22) & (shift <= 25)
+    remainder = (ma << jnp.clip(shift, 0, 31)) - mq * mb
+    # Below a power of two the floats lie twice as close, so the way down is half as long.
+    down = jnp.where(mq == 0x800000, mb, 2 * mb)
+    step = jnp.where(2 * remainder > mb, 1, jnp.where(4 * remainder < -down, -1, 0))
+    bits = lax.bitcast_convert_type(q, jnp.int32) + jnp.where(normal, step, 0)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def stage(f, *args):
+    """f(*args), one array; on CPU, computed once and kept, instead of being fused into whatever reads it.
+
+    XLA:CPU fuses the reduction of a block into its consumers and recomputes it for every byte they write;
+    `lax.optimization_barrier` does not stop it, a conditional does. Other platforms see f(*args) alone.
+    """
+    return lax.platform_dependent(*args, cpu=functools.partial(_stage_on_cpu, f), default=f)
+
+
+def _stage_on_cpu(f, *args):
+    result = jax.eval_shape(f, *args)
+    if not result.size:
+        return jnp.zeros(result.shape, result.dtype)
+
+    # vmap would turn the conditional into a select, and those fuse: the batched stage is a stage of the batched f.
+    @custom_vmap
+    def staged(*args):
+        first = lax.slice(args[0].ravel(), (0,), (1,))[0].astype(jnp.float32)
+        always = (first == first) | (first != first)  # XLA does not fold this, as NaN differs from itself
+        return lax.cond(always, f, lambda *_: jnp.zeros(result.shape, result.dtype), *args)
+
+    @staged.def_vmap
+    def batched(axis_size, in_batched, *args):
+        in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
+        return _stage_on_cpu(jax.vmap(f, in_axes, axis_size=axis_size), *args), True
+
+    return staged(*args)

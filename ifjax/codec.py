@@ -1,0 +1,362 @@
+"""The one encoder and the one decoder, for every format.
+
+x is seen as blocks: with the block axis at `axis` (negative), [..., n, ...] becomes [..., m, B, ...], where B keeps
+that negative index, and what belongs to a block has the shape [..., m, ...]. No axis is moved or merged with another,
+so leading axes keep their sharding, and axis=-2 needs no transposition.
+
+    blocks -> amax -> for each candidate: scale byte, loss -> selection -> codes
+
+All arithmetic is float32, one rounding an operation, in the order of the published code (arXiv 2603.28765).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ifjax._xla import divide, stage
+from ifjax.formats import Candidate, Format
+
+Loss = str | Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class TensorScale(NamedTuple):
+    """The tensor-wide scale, in units in which no product of the codec overflows or is flushed to zero.
+
+    x * power has the absolute maximum `amax`; power is 1 but for tensors near the ends of float32's range.
+    """
+
+    power: jax.Array
+    amax: jax.Array
+
+
+def tensor_scale(amax: jax.Array, ndim: int) -> TensorScale:
+    """For amax float32 of the shape of the leading axes that keep their own; broadcasts against `ndim` axes."""
+    # From 2^113 on, amax * 448 * 28 overflows; below 2^-100, a reciprocal does or is flushed. Multiplying by a power of
+    # two changes no other bit.
+    power = jnp.where(amax < np.float32(2.0**-100), np.float32(2.0**64), np.float32(1))
+    power = jnp.where(amax >= np.float32(2.0**113), np.float32(2.0**-64), power)
+    shape = amax.shape + (1,) * (ndim - amax.ndim)
+    return TensorScale(power.reshape(shape), (amax * power).reshape(shape))
+
+
+def encode(
+    blocks: jax.Array,
+    fmt: Format,
+    *,
+    axis: int,
+    lead: int = 0,
+    amax: jax.Array | None = None,
+    loss: Loss = "mse",
+    headroom: float = 1.0,
+    square: int | None = None,
+    noise: Sequence[jax.Array] | None = None,
+    search: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Encode blocks [..., m, B, ...] (see `split_blocks`) to codes and scale bytes.
+
+    Args:
+        axis: the negative axis of B.
+        lead: how many leading axes keep an amax of their own.
+        amax: float32 [leading axes]; taken from the finite values if None. Ignored by formats without a tensor scale.
+        loss: "mse", "mae", "abs_max" or a function of (x, decoded x), both [..., B], to losses [...].
+        headroom: see `Format.constants`.
+        square: the other axis (negative, its length a multiple of B) over which B x B values share scale and choice.
+        noise: for each candidate, float32 in [-1/2, 1/2) of the shape of `blocks`: rounds stochastically.
+        search: "fast" or "exhaustive": the scales to try besides the block maximum's own.
+
+    Returns:
+        uint8 codes [..., m, B, ...], uint8 scale bytes [..., m, ...] and amax (None without a tensor scale).
+    """
+    peaks = stage(lambda blocks: _peaks(blocks, axis, square), blocks)
+    tensor = None
+    if fmt.scale.largest is not None:
+        if amax is None:
+            amax = jnp.max(_as_float(_magnitude(peaks)), axis=tuple(range(lead, peaks.ndim)), initial=0)
+        tensor = tensor_scale(amax, peaks.ndim)
+
+    def choose(blocks, peaks, tensor, noise):
+        return _choose(blocks, peaks, tensor, noise, fmt, axis, loss, headroom, square, search)
+
+    word = stage(choose, blocks, peaks, tensor, noise)
+    byte = word & 0xFF
+
+    def inverse_of(byte, tensor):
+        return _inverse(_scale_value(byte, fmt), tensor, fmt, headroom)
+
+    inverse = stage(inverse_of, byte, tensor)
+
+    def codes_of(blocks, word, inverse, tensor, noise):
+        word, inverse = jnp.expand_dims(word, axis), jnp.expand_dims(inverse, axis)
+        power = 1 if tensor is None else jnp.expand_dims(tensor.power, axis)
+        x = blocks.astype(jnp.float32)
+        y = x * power * inverse
+        if any(grid.zero == "negative" for grid, _ in fmt.decodings):
+            y = _keep_negative(y, x, power * inverse)
+        y = jnp.where(inverse == 0, 0, y)
+        noise = noise and _pick(word >> 8, noise)
+        codes = [c.grid.encode(_to_grid(y, c, fmt), noise) for c in _one_for_each_decoding(fmt)]
+        return _pick((word & 0x80) >> 7, codes).astype(jnp.uint8)
+
+    return stage(codes_of, blocks, word, inverse, tensor, noise), byte.astype(jnp.uint8), amax
+
+
+def decode(codes, scales, fmt: Format, *, amax: jax.Array | None = None, headroom: float = 1.0):
+    """float32 values of integer codes and of the scale bytes that apply to them (broadcast against the codes).
+
+    Values are ((v * s) * amax) * step / K, each operation rounded once; NaN where the scale byte means NaN.
+    """
+    flag = (scales & 0x80) >> 7
+    values = _pick(flag, [grid.decode(codes) for grid, _ in fmt.decodings])
+    step = _pick(flag, [jnp.float32(step) for _, step in fmt.decodings])
+    _, largest = fmt.constants(headroom)
+    tensor = None if amax is None else tensor_scale(amax, codes.ndim)
+    divisor = None if tensor is None else largest * tensor.power
+    return _value(values, _scale_value(scales, fmt), step, tensor, divisor)
+
+
+def _value(values, scale, step, tensor, divisor):
+    d = values * scale
+    d = d if tensor is None else d * tensor.amax
+    # A step of 1 is left out, not multiplied by, only where that is known beforehand.
+    d = d if isinstance(step, float) and step == 1 else d * step
+    return d if tensor is None else divide(d, divisor)
+
+
+# --- the steps of the encoder ----------------------------------------------------------------------------------------
+
+
+def _peaks(blocks, axis, square):
+    """int32 bits of each block's largest finite magnitude; the sign bit marks a block with a NaN or infinity."""
+    infinity = np.int32(0x7F800000)
+    bits = [_magnitude(_bits(x)) for x in _places(blocks, axis)]
+    peak = _tree(jnp.maximum, [jnp.where(b < infinity, b, 0) for b in bits])
+    poisoned = (_tree(jnp.maximum, bits) >= infinity).astype(jnp.int32)
+    if square is not None:
+        peak, poisoned = (_over_squares(jnp.maximum, [a], len(bits), square) for a in (peak, poisoned))
+    return peak | (poisoned << 31)
+
+
+def _choose(blocks, peaks, tensor, noise, fmt, axis, loss, headroom, square, search):
+    """int32 [..., m, ...]: the scale byte of the best candidate, flag included, and the candidate's index << 8."""
+    quantum, largest = fmt.constants(headroom)
+    peak = _as_float(_magnitude(peaks))
+    if tensor is None:
+        scale = divide(peak, quantum)
+    else:
+        scale = divide(peak * tensor.power, quantum) * divide(largest, tensor.amax)
+        scale = jnp.where(tensor.amax > 0, scale, 0)
+
+    bytes_ = []
+    for candidate in fmt.candidates:
+        stretch = np.float32(candidate.stretch)
+        bytes_.append(fmt.scale.encode(scale if stretch == 1 else scale * stretch))
+
+    def loss_of(i, byte):
+        candidate, value = fmt.candidates[i], fmt.scale.decode(byte)
+        inverse = _inverse(value, tensor, fmt, headroom)
+        xs, ds = [], []
+        for j, x in enumerate(_places(blocks, axis)):
+            x = x if tensor is None else x * tensor.power
+            r = None if noise is None else lax.index_in_dim(noise[i], j, axis, keepdims=False)
+            v = candidate.grid.round(_to_grid(x * inverse, candidate, fmt), r)
+            xs.append(x)
+            ds.append(_value(v, value, candidate.step, tensor, largest))
+        return _block_loss(loss, xs, ds, axis, square)
+
+    def word_of(i, byte):
+        return byte | (i << 8 | (0x80 if fmt.decodings.index(_decoding(fmt.candidates[i])) else 0))
+
+    def better(best, i, byte):
+        word, least = best
+        candidate_loss = loss_of(i, byte)
+        # Strictly less: the earlier candidate keeps a tie, and against a NaN. A zero scale never takes another.
+        wins = (candidate_loss < least) & (byte > 0)
+        return jnp.where(wins, word_of(i, byte), word), jnp.where(wins, candidate_loss, least)
+
+    word = bytes_[0]
+    if len(fmt.candidates) > 1 or search is not None:
+        best = word, loss_of(0, word)
+        for i in range(1, len(fmt.candidates)):
+            best = better(best, i, bytes_[i])
+        if search is not None:
+            relative, trials = _trials(search, fmt)
+
+            def try_next(best, trial):
+                for i, byte in enumerate(bytes_):
+                    byte = jnp.clip(byte + trial, 1, fmt.scale.top) if relative else jnp.full_like(byte, trial)
+                    best = better(best, i, byte)
+                return best, None
+
+            best, _ = lax.scan(try_next, best, trials)
+        word, _ = best
+    return jnp.where(peaks < 0, fmt.scale.nan, word)
+
+
+def _trials(search, fmt):
+    """(whether relative to the block maximum's own scale byte, int32 bytes to try)."""
+    if search == "exhaustive":
+        return False, np.arange(1, fmt.scale.top + 1, dtype=np.int32)
+    # Measured on normal data, blocks of 16: -3..+6 finds all that the exhaustive search does for IF4 and NVFP4, -2..+2
+    # does not. Smaller scales clip the maximum, larger ones trade its error for the others'.
+    return True, np.array([-3, -2, -1, 1, 2, 3, 4, 5, 6], np.int32)
+
+
+def _inverse(scale_value, tensor, fmt, headroom):
+    """What takes x to units of the first grid; 0 for blocks whose scale is zero or NaN.
+
+    A rounded reciprocal, because the published code multiplies by one; it never divides by the scale.
+    """
+    if tensor is not None:
+        _, largest = fmt.constants(headroom)
+        scale_value = divide(1.0, divide(largest, tensor.amax)) * scale_value
+    return jnp.where(scale_value > 0, divide(1.0, scale_value), 0)
+
+
+def _keep_negative(y, x, factor):
+    """y = x * factor, but where a negative product was flushed to zero, as platforms do, a tiny negative number.
+
+    IEEE arithmetic rounds it to -0 only from -2^-150 on, and every number between that and zero has the same code.
+    """
+    bits = _bits(x)
+    subnormal = -_magnitude(bits).astype(jnp.float32) * np.float32(2.0**-119)
+    wide = jnp.where(_magnitude(bits) < 0x800000, subnormal, x * np.float32(2.0**30)) * factor
+    return jnp.where((bits < 0) & (wide < np.float32(-(2.0**-120))), jnp.minimum(y, np.float32(-(2.0**-126))), y)
+
+
+def _scale_value(byte, fmt):
+    return fmt.scale.decode(byte & 0x7F if fmt.has_flag else byte)
+
+
+def _to_grid(y, candidate: Candidate, fmt: Format):
+    factor = fmt.input_factor(candidate)
+    return y if factor == 1 else y * factor
+
+
+def _decoding(candidate: Candidate):
+    return candidate.grid, candidate.step
+
+
+def _one_for_each_decoding(fmt: Format):
+    return [next(c for c in fmt.candidates if _decoding(c) == decoding) for decoding in fmt.decodings]
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def _squared(e):
+    # The last bit is cleared so that compilers cannot contract the square and the sum to a fused multiply-add: they do
+    # so in some programs and not in others, and the choice of a block would depend on what surrounds it.
+    return _as_float(_bits(e * e) & ~1)
+
+
+LOSSES = {"mse": (_squared, jnp.add), "mae": (jnp.abs, jnp.add), "abs_max": (jnp.abs, jnp.maximum)}
+
+
+def _block_loss(loss: Loss, xs, ds, axis, square):
+    """The loss of each block, given x and decoded x as B arrays [..., m, ...], one for each place in the block."""
+    if callable(loss):
+        x, d = jnp.stack(xs, -1), jnp.stack(ds, -1)
+        if square is None:
+            return loss(x, d)
+        x, d = (_gather_squares(a, square - 1) for a in (x, d))
+        return _repeat(loss(x, d), len(xs), square)
+    term, op = LOSSES[loss]
+    terms = [term(d - x) for x, d in zip(xs, ds, strict=True)]
+    return _tree(op, terms) if square is None else _over_squares(op, terms, len(xs), square)
+
+
+def _over_squares(op, parts, block, other):
+    """Reduce over the parts and over runs of `block` along the axis `other`, and repeat the result over those runs."""
+
+    def over_runs(a):
+        return _tree(op, _unstack(split_blocks(a, block, other), other))
+
+    total = over_runs(_tree(op, parts))
+    if len(parts) > 1:
+        # Both orders of summation, added: transposing the square changes nothing, to the last bit.
+        total = op(total, _tree(op, [over_runs(part) for part in parts]))
+    return _repeat(total, block, other)
+
+
+def _gather_squares(a, other):
+    """[..., R, ..., B] -> [..., R / B, ..., B * B]"""
+    a = jnp.moveaxis(split_blocks(a, a.shape[-1], other), other, -2)
+    return a.reshape(*a.shape[:-2], -1)
+
+
+def _repeat(a, count, axis):
+    """Each entry along `axis`, `count` times."""
+    at = a.ndim + axis + 1
+    shape = (*a.shape[:at], count, *a.shape[at:])
+    return merge_blocks(jnp.broadcast_to(jnp.expand_dims(a, at), shape), axis)
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def split_blocks(x, block: int, axis: int):
+    """[..., n, ...] -> [..., m, B, ...], filled up with zeros."""
+    count = -(-x.shape[axis] // block)
+    x = pad_axis(x, count * block, axis)
+    at = x.ndim + axis
+    return x.reshape(*x.shape[:at], count, block, *x.shape[at + 1 :])
+
+
+def merge_blocks(blocks, axis: int):
+    """[..., m, B, ...] -> [..., m * B, ...]"""
+    at = blocks.ndim + axis
+    return blocks.reshape(*blocks.shape[: at - 1], blocks.shape[at - 1] * blocks.shape[at], *blocks.shape[at + 1 :])
+
+
+def pad_axis(x, length: int, axis: int):
+    """x with zeros appended along the negative `axis` up to `length`."""
+    missing = length - x.shape[axis]
+    return jnp.pad(x, [(0, missing if i == x.ndim + axis else 0) for i in range(x.ndim)]) if missing else x
+
+
+def _unstack(a, axis):
+    return [lax.index_in_dim(a, i, axis, keepdims=False) for i in range(a.shape[axis])]
+
+
+def _places(blocks, axis):
+    """float32 arrays [..., m, ...], one for each place in the block."""
+    if blocks.dtype != jnp.bfloat16:
+        return [x.astype(jnp.float32) for x in _unstack(blocks, axis)]
+    # XLA:CPU slices bfloat16 by way of a float32 copy of the whole array, and copies what more than 15 slices of one
+    # fusion read. So bfloat16 is widened from its bits, and every other place reads them under another type.
+    views = [lax.bitcast_convert_type(blocks, dtype) for dtype in (jnp.uint16, jnp.int16)]
+    bits = [lax.index_in_dim(views[i % 2], i, axis, keepdims=False) for i in range(blocks.shape[axis])]
+    return [_as_float(b.astype(jnp.int32) << 16) for b in bits]
+
+
+def _tree(op, parts: Sequence):
+    """op over the parts in one fixed, balanced order: the same bits in whatever program it is compiled into."""
+    parts = list(parts)
+    while len(parts) > 1:
+        half = (len(parts) + 1) // 2
+        parts = [op(a, b) for a, b in zip(parts[:half], parts[half:], strict=False)] + parts[len(parts) - half : half]
+    return parts[0]
+
+
+def _pick(index, options):
+    """options[index], element-wise."""
+    picked = options[0]
+    for i, option in enumerate(options[1:], 1):
+        picked = jnp.where(index == i, option, picked)
+    return picked
+
+
+def _bits(x):
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _as_float(bits):
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _magnitude(bits):
+    return bits & 0x7FFFFFFF

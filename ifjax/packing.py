@@ -1,0 +1,68 @@
+"""Codes and bytes: 4-bit codes two a byte, 3-bit eight in three bytes, 6-bit four in three bytes, low bits first.
+
+Any width from 1 to 8 works by one rule: a group of codes fills the fewest whole bytes. The first code of a group is
+in its lowest bits, and the group is stored lowest byte first.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def group_of(bits: int) -> tuple[int, int]:
+    """(codes, bytes) of the smallest group of codes that fills whole bytes: (2, 1), (8, 3) and (4, 3) for 4, 3, 6."""
+    return 8 // math.gcd(8, bits), bits // math.gcd(8, bits)
+
+
+def packed_length(length: int, bits: int) -> int:
+    """Bytes that hold `length` codes."""
+    codes, width = group_of(bits)
+    return -(-length // codes) * width
+
+
+def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
+    """uint8 bytes of integer codes [..., n, ...], packed along `axis`; the last group is filled up with zeros.
+
+    Codes must fit `bits`; they are not masked.
+    """
+    axis = axis - codes.ndim if axis >= 0 else axis
+    group, width = group_of(bits)
+    missing = -codes.shape[axis] % group
+    if missing:
+        codes = jnp.pad(codes, [(0, missing if i == codes.ndim + axis else 0) for i in range(codes.ndim)])
+    # [..., groups, group, ...]: the new axis has the same negative index as the old one.
+    shape = codes.shape
+    codes = codes.reshape(*shape[: codes.ndim + axis], shape[axis] // group, group, *shape[codes.ndim + axis + 1 :])
+    codes = [lax.index_in_dim(codes, i, axis, keepdims=False).astype(jnp.int32) for i in range(group)]
+    out = [_byte(codes, bits, j).astype(jnp.uint8) for j in range(width)]
+    if width == 1:
+        return out[0]
+    out = jnp.stack(out, axis)
+    return out.reshape(*shape[: len(shape) + axis], -1, *shape[len(shape) + axis + 1 :])
+
+
+def _byte(codes, bits, j):
+    """Byte j of a group: the codes that overlap bits [8j, 8j + 8)."""
+    byte = 0
+    for i, code in enumerate(codes):
+        start = i * bits - 8 * j
+        if -bits < start < 8:
+            byte |= (code << start) & 0xFF if start >= 0 else code >> -start
+    return byte
+
+
+def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
+    """int32 codes [..., groups, codes of a group, ...] of bytes packed along `axis` by `pack`, filling zeros included.
+
+    Merging the two axes gives the codes in order; consumers that can work on groups are faster without that.
+    """
+    axis = axis - packed.ndim if axis >= 0 else axis
+    group, width = group_of(bits)
+    before, after = packed.shape[: packed.ndim + axis], packed.shape[packed.ndim + axis + 1 :]
+    packed = packed.reshape(*before, packed.shape[axis] // width, width, *after)
+    word = sum(lax.index_in_dim(packed, j, axis, keepdims=True).astype(jnp.int32) << (8 * j) for j in range(width))
+    # A shift by a small constant array; interleaving `group` arrays instead would cost a pass over memory.
+    shifts = (jnp.arange(group, dtype=jnp.int32) * bits).reshape(group, *(1 for _ in after))
+    return (word >> shifts) & (2**bits - 1)

