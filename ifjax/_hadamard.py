@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 SIZES = (16, 32, 64, 128)
@@ -131,7 +132,7 @@ def _signs(signs, size):
             f"signs must have shape ({size},), one for each position of a run, got {np.shape(signs)}: "
             f"draw them with random_signs(key, {size})"
         )
-    if isinstance(signs, jax.core.Tracer):
+    if isinstance(signs, Tracer):
         return signs
     signs = np.asarray(signs)
     if not np.all(np.abs(signs) == 1):

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.typing import ArrayLike
 
 
-def divide(a: jax.Array | float, b: jax.Array | float) -> jax.Array:
+def divide(a: ArrayLike, b: ArrayLike) -> jax.Array:
     """float32 a / b, correctly rounded on every platform, jitted or not, batched or not.
 
     Subnormal quotients are exempt (XLA:CPU flushes subnormals to zero; so do TPUs).

@@ -142,18 +142,8 @@ def _peaks(blocks, axis, square):
 
 def _choose(blocks, peaks, tensor, noise, fmt, axis, loss, headroom, square, search):
     """int32 [..., m, ...]: the scale byte of the best candidate, flag included, and the candidate's index << 8."""
-    quantum, largest = fmt.constants(headroom)
-    peak = _as_float(_magnitude(peaks))
-    if tensor is None:
-        scale = divide(peak, quantum)
-    else:
-        scale = divide(peak * tensor.power, quantum) * divide(largest, tensor.amax)
-        scale = jnp.where(tensor.amax > 0, scale, 0)
-
-    bytes_ = []
-    for candidate in fmt.candidates:
-        stretch = np.float32(candidate.stretch)
-        bytes_.append(fmt.scale.encode(scale if stretch == 1 else scale * stretch))
+    largest = fmt.constants(headroom)[1]
+    bytes_ = _bytes_for_peak(_as_float(_magnitude(peaks)), tensor, fmt, headroom)
 
     def loss_of(i, byte):
         candidate, value = fmt.candidates[i], fmt.scale.decode(byte)
@@ -177,23 +167,34 @@ def _choose(blocks, peaks, tensor, noise, fmt, axis, loss, headroom, square, sea
         wins = (candidate_loss < least) & (byte > 0)
         return jnp.where(wins, word_of(i, byte), word), jnp.where(wins, candidate_loss, least)
 
-    word = bytes_[0]
-    if len(fmt.candidates) > 1 or search is not None:
-        best = word, loss_of(0, word)
-        for i in range(1, len(fmt.candidates)):
-            best = better(best, i, bytes_[i])
-        if search is not None:
-            relative, trials = _trials(search, fmt)
+    if len(fmt.candidates) == 1 and search is None:
+        return jnp.where(peaks < 0, fmt.scale.nan, bytes_[0])
+    best = bytes_[0], loss_of(0, bytes_[0])
+    for i in range(1, len(fmt.candidates)):
+        best = better(best, i, bytes_[i])
+    if search is not None:
+        relative, trials = _trials(search, fmt)
 
-            def try_next(best, trial):
-                for i, byte in enumerate(bytes_):
-                    byte = jnp.clip(byte + trial, 1, fmt.scale.top) if relative else jnp.full_like(byte, trial)
-                    best = better(best, i, byte)
-                return best, None
+        def try_next(best, trial):
+            for i, byte in enumerate(bytes_):
+                byte = jnp.clip(byte + trial, 1, fmt.scale.top) if relative else jnp.full_like(byte, trial)
+                best = better(best, i, byte)
+            return best, None
 
-            best, _ = lax.scan(try_next, best, trials)
-        word, _ = best
-    return jnp.where(peaks < 0, fmt.scale.nan, word)
+        best, _ = lax.scan(try_next, best, trials)
+    return jnp.where(peaks < 0, fmt.scale.nan, best[0])
+
+
+def _bytes_for_peak(peak, tensor, fmt, headroom):
+    """For each candidate the int32 scale byte, without flag, that maps each block's largest magnitude to its place."""
+    quantum, largest = fmt.constants(headroom)
+    if tensor is None:
+        scale = divide(peak, quantum)
+    else:
+        scale = divide(peak * tensor.power, quantum) * divide(largest, tensor.amax)
+        scale = jnp.where(tensor.amax > 0, scale, 0)
+    stretches = [np.float32(candidate.stretch) for candidate in fmt.candidates]
+    return [fmt.scale.encode(scale if stretch == 1 else scale * stretch) for stretch in stretches]
 
 
 def _trials(search, fmt):
@@ -256,7 +257,7 @@ def _squared(e):
 LOSSES = {"mse": (_squared, jnp.add), "mae": (jnp.abs, jnp.add), "abs_max": (jnp.abs, jnp.maximum)}
 
 
-def _block_loss(loss: Loss, xs, ds, axis, square):
+def _block_loss(loss: Loss, xs, ds, axis, square) -> jax.Array:
     """The loss of each block, given x and decoded x as B arrays [..., m, ...], one for each place in the block."""
     if callable(loss):
         x, d = jnp.stack(xs, -1), jnp.stack(ds, -1)
@@ -333,7 +334,7 @@ def _places(blocks, axis):
     return [_as_float(b.astype(jnp.int32) << 16) for b in bits]
 
 
-def _tree(op, parts: Sequence):
+def _tree(op, parts: Sequence[jax.Array]) -> jax.Array:
     """op over the parts in one fixed, balanced order: the same bits in whatever program it is compiled into."""
     parts = list(parts)
     while len(parts) > 1:

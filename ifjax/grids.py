@@ -22,8 +22,8 @@ class Grid:
 
     Attributes:
         name: what reports call it.
-        magnitudes: ascending from 0, a power of two of them; code order. Two's complement grids have no code for
-            the magnitude 2^(bits-1), as in all published integer formats.
+        magnitudes: ascending from 0, a power of two of them, in code order; rounded to float32. The two's complement
+            code that is left over, -2^(bits-1), is never written.
         sign: "bit" puts a sign bit above the magnitude; "twos_complement" negates the code.
         ties: a value halfway between two codes takes the "even" code, or the one nearer to zero ("down") or
             farther from it ("away").
@@ -38,13 +38,12 @@ class Grid:
     zero: Literal["signed", "negative", "unsigned"] = "signed"
 
     def __post_init__(self):
-        m = self.magnitudes
+        m = tuple(float(np.float32(v)) for v in self.magnitudes)
+        object.__setattr__(self, "magnitudes", m)
         if len(m) < 2 or len(m) & (len(m) - 1):
             raise ValueError(f"{self.name}: a grid needs 2, 4, 8, ... magnitudes (0 included), got {len(m)}")
         if m[0] != 0 or any(b <= a for a, b in itertools.pairwise(m)):
             raise ValueError(f"{self.name}: magnitudes must ascend strictly from 0, got {m}")
-        if any(float(np.float32(v)) != v for v in m):
-            raise ValueError(f"{self.name}: every magnitude must be a float32 number, got {m}")
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"{self.name}: {field} must be one of {choices}, got {getattr(self, field)!r}")
@@ -82,8 +81,8 @@ class Grid:
         rounded: uniform noise makes rounding stochastic, with probability by distance.
         """
         a = jnp.abs(y)
-        if self._rounds_by_arithmetic:
-            step, _, n = self._nearest_multiple(a, noise)
+        if m := self._mantissa_to_round:
+            step, _, n = nearest_multiple(a, m, self.magnitudes[1], self.max, noise)
             magnitude = jnp.minimum(n * step, np.float32(self.max))
         else:
             magnitude = self._select(self._is_above(a, noise))
@@ -93,15 +92,15 @@ class Grid:
         """int32 codes of y (finite float32), saturating; `noise` as in `round`."""
         a = jnp.abs(y)
         top = len(self.magnitudes) - 1
-        if self._rounds_by_arithmetic:
-            m = self.mantissa_bits
-            _, binade, n = self._nearest_multiple(a, noise)
+        if m := self._mantissa_to_round:
+            _, binade, n = nearest_multiple(a, m, self.magnitudes[1], self.max, noise)
             # Rounding up out of a binade carries into the next one by itself. The float is bounded before its
             # conversion, which is undefined for large values.
             n = jnp.minimum(n, np.float32(2 ** (m + 1))).astype(jnp.int32)
             index = jnp.minimum(n + (binade << m), top)
         else:
-            index = sum(above.astype(jnp.int32) for above in self._is_above(a, noise))
+            above = self._is_above(a, noise)
+            index = sum((b.astype(jnp.int32) for b in above[1:]), above[0].astype(jnp.int32))
         if self.sign == "twos_complement":
             return jnp.where(_sign_bit(y), -index, index) & (2**self.bits - 1)
         negative = (y < 0) if self.zero == "negative" else _sign_bit(y)
@@ -133,12 +132,10 @@ class Grid:
         return jnp.where(negative, -magnitude, magnitude)
 
     @property
-    def _rounds_by_arithmetic(self) -> bool:
+    def _mantissa_to_round(self) -> int:
+        """Mantissa bits, if rounding to them rounds to this grid; else 0."""
         # Half-to-even on a multiple is half-to-even on the code only if each binade starts at an even code (m >= 1).
-        return self.ties == "even" and bool(self.mantissa_bits)
-
-    def _nearest_multiple(self, a, noise):
-        return nearest_multiple(a, self.mantissa_bits, self.magnitudes[1], self.max, noise)
+        return (self.mantissa_bits or 0) if self.ties == "even" else 0
 
     def _is_above(self, a, noise):
         """For each code but the last: is a's code larger?"""

@@ -4,7 +4,9 @@ Any width from 1 to 8 works by one rule: a group of codes fills the fewest whole
 in its lowest bits, and the group is stored lowest byte first.
 """
 
+import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -35,22 +37,20 @@ def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     # [..., groups, group, ...]: the new axis has the same negative index as the old one.
     shape = codes.shape
     codes = codes.reshape(*shape[: codes.ndim + axis], shape[axis] // group, group, *shape[codes.ndim + axis + 1 :])
-    codes = [lax.index_in_dim(codes, i, axis, keepdims=False).astype(jnp.int32) for i in range(group)]
-    out = [_byte(codes, bits, j).astype(jnp.uint8) for j in range(width)]
+    members = [lax.index_in_dim(codes, i, axis, keepdims=False).astype(jnp.int32) for i in range(group)]
+    packed = [_byte(members, bits, j).astype(jnp.uint8) for j in range(width)]
     if width == 1:
-        return out[0]
-    out = jnp.stack(out, axis)
-    return out.reshape(*shape[: len(shape) + axis], -1, *shape[len(shape) + axis + 1 :])
+        return packed[0]
+    return jnp.stack(packed, axis).reshape(
+        *shape[: len(shape) + axis], shape[axis] // group * width, *shape[len(shape) + axis + 1 :]
+    )
 
 
 def _byte(codes, bits, j):
     """Byte j of a group: the codes that overlap bits [8j, 8j + 8)."""
-    byte = 0
-    for i, code in enumerate(codes):
-        start = i * bits - 8 * j
-        if -bits < start < 8:
-            byte |= (code << start) & 0xFF if start >= 0 else code >> -start
-    return byte
+    starts = {i: i * bits - 8 * j for i in range(len(codes))}
+    parts = [codes[i] << at if at >= 0 else codes[i] >> -at for i, at in starts.items() if -bits < at < 8]
+    return functools.reduce(operator.or_, parts) & 0xFF
 
 
 def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
@@ -129,10 +130,10 @@ class QTensor:
     def __getitem__(self, index: Any) -> "QTensor":
         """Integers, slices and at most one integer array, along unblocked axes."""
         index = index if isinstance(index, tuple) else (index,)
-        if sum(entry is Ellipsis for entry in index) > 1:
+        dots = [i for i, entry in enumerate(index) if entry is Ellipsis]
+        if len(dots) > 1:
             raise IndexError("an index can have one ellipsis at most")
-        if Ellipsis in [entry if entry is Ellipsis else None for entry in index]:
-            at = next(i for i, entry in enumerate(index) if entry is Ellipsis)
+        for at in dots:
             index = (*index[:at], *[slice(None)] * (self.ndim - len(index) + 1), *index[at + 1 :])
         if len(index) > self.ndim:
             raise IndexError(f"{len(index)} indices for a QTensor of {self.ndim} axes")
@@ -213,16 +214,19 @@ class QTensor:
     def _blocked_axes(self) -> tuple[int, ...]:
         return (-1, -2) if self.block_2d else (self.axis,)
 
-    def _index(self, axis, entry) -> "QTensor":
-        if isinstance(entry, slice) and entry == slice(None):
-            return self
-        if not (isinstance(entry, slice) or _is_integer(entry) or _is_index_array(entry)):
-            raise TypeError(f"QTensor indices are integers, slices and integer arrays, got {entry!r}")
-        axis = self._unblocked(axis)
-        if _is_index_array(entry):
+    def _index(self, axis: int, entry: Any) -> "QTensor":
+        if isinstance(entry, slice):
+            if entry == slice(None):
+                return self
+            axis = self._unblocked(axis)
+        elif _is_integer(entry):
+            axis = self._unblocked(axis)
+            if not -self.shape[axis] <= operator.index(entry) < self.shape[axis]:
+                raise IndexError(f"index {entry} is out of range for axis {axis} of shape {self.shape}")
+        elif _is_index_array(entry):
             return self.take(entry, axis)
-        if _is_integer(entry) and not -self.shape[axis] <= operator.index(entry) < self.shape[axis]:
-            raise IndexError(f"index {entry} is out of range for axis {axis} of shape {self.shape}")
+        else:
+            raise TypeError(f"QTensor indices are integers, slices and integer arrays, got {entry!r}")
         at = (slice(None),) * axis + (entry,)
         amax = self.amax if self.amax is None or axis >= self.amax.ndim else self.amax[at]
         return self._with(self.codes[at], self.scale_bytes()[at], amax)
@@ -387,7 +391,7 @@ def shardings(q: QTensor, sharding: Sharding) -> QTensor:
         raise TypeError(f"needs a QTensor, got {type(q).__name__}: for arrays, jax.device_put does the same")
     if not isinstance(sharding, NamedSharding):
         return jax.tree.map(lambda _: sharding, q)
-    spec = (*sharding.spec, *[None] * (q.ndim - len(sharding.spec)))
+    spec = tuple(sharding.spec) + (None,) * (q.ndim - len(sharding.spec))
     if len(spec) > q.ndim:
         raise ValueError(f"{sharding.spec} has more entries than shape {q.shape} has axes")
     for axis in q._blocked_axes():
@@ -576,7 +580,7 @@ def _checked_amax(amax, shape, fmt):
             f"amax must be float of shape {shape} (the axes that amax_axes keeps), got {amax.dtype} {amax.shape}"
         )
     amax = lax.stop_gradient(amax.astype(jnp.float32))
-    if not isinstance(amax, jax.core.Tracer) and not bool(jnp.all((amax >= 0) & (amax < jnp.inf))):
+    if not isinstance(amax, Tracer) and not bool(jnp.all((amax >= 0) & (amax < jnp.inf))):
         raise ValueError(f"amax must be finite and not negative, got {amax}")
     return amax
 
