@@ -8,6 +8,7 @@ Exchange:    to_ml_dtypes, swizzle_scales, unswizzle_scales
 Hardware:    mac (IF4 and NVFP4 multiply-accumulate units)
 """
 
+from ifjax import mac
 from ifjax._hadamard import hadamard, inverse_hadamard, random_signs
 from ifjax.formats import FORMATS, Candidate, Format, get_format
 from ifjax.grids import Grid
@@ -30,6 +31,7 @@ __all__ = [
     "get_format",
     "hadamard",
     "inverse_hadamard",
+    "mac",
     "quantize",
     "random_signs",
     "shardings",

@@ -112,7 +112,7 @@ def error(x: Float[ArrayLike, "..."], fmt: str | Format = "if4", *, axis: int = 
         >>> x = jax.random.normal(jax.random.key(0), (64, 1024))
         >>> e = error(x, "if4")
         >>> print(f"{e.bits_per_value:.1f} bits a value, {e.sqnr_db:.0f} dB, {e.second_share:.0%} integers")
-        4.5 bits a value, 22 dB, 64% integers
+        4.5 bits a value, 22 dB, 63% integers
     """
     q = quantize(x, fmt, axis=axis, **settings)
     x = jnp.asarray(x)
@@ -162,9 +162,9 @@ def tensor_report(
 ) -> TensorReport:
     """The error of each format on x, quantized as one tensor with blocks along `axis`, one piece after the other.
 
-    Bit for bit what `error` measures, for arrays of any size: the device sees one piece at a time, a numpy array is not
-    copied as a whole unless `axis` is not the last or its length is no multiple of the block. Integers, empty arrays and
-    arrays with values that are not finite in float32 come back as skipped, with the reason.
+    What `error` measures, for arrays of any size: the device sees one piece at a time, and a numpy array is copied as
+    a whole only where `axis` is not the last or its length no multiple of the block. Integers, empty arrays and arrays
+    with values that are not finite in float32 come back as skipped, with the reason.
     """
     x = np.asarray(x)
     report = TensorReport(name, x.shape, x.dtype.name, x.nbytes, {})
@@ -191,11 +191,10 @@ def keep_reason(name: str, shape: tuple[int, ...]) -> str | None:
 
     Axes of length 1 do not count. Embeddings are matrices: they are stored, and often multiplied by, as such.
     """
-    if sum(length > 1 for length in shape) < 2:
-        return "not a matrix"
     *parents, last = re.split(r"[./]", name.lower())
     owner = parents[-1] if parents and last in ("weight", "scale", "kernel") else last
-    return next((f"a {word}" for word in ("bias", "norm") if word in owner), None)
+    vector = sum(length > 1 for length in shape) < 2
+    return next((f"a {word}" for word in ("bias", "norm") if word in owner), "not a matrix" if vector else None)
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
@@ -385,8 +384,8 @@ def synthetic_table(
 ) -> Iterator[SyntheticError]:
     """The error of each format on each distribution, with the published numbers where there are any.
 
-    A sample of n values is one tensor, so its maximum grows with n: with heavy tails (t3) so does the error, and another
-    seed gives other numbers. Published numbers are attached for the default loss without search.
+    A sample of n values is one tensor, so its maximum grows with n: with heavy tails (t3) so does the error, and
+    another seed gives other numbers. Published numbers are attached for the default loss without search.
     """
     formats = tuple(map(get_format, formats))
     for distribution in distributions:

@@ -9,6 +9,7 @@ so leading axes keep their sharding, and axis=-2 needs no transposition.
 All arithmetic is float32, one rounding an operation, in the order of the published code (arXiv 2603.28765).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -136,53 +137,46 @@ def _peaks(blocks, axis, square):
     peak = _tree(jnp.maximum, [jnp.where(b < infinity, b, 0) for b in bits])
     poisoned = (_tree(jnp.maximum, bits) >= infinity).astype(jnp.int32)
     if square is not None:
-        peak, poisoned = (_over_squares(jnp.maximum, [a], len(bits), square) for a in (peak, poisoned))
+        runs = [_unstack(split_blocks(a, len(bits), square), square) for a in (peak, poisoned)]
+        peak, poisoned = (_repeat(_tree(jnp.maximum, run), len(bits), square) for run in runs)
     return peak | (poisoned << 31)
 
 
 def _choose(blocks, peaks, tensor, noise, fmt, axis, loss, headroom, square, search):
     """int32 [..., m, ...]: the scale byte of the best candidate, flag included, and the candidate's index << 8."""
-    largest = fmt.constants(headroom)[1]
     bytes_ = _bytes_for_peak(_as_float(_magnitude(peaks)), tensor, fmt, headroom)
-
-    def loss_of(i, byte):
-        candidate, value = fmt.candidates[i], fmt.scale.decode(byte)
-        inverse = _inverse(value, tensor, fmt, headroom)
-        xs, ds = [], []
-        for j, x in enumerate(_places(blocks, axis)):
-            x = x if tensor is None else x * tensor.power
-            r = None if noise is None else lax.index_in_dim(noise[i], j, axis, keepdims=False)
-            v = candidate.grid.round(_to_grid(x * inverse, candidate, fmt), r)
-            xs.append(x)
-            ds.append(_value(v, value, candidate.step, tensor, largest))
-        return _block_loss(loss, xs, ds, axis, square)
-
-    def word_of(i, byte):
-        return byte | (i << 8 | (0x80 if fmt.decodings.index(_decoding(fmt.candidates[i])) else 0))
-
-    def better(best, i, byte):
-        word, least = best
-        candidate_loss = loss_of(i, byte)
-        # Strictly less: the earlier candidate keeps a tie, and against a NaN. A zero scale never takes another.
-        wins = (candidate_loss < least) & (byte > 0)
-        return jnp.where(wins, word_of(i, byte), word), jnp.where(wins, candidate_loss, least)
-
     if len(fmt.candidates) == 1 and search is None:
         return jnp.where(peaks < 0, fmt.scale.nan, bytes_[0])
-    best = bytes_[0], loss_of(0, bytes_[0])
-    for i in range(1, len(fmt.candidates)):
-        best = better(best, i, bytes_[i])
+
+    def loss_of(i, byte):
+        return _block_loss(blocks, noise and noise[i], byte, tensor, fmt, i, axis, loss, headroom, square)
+
+    def better(best, trials):
+        """The best of (word, loss) and of the candidates' (byte, loss)."""
+        word, least = best
+        for i, (byte, candidate_loss) in enumerate(trials):
+            flag = 0x80 if fmt.decodings.index(_decoding(fmt.candidates[i])) else 0
+            # Strictly less: the earlier candidate keeps a tie, and against a NaN. A zero scale never takes another.
+            wins = (candidate_loss < least) & (byte > 0)
+            word, least = jnp.where(wins, byte | (i << 8 | flag), word), jnp.where(wins, candidate_loss, least)
+        return word, least
+
+    trials = [(byte, loss_of(i, byte)) for i, byte in enumerate(bytes_)]
+    best = trials[0]
     if search is not None:
-        relative, trials = _trials(search, fmt)
+        relative, window = _trials(search, fmt)
 
-        def try_next(best, trial):
-            for i, byte in enumerate(bytes_):
-                byte = jnp.clip(byte + trial, 1, fmt.scale.top) if relative else jnp.full_like(byte, trial)
-                best = better(best, i, byte)
-            return best, None
+        def try_next(state, code):
+            # Compares what the last step computed: XLA would compute a loss again for each of its two readers here.
+            best, trials = state
+            best = better(best, trials)
+            codes = [byte + code if relative else jnp.full_like(byte, code) for byte in bytes_]
+            codes = [jnp.clip(code, 1, fmt.scale.top) for code in codes]
+            return (best, [(byte, loss_of(i, byte)) for i, byte in enumerate(codes)]), None
 
-        best, _ = lax.scan(try_next, best, trials)
-    return jnp.where(peaks < 0, fmt.scale.nan, best[0])
+        (best, trials), _ = lax.scan(try_next, (best, trials), window)
+    word, _ = better(best, trials)
+    return jnp.where(peaks < 0, fmt.scale.nan, word)
 
 
 def _bytes_for_peak(peak, tensor, fmt, headroom):
@@ -257,30 +251,60 @@ def _squared(e):
 LOSSES = {"mse": (_squared, jnp.add), "mae": (jnp.abs, jnp.add), "abs_max": (jnp.abs, jnp.maximum)}
 
 
-def _block_loss(loss: Loss, xs, ds, axis, square) -> jax.Array:
-    """The loss of each block, given x and decoded x as B arrays [..., m, ...], one for each place in the block."""
+def _block_loss(blocks, noise, byte, tensor, fmt, i, axis, loss, headroom, square) -> jax.Array:
+    """The loss [..., m, ...] of each block if candidate i encodes it with these scale bytes."""
+
+    def decoded(blocks, noise, byte, tensor, axis):
+        """x and what it decodes to, in units of `tensor`: a pair of arrays for each place along `axis`."""
+        candidate, scale = fmt.candidates[i], fmt.scale.decode(byte)
+        inverse = _inverse(scale, tensor, fmt, headroom)
+        largest = fmt.constants(headroom)[1]
+        rs = [None] * blocks.shape[axis] if noise is None else _unstack(noise, axis)
+        for x, r in zip(_places(blocks, axis), rs, strict=True):
+            x = x if tensor is None else x * tensor.power
+            v = candidate.grid.round(_to_grid(x * inverse, candidate, fmt), r)
+            yield x, _value(v, scale, candidate.step, tensor, largest)
+
     if callable(loss):
+        xs, ds = zip(*decoded(blocks, noise, byte, tensor, axis), strict=True)
         x, d = jnp.stack(xs, -1), jnp.stack(ds, -1)
         if square is None:
-            return loss(x, d)
-        x, d = (_gather_squares(a, square - 1) for a in (x, d))
-        return _repeat(loss(x, d), len(xs), square)
+            return jnp.asarray(loss(x, d))
+        return _repeat(loss(_gather_squares(x, square - 1), _gather_squares(d, square - 1)), fmt.block, square)
+
     term, op = LOSSES[loss]
-    terms = [term(d - x) for x, d in zip(xs, ds, strict=True)]
-    return _tree(op, terms) if square is None else _over_squares(op, terms, len(xs), square)
+
+    def along(axis, blocks, noise, byte, tensor):
+        part = _largest_divisor(blocks.shape[axis], 32)
+        if part == blocks.shape[axis]:
+            return _tree(op, [term(d - x) for x, d in decoded(blocks, noise, byte, tensor, axis)])
+        # A long block in parts: unrolled as a whole it would take minutes to compile.
+        blocks, noise = jax.tree.map(lambda a: split_blocks(a, part, axis), (blocks, noise))
+        byte, tensor = _insert_axis(byte, tensor, axis)
+        parts = stage(functools.partial(along, axis), blocks, noise, byte, tensor)
+        return _tree(op, _unstack(parts, axis))
+
+    if square is None:
+        return along(axis, blocks, noise, byte, tensor)
+    # Summed over rows first and over columns first, and both added: transposing the square changes no bit.
+    over_rows = stage(functools.partial(along, axis), blocks, noise, byte, tensor)
+    over_rows = _tree(op, _unstack(split_blocks(over_rows, fmt.block, square), square))
+    other = square - 1 if square < axis else square  # the same axis, where the array has B too
+    blocks, noise = jax.tree.map(lambda a: split_blocks(a, fmt.block, other), (blocks, noise))
+    byte = lax.index_in_dim(split_blocks(byte, fmt.block, square), 0, square, keepdims=False)
+    byte, tensor = _insert_axis(byte, tensor, axis)
+    over_columns = stage(functools.partial(along, other), blocks, noise, byte, tensor)
+    over_columns = _tree(op, _unstack(over_columns, axis))
+    return _repeat(op(over_rows, over_columns), fmt.block, square)
 
 
-def _over_squares(op, parts, block, other):
-    """Reduce over the parts and over runs of `block` along the axis `other`, and repeat the result over those runs."""
+def _insert_axis(byte, tensor, axis):
+    """Scale bytes with a new axis at `axis`, and the tensor's scale, which has entries along leading axes only."""
+    return jnp.expand_dims(byte, axis), jax.tree.map(lambda a: jnp.expand_dims(a, -1), tensor)
 
-    def over_runs(a):
-        return _tree(op, _unstack(split_blocks(a, block, other), other))
 
-    total = over_runs(_tree(op, parts))
-    if len(parts) > 1:
-        # Both orders of summation, added: transposing the square changes nothing, to the last bit.
-        total = op(total, _tree(op, [over_runs(part) for part in parts]))
-    return _repeat(total, block, other)
+def _largest_divisor(n, limit):
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
 
 
 def _gather_squares(a, other):
@@ -289,7 +313,7 @@ def _gather_squares(a, other):
     return a.reshape(*a.shape[:-2], -1)
 
 
-def _repeat(a, count, axis):
+def _repeat(a, count, axis) -> jax.Array:
     """Each entry along `axis`, `count` times."""
     at = a.ndim + axis + 1
     shape = (*a.shape[:at], count, *a.shape[at:])

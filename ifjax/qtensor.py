@@ -443,12 +443,18 @@ def _quantize_arrays(x, key, amax, *, fmt, axis, lead, loss, rounding, block_2d,
 
     noise = None
     if rounding != "nearest":
-        keys = jax.random.split(key, len(fmt.candidates))
-        noise = [blocks_of(jax.random.uniform(k, x.shape, jnp.float32) - 0.5) for k in keys]
+        noise = [blocks_of(r) for r in _noise(key, x.shape, len(fmt.candidates))]
     return codec.encode(
         blocks_of(x), fmt, axis=axis, lead=lead, amax=amax, loss=loss, headroom=headroom, square=square,
         noise=noise, search=search,
     )  # fmt: skip
+
+
+def _noise(key, shape, count):
+    """`count` independent float32 arrays, uniform on 2^16 points of (-1/2, 1/2) around 0: two from each random word."""
+    words = [jax.random.bits(k, shape, jnp.uint32) for k in jax.random.split(key, -(-count // 2))]
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return [(half.astype(jnp.float32) + 0.5) * 2.0**-16 - 0.5 for half in halves[:count]]
 
 
 _static = ("fmt", "axis", "lead", "loss", "rounding", "block_2d", "search")

@@ -1,0 +1,302 @@
+"""The command line: `ifjax compare`. Results go to stdout, progress and messages to stderr.
+
+Exit codes: 0 done, 1 bad input (a file that cannot be read or measured), 2 wrong usage. A command is a function of the
+parsed arguments, registered in `_parser`.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ifjax import __version__, analysis
+from ifjax.formats import get_format
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; wrong usage and --help leave by SystemExit, as in argparse."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (analysis.FileError, OSError) as error:
+        print(f"ifjax: error: {_sentence(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ifjax", description="Adaptive block-scaled number formats for JAX.")
+    parser.add_argument("--version", action="version", version=f"ifjax {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_compare(commands)
+    return parser
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+
+def _add_compare(commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="what each format costs, on the weights of a file or on samples",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Quantize the weights of a safetensors file to each format, one tensor at a time, and report bits a\n"
+            "value, size, SQNR, relative error and the share of blocks that took integers.\n\n"
+            "Without FILE: the errors of random samples beside the published ones, and a small sample of\n"
+            "pretrained weights that comes with ifjax."
+        ),
+        epilog=(
+            "examples:\n"
+            "  ifjax compare\n"
+            "  ifjax compare model.safetensors\n"
+            "  ifjax compare model.safetensors --formats if4 nvfp4 --out plots\n"
+            "  ifjax compare gpt2.safetensors --axis -2 --json > report.json"
+        ),
+    )
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a safetensors file")
+    parser.add_argument(
+        "--formats", nargs="+", type=_formats, metavar="FORMAT", default=[list(analysis.DEFAULT_FORMATS)],
+        help=f"names, separated by spaces or commas (default: {' '.join(analysis.DEFAULT_FORMATS)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--axis", type=int, default=-1,
+        help="the axis that blocks lie along (default: -1, the contraction of weights stored [out, in], as PyTorch "
+        "does; -2 for [in, out])",
+    )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="quantize biases, norms and other vectors too")
+    parser.add_argument(
+        "--search", choices=("fast", "exhaustive"), help="try several scales for each block: less error, more time"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write errors.png and choices.png there")
+    parser.set_defaults(run=_compare)
+
+
+def _formats(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if not names:
+        raise argparse.ArgumentTypeError("needs a format's name")
+    try:
+        return [get_format(name).name for name in names]
+    except ValueError as error:
+        hint = "; FILE comes before --formats" if text.endswith(".safetensors") else ""
+        raise argparse.ArgumentTypeError(f"{error}{hint}") from None
+
+
+def _compare(options: argparse.Namespace) -> None:
+    formats = tuple(dict.fromkeys(name for names in options.formats for name in names))
+    if options.out is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise OSError("--out draws with matplotlib, which is not installed: pip install 'ifjax[viz]'")
+        options.out.mkdir(parents=True, exist_ok=True)
+
+    synthetic = None
+    if options.file is None:
+        path, source = analysis.sample_path(), analysis.SAMPLE_SOURCE
+    else:
+        path, source = options.file, options.file.name
+    entries = analysis.read_header(path)
+    with _progress() as progress:
+        if options.file is None:
+            rows = analysis.synthetic_table(formats, search=options.search)
+            count = len(formats) * len(analysis.DISTRIBUTIONS)
+            synthetic = tuple(_tracked(progress, rows, [1] * count, ["random samples"] * count))
+        reports = analysis.file_reports(
+            path, entries, formats, axis=options.axis, everything=options.all, search=options.search
+        )
+        names, sizes = [entry.name for entry in entries], [entry.nbytes for entry in entries]
+        report = analysis.Report(source, tuple(_tracked(progress, reports, sizes, names)))
+    if not report.quantized:
+        raise analysis.FileError(f"{path} has nothing to measure: {_why_nothing(report)}")
+
+    if options.json:
+        result = {"axis": options.axis, "search": options.search, "version": __version__} | report.to_dict()
+        if synthetic is not None:
+            result["synthetic"] = [_synthetic_dict(row) for row in synthetic]
+        print(json.dumps(_without_infinities(result), indent=1))
+    else:
+        console = _console()
+        if synthetic is not None:
+            _print_synthetic(console, synthetic)
+        _print_report(console, report)
+    if options.out is not None:
+        _write_plots(report, options.out)
+
+
+def _why_nothing(report) -> str:
+    if not report.tensors:
+        return "it holds no tensors"
+    reasons = {}
+    for t in report.tensors:
+        reasons.setdefault(f"{t.status}, {t.reason}", []).append(t.name)
+    lines = [f"{len(names)} tensors {reason}" for reason, names in reasons.items()]
+    hint = " (--all takes vectors too)" if any(t.status == "kept" for t in report.tensors) else ""
+    return "; ".join(lines) + hint
+
+
+def _synthetic_dict(row) -> dict[str, Any]:
+    figures = row.error.to_dict() | {"normalized_mse": row.error.normalized_mse}
+    published = [number._asdict() for number in row.published]
+    return {"distribution": row.distribution, "format": row.fmt, "error": figures, "published": published}
+
+
+def _without_infinities(value):
+    """JSON has no numbers for NaN and infinity: null instead."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_plots(report, folder: Path) -> None:
+    from ifjax import plots
+
+    figures = {"errors.png": plots.plot_errors(report)}
+    if any(error.second_share is not None for error in report.total.values()):
+        figures["choices.png"] = plots.plot_choices(report)
+    for name, figure in figures.items():
+        figure.savefig(folder / name)
+        print(f"wrote {folder / name}", file=sys.stderr)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _print_synthetic(console: Console, rows) -> None:
+    distributions = list(dict.fromkeys(row.distribution for row in rows))
+    cells = {(row.distribution, row.fmt): row for row in rows}
+    table = _table("format", *distributions)
+    for fmt in dict.fromkeys(row.fmt for row in rows):
+        table.add_row(fmt, *(_synthetic_cell(cells[distribution, fmt]) for distribution in distributions))
+    console.print(f"Random samples of {rows[0].error.values} values: squared error over squared signal, x 1e-3")
+    console.print(
+        "%: blocks that took integers. In brackets: arXiv 2603.28765, Table 1; then an independent numpy program."
+    )
+    console.print(table)
+
+
+def _synthetic_cell(row) -> Text:
+    cell = Text(_thousandths(row.error.normalized_mse), "bold")
+    if row.error.second_share is not None:
+        cell.append(f"  {row.error.second_share:.0%}", "not bold")
+    published = {number.source.startswith("arXiv"): number.normalized_mse for number in row.published}
+    if published:
+        numbers = f"{published[True] * 1e3:.1f}; " if True in published else ""
+        numbers += _thousandths(published[False]) if False in published else ""
+        cell.append(f"\n({numbers.removesuffix('; ')})", "not bold dim")
+    return cell
+
+
+def _thousandths(value: float) -> str:
+    return f"{value * 1e3:.2f}" if value > 1e-3 else f"{value * 1e3:.4f}"
+
+
+def _print_report(console: Console, report) -> None:
+    table = _table("tensor", "format", *_FIGURES)
+    table.columns[0].overflow = "fold"
+    table.columns[1].justify = "left"
+    for t in report.quantized:
+        columns = zip(*map(_figures, t.errors.values()), strict=True)
+        shape = " x ".join(map(str, t.shape))
+        name = Text(t.name).append(f"\n{shape} {t.dtype}, {_size(t.nbytes)}", "dim")
+        table.add_row(name, "\n".join(t.errors), *map("\n".join, columns), end_section=True)
+    console.print(f"\n{report.source}")
+    console.print(table)
+
+    left = [t for t in report.tensors if t.status != "quantized"]
+    if left:
+        console.print("\nNot quantized")
+        console.print(_left_table(left))
+
+    table = _table("format", *_FIGURES)
+    for name, error in report.total.items():
+        table.add_row(name, *_figures(error))
+    before, rest = (_size(sum(t.nbytes for t in tensors)) for tensors in (report.quantized, left))
+    console.print(f"\nTotal of {len(report.quantized)} tensors, {before} before; {len(left)} others stay ({rest})")
+    console.print(table)
+
+
+_FIGURES = ("bits/value", "size", "SQNR dB", "error %", "INT %")
+
+
+def _figures(error) -> tuple[str, ...]:
+    share = "" if error.second_share is None else f"{100 * error.second_share:.1f}"
+    sqnr, relative = f"{error.sqnr_db:.2f}", f"{100 * error.relative_error:.3f}"
+    return f"{error.bits_per_value:.3f}", _size(error.nbytes), sqnr, relative, share
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(first)
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _left_table(tensors) -> Table:
+    table = _table("tensor", "count", "size")
+    table.columns[0].overflow = "fold"
+    table.add_column("why")
+    groups: dict[tuple[str, str], list] = {}
+    for t in tensors:  # layers that differ in their numbers only share a row; --json lists each tensor
+        pattern = re.sub(r"\d+", "*", t.name)
+        groups.setdefault((pattern, f"{t.status}: {t.reason}"), []).append(t)
+    for (pattern, why), group in groups.items():
+        name = group[0].name if len(group) == 1 else pattern
+        table.add_row(Text(name), str(len(group)), _size(sum(t.nbytes for t in group)), Text(why))
+    return table
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.2f} kB"
+
+
+# --- the terminal ----------------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    # Not a terminal: wide enough for the tables, whoever reads them.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110
+    return Console(width=width, markup=False, highlight=False)
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True, markup=False)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _tracked(progress: Progress, items: Iterator, sizes: Sequence[int], names: Sequence[str]) -> Iterator:
+    """The items, each shown while it is made."""
+    task = progress.add_task("", total=sum(sizes))
+    for size, name in zip(sizes, names, strict=True):
+        progress.update(task, description=name)
+        yield next(items)
+        progress.advance(task, size)
+    progress.remove_task(task)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
