@@ -16,6 +16,7 @@ from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
 
+@jax.jit  # not for speed at run time: the hundreds of divisions of a codec are traced once for each shape
 def divide(a: ArrayLike, b: ArrayLike) -> jax.Array:
     """float32 a / b, correctly rounded on every platform, jitted or not, batched or not.
 
@@ -61,6 +62,7 @@ def stage(f, *args):
     XLA:CPU fuses the reduction of a block into its consumers and recomputes it for every byte they write;
     `lax.optimization_barrier` does not stop it, a conditional does. Other platforms see f(*args) alone.
     """
+    f = jax.jit(f)  # traced once for all of its uses below
     return lax.platform_dependent(*args, cpu=functools.partial(_stage_on_cpu, f), default=f)
 
 
@@ -79,6 +81,6 @@ def _stage_on_cpu(f, *args):
     @staged.def_vmap
     def batched(axis_size, in_batched, *args):
         in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
-        return _stage_on_cpu(jax.vmap(f, in_axes, axis_size=axis_size), *args), True
+        return _stage_on_cpu(jax.jit(jax.vmap(f, in_axes, axis_size=axis_size)), *args), True
 
     return staged(*args)

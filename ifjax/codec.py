@@ -254,16 +254,21 @@ LOSSES = {"mse": (_squared, jnp.add), "mae": (jnp.abs, jnp.add), "abs_max": (jnp
 def _block_loss(blocks, noise, byte, tensor, fmt, i, axis, loss, headroom, square) -> jax.Array:
     """The loss [..., m, ...] of each block if candidate i encodes it with these scale bytes."""
 
+    @jax.jit  # traced once for all places
+    def decoded_place(x, r, inverse, scale, tensor):
+        candidate, largest = fmt.candidates[i], fmt.constants(headroom)[1]
+        x = x if tensor is None else x * tensor.power
+        v = candidate.grid.round(_to_grid(x * inverse, candidate, fmt), r)
+        return x, _value(v, scale, candidate.step, tensor, largest)
+
     def decoded(blocks, noise, byte, tensor, axis):
         """x and what it decodes to, in units of `tensor`: a pair of arrays for each place along `axis`."""
-        candidate, scale = fmt.candidates[i], fmt.scale.decode(byte)
+        scale = fmt.scale.decode(byte)
         inverse = _inverse(scale, tensor, fmt, headroom)
-        largest = fmt.constants(headroom)[1]
         rs = [None] * blocks.shape[axis] if noise is None else _unstack(noise, axis)
-        for x, r in zip(_places(blocks, axis), rs, strict=True):
-            x = x if tensor is None else x * tensor.power
-            v = candidate.grid.round(_to_grid(x * inverse, candidate, fmt), r)
-            yield x, _value(v, scale, candidate.step, tensor, largest)
+        return [
+            decoded_place(x, r, inverse, scale, tensor) for x, r in zip(_places(blocks, axis), rs, strict=True)
+        ]
 
     if callable(loss):
         xs, ds = zip(*decoded(blocks, noise, byte, tensor, axis), strict=True)

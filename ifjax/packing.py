@@ -64,5 +64,5 @@ def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     packed = packed.reshape(*before, packed.shape[axis] // width, width, *after)
     word = sum(lax.index_in_dim(packed, j, axis, keepdims=True).astype(jnp.int32) << (8 * j) for j in range(width))
     # A shift by a small constant array; interleaving `group` arrays instead would cost a pass over memory.
-    shifts = (jnp.arange(group, dtype=jnp.int32) * bits).reshape(group, *(1 for _ in after))
+    shifts = (jnp.arange(group, dtype=jnp.int32) * bits).reshape(*(1 for _ in before), 1, group, *(1 for _ in after))
     return (word >> shifts) & (2**bits - 1)

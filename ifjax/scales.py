@@ -62,7 +62,7 @@ def _encode_e8m0(scale):
     # The exponent, rounded up, so that no element saturates (not the OCP rule, which rounds down). 2^126 is the
     # largest scale whose reciprocal is a normal number; no named format reaches it.
     bits = lax.bitcast_convert_type(scale, jnp.int32)
-    return jnp.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0), 253)
+    return jnp.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(jnp.int32), 253)
 
 
 def _decode_e8m0(byte):
