@@ -4,15 +4,16 @@
 
 Absolute times move from hour to hour on a shared machine, and a copy's from process to process. So whatever is compared
 is timed in turn, round by round, in one process, and a figure is the median over rounds of the ratio within a round;
-`--processes` repeats all of it in fresh processes and gives the median of these medians and their spread. The
-tables go to standard output as Markdown, progress to standard error.
+`--processes` repeats all of it in fresh processes and gives the median of these medians and their spread. The same
+ratio of processor time, all threads together, stands beside it: less of it is lost to neighbours on a busy machine.
+Tables go to standard output as Markdown, progress to standard error.
 
 The copy is `x + 1` under jit: one pass that reads the array and writes a new one, to memory that was not there before.
 Quantize and dequantize allocate theirs as well, and every result is dropped before the next call.
 
-Peers are timed where they are installed, and need not be. `fouroversix` is the authors' code; its reference path on a CPU
-needs torch, and neither a GPU nor a build for one: `SKIP_CUDA_BUILD=1 FORCE_BUILD=1 pip install --no-deps
---no-build-isolation fouroversix`, or `--reference DIR` with the folder that holds the package. `qwix`: `pip install qwix`.
+Peers are timed where they are installed, and need not be. `fouroversix` is the authors' code; its reference path on a
+CPU needs torch, and neither a GPU nor a build for one: `SKIP_CUDA_BUILD=1 FORCE_BUILD=1 pip install --no-deps
+--no-build-isolation fouroversix`, or `--reference DIR` with the folder that holds the package. The other is `qwix`.
 """
 
 import argparse
@@ -47,7 +48,10 @@ SECTIONS = ("quantize", "dequantize", "search", "growth", "memory", "peers")
 
 
 class Row(NamedTuple):
-    """One figure. `bound` is what it may not exceed, or, if negative, what it may not fall below; None: no target."""
+    """One figure. `bound` is what it may not exceed, or, if negative, what it may not fall below; None: no target.
+
+    `ms` is its time in milliseconds, `processor` the figure in processor time.
+    """
 
     section: str
     name: str
@@ -55,6 +59,7 @@ class Row(NamedTuple):
     value: float
     bound: float | None = None
     ms: float | None = None
+    processor: float | None = None
     note: str = ""
 
     @property
@@ -64,30 +69,29 @@ class Row(NamedTuple):
         return self.value <= self.bound if self.bound >= 0 else self.value >= -self.bound
 
 
-def timed(run: Callable[[], Any]) -> float:
-    """Seconds of one call, its result dropped afterwards."""
-    start = time.perf_counter()
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of one call, and of all processors in it; its result is dropped afterwards."""
+    start, processors = time.perf_counter(), time.process_time()
     result = jax.block_until_ready(run())
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start, time.process_time() - processors
     del result
     return seconds
 
 
 def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds [rounds] of each, called in turn after two calls that compile and warm up."""
+    """Seconds [rounds, 2] of each, called in turn after two calls that compile and warm up."""
     for run in runs.values():
         timed(run)
         timed(run)
-    times = [[timed(run) for run in runs.values()] for _ in range(rounds)]
-    return dict(zip(runs, np.array(times).T, strict=True))
+    times = np.array([[timed(run) for run in runs.values()] for _ in range(rounds)])
+    return {name: times[:, i] for i, name in enumerate(runs)}
 
 
-def ratio(times: dict[str, np.ndarray], name: str, against: str) -> float:
-    return float(np.median(times[name] / times[against]))
-
-
-def milliseconds(times: dict[str, np.ndarray], name: str) -> float:
-    return 1e3 * float(np.median(times[name]))
+def row_of(times, section, name, run, against, unit, bound=None, note="") -> Row:
+    """The ratio of the times of `run` and of `against`."""
+    wall, processor = np.median(times[run] / times[against], axis=0).tolist()
+    ms = 1e3 * float(np.median(times[run][:, 0]))
+    return Row(section, name, unit, wall, bound, ms, processor, note)
 
 
 def quantizer(fmt: str, **settings):
@@ -112,22 +116,24 @@ def quantize_rows(args):
     plain = quantizer("if4")
     base = {"copy": copy_of(x), "if4": lambda: plain(x)}
     times = alternate(base, args.pairs)
-    yield Row("quantize", "if4", "x copy", ratio(times, "if4", "copy"), 1.3, milliseconds(times, "if4"))
+    yield row_of(times, "quantize", "if4", "if4", "copy", "x copy", 1.3)
 
-    wide = x.astype(jnp.bfloat16)
-    slices = x.reshape(4, args.size // 4, args.size)
+    for name, function, argument, bound in quantize_cases(x)[1:]:
+        times = alternate(base | {name: lambda f=function, a=argument: f(a)}, args.pairs)
+        yield row_of(times, "quantize", name, name, "if4", "x if4", bound)
+        yield row_of(times, "quantize", name, name, "copy", "x copy")
+
+
+def quantize_cases(x):
+    """(name, function, its argument, bound on its time over the first one's); all have the values of x."""
+    slices = x.reshape(4, -1, x.shape[-1])
     vmapped = jax.jit(jax.vmap(lambda x: ifjax.quantize(x, "if4")))
-    cases = [(fmt, quantizer(fmt), x, 1.0 if fmt == "nvfp4" else 1.5) for fmt in FORMATS[1:]]
-    cases += [
-        ("if4, bfloat16 input", plain, wide, 1.5),
+    return [
+        *((fmt, quantizer(fmt), x, 1.0 if fmt == "nvfp4" else 1.5) for fmt in FORMATS),
+        ("if4, bfloat16 input", quantizer("if4"), x.astype(jnp.bfloat16), 1.5),
         ("if4, axis=-2", quantizer("if4", axis=-2), x, 2.0),
         ("if4, vmap over 4 slices", vmapped, slices, 1.5),
     ]
-    for name, function, argument, bound in cases:
-        times = alternate(base | {name: lambda f=function, a=argument: f(a)}, args.pairs)
-        ms = milliseconds(times, name)
-        yield Row("quantize", name, "x if4", ratio(times, name, "if4"), bound, ms)
-        yield Row("quantize", name, "x copy", ratio(times, name, "copy"), None, ms)
 
 
 def dequantize_rows(args):
@@ -138,18 +144,17 @@ def dequantize_rows(args):
         for dtype, bound in (("float32", 1.0), ("bfloat16", 0.8)):
             run = jax.jit(lambda q, dtype=dtype: ifjax.dequantize(q, dtype))
             times = alternate({"copy": copy, "run": lambda run=run, q=q: run(q)}, args.pairs)
-            name = f"{fmt} to {dtype}"
-            yield Row("dequantize", name, "x copy", ratio(times, "run", "copy"), bound, milliseconds(times, "run"))
+            yield row_of(times, "dequantize", f"{fmt} to {dtype}", "run", "copy", "x copy", bound)
 
 
 def search_rows(args):
     x = inputs(min(args.size, 1024))
     for fmt in ("if4", "nvfp4"):
-        runs = {str(s): lambda f=quantizer(fmt, search=s): f(x) for s in (None, "fast", "exhaustive")}
+        functions = {str(search): quantizer(fmt, search=search) for search in (None, "fast", "exhaustive")}
+        runs = {search: lambda function=function: function(x) for search, function in functions.items()}
         times = alternate(runs, min(args.pairs, 5))
         for search in ("fast", "exhaustive"):
-            name = f'{fmt}, search="{search}"'
-            yield Row("search", name, "x plain", ratio(times, search, "None"), None, milliseconds(times, search))
+            yield row_of(times, "search", f'{fmt}, search="{search}"', search, "None", "x plain")
 
 
 def growth_rows(args):
@@ -157,40 +162,46 @@ def growth_rows(args):
     for power in range(4, 9):
         size = 10**power
         x = jax.random.normal(jax.random.key(power), (size,), jnp.float32)
-        seconds = statistics.median(alternate({"if4": lambda x=x: plain(x)}, args.pairs if power < 8 else 5)["if4"])
-        yield Row("growth", f"if4, 1e{power} values", "ns a value", 1e9 * seconds / size, None, 1e3 * seconds)
+        times = alternate({"if4": lambda x=x: plain(x)}, args.pairs if power < 8 else 5)["if4"]
+        wall, processor = np.median(times, axis=0).tolist()
+        ns = 1e9 / size
+        yield Row("growth", f"if4, 1e{power} values", "ns a value", ns * wall, None, 1e3 * wall, ns * processor)
 
 
 def memory_rows(args):
-    x = jax.ShapeDtypeStruct((args.size, args.size), jnp.float32)
-    cases = [(fmt, fmt, x, {}) for fmt in FORMATS]
-    cases += [("if4, bfloat16 input", "if4", x.update(dtype=jnp.bfloat16), {}), ("if4, axis=-2", "if4", x, {"axis": -2})]
-    for name, fmt, shape, settings in cases:
-        spent = quantizer(fmt, **settings).lower(shape).compile().memory_analysis().temp_size_in_bytes
-        yield Row("memory", f"{name}: temporaries", "x input", spent / (shape.size * shape.dtype.itemsize), 0.5)
-    for fmt in ("if4", "fouroversix"):
+    for name, function, argument, _ in quantize_cases(inputs(args.size)):
+        spent = function.lower(argument).compile().memory_analysis().temp_size_in_bytes
+        yield Row("memory", f"{name}: temporaries", "x input", spent / argument.nbytes, 0.5)
+    for fmt in FORMATS:
         # A fresh process each: the high-water mark of memory never falls.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
             peak = pool.submit(peak_memory, fmt, 2 * args.size).result()
-        yield Row("memory", f"{fmt}: peak, input and result included", "x input", peak, 3.0)
+        yield Row("memory", f"{fmt}: peak, with input and result", "x input", peak, 3.0)
 
 
 def peak_memory(fmt: str, size: int) -> float:
-    """Peak resident memory of quantizing [size, size], without what the process held before the input, over the input's."""
+    """Peak resident memory of quantizing [size, size] over the input's bytes, not counting what was there before it."""
     make = jax.jit(lambda: jnp.sin(jnp.arange(size * size, dtype=jnp.float32)).reshape(size, size)).lower().compile()
     run = quantizer(fmt).lower(jax.ShapeDtypeStruct((size, size), jnp.float32)).compile()
-    statm = Path("/proc/self/statm")
-    unit = 1 if sys.platform == "darwin" else 1024
-    if statm.exists():
-        before = int(statm.read_text().split()[1]) * resource.getpagesize()
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    before, _ = resident()
     x = jax.block_until_ready(make())
     q = jax.block_until_ready(run(x))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    _, peak = resident()
     del q
     return (peak - before) / x.nbytes
+
+
+def resident() -> tuple[int, int]:
+    """Bytes of resident memory, now and at most so far."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak, peak
+    # Linux hands its ru_maxrss on to the processes that a process starts; these two begin afresh.
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if line.startswith(("VmRSS", "VmHWM")))
+    now, peak = (1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM"))
+    return now, peak
 
 
 def peer_rows(args):
@@ -203,8 +214,8 @@ def peer_rows(args):
     theirs = jax.jit(lambda x: qwix.quantize(x, "nvfp4", channelwise_axes=(0,), tiled_axes={1: 16}))
     ours = quantizer("nvfp4")
     times = alternate({"ours": lambda: ours(x), "theirs": lambda: theirs(x)}, args.pairs)
-    note = f"qwix {importlib.metadata.version('qwix')}: no tensor scale, unpacked, float32 scales"
-    yield Row("peers", "qwix, nvfp4", "x ours", ratio(times, "theirs", "ours"), None, milliseconds(times, "theirs"), note)
+    note = f"qwix {importlib.metadata.version('qwix')}; no tensor scale, codes not packed"
+    yield row_of(times, "peers", "qwix, nvfp4", "theirs", "ours", "x ours", None, note)
 
 
 def reference_rows(args, x):
@@ -232,18 +243,18 @@ def reference_rows(args, x):
         times = alternate({"ours": lambda ours=ours: ours(x), "theirs": theirs}, 3)
         note = f"{version}; equal bytes: codes {same_codes:.7%}, scales {same_scales:.7%}"
         bound = -60 if fmt == "if4" else None
-        found = ratio(times, "theirs", "ours")
-        yield Row("peers", f"reference, {fmt}", "x ours", found, bound, milliseconds(times, "theirs"), note)
+        yield row_of(times, "peers", f"reference, {fmt}", "theirs", "ours", "x ours", bound, note)
 
 
 def import_reference(folder: str | None):
-    """(the reference path's module, why not). Its packages are entered without their own imports, which want a GPU's."""
+    """(the reference path's module, or why there is none)."""
     if folder is None:
         spec = importlib.util.find_spec("fouroversix")
         if spec is None:
             return None, "not installed"
         folder = str(Path(spec.submodule_search_locations[0]).parent)
     root = Path(folder, "fouroversix")
+    # Empty packages in place of its own, whose imports want transformers and more.
     for name in ("fouroversix", "fouroversix.quantize", "fouroversix.quantize.pytorch"):
         package = types.ModuleType(name)
         package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
@@ -296,8 +307,11 @@ def measure_in_children(args) -> list[list[Row]]:
 
 def merged(rows: tuple[Row, ...]) -> Row:
     values = [row.value for row in rows]
-    ms = [row.ms for row in rows if row.ms is not None]
-    return rows[0]._replace(value=statistics.median(values), ms=statistics.median(ms) if ms else None)
+    ms, processor = (
+        statistics.median(found) if None not in found else None
+        for found in ([row.ms for row in rows], [row.processor for row in rows])
+    )
+    return rows[0]._replace(value=statistics.median(values), ms=ms, processor=processor)
 
 
 def machine() -> dict:
@@ -318,9 +332,10 @@ def number(value: float | None, places: int = 3) -> str:
 
 
 def report(about: dict, args, rows: list[Row], runs: list[list[Row]]) -> str:
-    lines = [f"`benchmarks/codec.py`, {args.size} x {args.size}, median ratio of {args.pairs} rounds, of {len(runs)} processes:"]
+    times = f"medians of {args.pairs} rounds in each of {len(runs)} processes"
+    lines = [f"`python benchmarks/codec.py`: {args.size} x {args.size}, {times}."]
     lines += ["", ", ".join(f"{key} {value}" for key, value in about.items() if value is not None), ""]
-    lines += ["| section | case | ms | figure | between processes | target | |", "|---|---|---|---|---|---|---|"]
+    lines += ["| section | case | ms | figure | between processes | processor time | target | |", "|---" * 8 + "|"]
     for i, row in enumerate(rows):
         values = [run[i].value for run in runs]
         spread = f"{number(min(values))}-{number(max(values))}" if len(runs) > 1 and row.value == row.value else ""
@@ -328,7 +343,8 @@ def report(about: dict, args, rows: list[Row], runs: list[list[Row]]) -> str:
         met = {None: "", True: "met", False: "MISSED"}[row.met if row.value == row.value else None]
         figure = f"{number(row.value)} {row.unit}".strip() if row.value == row.value else ""
         note = " ".join(filter(None, (met, row.note)))
-        lines.append(f"| {row.section} | {row.name} | {number(row.ms)} | {figure} | {spread} | {target} | {note} |")
+        cells = [row.section, row.name, number(row.ms), figure, spread, number(row.processor), target, note]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -38,6 +38,8 @@ class Grid:
     zero: Literal["signed", "negative", "unsigned"] = "signed"
 
     def __post_init__(self):
+        if not all(abs(v) <= np.finfo(np.float32).max for v in self.magnitudes):
+            raise ValueError(f"{self.name}: magnitudes must be finite float32 numbers, got {self.magnitudes}")
         m = tuple(float(np.float32(v)) for v in self.magnitudes)
         object.__setattr__(self, "magnitudes", m)
         if len(m) < 2 or len(m) & (len(m) - 1):
@@ -148,8 +150,9 @@ class Grid:
         for i, (lower, upper) in enumerate(itertools.pairwise(m)):
             middle = np.float32((lower + upper) / 2)
             tie_goes_up = self.ties == "away" or (self.ties == "even" and i % 2 == 1)
-            if middle != (lower + upper) / 2:  # rounded, so no float32 is a tie: ask which side of the rounded one
-                tie_goes_up = middle > (lower + upper) / 2
+            rounded_by = float(middle) - (lower + upper) / 2
+            if rounded_by:  # no float32 is a tie: ask on which side of the true middle the rounded one lies
+                tie_goes_up = rounded_by > 0
             above.append(a >= middle if tie_goes_up else a > middle)
         return above
 

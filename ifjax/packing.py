@@ -62,6 +62,12 @@ def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     group, width = group_of(bits)
     before, after = packed.shape[: packed.ndim + axis], packed.shape[packed.ndim + axis + 1 :]
     packed = packed.reshape(*before, packed.shape[axis] // width, width, *after)
+    if width > 4:  # 5- and 7-bit codes: a group is wider than a word, but a code lies in two neighbouring bytes
+        members = [lax.index_in_dim(packed, j, axis, keepdims=False).astype(jnp.int32) for j in range(width)]
+        members.append(jnp.zeros_like(members[0]))
+        starts = [divmod(i * bits, 8) for i in range(group)]
+        codes = jnp.stack([(members[j] | members[j + 1] << 8) >> shift for j, shift in starts], axis)
+        return codes & (2**bits - 1)
     word = sum(lax.index_in_dim(packed, j, axis, keepdims=True).astype(jnp.int32) << (8 * j) for j in range(width))
     # A shift by a small constant array; interleaving `group` arrays instead would cost a pass over memory.
     shifts = (jnp.arange(group, dtype=jnp.int32) * bits).reshape(*(1 for _ in before), 1, group, *(1 for _ in after))
