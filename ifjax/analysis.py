@@ -478,7 +478,7 @@ def _measure(x: np.ndarray, fmt: Format, axis: int, amax: np.float32, loss, sear
     nbytes += 0 if fmt.scale.largest is None else 4
     missing = -rows.shape[-1] % fmt.block
     if missing:
-        rows = np.pad(rows, [(0, missing if i == rows.ndim - 1 else 0) for i in range(rows.ndim)])
+        rows = np.concatenate([rows, np.zeros((*rows.shape[:-1], missing), rows.dtype)], axis=-1)
     unit = _unit(float(amax))
     signal = noise = 0.0
     second = 0

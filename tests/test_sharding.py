@@ -296,7 +296,9 @@ def test_shard_map_without_an_amax_takes_each_shards_own(mesh):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"search": "fast"}, {"block_2d": True}, {"rounding": "stochastic"}], ids=["search", "2-D", "stochastic"]
+    "settings",
+    [{"search": "fast"}, {"block_2d": True}, {"rounding": "stochastic"}],
+    ids=["search", "2-D", "stochastic"],
 )
 def test_everything_runs_inside_shard_map(mesh, settings):
     x = normal(16, 8)
