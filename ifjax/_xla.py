@@ -74,8 +74,9 @@ def _stage_on_cpu(f, *args):
     # vmap would turn the conditional into a select, and those fuse: the batched stage is a stage of the batched f.
     @custom_vmap
     def staged(*args):
-        first = lax.slice(args[0].ravel(), (0,), (1,))[0].astype(jnp.float32)
-        always = (first == first) | (first != first)  # XLA does not fold this, as NaN differs from itself
+        # From the smallest argument, and by a reduction: picking an element would gather a sharded array.
+        witness = jnp.max(min(jax.tree.leaves(args), key=jnp.size).astype(jnp.float32))
+        always = (witness == witness) | (witness != witness)  # XLA does not fold this, as NaN differs from itself
         return lax.cond(always, f, lambda *_: jnp.zeros(result.shape, result.dtype), *args)
 
     @staged.def_vmap

@@ -72,7 +72,7 @@ def encode(
     Returns:
         uint8 codes [..., m, B, ...], uint8 scale bytes [..., m, ...] and amax (None without a tensor scale).
     """
-    peaks = stage(lambda blocks: _peaks(blocks, axis, square), blocks)
+    peaks = _peaks(blocks, axis, square)
     tensor = None
     if fmt.scale.largest is not None:
         if amax is None:
