@@ -183,7 +183,8 @@ def _bytes_for_peak(peak, tensor, fmt, headroom):
     """For each candidate the int32 scale byte, without flag, that maps each block's largest magnitude to its place."""
     quantum, largest = fmt.constants(headroom)
     if tensor is None:
-        scale = divide(peak, quantum)
+        # Not below the smallest normal number, which a platform may flush: it has the byte of all that are smaller.
+        scale = jnp.where(peak > 0, jnp.maximum(divide(peak, quantum), np.float32(2.0**-126)), 0)
     else:
         scale = divide(peak * tensor.power, quantum) * divide(largest, tensor.amax)
         scale = jnp.where(tensor.amax > 0, scale, 0)
