@@ -660,6 +660,8 @@ BIAS = {
     ("mxfp4", "stochastic"): 0,
 }
 QUICK = [("nvfp4", rounding) for rounding in ROUNDINGS[1:]] + [("if4", "stochastic_unbiased"), ("mxfp4", "stochastic")]
+
+
 def misalignment(fmt, rounding, count, seed=29):
     """(<decoded, x> / <x, x> - 1, its standard deviation, MSE) of one draw each of `count` normal values."""
     x = normal(count // 1024, 1024, seed=seed)
