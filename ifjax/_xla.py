@@ -23,15 +23,27 @@ def divide(a: ArrayLike, b: ArrayLike) -> jax.Array:
     Subnormal quotients are exempt (XLA:CPU flushes subnormals to zero; so do TPUs).
     """
     a, b = jnp.broadcast_arrays(jnp.float32(a), jnp.float32(b))
-    # What XLA rewrites is a division by a scalar, by a broadcast or by another division. This divisor is none of
-    # them, because it depends on every element; yet it is b wherever the quotient is a number. It fuses away.
-    b = jnp.where((a == a) & (b == b), b, jnp.float32(jnp.nan))
-    return lax.platform_dependent(a, b, cpu=lax.div, default=_corrected_quotient)
+    return lax.platform_dependent(a, b, cpu=_quotient, default=_corrected_quotient)
+
+
+def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+    # The barrier, which XLA:CPU drops before it fuses, keeps a from being seen as a broadcast, and with it the divisor.
+    a = lax.optimization_barrier(a)
+    return a / _depending_on(a, b)
 
 
 def _corrected_quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a / b from a quotient that may be one unit in the last place off."""
-    return correct_quotient(a, b, a / b)
+    # No barrier: it would cut XLA:GPU's kernels. So here a must not be a broadcast of computed values.
+    return correct_quotient(a, b, a / _depending_on(a, b))
+
+
+def _depending_on(a: jax.Array, b: jax.Array) -> jax.Array:
+    """b, wherever a / b is a number.
+
+    What XLA rewrites is a division by a scalar, by a broadcast or by another division. This divisor is none of them,
+    because it depends on every element of a. It fuses away.
+    """
+    return jnp.where((a == a) & (b == b), b, jnp.float32(jnp.nan))
 
 
 def correct_quotient(a: jax.Array, b: jax.Array, q: jax.Array) -> jax.Array:

@@ -125,10 +125,10 @@ class QTensor:
             return jnp.take(a, indices, axis=axis, mode="fill", fill_value=fill)
 
         amax = self.amax if self.amax is None or axis >= self.amax.ndim else pick(self.amax, 0)
-        return self._with(pick(self.codes, 0), pick(self.scale_bytes(), self.fmt.scale.nan), amax)
+        return self._picked(axis, pick(self.codes, 0), pick(self.scale_bytes(), self.fmt.scale.nan), amax)
 
     def __getitem__(self, index: Any) -> "QTensor":
-        """Integers, slices and at most one integer array, along unblocked axes."""
+        """Integers, slices and at most one integer array or traced integer (see `take`), along unblocked axes."""
         index = index if isinstance(index, tuple) else (index,)
         dots = [i for i, entry in enumerate(index) if entry is Ellipsis]
         if len(dots) > 1:
@@ -199,6 +199,11 @@ class QTensor:
         scales = lax.bitcast_convert_type(scale_bytes, self.fmt.scale.dtype)
         return dataclasses.replace(self, codes=codes, scales=scales, amax=amax)
 
+    def _picked(self, axis, codes, scale_bytes, amax):
+        """What was picked along `axis`, which leaves any number of axes behind: `self.axis` counts those after it."""
+        moved = self.ndim - codes.ndim if axis > self.ndim + self.axis else 0
+        return dataclasses.replace(self._with(codes, scale_bytes, amax), axis=self.axis + moved)
+
     def _unblocked(self, axis: int) -> int:
         """The axis counted from the front, or an error if blocks lie along it."""
         if not -self.ndim <= axis < self.ndim:
@@ -229,7 +234,7 @@ class QTensor:
             raise TypeError(f"QTensor indices are integers, slices and integer arrays, got {entry!r}")
         at = (slice(None),) * axis + (entry,)
         amax = self.amax if self.amax is None or axis >= self.amax.ndim else self.amax[at]
-        return self._with(self.codes[at], self.scale_bytes()[at], amax)
+        return self._picked(axis, self.codes[at], self.scale_bytes()[at], amax)
 
 
 _ARRAYS = ("codes", "scales", "amax")
@@ -488,15 +493,16 @@ def _fake_quantize(x, key, amax, *, clipped, **settings):
     scales = jnp.expand_dims(scales, axis)
 
     def values_of(codes):
-        values = codec.merge_blocks(codec.decode(codes, scales, fmt, amax=amax, headroom=headroom), axis)
+        values = codec.decode(codes, scales, fmt, amax=amax, headroom=headroom)
+        values = codec.merge_blocks(jnp.broadcast_to(values, shape), axis)
         for at in range(-x.ndim, 0):
             values = _crop(values, x.shape[at], at)
         return values
 
-    passes = None
+    shape, passes = codes.shape, None
     if clipped:
         # The code of the largest magnitude is the same on all grids of a format. A block of scale zero is not clipped.
-        limit = values_of(jnp.full_like(codes, len(fmt.grid.magnitudes) - 1))
+        limit = values_of(jnp.full_like(scales, len(fmt.grid.magnitudes) - 1))
         passes = (jnp.abs(x).astype(jnp.float32) <= limit) | (limit == 0)
     return values_of(codes).astype(x.dtype), passes
 
@@ -514,7 +520,8 @@ def _dequantize(q, dtype):
         codes = _crop(codec.merge_blocks(codes, q.axis), q.scales.shape[q.axis] * block, q.axis)
         codes = codec.split_blocks(codes, block, q.axis)
     values = codec.decode(codes, scales, q.fmt, amax=q.amax, headroom=q.headroom)
-    return _crop(values.reshape(_replace(q.codes.shape, q.axis, -1)), q.length, q.axis).astype(dtype)
+    length = q.scales.shape[q.axis] * block
+    return _crop(values.reshape(_replace(q.codes.shape, q.axis, length)), q.length, q.axis).astype(dtype)
 
 
 @jax.custom_jvp
@@ -592,7 +599,7 @@ def _checked_amax(amax, shape, fmt):
 
 
 def _is_integer(entry):
-    return hasattr(entry, "__index__") and not isinstance(entry, bool) and np.ndim(entry) == 0
+    return hasattr(entry, "__index__") and not isinstance(entry, bool | Tracer) and np.ndim(entry) == 0
 
 
 def _is_index_array(entry):

@@ -18,8 +18,6 @@ from jax.sharding import PartitionSpec
 
 import ifjax
 
-pytestmark = pytest.mark.slow  # not yet seen to pass as a whole in the time that CI has
-
 # Blocks of 4 and 8 go through the same code as those of 16 and compile in a fraction of the time.
 IF4 = dataclasses.replace(ifjax.FORMATS["if4"], name="if4_bs4", block=4)
 NVINT6 = dataclasses.replace(ifjax.FORMATS["nvint6"], name="nvint6_bs4", block=4)

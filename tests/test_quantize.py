@@ -15,8 +15,6 @@ import pytest
 
 import ifjax
 
-pytestmark = pytest.mark.slow  # not yet seen to pass as a whole in the time that CI has
-
 
 def short(name, block=4):
     """A named format with short blocks, which compile in a fraction of the time."""

@@ -55,6 +55,17 @@ def test_every_quotient_is_the_nearest_float32(run, columns):
 
 
 @each_run
+def test_a_row_of_equal_quotients_is_not_turned_into_a_product(run):
+    """Both numbers are computed, and alike in a row: XLA would compute one reciprocal and spread their product."""
+    a, b = floats((A.shape[0], 1), 3), floats((A.shape[0], 1), 4)
+
+    def spread(a, b):
+        return divide(jnp.broadcast_to(a * 3, A.shape[-1:] if a.ndim == 1 else (a.shape[0], A.shape[1])), b * 5)
+
+    assert_array_equal(run(spread)(a, b), np.broadcast_to(a * 3 / (b * 5), A.shape))
+
+
+@each_run
 def test_a_constant_divisor_is_not_turned_into_a_factor(run):
     # one program for all constants
     got = run(lambda a, _: jnp.stack([divide(a, c) for c in CONSTANTS], -1))(A, A)
