@@ -89,7 +89,8 @@ def _stage_on_cpu(f, *args):
         # From the smallest argument, and by a reduction: picking an element would gather a sharded array.
         witness = jnp.max(min(jax.tree.leaves(args), key=jnp.size).astype(jnp.float32))
         always = (witness == witness) | (witness != witness)  # XLA does not fold this, as NaN differs from itself
-        return lax.cond(always, f, lambda *_: jnp.zeros(result.shape, result.dtype), *args)
+        # Zeros made from the result: of its sharding, and inside shard_map varying where it does.
+        return lax.cond(always, f, lambda *args: jnp.zeros_like(f(*args)), *args)
 
     @staged.def_vmap
     def batched(axis_size, in_batched, *args):
