@@ -2,6 +2,7 @@
 
 Quantize:    quantize, dequantize, fake_quantize, QTensor
 Formats:     FORMATS, get_format, Format, Candidate, Grid, Scale
+Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
 Rotate:      hadamard, inverse_hadamard, random_signs
 Place:       device_put, shardings
 Exchange:    to_ml_dtypes, swizzle_scales, unswizzle_scales
@@ -10,6 +11,7 @@ Hardware:    mac (IF4 and NVFP4 multiply-accumulate units)
 
 from ifjax import mac
 from ifjax._hadamard import hadamard, inverse_hadamard, random_signs
+from ifjax._matmul import Prepacked, dot_general, einsum, explain_matmul, matmul, prepack, ragged_dot
 from ifjax.formats import FORMATS, Candidate, Format, get_format
 from ifjax.grids import Grid
 from ifjax.layouts import swizzle_scales, unswizzle_scales
@@ -23,16 +25,23 @@ __all__ = [
     "Candidate",
     "Format",
     "Grid",
+    "Prepacked",
     "QTensor",
     "Scale",
     "dequantize",
     "device_put",
+    "dot_general",
+    "einsum",
+    "explain_matmul",
     "fake_quantize",
     "get_format",
     "hadamard",
     "inverse_hadamard",
     "mac",
+    "matmul",
+    "prepack",
     "quantize",
+    "ragged_dot",
     "random_signs",
     "shardings",
     "swizzle_scales",

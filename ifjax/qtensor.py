@@ -509,6 +509,15 @@ def _fake_quantize(x, key, amax, *, clipped, **settings):
 
 @jax.jit(static_argnames="dtype")
 def _dequantize(q, dtype):
+    return _values(q, q.amax).astype(dtype)
+
+
+def unscaled_values(q: QTensor) -> Float[Array, "..."]:
+    """float32 values of q without the tensor's factor: multiplied by amax / K they are q's."""
+    return _values(q, None)
+
+
+def _values(q, amax):
     codes, scales = unpack(q.codes, q.fmt.bits, q.axis), jnp.expand_dims(q.scale_bytes(), q.axis)
     group, block = codes.shape[q.axis], q.fmt.block
     if block % group == 0:
@@ -519,9 +528,9 @@ def _dequantize(q, dtype):
     else:
         codes = _crop(codec.merge_blocks(codes, q.axis), q.scales.shape[q.axis] * block, q.axis)
         codes = codec.split_blocks(codes, block, q.axis)
-    values = codec.decode(codes, scales, q.fmt, amax=q.amax, headroom=q.headroom)
+    values = codec.decode(codes, scales, q.fmt, amax=amax, headroom=q.headroom)
     length = q.scales.shape[q.axis] * block
-    return _crop(values.reshape(_replace(q.codes.shape, q.axis, length)), q.length, q.axis).astype(dtype)
+    return _crop(values.reshape(_replace(q.codes.shape, q.axis, length)), q.length, q.axis)
 
 
 @jax.custom_jvp

@@ -1,0 +1,780 @@
+"""Products with packed operands: dot_general, einsum, matmul and ragged_dot that take QTensors.
+
+    product -> one packed operand, one array -> path (a kernel, or XLA) -> accumulate in float32 -> times amax / K
+
+A product is linear in its array, so its gradient needs the packed bytes and nothing else: it is the product with the
+other axes contracted.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import opt_einsum
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from ifjax import codec
+from ifjax._xla import divide, stage
+from ifjax.formats import Format
+from ifjax.packing import pack
+from ifjax.qtensor import QTensor, unscaled_values
+
+Impl = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
+Operand = ArrayLike | QTensor
+DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+
+
+class _Dims(NamedTuple):
+    """The dimension numbers of a product of an array x (left) with a packed q (right), as tuples from the front."""
+
+    x_contracted: tuple[int, ...]
+    q_contracted: tuple[int, ...]
+    x_batch: tuple[int, ...]
+    q_batch: tuple[int, ...]
+
+    @property
+    def numbers(self):
+        return (self.x_contracted, self.q_contracted), (self.x_batch, self.q_batch)
+
+    def x_free(self, ndim):
+        return tuple(i for i in range(ndim) if i not in self.x_contracted + self.x_batch)
+
+    def q_free(self, ndim):
+        return tuple(i for i in range(ndim) if i not in self.q_contracted + self.q_batch)
+
+
+class _Settings(NamedTuple):
+    """What a product is compiled for; hashable."""
+
+    dims: _Dims
+    precision: Any
+    x_dtype: np.dtype
+    dtype: np.dtype  # that operands are multiplied in
+    out_dtype: np.dtype
+    out_sharding: Any
+    kernel: str | None  # None: XLA everywhere
+    forced: bool  # the kernel on every platform
+
+
+# --- the functions ---------------------------------------------------------------------------------------------------
+
+
+def dot_general(
+    lhs: Operand,
+    rhs: Operand,
+    dimension_numbers: DimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    *,
+    out_sharding: Any = None,
+    impl: Impl | None = None,
+    target: str | None = None,
+) -> jax.Array:
+    """`jax.lax.dot_general`, of which either operand, or both, may be a QTensor or a prepacked one.
+
+    Weights are decoded to the type of the product (that of both operands' dtypes, by jax's promotion) without the
+    tensor's factor, multiplied and added up in float32, and multiplied by amax / K once: in float32 that differs from
+    dequantizing first by rounding alone; in bfloat16 a weight is rounded once. A tensor whose amax is under 3e-35 may
+    read as zero.
+
+    Contracting the axis that blocks lie along is the fast path. Contracting another one, or an axis with amax values
+    of its own, dequantizes.
+
+    The gradient reaches arrays only: a QTensor gets none (as `jax.grad` of integers has none). Reverse mode only.
+
+    Args:
+        lhs, rhs: arrays or QTensors of any rank.
+        dimension_numbers, precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`.
+        impl: None takes a kernel where there is one for the device and the operands, else XLA; "xla", "mosaic_gpu"
+            (Hopper) and "mosaic_tpu" (v5e, v6e) force one. `explain_matmul` tells which and why.
+        target: the device kind to compile for, such as "H200" or "TPU v6e"; the first device's unless given.
+
+    Raises:
+        ValueError: the axes do not match, or the forced `impl` cannot take this product; the message says why.
+    """
+    if not (_is_packed(lhs) or _is_packed(rhs)):
+        return lax.dot_general(
+            lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
+        )
+    dims = _checked_dims(lhs, rhs, dimension_numbers)
+    dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+    settings = _Settings(dims, precision, dtype, dtype, dtype, out_sharding, None, False)
+    if preferred_element_type is not None:
+        settings = settings._replace(out_dtype=np.dtype(preferred_element_type))
+    if not _is_packed(rhs):
+        # The packed operand goes to the right; the free axes come out in the other order.
+        x, q = jnp.asarray(rhs), lhs
+        settings = settings._replace(
+            dims=_Dims(dims.q_contracted, dims.x_contracted, dims.q_batch, dims.x_batch), out_sharding=None
+        )
+        y = _planned_product(x, q, settings, impl, target)
+        batch, count = len(dims.x_batch), len(settings.dims.x_free(x.ndim))
+        y = jnp.moveaxis(y, range(batch, batch + count), range(y.ndim - count, y.ndim))
+        return y if out_sharding is None else jax.reshard(y, out_sharding)
+    if not _is_packed(lhs):
+        return _planned_product(jnp.asarray(lhs), rhs, settings, impl, target)
+    # Both packed. The left one's factor, if it is one number, joins the right one's in the end.
+    lhs = lhs if isinstance(lhs, QTensor) else lhs.unpack()
+    if lhs.amax is not None and lhs.amax.ndim:
+        return _planned_product(lhs.dequantize(dtype), rhs, settings, impl, target)
+    out_dtype, settings = settings.out_dtype, settings._replace(out_dtype=_accumulator(settings.out_dtype))
+    y = _planned_product(unscaled_values(lhs).astype(dtype), rhs, settings, impl, target)
+    return (y if lhs.amax is None else y * _factor(lhs)).astype(out_dtype)
+
+
+def matmul(
+    a: Operand,
+    b: Operand,
+    *,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    impl: Impl | None = None,
+    target: str | None = None,
+) -> jax.Array:
+    """`jax.numpy.matmul`, of which either operand, or both, may be a QTensor. See `dot_general`.
+
+    For [K, N] weights quantize along axis=-2, the contracted one; [N, K] weights multiply as `einsum("...k,nk->...n")`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import ifjax
+        >>> w = ifjax.quantize(jnp.eye(32), axis=-2)
+        >>> ifjax.matmul(jnp.ones((2, 32)), w).shape
+        (2, 32)
+    """
+    rank_a, rank_b = jnp.ndim(a), jnp.ndim(b)
+    if not rank_a or not rank_b:
+        raise ValueError("matmul needs operands of at least one axis, got a scalar: multiply with *")
+    left = "k" if rank_a == 1 else "...mk"
+    right = "k" if rank_b == 1 else "...kn"
+    out = "..." * (rank_a > 1 or rank_b > 1) + "m" * (rank_a > 1) + "n" * (rank_b > 1)
+    return einsum(
+        f"{left},{right}->{out}", a, b, precision=precision, preferred_element_type=preferred_element_type,
+        impl=impl, target=target,
+    )  # fmt: skip
+
+
+def einsum(
+    spec: str,
+    *operands: Operand,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    impl: Impl | None = None,
+    target: str | None = None,
+) -> jax.Array:
+    """`jax.numpy.einsum`, any of whose operands may be QTensors. See `dot_general`.
+
+    Sums along one operand alone, diagonals and outer dimensions of length 1 that would broadcast a QTensor dequantize
+    it. More than two operands are contracted pair by pair in opt_einsum's order.
+
+    Raises:
+        ValueError: the specification does not fit the operands.
+    """
+    rest = {"precision": precision, "preferred_element_type": preferred_element_type}
+    if not any(map(_is_packed, operands)):
+        return jnp.einsum(spec, *operands, **rest)
+    operands = [a if _is_packed(a) else jnp.asarray(a) for a in operands]
+    inputs, out, _ = opt_einsum.parser.parse_einsum_input((spec, *(a.shape for a in operands)), shapes=True)
+    rest |= {"impl": impl, "target": target}
+    if len(operands) == 2:
+        return _einsum_of_two(*inputs.split(","), out, *operands, **rest)
+    if len(operands) == 1:
+        return jnp.einsum(f"{inputs}->{out}", _dense(operands[0]), preferred_element_type=preferred_element_type)
+    _, steps = opt_einsum.contract_path(
+        f"{inputs}->{out}", *(a.shape for a in operands), shapes=True, einsum_call=True
+    )
+    for positions, _, step, *_ in steps:
+        operands.append(einsum(step, *(operands.pop(i) for i in positions), **rest))
+    return operands[0]
+
+
+def ragged_dot(
+    lhs: ArrayLike,
+    rhs: Operand,
+    group_sizes: ArrayLike,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    *,
+    group_offset: ArrayLike | None = None,
+) -> jax.Array:
+    """`jax.lax.ragged_dot` with packed experts: each group of rows of lhs [m, k] times its own matrix of rhs [g, k, n].
+
+    rhs may be a QTensor, quantized along any axis, with one amax or (amax_axes=(0,)) one for each group; its matrices
+    are dequantized. The gradient reaches lhs only.
+    """
+    lhs = jnp.asarray(lhs)
+    if not _is_packed(rhs):
+        return lax.ragged_dot(
+            lhs, rhs, group_sizes, precision, preferred_element_type, group_offset=group_offset
+        )
+    rhs = rhs if isinstance(rhs, QTensor) else rhs.unpack()
+    dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+    out_dtype = dtype if preferred_element_type is None else np.dtype(preferred_element_type)
+    return _ragged(lhs, rhs, jnp.asarray(group_sizes), group_offset, (precision, lhs.dtype, dtype, out_dtype))
+
+
+# --- which way a product goes ----------------------------------------------------------------------------------------
+
+
+class Explanation(NamedTuple):
+    """What `explain_matmul` answers.
+
+    Attributes:
+        path: "xla", "mosaic_gpu", "mosaic_tpu" or "scaled_matmul".
+        reason: why this one, or why no faster one.
+    """
+
+    path: str
+    reason: str
+
+
+def explain_matmul(
+    a: Operand,
+    b: Operand,
+    dimension_numbers: DimensionNumbers | None = None,
+    *,
+    platform: Literal["cpu", "cuda", "tpu"] | None = None,
+    target: str | None = None,
+) -> Explanation:
+    """Which way the product of a and b goes on a platform, and why. Nothing is computed; shapes suffice.
+
+    Args:
+        a, b: as in `matmul`, or in `dot_general` if dimension_numbers are given. `jax.ShapeDtypeStruct` will do, and
+            QTensors of them (from `jax.eval_shape`).
+        platform: "cpu", "cuda" or "tpu"; that of `target`, or of the first device.
+        target: the device kind; see `dot_general`.
+    """
+    if not (_is_packed(a) or _is_packed(b)):
+        return Explanation("xla", "neither operand is packed")
+    if dimension_numbers is None:
+        batch = range(max(b.ndim - 2, 0))
+        if batch and a.ndim != b.ndim:
+            raise ValueError(f"say which axes of {a.shape} and {b.shape} belong together: pass dimension_numbers")
+        dimension_numbers = ((a.ndim - 1,), (max(b.ndim - 2, 0),)), (tuple(batch), tuple(batch))
+    dims = _checked_dims(a, b, dimension_numbers)
+    x, q = (a, b) if _is_packed(b) else (b, a)
+    dims = dims if _is_packed(b) else _Dims(dims.q_contracted, dims.x_contracted, dims.q_batch, dims.x_batch)
+    target = _target(target, platform)
+    return _explain(x, q, dims, jnp.promote_types(a.dtype, b.dtype), target)
+
+
+# Device kinds, as jax spells them and as people do, and the kernels that were built for them.
+_KERNELS = {"mosaic_gpu": r"\bG?H[12]00\b", "mosaic_tpu": r"\bv[56] ?(lite|e)\b"}
+_PLATFORMS = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
+
+
+def _target(target, platform=None):
+    """The device kind to compile for. A platform without a target stands for devices of no particular kind."""
+    if target is not None:
+        return target
+    device = jax.devices()[0]
+    named = {"gpu": "cuda"}.get(device.platform, device.platform)
+    return device.device_kind if platform in (None, named) else platform
+
+
+def _kernel_for(target):
+    return next((name for name, kinds in _KERNELS.items() if re.search(kinds, target)), None)
+
+
+def _explain(x, q, dims, dtype, target) -> Explanation:
+    kernel = _kernel_for(target)
+    if isinstance(q, Prepacked) and q.kernel != kernel:
+        return Explanation("xla", f"prepacked for {q.kernel}, unpacked and dequantized for {target}")
+    if kernel is None:
+        return Explanation("xla", f"there is no kernel for {target}: weights are dequantized to {dtype.name} by XLA")
+    reason = _refusal(kernel, x, q, dims, dtype)
+    return Explanation("xla", f"{kernel} cannot take it: {reason}") if reason else Explanation(kernel, f"on {target}")
+
+
+def _refusal(kernel, x, q, dims, dtype) -> str | None:
+    """Why a kernel cannot take this product; None if it can."""
+    if isinstance(x, QTensor | Prepacked):
+        dtype = jnp.promote_types(x.dtype, q.dtype)
+    base = q.ndim - (q.amax.ndim if q.amax is not None else 0)
+    if base < 2 or dims.q_batch or (q.amax is not None and q.amax.ndim):
+        return "it multiplies by one matrix, and these weights have batch axes or several amax values"
+    if dims.q_contracted != (q.ndim + q.axis,):
+        return f"it contracts the axis that blocks lie along ({q.axis}) and no other"
+    decoding = _decoding(q.fmt)
+    if decoding is None:
+        return f"{q.fmt.name} has codes of {q.fmt.bits} bits, or a table or step that kernels cannot hold"
+    if jax.device_count() > 1 and not _is_manual():
+        return "XLA cannot share a kernel's work among devices: call it inside jax.shard_map"
+    rows = math.prod(x.shape[i] for i in range(len(x.shape)) if i not in dims.x_contracted)
+    return _module(kernel).supports(decoding, dtype, m=rows)
+
+
+def _is_manual():
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _module(kernel):
+    if kernel == "mosaic_gpu":
+        from pallas_kernels import gpu_matmul
+
+        return gpu_matmul
+    from pallas_kernels import tpu_matmul
+
+    return tpu_matmul
+
+
+# --- the product -----------------------------------------------------------------------------------------------------
+
+
+def _planned_product(x, q, settings, impl, target):
+    if impl not in (None, "xla", "mosaic_gpu", "mosaic_tpu"):
+        raise ValueError(f"impl must be None, 'xla', 'mosaic_gpu' or 'mosaic_tpu', got {impl!r}")
+    kernel = None if impl == "xla" else impl
+    if impl is None:
+        path = _explain(x, q, settings.dims, settings.dtype, _target(target)).path
+        kernel = None if path == "xla" else path
+    elif impl != "xla":
+        reason = _refusal(impl, x, q, settings.dims, settings.dtype)
+        if reason is None and isinstance(q, Prepacked) and q.kernel != impl:
+            reason = f"the weights are prepacked for {q.kernel}"
+        if reason:
+            raise ValueError(f"impl={impl!r} cannot take this product: {reason}")
+    return _product(x, q, settings._replace(x_dtype=x.dtype, kernel=kernel, forced=impl == kernel))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x, q, settings: _Settings):
+    """[batch, x's free axes, q's free axes] in settings.out_dtype."""
+    dims = settings.dims
+    if dims.q_contracted != (q.ndim + q.axis,) or dims.q_batch:
+        return _xla_product(x, q, settings)
+    (contracted,) = dims.x_contracted
+    return _rows_product(jnp.moveaxis(x, contracted, -1), q, settings)
+
+
+def _product_fwd(x, q, settings):
+    return _product(x, q, settings), q
+
+
+def _product_bwd(settings, q, g):
+    dims = settings.dims
+    batch, q_free = len(dims.x_batch), dims.q_free(q.ndim)
+    x_free = dims.x_free(g.ndim - len(q_free) + len(dims.x_contracted))
+    back = _Dims(
+        x_contracted=tuple(range(batch + len(x_free), g.ndim)),
+        q_contracted=q_free,
+        x_batch=tuple(range(batch)),
+        q_batch=dims.q_batch,
+    )
+    dtype = settings.dtype
+    settings = settings._replace(
+        dims=back, x_dtype=dtype, out_dtype=settings.x_dtype, out_sharding=None, kernel=None
+    )
+    dx = _product(g.astype(dtype), q, settings)
+    # dx has x's batch axes, its free ones, and what was contracted in q's order.
+    order = [x_axis for _, x_axis in sorted(zip(dims.q_contracted, dims.x_contracted, strict=True))]
+    return jnp.transpose(dx, np.argsort([*dims.x_batch, *x_free, *order])), _no_gradient(q)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _no_gradient(q):
+    """Cotangents of a QTensor's arrays: none for the integers, zero for the others."""
+
+    def zero(a):
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            return jnp.zeros_like(a)
+        return np.zeros(a.shape, jax.dtypes.float0)
+
+    return jax.tree.map(zero, q)
+
+
+def _rows_product(rows, q, settings):
+    """rows [..., K] times q, of which only the blocked axis is contracted: [..., q's free axes].
+
+    vmap over the rows alone makes more rows, so that the way is chosen by how many there are in the end.
+    """
+
+    def by_xla(rows, q):
+        dims = _Dims((rows.ndim - 1,), (q.ndim + q.axis,), (), ())
+        return _xla_product(rows, q, settings._replace(dims=dims))
+
+    @jax.custom_batching.custom_vmap
+    def product(rows, q):
+        if settings.kernel is None:
+            return by_xla(rows, q)
+        by_kernel = functools.partial(_kernel_product, settings=settings)
+        if settings.forced:
+            return by_kernel(rows, q)
+        return lax.platform_dependent(rows, q, **{_PLATFORMS[settings.kernel]: by_kernel}, default=by_xla)
+
+    @product.def_vmap
+    def batched(axis_size, in_batched, rows, q):
+        rows_batched, q_batched = in_batched
+        if not any(jax.tree.leaves(q_batched)):
+            return product(rows, q), True
+
+        def one(i):
+            take = functools.partial(jax.tree.map, lambda a, is_batched: a[i] if is_batched else a)
+            return product(take(rows, rows_batched), take(q, q_batched))
+
+        if settings.kernel is not None:
+            return lax.map(one, jnp.arange(axis_size)), True
+        in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, (rows_batched, q_batched))
+        return jax.vmap(by_xla, in_axes)(rows, q), True
+
+    return product(rows, q)
+
+
+def _xla_product(x, q, settings):
+    q = q if isinstance(q, QTensor) else q.unpack()
+    dims, dtype = settings.dims, settings.dtype
+    lead = 0 if q.amax is None else q.amax.ndim
+    in_epilogue = q.amax is not None and not any(axis < lead for axis in dims.q_contracted)
+
+    def by_dot(x, q):
+        w = unscaled_values(q) if in_epilogue or q.amax is None else q.dequantize(jnp.float32)
+        return lax.dot_general(
+            x.astype(dtype), w.astype(dtype), dims.numbers, settings.precision, _accumulator(dtype),
+            out_sharding=settings.out_sharding,
+        )  # fmt: skip
+
+    if _is_for_few_rows(x, q, dims, dtype):
+        y = lax.platform_dependent(x, q, cpu=_few_rows_on_cpu, default=by_dot)
+    else:
+        y = by_dot(x, q)
+    if in_epilogue:
+        y = y * _spread(_factor(q), y.ndim, dims, x.ndim, q.ndim)
+    return y.astype(settings.out_dtype)
+
+
+def _is_for_few_rows(x, q, dims, dtype):
+    # Measured on two cores: one row takes 0.15-0.25 of the time of decoding the matrix first, four rows 0.6.
+    is_matrix = dims.q_contracted == (q.ndim + q.axis,) and dims.x_contracted == (x.ndim - 1,) and not dims.q_batch
+    few = math.prod(x.shape[:-1]) <= 4 and q.size >= 2**16
+    return is_matrix and few and q.fmt.bits == 4 and q.fmt.block % 2 == 0 and dtype != np.float64
+
+
+def _few_rows_on_cpu(rows, q):
+    """rows [..., K] times q without q's factor, float32; the decoded weights are never written to memory.
+
+    A block's 16 products are added up in registers, then multiplied by its scale.
+    """
+    axis, fmt = q.axis, q.fmt
+    blocks = codec.split_blocks(rows.astype(jnp.float32).reshape(-1, rows.shape[-1]), fmt.block, -1)
+    first = (len(blocks), *[1] * (q.ndim + axis), blocks.shape[1], *[1] * (-axis - 1))
+
+    def sums(blocks, codes, scale_bytes):
+        """[rows, ..., m, ...]: for each block the sum of its values times x, in units of its scale."""
+        pairs, flag = codec.split_blocks(codes, fmt.block // 2, axis), scale_bytes >> 7
+        total = np.float32(0)
+        for j in range(fmt.block):
+            pair = lax.index_in_dim(pairs, j // 2, pairs.ndim + axis, keepdims=False).astype(jnp.int32)
+            values = codec.unscaled(pair >> 4 if j % 2 else pair & 15, flag, fmt)
+            total = total + values[None] * blocks[:, :, j].reshape(first)
+        return total
+
+    scale_bytes = q.scale_bytes()
+    # A stage, because XLA:CPU would hand the addition to a library for which it writes every product to memory.
+    y = stage(sums, blocks, q.codes, scale_bytes) * codec.block_scale(scale_bytes, fmt)[None]
+    return y.sum(axis).reshape(*rows.shape[:-1], *y.shape[1 : y.ndim + axis], *y.shape[y.ndim + axis + 1 :])
+
+
+def _factor(q):
+    """amax / K of a QTensor or a prepacked one: what its unscaled values are to be multiplied by."""
+    return divide(q.amax, q.fmt.constants(q.headroom)[1])
+
+
+def _spread(factor, ndim, dims, x_ndim, q_ndim):
+    """The factor [leading axes of q], with those axes where the product [batch, x free, q free] has them."""
+    q_free = dims.q_free(q_ndim)
+    first = len(dims.x_batch) + len(dims.x_free(x_ndim))
+    place = [dims.q_batch.index(a) if a in dims.q_batch else first + q_free.index(a) for a in range(factor.ndim)]
+    factor = jnp.transpose(factor, np.argsort(place))
+    shape = [1] * ndim
+    for at, length in zip(sorted(place), factor.shape, strict=True):
+        shape[at] = length
+    return factor.reshape(shape)
+
+
+def _accumulator(dtype):
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+# --- ragged products -------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ragged(x, q, group_sizes, group_offset, settings):
+    return _ragged_values(x, q, group_sizes, group_offset, settings)
+
+
+def _ragged_values(x, q, group_sizes, group_offset, settings):
+    precision, _, dtype, out_dtype = settings
+    y = lax.ragged_dot(
+        x.astype(dtype), q.dequantize(dtype), group_sizes, precision, _accumulator(dtype), group_offset=group_offset
+    )
+    return y.astype(out_dtype)
+
+
+def _ragged_fwd(x, q, group_sizes, group_offset, settings):
+    return _ragged_values(x, q, group_sizes, group_offset, settings), (q, group_sizes, group_offset)
+
+
+def _ragged_bwd(settings, kept, g):
+    q, group_sizes, group_offset = kept
+    x = jnp.zeros((g.shape[0], q.shape[-2]), settings[1])  # linear in x: any will do
+    _, pull = jax.vjp(lambda x: _ragged_values(x, q, group_sizes, group_offset, settings), x)
+    return *pull(g), _no_gradient(q), *_no_gradient((group_sizes, group_offset))
+
+
+_ragged.defvjp(_ragged_fwd, _ragged_bwd)
+
+
+# --- einsum ----------------------------------------------------------------------------------------------------------
+
+
+def _einsum_of_two(left, right, out, a, b, *, precision, preferred_element_type, impl, target):
+    plain = {"precision": precision, "preferred_element_type": preferred_element_type}
+    (left, a), (right, b) = _without_ones(left, a, right, b), _without_ones(right, b, left, a)
+    alone = [set(labels) - set(other) - set(out) for labels, other in ((left, right), (right, left))]
+    repeated = [len(set(labels)) < len(labels) for labels in (left, right)]
+    a = _dense(a) if alone[0] or repeated[0] else a
+    b = _dense(b) if alone[1] or repeated[1] else b
+    if any(alone) or any(repeated) or not (_is_packed(a) or _is_packed(b)) or set(out) - set(left + right):
+        # What jnp.einsum can bring into shape first: an array that is summed or has a diagonal.
+        kept = [
+            "".join(dict.fromkeys(c for c in labels if c not in drop))
+            for labels, drop in zip((left, right), alone, strict=True)
+        ]
+        if not (_is_packed(a) or _is_packed(b)) or set(out) - set(left + right):
+            return jnp.einsum(f"{left},{right}->{out}", _dense(a), _dense(b), **plain)
+        a = a if _is_packed(a) else jnp.einsum(f"{left}->{kept[0]}", a)
+        b = b if _is_packed(b) else jnp.einsum(f"{right}->{kept[1]}", b)
+        left, right = kept
+    batch = [c for c in left if c in right and c in out]
+    contracted = [c for c in left if c in right and c not in out]
+    dims = tuple(
+        tuple(tuple(labels.index(c) for c in chosen) for labels in (left, right)) for chosen in (contracted, batch)
+    )
+    y = dot_general(a, b, dims, precision, preferred_element_type, impl=impl, target=target)
+    have = batch + [c for c in left + right if c not in batch + contracted]
+    return jnp.transpose(y, [have.index(c) for c in out])
+
+
+def _without_ones(labels, a, other_labels, other):
+    """a without the axes of length 1 that broadcast against longer ones of the other operand."""
+    ones = [
+        i for i, c in enumerate(labels)
+        if a.shape[i] == 1 and c in other_labels and other.shape[other_labels.index(c)] != 1
+    ]  # fmt: skip
+    if not ones:
+        return labels, a
+    return "".join(c for i, c in enumerate(labels) if i not in ones), jnp.squeeze(_dense(a), tuple(ones))
+
+
+def _dense(a):
+    return a.dequantize() if _is_packed(a) else a
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Prepacked:
+    """A QTensor in the layout that a kernel reads. Made by `prepack`, for products; a pytree like QTensor.
+
+    Attributes:
+        words, scales: the kernel's arrays, after any leading axes (layers of `lax.scan`).
+        amax: as in QTensor.
+        kernel: "mosaic_gpu" or "mosaic_tpu".
+        fmt, headroom, axis, dtype, block_2d: as in QTensor.
+        matrix: shape of the array, leading axes aside.
+        rank: number of axes of `words` for one matrix.
+    """
+
+    words: jax.Array
+    scales: jax.Array
+    amax: jax.Array | None
+    kernel: str
+    fmt: Format
+    headroom: float
+    axis: int
+    matrix: tuple[int, ...]
+    dtype: np.dtype
+    block_2d: bool
+    rank: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that this stands for."""
+        return self.words.shape[: self.words.ndim - self.rank] + self.matrix
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays together."""
+        return sum(a.nbytes for a in jax.tree.leaves(self))
+
+    def unpack(self) -> QTensor:
+        """The QTensor that this was made of."""
+        unpack = functools.partial(_unpack, like=self)
+        for _ in range(self.words.ndim - self.rank):
+            unpack = jax.vmap(unpack)
+        codes, scale_bytes = unpack(self.words, self.scales)
+        return QTensor(
+            codes, lax.bitcast_convert_type(scale_bytes, self.fmt.scale.dtype), self.amax, self.fmt, self.headroom,
+            self.axis, self.matrix[self.axis], self.dtype, self.block_2d,
+        )  # fmt: skip
+
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
+        """The values, as `QTensor.dequantize` gives them."""
+        return self.unpack().dequantize(dtype)
+
+    def __repr__(self) -> str:
+        return f"Prepacked({self.fmt.name}, {'x'.join(map(str, self.matrix))}, for {self.kernel})"
+
+
+jax.tree_util.register_dataclass(
+    Prepacked,
+    data_fields=["words", "scales", "amax"],
+    meta_fields=["kernel", "fmt", "headroom", "axis", "matrix", "dtype", "block_2d", "rank"],
+)
+
+
+def prepack(q: QTensor, target: str | None = None) -> Prepacked:
+    """q in the layout of the kernel for a device kind, still packed: to be done once, when weights are loaded.
+
+    `Prepacked.unpack` is the exact inverse for everything that `quantize` writes. Products take the result directly;
+    without it they arrange the weights anew at each call. Leading axes with an amax of their own (layers) stay.
+
+    Args:
+        q: blocked along the axis that products will contract, in a 4-bit format.
+        target: the device kind, such as "H200" or "TPU v6e"; the first device's unless given.
+
+    Raises:
+        ValueError: there is no kernel for the device kind, or it cannot hold the format.
+    """
+    if not isinstance(q, QTensor):
+        raise TypeError(f"prepack needs a QTensor, got {type(q).__name__}: make one with ifjax.quantize")
+    target = _target(target)
+    kernel = _kernel_for(target)
+    if kernel is None:
+        raise ValueError(f"there is no kernel for {target!r}: products take the QTensor itself there")
+    lead = 0 if q.amax is None else q.amax.ndim
+    if _decoding(q.fmt) is None or q.ndim - lead < 2:
+        raise ValueError(f"{kernel} multiplies by matrices of 4-bit codes, got {q!r}: products take it as it is")
+    return _prepack(q, kernel)
+
+
+@functools.lru_cache
+def _decoding(fmt: Format):
+    """The format as kernels know formats; None where they cannot."""
+    from pallas_kernels.decoding import Decoding
+
+    # Multipliers are the smallest integers in proportion to the steps: 7 and 6 for 1 and 6/7.
+    steps = [Fraction(step).limit_denominator(16) for _, step in fmt.decodings]
+    common = math.lcm(*(step.denominator for step in steps))
+    exact = all(np.float32(float(a)) == np.float32(b) for a, (_, b) in zip(steps, fmt.decodings, strict=True))
+    kinds = {"e4m3": "e4m3", "e4m3_256": "e4m3", "e8m0": "e8m0"}
+    if fmt.bits != 4 or not exact or fmt.scale.name not in kinds:
+        return None
+    try:
+        return Decoding(
+            tuple(grid.magnitudes for grid, _ in fmt.decodings), tuple(int(step * common) for step in steps),
+            kinds[fmt.scale.name], fmt.block,
+        )  # fmt: skip
+    except ValueError:
+        return None
+
+
+def _common(fmt: Format) -> int:
+    """What the multipliers of `_decoding` have to be divided by."""
+    return math.lcm(*(Fraction(step).limit_denominator(16).denominator for _, step in fmt.decodings))
+
+
+@jax.jit(static_argnums=1)
+def _prepack(q, kernel):
+    lead = 0 if q.amax is None else q.amax.ndim
+
+    def of_matrix(codes, scale_bytes):
+        codes, scale_bytes = (_rows(a, q.axis) for a in (codes, scale_bytes))
+        return _module(kernel).pack(_flip(codes, scale_bytes, q.fmt), scale_bytes, _decoding(q.fmt))
+
+    for _ in range(lead):
+        of_matrix = jax.vmap(of_matrix)
+    words, scales = of_matrix(q.unpacked_codes(), q.scale_bytes())
+    return Prepacked(
+        words, scales, q.amax, kernel, q.fmt, q.headroom, q.axis, q.shape[lead:], q.dtype, q.block_2d,
+        words.ndim - lead,
+    )  # fmt: skip
+
+
+def _rows(a, axis):
+    """[..., K, ...] -> [N, K]"""
+    a = jnp.moveaxis(a, axis, -1)
+    return a.reshape(-1, a.shape[-1])
+
+
+def _flip(codes, scale_bytes, fmt: Format):
+    """Between two's complement and sign-magnitude, its own inverse: negative codes of integer grids are negated."""
+    twos = [grid.sign == "twos_complement" for grid, _ in fmt.decodings]
+    flag = jnp.repeat(scale_bytes >> 7, fmt.block, axis=-1)[..., : codes.shape[-1]]
+    applies = jnp.where(flag == 1, twos[-1], twos[0]) if fmt.has_flag else twos[0]
+    half = 2 ** (fmt.bits - 1)
+    return jnp.where(applies & (codes > half), 3 * half - codes, codes).astype(jnp.uint8)
+
+
+def _unpack(words, scales, like: Prepacked):
+    """One matrix's canonical packed codes and scale bytes."""
+    k = like.matrix[like.axis]
+    rest = tuple(n for i, n in enumerate(like.matrix) if i != len(like.matrix) + like.axis)
+    codes, scale_bytes = _module(like.kernel).unpack(words, scales, math.prod(rest), k, _decoding(like.fmt))
+    codes = pack(_flip(codes, scale_bytes, like.fmt), like.fmt.bits)
+    return tuple(jnp.moveaxis(a.reshape(*rest, -1), -1, like.axis) for a in (codes, scale_bytes))
+
+
+def _kernel_product(rows, q, settings):
+    q = _prepack(q, settings.kernel) if isinstance(q, QTensor) else q
+    k = q.matrix[q.axis]
+    rest = tuple(n for i, n in enumerate(q.matrix) if i != len(q.matrix) + q.axis)
+    factor = np.float32(1) if q.amax is None else _factor(q)
+    y = _module(settings.kernel).matmul(
+        rows.reshape(-1, k).astype(settings.dtype), q.words, q.scales, divide(factor, np.float32(_common(q.fmt))),
+        n=math.prod(rest), k=k, decoding=_decoding(q.fmt), out_dtype=settings.out_dtype,
+    )  # fmt: skip
+    return y.reshape(*rows.shape[:-1], *rest)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _is_packed(a) -> bool:
+    return isinstance(a, QTensor | Prepacked)
+
+
+def _checked_dims(lhs, rhs, dimension_numbers) -> _Dims:
+    (a, b), (c, d) = dimension_numbers
+    ndims = len(lhs.shape), len(rhs.shape)
+    left, right, left_batch, right_batch = (
+        tuple(int(i) % n if -n <= i < n else i for i in axes)
+        for axes, n in zip((a, b, c, d), ndims * 2, strict=True)
+    )
+    pairs = list(zip(left + left_batch, right + right_batch, strict=False))
+    fits = len(left) == len(right) and len(left_batch) == len(right_batch)
+    for own, n in ((left + left_batch, ndims[0]), (right + right_batch, ndims[1])):
+        fits = fits and len(set(own)) == len(own) and all(0 <= i < n for i in own)
+    if not fits or any(lhs.shape[i] != rhs.shape[j] for i, j in pairs):
+        raise ValueError(
+            f"dimension_numbers {dimension_numbers} do not pair equal axes of {lhs.shape} and {rhs.shape}: write "
+            "((axes of lhs to contract, of rhs), (batch axes of lhs, of rhs))"
+        )
+    return _Dims(left, right, left_batch, right_batch)
