@@ -79,6 +79,54 @@ def encode(
             amax = jnp.max(_as_float(_magnitude(peaks)), axis=tuple(range(lead, peaks.ndim)), initial=0)
         tensor = tensor_scale(amax, peaks.ndim)
 
+    settings = {"fmt": fmt, "axis": axis, "loss": loss, "headroom": headroom}
+    encoded = functools.partial(_encode_in_stages, **settings, square=square, search=search)
+    # With one candidate nothing is chosen, and stages without boundaries are one pass already.
+    if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and not (callable(loss) or square or search):
+        in_one_pass = functools.partial(_encode_in_one_pass, **settings)
+        encoded = functools.partial(lax.platform_dependent, cpu=encoded, default=in_one_pass)
+    codes, byte = encoded(blocks, peaks, tensor, noise)
+    return codes, byte, amax
+
+
+def decode(codes, scales, fmt: Format, *, amax: jax.Array | None = None, headroom: float = 1.0):
+    """float32 values of integer codes and of the scale bytes that apply to them (broadcast against the codes).
+
+    Values are ((v * s) * amax) * step / K, each operation rounded once; NaN where the scale byte means NaN.
+    """
+    flag = scales >> 7
+    values = unscaled(codes, flag, fmt)
+    step = _pick(flag, [jnp.float32(step) for _, step in fmt.decodings])
+    _, largest = fmt.constants(headroom)
+    tensor = None if amax is None else tensor_scale(amax, codes.ndim)
+    divisor = None if tensor is None else largest * tensor.power
+    return _value(values, _scale_value(scales, fmt), step, tensor, divisor)
+
+
+def unscaled(codes, flag, fmt: Format):
+    """float32 values of integer codes in units of their decoding's step; flag 0 or 1 broadcasts against them."""
+    return _pick(flag, [grid.decode(codes) for grid, _ in fmt.decodings])
+
+
+def block_scale(scales, fmt: Format):
+    """float32: what the `unscaled` values of blocks with these scale bytes are to be multiplied by, amax / K aside."""
+    return _scale_value(scales, fmt) * _pick(scales >> 7, [jnp.float32(step) for _, step in fmt.decodings])
+
+
+def _value(values, scale, step, tensor, divisor):
+    d = values * scale
+    d = d if tensor is None else d * tensor.amax
+    # A step of 1 is left out, not multiplied by, only where that is known beforehand.
+    d = d if isinstance(step, float) and step == 1 else d * step
+    return d if tensor is None else divide(d, divisor)
+
+
+# --- the two arrangements of the encoder -----------------------------------------------------------------------------
+
+
+def _encode_in_stages(blocks, peaks, tensor, noise, fmt, axis, loss, headroom, square, search):
+    """uint8 codes [..., m, B, ...] and uint8 scale bytes [..., m, ...]: the choice, then the codes of what it took."""
+
     def choose(blocks, peaks, tensor, noise):
         return _choose(blocks, peaks, tensor, noise, fmt, axis, loss, headroom, square, search)
 
@@ -93,38 +141,47 @@ def encode(
     def codes_of(blocks, word, inverse, tensor, noise):
         word, inverse = jnp.expand_dims(word, axis), jnp.expand_dims(inverse, axis)
         power = 1 if tensor is None else jnp.expand_dims(tensor.power, axis)
-        x = blocks.astype(jnp.float32)
-        y = x * power * inverse
-        if any(grid.zero == "negative" for grid, _ in fmt.decodings):
-            y = _keep_negative(y, x, power * inverse)
-        y = jnp.where(inverse == 0, 0, y)
         noise = noise and _pick(word >> 8, noise)
-        codes = [c.grid.encode(_to_grid(y, c, fmt), noise) for c in _one_for_each_decoding(fmt)]
+        codes = _codes(blocks.astype(jnp.float32), noise, inverse, power, _one_for_each_decoding(fmt), fmt)
         return _pick((word & 0x80) >> 7, codes).astype(jnp.uint8)
 
-    return stage(codes_of, blocks, word, inverse, tensor, noise), byte.astype(jnp.uint8), amax
+    return stage(codes_of, blocks, word, inverse, tensor, noise), byte.astype(jnp.uint8)
 
 
-def decode(codes, scales, fmt: Format, *, amax: jax.Array | None = None, headroom: float = 1.0):
-    """float32 values of integer codes and of the scale bytes that apply to them (broadcast against the codes).
+def _encode_in_one_pass(blocks, peaks, tensor, noise, fmt, axis, loss, headroom):
+    """The same bits: the codes of all candidates, then the choice. XLA:GPU compiles it to one pass over the blocks.
 
-    Values are ((v * s) * amax) * step / K, each operation rounded once; NaN where the scale byte means NaN.
+    It makes one kernel of all that leads to arrays of one shape, as long as no result needs another one (so codes come
+    before the choice), it reads at most 96 arrays (so a block is not taken place by place) and computes nothing at
+    more than 15 places (so runs of the block are short). The shape is [..., m, ...]: a thread has a block.
     """
-    flag = (scales & 0x80) >> 7
-    values = _pick(flag, [grid.decode(codes) for grid, _ in fmt.decodings])
-    step = _pick(flag, [jnp.float32(step) for _, step in fmt.decodings])
-    _, largest = fmt.constants(headroom)
-    tensor = None if amax is None else tensor_scale(amax, codes.ndim)
-    divisor = None if tensor is None else largest * tensor.power
-    return _value(values, _scale_value(scales, fmt), step, tensor, divisor)
+    run, (term, op) = 8 if fmt.bits <= 4 else 4, LOSSES[loss]  # a run's codes leave in a word of 32 bits
+    xs = [x.astype(jnp.float32) for x in jnp.split(blocks, fmt.block // run, axis)]
+    shifts = fmt.bits * lax.broadcasted_iota(jnp.int32, xs[0].shape, blocks.ndim + axis)
+    bytes_ = _bytes_for_peak(_as_float(_magnitude(peaks)), tensor, fmt, headroom)
 
+    def attempt(i, byte):
+        """(byte, loss, words of codes) of candidate i."""
+        candidate, scale = fmt.candidates[i], fmt.scale.decode(byte)
+        inverse = _inverse(scale, tensor, fmt, headroom)
+        inverse, scale, wide = jax.tree.map(lambda a: jnp.expand_dims(a, axis), (inverse, scale, tensor))
+        power = 1 if wide is None else wide.power
+        terms, words = [], []
+        for x, r in zip(xs, jnp.split(noise[i], len(xs), axis) if noise else [None] * len(xs), strict=True):
+            scaled, decoded = _decoded(x, r, inverse, scale, wide, candidate, fmt, headroom)
+            terms.append(term(decoded - scaled))
+            (codes,) = _codes(x, r, inverse, power, [candidate], fmt)
+            words.append(_tree(jnp.bitwise_or, _unstack(codes << shifts, axis)))
+        # Runs first, then places: in blocks of a power of two the order of `_tree` over all places.
+        return byte, _tree(op, _unstack(_tree(op, terms), axis)), *words
 
-def _value(values, scale, step, tensor, divisor):
-    d = values * scale
-    d = d if tensor is None else d * tensor.amax
-    # A step of 1 is left out, not multiplied by, only where that is known beforehand.
-    d = d if isinstance(step, float) and step == 1 else d * step
-    return d if tensor is None else divide(d, divisor)
+    # The byte of NaN makes zeros of the codes, and NaN of the losses, so that no other candidate is taken.
+    trials = [attempt(i, jnp.where(peaks < 0, fmt.scale.nan, byte)) for i, byte in enumerate(bytes_)]
+    word, _, *words = _better(trials[0], trials[1:], fmt, first=1)
+    # Else the pass would be repeated for each byte that is packed from the words.
+    byte, words = lax.optimization_barrier(((word & 0xFF).astype(jnp.uint8), words))
+    codes = [jnp.expand_dims(word, axis) >> shifts & 2**fmt.bits - 1 for word in words]
+    return jnp.concatenate(codes, axis).astype(jnp.uint8), byte
 
 
 # --- the steps of the encoder ----------------------------------------------------------------------------------------
@@ -151,16 +208,6 @@ def _choose(blocks, peaks, tensor, noise, fmt, axis, loss, headroom, square, sea
     def loss_of(i, byte):
         return _block_loss(blocks, noise and noise[i], byte, tensor, fmt, i, axis, loss, headroom, square)
 
-    def better(best, trials):
-        """The best of (word, loss) and of the candidates' (byte, loss)."""
-        word, least = best
-        for i, (byte, candidate_loss) in enumerate(trials):
-            flag = 0x80 if fmt.decodings.index(_decoding(fmt.candidates[i])) else 0
-            # Strictly less: the earlier candidate keeps a tie, and against a NaN. A zero scale never takes another.
-            wins = (candidate_loss < least) & (byte > 0)
-            word, least = jnp.where(wins, byte | (i << 8 | flag), word), jnp.where(wins, candidate_loss, least)
-        return word, least
-
     trials = [(byte, loss_of(i, byte)) for i, byte in enumerate(bytes_)]
     best = trials[0]
     if search is not None:
@@ -169,14 +216,25 @@ def _choose(blocks, peaks, tensor, noise, fmt, axis, loss, headroom, square, sea
         def try_next(state, code):
             # Compares what the last step computed: XLA would compute a loss again for each of its two readers here.
             best, trials = state
-            best = better(best, trials)
+            best = _better(best, trials, fmt)
             codes = [byte + code if relative else jnp.full_like(byte, code) for byte in bytes_]
             codes = [jnp.clip(code, 1, fmt.scale.top) for code in codes]
             return (best, [(byte, loss_of(i, byte)) for i, byte in enumerate(codes)]), None
 
         (best, trials), _ = lax.scan(try_next, (best, trials), window)
-    word, _ = better(best, trials)
+    word, _ = _better(best, trials, fmt)
     return jnp.where(peaks < 0, fmt.scale.nan, word)
+
+
+def _better(best, trials, fmt, first=0):
+    """The best of (word, loss, ...) and of the (byte, loss, ...) of the candidates from `first` on."""
+    for i, (byte, loss, *rest) in enumerate(trials, first):
+        flag = 0x80 if fmt.decodings.index(_decoding(fmt.candidates[i])) else 0
+        # Strictly less: the earlier candidate keeps a tie, and against a NaN. A zero scale never takes another.
+        wins = (loss < best[1]) & (byte > 0)
+        trial = (byte | (i << 8 | flag), loss, *rest)
+        best = tuple(jnp.where(wins, new, old) for new, old in zip(trial, best, strict=True))
+    return best
 
 
 def _bytes_for_peak(peak, tensor, fmt, headroom):
@@ -210,6 +268,15 @@ def _inverse(scale_value, tensor, fmt, headroom):
         _, largest = fmt.constants(headroom)
         scale_value = divide(1.0, divide(largest, tensor.amax)) * scale_value
     return jnp.where(scale_value > 0, divide(1.0, scale_value), 0)
+
+
+def _codes(x, noise, inverse, power, candidates, fmt):
+    """int32 codes of x from each of the candidates."""
+    y = x * power * inverse
+    if any(c.grid.zero == "negative" for c in candidates):
+        y = _keep_negative(y, x, power * inverse)
+    y = jnp.where(inverse == 0, 0, y)
+    return [c.grid.encode(_to_grid(y, c, fmt), noise) for c in candidates]
 
 
 def _keep_negative(y, x, factor):
@@ -249,18 +316,19 @@ def _squared(e):
     return _as_float(_bits(e * e) & ~1)
 
 
+@jax.jit(static_argnames=("candidate", "fmt", "headroom"))  # traced once for all places
+def _decoded(x, r, inverse, scale, tensor, candidate, fmt, headroom):
+    """x and what it decodes to, in units of `tensor`."""
+    x = x if tensor is None else x * tensor.power
+    v = candidate.grid.round(_to_grid(x * inverse, candidate, fmt), r)
+    return x, _value(v, scale, candidate.step, tensor, fmt.constants(headroom)[1])
+
+
 LOSSES = {"mse": (_squared, jnp.add), "mae": (jnp.abs, jnp.add), "abs_max": (jnp.abs, jnp.maximum)}
 
 
 def _block_loss(blocks, noise, byte, tensor, fmt, i, axis, loss, headroom, square) -> jax.Array:
     """The loss [..., m, ...] of each block if candidate i encodes it with these scale bytes."""
-
-    @jax.jit  # traced once for all places
-    def decoded_place(x, r, inverse, scale, tensor):
-        candidate, largest = fmt.candidates[i], fmt.constants(headroom)[1]
-        x = x if tensor is None else x * tensor.power
-        v = candidate.grid.round(_to_grid(x * inverse, candidate, fmt), r)
-        return x, _value(v, scale, candidate.step, tensor, largest)
 
     def decoded(blocks, noise, byte, tensor, axis):
         """x and what it decodes to, in units of `tensor`: a pair of arrays for each place along `axis`."""
@@ -268,7 +336,8 @@ def _block_loss(blocks, noise, byte, tensor, fmt, i, axis, loss, headroom, squar
         inverse = _inverse(scale, tensor, fmt, headroom)
         rs = [None] * blocks.shape[axis] if noise is None else _unstack(noise, axis)
         return [
-            decoded_place(x, r, inverse, scale, tensor) for x, r in zip(_places(blocks, axis), rs, strict=True)
+            _decoded(x, r, inverse, scale, tensor, fmt.candidates[i], fmt, headroom)
+            for x, r in zip(_places(blocks, axis), rs, strict=True)
         ]
 
     if callable(loss):

@@ -21,7 +21,7 @@ from jax import lax
 from numpy.testing import assert_array_equal
 
 import ifjax
-from ifjax import Candidate, Format, Grid
+from ifjax import Candidate, Format, Grid, codec
 from ifjax.grids import E2M1, E2M3, INT4
 from ifjax.packing import pack
 from ifjax.scales import E8M0
@@ -637,6 +637,76 @@ def test_bytes_do_not_depend_on_how_the_program_is_built(name, loss):
     q, total = jax.jit(lambda x: (lambda q: (q, q.dequantize().sum()))(run(x, amax_axes=(0,))))(x)
     same(q)
     assert np.isfinite(total)
+
+
+def encode_in_one_pass(blocks, fmt, **settings):
+    """What `codec.encode` gives by the arrangement that it leaves to GPUs, for formats without a choice too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "_encode_in_stages", lambda *a, square, search, **k: codec._encode_in_one_pass(*a, **k))
+        return codec.encode(blocks, fmt, **settings)
+
+
+def compiled(encode, fmt, **settings):
+    """`encode` of whole tensors. LLVM may take its time elsewhere: fusion and rounding are not its affair."""
+    lead, axis = 0 if fmt.scale.largest is None else 1, settings.setdefault("axis", -1)
+
+    def run(x, noise):
+        blocks, noise = jax.tree.map(lambda a: codec.split_blocks(a, fmt.block, axis), (x, noise))
+        codes, scales, _ = encode(blocks, fmt, lead=lead, noise=noise, **settings)
+        return codec.merge_blocks(codes, axis), scales
+
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def around_zero(seed=16):
+    """Zeros of both signs, subnormal numbers, and small ones whose product with an inverse scale is subnormal."""
+    x = normal(seed)
+    x[:, 1:, ::3] = np.copysign(0, x[:, 1:, ::3])
+    x[:, 1, 1::3] *= np.float32(2.0**-126)
+    x[:, 2, 1::3] *= np.exp2(np.arange(-128, -58, 5, dtype=np.float32))[:, None]
+    x[:7, 3] = np.copysign(0, x[:7, 3])
+    x[7:, 3] *= np.float32(2.0**-127)
+    x[12:] *= np.float32(2.0**-100)
+    return x
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [pytest.param(fmt, marks=() if len(fmt.candidates) > 1 else pytest.mark.slow) for fmt in NAMED.values()],
+    ids=NAMED,
+)
+def test_one_pass_gives_the_bytes_of_stages(fmt):
+    """XLA:CPU compiles both here: equal bytes speak of equal arithmetic, in one order."""
+    one_pass, rng = compiled(encode_in_one_pass, fmt), np.random.default_rng(15)
+    edges = np.stack([make.edges(oracle.FORMATS[fmt.name], rng) for _ in range(14)])
+    for x in (magnitudes(), edges, around_zero(), far_apart(fmt)[0], poisoned_input()[0], np.zeros(SHAPE, np.float32)):
+        want, (codes, scales) = quantized(x, fmt), one_pass(x, None)
+        assert_array_equal(scales, want.scales)
+        assert_array_equal(codes, want.codes)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "axis", "dtype", "stochastic"),
+    [
+        ("if4_bs8", "mae", -2, jnp.bfloat16, False),
+        ("if3_bs8", "abs_max", -1, jnp.float32, True),
+        ("fouroversix", "mse", -2, jnp.float32, True),
+        pytest.param("if4", "mse", -1, jnp.bfloat16, True, marks=pytest.mark.slow),
+        pytest.param("if6_e2m3", "mae", -2, jnp.float16, True, marks=pytest.mark.slow),
+        pytest.param("if6_e3m2", "abs_max", -2, jnp.bfloat16, False, marks=pytest.mark.slow),
+        pytest.param("fouroversix_bs8", "abs_max", -1, jnp.float32, False, marks=pytest.mark.slow),
+    ],
+)
+def test_one_pass_gives_the_bytes_of_stages_in_every_setting(name, loss, axis, dtype, stochastic):
+    fmt, headroom = NAMED[name], 16 / 17 if stochastic else 1.0
+    noise = np.random.default_rng(17).uniform(-0.5, 0.5, (2, *SHAPE)).astype(np.float32).swapaxes(-1, axis)
+    noise = list(noise) if stochastic else None
+    settings = {"axis": axis, "loss": loss, "headroom": headroom}
+    runs = [compiled(encode, fmt, **settings) for encode in (encode_in_one_pass, codec.encode)]
+    for x in (magnitudes(), poisoned_input()[0], around_zero()):
+        (codes, scales), want = (run(jnp.asarray(x.swapaxes(-1, axis)).astype(dtype), noise) for run in runs)
+        assert_array_equal(scales, want[1])
+        assert_array_equal(codes, want[0])
 
 
 @pytest.mark.parametrize(

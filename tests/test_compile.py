@@ -24,6 +24,8 @@ CASES = {
     "if4 bfloat16": ("if4", "bfloat16", {}),
     "if4 axis=-2": ("if4", "float32", {"axis": -2}),
     "fouroversix float32": ("fouroversix", "float32", {}),
+    "if3 float32": ("if3", "float32", {}),
+    "nvfp4 float32": ("nvfp4", "float32", {}),
 }
 
 # The fields of XLA's GpuTargetConfigProto that a compiler has to know of a device it cannot ask.
@@ -103,7 +105,6 @@ each_case = pytest.mark.parametrize("case", CASES)
 pytestmark = pytest.mark.compile
 
 
-@pytest.mark.xfail(reason="XLA:GPU splits the encoding into more kernels than one; a single-pass form is to come")
 @each_case
 def test_x_is_read_twice_for_amax_and_to_encode(compiled, case):
     hlo = compiled[case]["hlo"]
@@ -112,7 +113,7 @@ def test_x_is_read_twice_for_amax_and_to_encode(compiled, case):
         if operation.kind == "bitcast" and names & set(operation.operands):
             names.add(operation.name)
     readers = [f"{k.name} -> {k.shape}" for k in kernels(hlo) if names & set(k.operands)]
-    assert len(readers) == 2, "\n".join(readers)
+    assert len(readers) <= 2, "\n".join(readers)
 
 
 @each_case
