@@ -291,6 +291,8 @@ def _explain(x, q, dims, dtype, target) -> Explanation:
     if kernel is None:
         return Explanation("xla", f"there is no kernel for {target}: weights are dequantized to {dtype.name} by XLA")
     reason = _refusal(kernel, x, q, dims, dtype)
+    if reason is None and _may_be_partitioned():
+        reason = "XLA would gather sharded weights for a kernel; inside jax.shard_map, or with impl=, it is taken"
     return Explanation("xla", f"{kernel} cannot take it: {reason}") if reason else Explanation(kernel, f"on {target}")
 
 
@@ -306,14 +308,14 @@ def _refusal(kernel, x, q, dims, dtype) -> str | None:
     decoding = _decoding(q.fmt)
     if decoding is None:
         return f"{q.fmt.name} has codes of {q.fmt.bits} bits, or a table or step that kernels cannot hold"
-    if jax.device_count() > 1 and not _is_manual():
-        return "XLA cannot share a kernel's work among devices: call it inside jax.shard_map"
     rows = math.prod(x.shape[i] for i in range(len(x.shape)) if i not in dims.x_contracted)
     return _module(kernel).supports(decoding, dtype, m=rows)
 
 
-def _is_manual():
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+def _may_be_partitioned():
+    """Whether there are several accelerators and XLA, not shard_map, decides which computes what."""
+    several = jax.device_count() > 1 and jax.devices()[0].platform != "cpu"
+    return several and not jax.sharding.get_abstract_mesh().manual_axes
 
 
 def _module(kernel):
@@ -711,11 +713,17 @@ def _prepack(q, kernel):
 
     for _ in range(lead):
         of_matrix = jax.vmap(of_matrix)
-    words, scales = of_matrix(q.unpacked_codes(), q.scale_bytes())
+    # Whole blocks: the last one's filling zeros too.
+    words, scales = of_matrix(dataclasses.replace(q, length=_filled(q)).unpacked_codes(), q.scale_bytes())
     return Prepacked(
         words, scales, q.amax, kernel, q.fmt, q.headroom, q.axis, q.shape[lead:], q.dtype, q.block_2d,
         words.ndim - lead,
     )  # fmt: skip
+
+
+def _filled(q):
+    """The length of the blocked axis with the last block's filling zeros."""
+    return -(-q.shape[q.axis] // q.fmt.block) * q.fmt.block
 
 
 def _rows(a, axis):
@@ -735,20 +743,22 @@ def _flip(codes, scale_bytes, fmt: Format):
 
 def _unpack(words, scales, like: Prepacked):
     """One matrix's canonical packed codes and scale bytes."""
-    k = like.matrix[like.axis]
     rest = tuple(n for i, n in enumerate(like.matrix) if i != len(like.matrix) + like.axis)
-    codes, scale_bytes = _module(like.kernel).unpack(words, scales, math.prod(rest), k, _decoding(like.fmt))
+    codes, scale_bytes = _module(like.kernel).unpack(
+        words, scales, math.prod(rest), _filled(like), _decoding(like.fmt)
+    )
     codes = pack(_flip(codes, scale_bytes, like.fmt), like.fmt.bits)
     return tuple(jnp.moveaxis(a.reshape(*rest, -1), -1, like.axis) for a in (codes, scale_bytes))
 
 
 def _kernel_product(rows, q, settings):
     q = _prepack(q, settings.kernel) if isinstance(q, QTensor) else q
-    k = q.matrix[q.axis]
+    k = _filled(q)
     rest = tuple(n for i, n in enumerate(q.matrix) if i != len(q.matrix) + q.axis)
-    factor = np.float32(1) if q.amax is None else _factor(q)
+    rows_of_k = codec.pad_axis(rows, k, -1).reshape(-1, k).astype(settings.dtype)
+    factor = divide(np.float32(1) if q.amax is None else _factor(q), np.float32(_common(q.fmt)))
     y = _module(settings.kernel).matmul(
-        rows.reshape(-1, k).astype(settings.dtype), q.words, q.scales, divide(factor, np.float32(_common(q.fmt))),
+        rows_of_k, q.words, q.scales, factor,
         n=math.prod(rest), k=k, decoding=_decoding(q.fmt), out_dtype=settings.out_dtype,
     )  # fmt: skip
     return y.reshape(*rows.shape[:-1], *rest)

@@ -1,0 +1,224 @@
+"""Which way a product goes, and the kernels' layouts: chosen by device kind, told in words, exactly invertible.
+
+That a kernel's own arithmetic is right is its own test's; here it is handed real products, interpreted.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import ifjax
+from pallas_kernels import tpu_matmul
+
+FOUR_BITS = ["if4", "nvfp4", "fouroversix", "nvint4"]
+TARGETS = ["H200", "TPU v6e"]
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32)).astype(dtype)
+
+
+def assert_same(a, b):
+    """Equal trees and equal bytes."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        np.testing.assert_array_equal(one.view(f"u{one.dtype.itemsize}"), other.view(f"u{other.dtype.itemsize}"))
+
+
+# --- which way --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "reason"),
+    [
+        ("NVIDIA H200", "mosaic_gpu", "H200"), ("NVIDIA H100 80GB HBM3", "mosaic_gpu", "H100"),
+        ("NVIDIA A100-SXM4-40GB", "xla", "no kernel for NVIDIA A100"), ("NVIDIA B200", "xla", "no kernel"),
+        ("TPU v5 lite", "mosaic_tpu", "v5 lite"), ("TPU v6e", "mosaic_tpu", "v6e"), ("TPU v4", "xla", "no kernel"),
+        ("cpu", "xla", "no kernel for cpu"),
+    ],
+)  # fmt: skip
+def test_the_device_kind_decides(target, path, reason):
+    x, q = normal(3, 64, dtype=jnp.bfloat16), ifjax.quantize(normal(64, 32, dtype=jnp.bfloat16), axis=0)
+    explanation = ifjax.explain_matmul(x, q, target=target)
+    assert explanation.path == path
+    assert reason in explanation.reason
+
+
+def test_the_first_device_or_a_platform_stands_for_a_target():
+    x, q = normal(3, 64), ifjax.quantize(normal(64, 32), axis=0)
+    assert "cpu" in ifjax.explain_matmul(x, q).reason
+    assert "no kernel for cuda" in ifjax.explain_matmul(x, q, platform="cuda").reason
+    assert ifjax.explain_matmul(x, x.T) == ("xla", "neither operand is packed")
+
+
+@pytest.mark.parametrize(
+    ("settings", "dims", "dtype", "reason"),
+    [
+        ({"fmt": "if6", "axis": 0}, None, jnp.bfloat16, "codes of 6 bits"),
+        ({"axis": 1}, None, jnp.bfloat16, "contracts the axis that blocks lie along"),
+        ({"axis": 0}, None, jnp.float32, "float16 or bfloat16"),
+        ({"fmt": "mxfp4", "axis": 0}, None, jnp.bfloat16, "block"),
+        ({"fmt": "if4_bs8", "axis": 0}, None, jnp.bfloat16, "blocks of 8"),
+    ],
+    ids=["6 bits", "axis", "float32", "MX", "blocks of 8"],
+)
+def test_what_the_hopper_kernel_cannot_take_goes_by_xla_and_says_why(settings, dims, dtype, reason):
+    x, q = normal(3, 64, dtype=dtype), ifjax.quantize(normal(64, 32, dtype=dtype), **settings)
+    explanation = ifjax.explain_matmul(x, q, dims, target="H200")
+    assert explanation.path == "xla"
+    assert reason in explanation.reason
+    # and so it is: no kernel in the program for that platform
+    text = lowered(lambda x, q: ifjax.matmul(x, q, target="H200"), x, q, platform="cuda")
+    assert "mosaic" not in text
+
+
+def test_shapes_suffice():
+    x = jax.ShapeDtypeStruct((3, 64), jnp.bfloat16)
+    q = jax.eval_shape(lambda w: ifjax.quantize(w, axis=-2), jax.ShapeDtypeStruct((64, 32), jnp.bfloat16))
+    assert ifjax.explain_matmul(x, q, target="H200").path == "mosaic_gpu"
+
+
+def test_a_matrix_with_batch_axes_goes_by_xla():
+    x = normal(2, 3, 64, dtype=jnp.bfloat16)
+    q = ifjax.quantize(normal(2, 64, 32, dtype=jnp.bfloat16), axis=1)
+    assert "batch axes" in ifjax.explain_matmul(x, q, target="H200").reason
+
+
+# --- one function for every platform ----------------------------------------------------------------------------------
+
+
+def lowered(f, *args, platform):
+    return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("target", "platform"), [("H200", "cuda"), ("TPU v6e", "tpu")])
+@pytest.mark.parametrize("is_prepacked", [False, True])
+def test_the_kernel_is_in_its_platforms_program_only(target, platform, is_prepacked):
+    x, q = normal(3, 256, dtype=jnp.bfloat16), ifjax.quantize(normal(256, 128, dtype=jnp.bfloat16), axis=0)
+    q = ifjax.prepack(q, target) if is_prepacked else q
+    product = functools.partial(ifjax.matmul, target=target)
+    call = {"cuda": "mosaic_gpu", "tpu": "tpu_custom_call"}[platform]
+    assert call in lowered(product, x, q, platform=platform)
+    assert call not in lowered(product, x, q, platform="cpu")
+    expected = np.asarray(x).astype(np.float32) @ np.asarray(q.dequantize(jnp.float32))
+    np.testing.assert_allclose(np.asarray(product(x, q)).astype(np.float32), expected, rtol=2e-2, atol=2e-1)
+    # the gradient too, with the product the other way round by XLA
+    jax.grad(lambda x: product(x, q).astype(jnp.float32).sum())(x)
+
+
+@pytest.mark.parametrize(("target", "platform"), [("H200", "cuda"), ("TPU v6e", "tpu")])
+def test_a_product_exports_for_a_platform(target, platform):
+    x, q = normal(3, 256, dtype=jnp.bfloat16), ifjax.quantize(normal(256, 128, dtype=jnp.bfloat16), axis=0)
+    product = jax.jit(functools.partial(ifjax.matmul, target=target))
+    assert export.deserialize(export.export(product, platforms=(platform,))(x, q).serialize()).platforms == (platform,)
+
+
+def test_a_forced_kernel_refuses_what_it_cannot_take():
+    x, q = normal(3, 64, dtype=jnp.bfloat16), ifjax.quantize(normal(64, 32, dtype=jnp.bfloat16), axis=0)
+    with pytest.raises(ValueError, match="prepacked for mosaic_gpu"):
+        ifjax.matmul(x, ifjax.prepack(q, "H200"), impl="mosaic_tpu")
+    with pytest.raises(ValueError, match="float16 or bfloat16"):
+        ifjax.matmul(x.astype(jnp.float32), dataclasses.replace(q, dtype=np.dtype(np.float32)), impl="mosaic_gpu")
+
+
+# --- prepacking -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", FOUR_BITS)
+@pytest.mark.parametrize(("shape", "axis"), [((40, 70), 1), ((70, 40), 0), ((70, 3, 20), 0), ((3, 70, 20), 1)])
+def test_unpacking_is_the_exact_inverse(target, name, shape, axis):
+    q = ifjax.quantize(normal(*shape), name, axis=axis)
+    prepacked = ifjax.prepack(q, target)
+    assert (prepacked.shape, prepacked.ndim, prepacked.dtype) == (q.shape, q.ndim, q.dtype)
+    assert_same(prepacked.unpack(), q)
+    np.testing.assert_array_equal(prepacked.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_layers_stay_layers(target):
+    q = ifjax.quantize(normal(3, 64, 32), axis=1, amax_axes=(0,))
+    prepacked = ifjax.prepack(q, target)
+    assert prepacked.shape == q.shape
+    assert_same(prepacked.unpack(), q)
+    _, sliced = jax.lax.scan(lambda _, layer: (None, layer.dequantize()), None, prepacked)
+    np.testing.assert_array_equal(sliced, q.dequantize())
+    x = normal(5, 64)
+    got = jax.lax.scan(lambda x, w: (ifjax.einsum("mk,kn,ln->ml", x, w, jnp.eye(64, 32)), None), x, prepacked)[0]
+    want = jax.lax.scan(lambda x, w: (x @ w @ jnp.eye(64, 32).T, None), x, q.dequantize())[0]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_large_matrix_stays_at_four_and_a_half_bits(target):
+    shape = jax.ShapeDtypeStruct((2048, 2048), jnp.float32)
+    prepacked = jax.eval_shape(lambda w: ifjax.prepack(ifjax.quantize(w), target), shape)
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prepacked)) == 2048 * 2048 * 4.5 / 8 + 4
+
+
+# --- through a kernel -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU kernel's products, interpreted; the list of the shapes it was called with."""
+    calls, matmul = [], tpu_matmul.matmul
+
+    def record(x, *args, **settings):
+        calls.append(x.shape)
+        return matmul(x, *args, **settings, interpret=True)
+
+    monkeypatch.setattr(tpu_matmul, "matmul", record)
+    return calls
+
+
+PRODUCTS = {
+    "rows times [K, N]": ("mk,kn->mn", (5, 70), (70, 40), 0),
+    "rows times [N, K]": ("mk,nk->mn", (5, 70), (40, 70), 1),
+    "one row": ("k,nk->n", (70,), (40, 70), 1),
+    "many axes": ("akb,nkd->abnd", (2, 70, 3), (4, 70, 5), 1),
+    "packed on the left": ("nk,mk->nm", (40, 70), (5, 70), 1),
+}
+
+
+@pytest.mark.parametrize(("spec", "left", "right", "axis"), PRODUCTS.values(), ids=PRODUCTS)
+def test_products_reach_the_kernel_and_return(interpreted, spec, left, right, axis):
+    a, b = normal(*left), normal(*right, seed=1)
+    if spec.startswith("nk"):
+        a = ifjax.quantize(a, axis=axis)
+    else:
+        b = ifjax.quantize(b, axis=axis)
+    got = ifjax.einsum(spec, a, b, impl="mosaic_tpu")
+    values = [q.dequantize() if isinstance(q, ifjax.QTensor) else q for q in (a, b)]
+    np.testing.assert_allclose(got, jnp.einsum(spec, *values), rtol=1e-5, atol=1e-4)
+    assert len(interpreted) == 1
+
+
+def test_vmap_folds_rows_and_loops_over_weights(interpreted):
+    xs, q = normal(3, 2, 70), ifjax.quantize(normal(3, 40, 70, seed=1), amax_axes=(0,))
+    product = functools.partial(ifjax.einsum, "mk,nk->mn", impl="mosaic_tpu")
+    got = jax.vmap(product, (0, None))(xs, q[0])
+    np.testing.assert_allclose(got, xs @ q[0].dequantize().T, rtol=1e-5, atol=1e-4)
+    assert interpreted[-1] == (6, 80)
+    got = jax.vmap(product)(xs, q)
+    np.testing.assert_allclose(got, jnp.einsum("lmk,lnk->lmn", xs, q.dequantize()), rtol=1e-5, atol=1e-4)
+    assert interpreted[-1] == (2, 80)
+
+
+def test_both_operands_packed(interpreted):
+    a, b = ifjax.quantize(normal(5, 70)), ifjax.quantize(normal(40, 70, seed=1))
+    got = ifjax.einsum("mk,nk->mn", a, b, impl="mosaic_tpu")
+    np.testing.assert_allclose(got, a.dequantize() @ b.dequantize().T, rtol=1e-5, atol=1e-4)
+
+
+def test_the_gradient_of_a_kernels_product(interpreted):
+    x, q = normal(5, 70), ifjax.prepack(ifjax.quantize(normal(40, 70, seed=1)), "TPU v6e")
+    got = jax.grad(lambda x: jnp.sin(ifjax.einsum("mk,nk->mn", x, q, impl="mosaic_tpu")).sum())(x)
+    want = jax.grad(lambda x: jnp.sin(x @ q.dequantize().T).sum())(x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
