@@ -218,7 +218,7 @@ def ragged_dot(
     rhs = rhs if isinstance(rhs, QTensor) else rhs.unpack()
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     out_dtype = dtype if preferred_element_type is None else np.dtype(preferred_element_type)
-    return _ragged(lhs, rhs, jnp.asarray(group_sizes), group_offset, (precision, lhs.dtype, dtype, out_dtype))
+    return _ragged(_as_varying(lhs, rhs), rhs, jnp.asarray(group_sizes), group_offset, (precision, lhs.dtype, dtype, out_dtype))
 
 
 # --- which way a product goes ----------------------------------------------------------------------------------------
@@ -344,7 +344,14 @@ def _planned_product(x, q, settings, impl, target):
             reason = f"the weights are prepacked for {q.kernel}"
         if reason:
             raise ValueError(f"impl={impl!r} cannot take this product: {reason}")
-    return _product(x, q, settings._replace(x_dtype=x.dtype, kernel=kernel, forced=impl == kernel))
+    return _product(_as_varying(x, q), q, settings._replace(x_dtype=x.dtype, kernel=kernel, forced=impl == kernel))
+
+
+def _as_varying(x, q):
+    """x, inside shard_map of the type that says that it varies where q does, so that its gradient is summed there."""
+    axes = [jax.typeof(a).manual_axis_type.varying for a in (x, *jax.tree.leaves(q))]
+    missing = frozenset().union(*axes) - axes[0]
+    return lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

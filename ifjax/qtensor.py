@@ -19,7 +19,7 @@ from ifjax import codec
 from ifjax._xla import divide
 from ifjax.formats import Format, get_format
 from ifjax.grids import E2M1
-from ifjax.packing import pack, unpack
+from ifjax.packing import group_of, pack, packed_length, unpack
 
 Rounding = Literal["nearest", "stochastic", "stochastic_unbiased"]
 Search = Literal["fast", "exhaustive"]
@@ -63,7 +63,8 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array that this stands for."""
-        return _replace(self.codes.shape, self.axis, self.length)
+        # Inside shard_map, where the blocked axis is divided, the scales know that this is a part.
+        return _replace(self.codes.shape, self.axis, min(self.length, self.scales.shape[self.axis] * self.fmt.block))
 
     @property
     def ndim(self) -> int:
@@ -92,7 +93,7 @@ class QTensor:
     def unpacked_codes(self) -> UInt8[Array, "..."]:
         """One code a value, in the array's own shape."""
         codes = codec.merge_blocks(unpack(self.codes, self.fmt.bits, self.axis), self.axis)
-        return _crop(codes, self.length, self.axis).astype(jnp.uint8)
+        return _crop(codes, self.shape[self.axis], self.axis).astype(jnp.uint8)
 
     def scale_bytes(self) -> UInt8[Array, "..."]:
         """The scales' bit patterns, [..., m, ...], flag included."""
@@ -170,14 +171,14 @@ class QTensor:
                 "array"
             )
         block, other = self.fmt.block, -3 - self.axis
-        rows = self.shape[other]
+        rows, columns = self.shape[other], self.shape[self.axis]
         codes = codec.merge_blocks(unpack(self.codes, self.fmt.bits, self.axis), self.axis)
-        codes = _crop(codes, self.length, self.axis).swapaxes(-1, -2)
+        codes = _crop(codes, columns, self.axis).swapaxes(-1, -2)
         codes = codec.pad_axis(codes, -(-rows // block) * block, self.axis)
         # One row of scales for each row of squares, then repeated for each row of the transposed matrix.
         scales = lax.slice_in_dim(self.scale_bytes(), 0, None, stride=block, axis=self.ndim + other)
         scales = jnp.repeat(scales.swapaxes(-1, -2), block, axis=other)
-        scales = _crop(scales, self.length, other)
+        scales = _crop(scales, columns, other)
         moved = self._with(pack(codes, self.fmt.bits, self.axis), scales, self.amax)
         return dataclasses.replace(moved, length=rows)
 
@@ -518,19 +519,17 @@ def unscaled_values(q: QTensor) -> Float[Array, "..."]:
 
 
 def _values(q, amax):
-    codes, scales = unpack(q.codes, q.fmt.bits, q.axis), jnp.expand_dims(q.scale_bytes(), q.axis)
-    group, block = codes.shape[q.axis], q.fmt.block
-    if block % group == 0:
-        # [..., m, B / group, group, ...]: codes are decoded in the groups they were packed in.
-        at = codes.ndim + q.axis - 1
-        shape = (*codes.shape[:at], q.scales.shape[q.axis], block // group, *codes.shape[at + 1 :])
-        codes, scales = codes.reshape(shape), jnp.expand_dims(scales, q.axis)
+    scales, block = jnp.expand_dims(q.scale_bytes(), q.axis), q.fmt.block
+    if block % group_of(q.fmt.bits)[0] == 0:
+        # [..., m, groups of a block, codes of a group, ...]: decoded in the groups they were packed in.
+        packed = codec.split_blocks(q.codes, packed_length(block, q.fmt.bits), q.axis)
+        codes, scales = unpack(packed, q.fmt.bits, q.axis), jnp.expand_dims(scales, q.axis)
     else:
-        codes = _crop(codec.merge_blocks(codes, q.axis), q.scales.shape[q.axis] * block, q.axis)
-        codes = codec.split_blocks(codes, block, q.axis)
+        codes = codec.merge_blocks(unpack(q.codes, q.fmt.bits, q.axis), q.axis)
+        codes = codec.split_blocks(_crop(codes, q.scales.shape[q.axis] * block, q.axis), block, q.axis)
     values = codec.decode(codes, scales, q.fmt, amax=amax, headroom=q.headroom)
     length = q.scales.shape[q.axis] * block
-    return _crop(values.reshape(_replace(q.codes.shape, q.axis, length)), q.length, q.axis)
+    return _crop(values.reshape(_replace(q.codes.shape, q.axis, length)), q.shape[q.axis], q.axis)
 
 
 @jax.custom_jvp

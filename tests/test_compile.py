@@ -116,6 +116,13 @@ def test_x_is_read_twice_for_amax_and_to_encode(compiled, case):
     assert len(readers) <= 2, "\n".join(readers)
 
 
+def test_dequantize_reads_the_codes_once_and_writes_the_values_alone(compiled):
+    hlo = compiled["dequantize"]["hlo"]
+    assert sum("%q_codes.1" in kernel.operands for kernel in kernels(hlo)) == 1
+    written = [dtype for kernel in kernels(hlo) for dtype, size in arrays_of(kernel.shape) if size >= math.prod(SHAPE)]
+    assert written == ["bf16"]
+
+
 @each_case
 def test_nothing_of_the_size_of_x_is_written(compiled, case):
     hlo = compiled[case]["hlo"]
@@ -166,13 +173,13 @@ ENTRY %main (x: f32[8]) -> (f32[8], u8[2,4]) {
     assert arrays_of(kernels(hlo)[0].shape) == [("f32", 8), ("u8", 8)]
 
 
-def compile_for_h200(function, *arguments: jax.ShapeDtypeStruct):
+def compile_for_h200(function, *arguments):
     """The compiled program of `jit(function)`, of which everything but the device is there."""
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for a in arguments]
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), arguments)
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
 
 
@@ -185,6 +192,8 @@ def main(file: str):
         program = compile_for_h200(quantize, jax.ShapeDtypeStruct(SHAPE, dtype))
         temporaries = program.memory_analysis().temp_size_in_bytes
         programs[case] = {"hlo": program.as_text(), "temporaries": temporaries}
+    q = jax.eval_shape(ifjax.quantize, jax.ShapeDtypeStruct(SHAPE, "bfloat16"))
+    programs["dequantize"] = {"hlo": compile_for_h200(lambda q: q.dequantize(), q).as_text()}
     Path(file).write_text(json.dumps(programs))
 
 

@@ -1,0 +1,156 @@
+"""Products of sharded packed weights: what one device computes, and no weights on the move. On eight devices."""
+
+import functools
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ifjax
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+
+N, K = 128, 512
+# The mesh's axes that N and K of the weights are divided by.
+PLACEMENTS = {"N": ("a", None), "K": (None, "a"), "N and K": ("b", "a"), "K by both": (None, ("a", "b"))}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+@pytest.fixture(scope="module", params=[-1, -2], ids=["[N, K]", "[K, N]"])
+def weights(request):
+    w = normal(N, K, seed=1)
+    return ifjax.quantize(w if request.param == -1 else w.T, axis=request.param)
+
+
+def spec_of(weights):
+    return "mk,nk->mn" if weights.axis == -1 else "mk,kn->mn"
+
+
+def placed(weights, mesh, n, k):
+    return ifjax.device_put(weights, NamedSharding(mesh, P(n, k) if weights.axis == -1 else P(k, n)))
+
+
+def gathered(text):
+    """What a compiled program collects from other devices, sums aside."""
+    return re.findall(r"= (\S+ (?:all-gather|all-to-all|collective-permute))(?:-start)?\(", text)
+
+
+@pytest.mark.parametrize("rows", [3, 64], ids=["few rows", "many rows"])
+@pytest.mark.parametrize(("n", "k"), PLACEMENTS.values(), ids=PLACEMENTS)
+def test_sharded_weights_give_the_same_product_and_stay_where_they_are(mesh, weights, n, k, rows):
+    x = normal(rows, K)
+    product = functools.partial(ifjax.einsum, spec_of(weights))
+    q = placed(weights, mesh, n, k)
+    x_placed = jax.device_put(x, NamedSharding(mesh, P(None, k)))
+    compiled = jax.jit(product).lower(x_placed, q).compile()
+    assert not gathered(compiled.as_text())
+    # K-shards are added up in another order.
+    np.testing.assert_allclose(compiled(x_placed, q), product(x, weights), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "k"), PLACEMENTS.values(), ids=PLACEMENTS)
+def test_the_gradient_gathers_no_weights(mesh, weights, n, k):
+    x, g = normal(64, K), normal(64, N, seed=2)
+
+    def pull(x, q, g):
+        return jax.vjp(lambda x: ifjax.einsum(spec_of(weights), x, q), x)[1](g)[0]
+
+    q = placed(weights, mesh, n, k)
+    x_placed, g_placed = (jax.device_put(a, NamedSharding(mesh, P(None, s))) for a, s in ((x, k), (g, n)))
+    compiled = jax.jit(pull).lower(x_placed, q, g_placed).compile()
+    assert not gathered(compiled.as_text())
+    np.testing.assert_allclose(compiled(x_placed, q, g_placed), pull(x, weights, g), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "k"), PLACEMENTS.values(), ids=PLACEMENTS)
+def test_under_shard_map(mesh, weights, n, k):
+    x = normal(5, K)
+    q = placed(weights, mesh, n, k)
+    specs = jax.tree.map(lambda s: s.spec, ifjax.shardings(q, q.codes.sharding))
+
+    def product(x, q):
+        y = ifjax.einsum(spec_of(weights), x, q)
+        return y if k is None else lax.psum(y, k)
+
+    mapped = jax.jit(jax.shard_map(product, mesh=mesh, in_specs=(P(None, k), specs), out_specs=P(None, n)))
+    np.testing.assert_allclose(mapped(x, q), ifjax.einsum(spec_of(weights), x, weights), rtol=1e-4, atol=1e-4)
+    # differentiates there too
+    loss = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(mapped(x, q)))))
+    want = jax.grad(lambda x: jnp.sum(jnp.sin(ifjax.einsum(spec_of(weights), x, weights))))(x)
+    np.testing.assert_allclose(loss(x), want, rtol=1e-3, atol=1e-3)
+
+
+def test_meshes_with_explicit_axes(weights):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(normal(8, K), P("b", None))
+        q = placed(weights, mesh, "a", None)
+        y = jax.jit(functools.partial(ifjax.einsum, spec_of(weights)))(x, q)
+        assert jax.typeof(y).sharding.spec == P("b", "a")
+    np.testing.assert_allclose(y, ifjax.einsum(spec_of(weights), normal(8, K), weights), rtol=1e-4, atol=1e-4)
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+WORKER = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+import jax.numpy as jnp, numpy as np, ifjax
+from jax.sharding import NamedSharding, PartitionSpec as P
+rng = np.random.default_rng(0)
+w, x = rng.standard_normal((64, 256), np.float32), rng.standard_normal((5, 256), np.float32)
+mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+one = ifjax.quantize(w)  # each process by itself
+for spec in (P("a"), P(None, "a")):
+    sharding = NamedSharding(mesh, spec)
+    whole = jax.make_array_from_callback(w.shape, sharding, lambda index: w[index])
+    q = jax.jit(ifjax.quantize)(whole)
+    for leaf, expected in ((q.codes, one.codes), (q.scale_bytes(), one.scale_bytes())):
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, np.asarray(expected)[shard.index])
+    rows = jax.make_array_from_callback(x.shape, NamedSharding(mesh, P(None, *spec[1:])), lambda index: x[index])
+    everywhere = NamedSharding(mesh, P())
+    y = jax.jit(lambda x, q: ifjax.einsum("mk,nk->mn", x, q), out_shardings=everywhere)(rows, q)
+    expected = ifjax.einsum("mk,nk->mn", x, one)
+    np.testing.assert_allclose(np.asarray(y.addressable_shards[0].data), expected, rtol=1e-4, atol=1e-4)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(ifjax.__file__).parents[1])}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, address, str(i)], env=environment, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for worker in workers:
+        out, error = worker.communicate(timeout=300)
+        assert worker.returncode == 0, error
+        assert out.strip().endswith("equal")
