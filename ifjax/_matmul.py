@@ -24,8 +24,9 @@ from jax.typing import ArrayLike, DTypeLike
 from ifjax import codec
 from ifjax._xla import divide, stage
 from ifjax.formats import Format
+from ifjax.grids import E2M1
 from ifjax.packing import pack
-from ifjax.qtensor import QTensor, unscaled_values
+from ifjax.qtensor import QTensor, to_ml_dtypes, unscaled_values
 
 Impl = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
 Operand = ArrayLike | QTensor
@@ -94,7 +95,8 @@ def dot_general(
         lhs, rhs: arrays or QTensors of any rank.
         dimension_numbers, precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`.
         impl: None takes a kernel where there is one for the device and the operands, else XLA; "xla", "mosaic_gpu"
-            (Hopper) and "mosaic_tpu" (v5e, v6e) force one. `explain_matmul` tells which and why.
+            (Hopper) and "mosaic_tpu" (v5e, v6e) force one. `explain_matmul` tells which and why. Two NVFP4 matrices
+            multiply by `jax.nn.scaled_matmul` on Blackwell.
         target: the device kind to compile for, such as "H200" or "TPU v6e"; the first device's unless given.
 
     Raises:
@@ -121,8 +123,15 @@ def dot_general(
         return y if out_sharding is None else jax.reshard(y, out_sharding)
     if not _is_packed(lhs):
         return _planned_product(jnp.asarray(lhs), rhs, settings, impl, target)
-    # Both packed. The left one's factor, if it is one number, joins the right one's in the end.
     lhs = lhs if isinstance(lhs, QTensor) else lhs.unpack()
+    if impl is None and _explain(lhs, rhs, dims, dtype, _target(target)).path == "scaled_matmul":
+        by_xla = functools.partial(
+            dot_general, dimension_numbers=dims.numbers, precision=precision, impl="xla",
+            preferred_element_type=settings.out_dtype,
+        )  # fmt: skip
+        by_scales = functools.partial(_scaled_product, dtype=settings.out_dtype)
+        return lax.platform_dependent(lhs, rhs, cuda=by_scales, default=by_xla)
+    # The left one's factor, if it is one number, joins the right one's in the end.
     if lhs.amax is not None and lhs.amax.ndim:
         return _planned_product(lhs.dequantize(dtype), rhs, settings, impl, target)
     out_dtype, settings = settings.out_dtype, settings._replace(out_dtype=_accumulator(settings.out_dtype))
@@ -218,7 +227,8 @@ def ragged_dot(
     rhs = rhs if isinstance(rhs, QTensor) else rhs.unpack()
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     out_dtype = dtype if preferred_element_type is None else np.dtype(preferred_element_type)
-    return _ragged(_as_varying(lhs, rhs), rhs, jnp.asarray(group_sizes), group_offset, (precision, lhs.dtype, dtype, out_dtype))
+    settings = (precision, lhs.dtype, dtype, out_dtype)
+    return _ragged(_as_varying(lhs, rhs), rhs, jnp.asarray(group_sizes), group_offset, settings)
 
 
 # --- which way a product goes ----------------------------------------------------------------------------------------
@@ -267,8 +277,10 @@ def explain_matmul(
 
 
 # Device kinds, as jax spells them and as people do, and the kernels that were built for them.
-_KERNELS = {"mosaic_gpu": r"\bG?H[12]00\b", "mosaic_tpu": r"\bv[56] ?(lite|e)\b"}
-_PLATFORMS = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
+_KERNELS = {
+    "mosaic_gpu": r"\bG?H[12]00\b", "mosaic_tpu": r"\bv[56] ?(lite|e)\b", "scaled_matmul": r"\bG?B[123]00\b",
+}  # fmt: skip
+_PLATFORMS = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}  # those that have a layout of their own
 
 
 def _target(target, platform=None):
@@ -298,8 +310,8 @@ def _explain(x, q, dims, dtype, target) -> Explanation:
 
 def _refusal(kernel, x, q, dims, dtype) -> str | None:
     """Why a kernel cannot take this product; None if it can."""
-    if isinstance(x, QTensor | Prepacked):
-        dtype = jnp.promote_types(x.dtype, q.dtype)
+    if kernel == "scaled_matmul":
+        return _no_scaled_product(x, q, dims)
     base = q.ndim - (q.amax.ndim if q.amax is not None else 0)
     if base < 2 or dims.q_batch or (q.amax is not None and q.amax.ndim):
         return "it multiplies by one matrix, and these weights have batch axes or several amax values"
@@ -310,6 +322,27 @@ def _refusal(kernel, x, q, dims, dtype) -> str | None:
         return f"{q.fmt.name} has codes of {q.fmt.bits} bits, or a table or step that kernels cannot hold"
     rows = math.prod(x.shape[i] for i in range(len(x.shape)) if i not in dims.x_contracted)
     return _module(kernel).supports(decoding, dtype, m=rows)
+
+
+def _no_scaled_product(a, b, dims) -> str | None:
+    """Why `jax.nn.scaled_matmul` cannot take this product of a with b; None if it can."""
+    if not (isinstance(a, QTensor) and isinstance(b, QTensor)):
+        return "it multiplies two QTensors"
+    for q, contracted, batch in ((a, dims.x_contracted, dims.x_batch), (b, dims.q_contracted, dims.q_batch)):
+        if q.fmt.decodings != ((E2M1, 1.0),) or q.fmt.block != 16 or q.amax is None:
+            return f"it reads plain NVFP4, and {q.fmt.name} has other elements, scales or marks in their signs"
+        if q.ndim != 2 or q.amax.ndim or batch or contracted != (2 + q.axis,):
+            return "it multiplies matrices with one amax along their blocks"
+    return None
+
+
+def _scaled_product(a, b, dtype):
+    (x, x_scales, x_factor), (w, w_scales, w_factor) = map(to_ml_dtypes, (a, b))
+    batches = [
+        jnp.moveaxis(array, q.axis, -1)[None] for q, array in ((a, x), (b, w), (a, x_scales), (b, w_scales))
+    ]
+    y = jax.nn.scaled_matmul(*batches, preferred_element_type=np.float32)[0]
+    return (y * x_factor * w_factor).astype(dtype)
 
 
 def _may_be_partitioned():
@@ -676,8 +709,8 @@ def prepack(q: QTensor, target: str | None = None) -> Prepacked:
         raise TypeError(f"prepack needs a QTensor, got {type(q).__name__}: make one with ifjax.quantize")
     target = _target(target)
     kernel = _kernel_for(target)
-    if kernel is None:
-        raise ValueError(f"there is no kernel for {target!r}: products take the QTensor itself there")
+    if kernel not in _PLATFORMS:
+        raise ValueError(f"no kernel for {target!r} has a layout of its own: products take the QTensor itself there")
     lead = 0 if q.amax is None else q.amax.ndim
     if _decoding(q.fmt) is None or q.ndim - lead < 2:
         raise ValueError(f"{kernel} multiplies by matrices of 4-bit codes, got {q!r}: products take it as it is")

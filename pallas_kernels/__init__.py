@@ -1,4 +1,9 @@
-"""Pallas kernels that know tiles and memory, and no number format: what a code means is a function they are handed.
+"""Pallas kernels that know tiles and memory, and no number format: what a code means is a record they are handed.
 
-Imports jax only, never ifjax. Empty for now: the kernels arrive with the packed matmul.
+decoding     that record
+gpu_matmul   packed weights on Hopper GPUs, through Mosaic GPU
+tpu_matmul   packed weights on TPUs
+tiles        tile choices for GPUs, from a file that `autotune` writes
+
+Imports jax only, never ifjax.
 """

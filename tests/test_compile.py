@@ -85,20 +85,26 @@ def kernels(hlo: str) -> list[Operation]:
     return [operation for operation in computations(hlo)["ENTRY"] if operation.kind not in free]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[str, dict]:
-    """For each case its optimized HLO and the bytes of its temporaries."""
+def compiled_for(device: str, folder: Path):
+    """What this file's `main` for the device writes; compiled in a process of its own."""
     for package in ("jax_cuda13_plugin", "nvidia"):
         if importlib.util.find_spec(package) is None:
             pytest.skip("pip install 'ifjax[compile]' to compile for a GPU that is not there")
     import ifjax
 
-    # In a process of its own, on the platform cpu: else the plugin would look for a GPU.
-    file = tmp_path_factory.mktemp("compiled") / "programs.json"
+    # On the platform cpu: else the plugin would look for a GPU.
+    file = folder / "programs.json"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(ifjax.__file__).parents[1])}
-    done = subprocess.run([sys.executable, __file__, str(file)], env=environment, capture_output=True, text=True)
+    command = [sys.executable, __file__, device, str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[str, dict]:
+    """For each case its optimized HLO and the bytes of its temporaries."""
+    return compiled_for("H200", tmp_path_factory.mktemp("compiled"))
 
 
 each_case = pytest.mark.parametrize("case", CASES)
@@ -153,6 +159,10 @@ def test_every_division_is_corrected(compiled, case):
     assert divisions > 0
 
 
+def test_blackwell_multiplies_nvfp4_by_cudnn(tmp_path):
+    assert "__cudnn$blockScaledDot" in compiled_for("B200", tmp_path)
+
+
 def test_the_reader_of_programs_finds_what_it_counts():
     hlo = """HloModule m
 %fused (p: f32[8]) -> f32[8] {
@@ -173,11 +183,11 @@ ENTRY %main (x: f32[8]) -> (f32[8], u8[2,4]) {
     assert arrays_of(kernels(hlo)[0].shape) == [("f32", 8), ("u8", 8)]
 
 
-def compile_for_h200(function, *arguments):
+def compile_for(target: str, function, *arguments):
     """The compiled program of `jit(function)`, of which everything but the device is there."""
     from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), arguments)
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
@@ -189,13 +199,29 @@ def main(file: str):
     programs = {}
     for case, (fmt, dtype, settings) in CASES.items():
         quantize = functools.partial(ifjax.quantize, fmt=fmt, **settings)
-        program = compile_for_h200(quantize, jax.ShapeDtypeStruct(SHAPE, dtype))
+        program = compile_for(H200, quantize, jax.ShapeDtypeStruct(SHAPE, dtype))
         temporaries = program.memory_analysis().temp_size_in_bytes
         programs[case] = {"hlo": program.as_text(), "temporaries": temporaries}
     q = jax.eval_shape(ifjax.quantize, jax.ShapeDtypeStruct(SHAPE, "bfloat16"))
-    programs["dequantize"] = {"hlo": compile_for_h200(lambda q: q.dequantize(), q).as_text()}
+    programs["dequantize"] = {"hlo": compile_for(H200, lambda q: q.dequantize(), q).as_text()}
     Path(file).write_text(json.dumps(programs))
 
 
+B200 = (
+    H200.replace("major: 9", "major: 10").replace("core_count: 132", "core_count: 148")
+    .replace("NVIDIA H200", "NVIDIA B200")
+)  # fmt: skip
+
+
+def main_on_blackwell(file: str):
+    """A process compiles for one architecture only."""
+    import ifjax
+
+    quantize = functools.partial(ifjax.quantize, fmt="nvfp4")
+    a, b = (jax.eval_shape(quantize, jax.ShapeDtypeStruct((rows, 64), "bfloat16")) for rows in (8, 32))
+    product = functools.partial(ifjax.einsum, "mk,nk->mn", target="B200")
+    Path(file).write_text(json.dumps(compile_for(B200, product, a, b).as_text()))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"H200": main, "B200": main_on_blackwell}[sys.argv[1]](sys.argv[2])

@@ -32,7 +32,7 @@ SAME_FLOOR = {
 TOP = max(FLOORS.values())
 
 # Everything else is imported inside the function that needs it: `import ifjax` is light and works without extras.
-AT_MODULE_LEVEL = {"ifjax", "pallas_kernels", "jax", "jaxtyping", "ml_dtypes", "numpy", "rich"}
+AT_MODULE_LEVEL = {"ifjax", "pallas_kernels", "jax", "jaxtyping", "ml_dtypes", "numpy", "opt_einsum", "rich"}
 ONLY_IN = {"flax": {"flax"}, "optax": {"flax", "optim"}, "pallas_kernels": {"_matmul"}}
 
 

@@ -38,7 +38,7 @@ def assert_same(a, b):
     ("target", "path", "reason"),
     [
         ("NVIDIA H200", "mosaic_gpu", "H200"), ("NVIDIA H100 80GB HBM3", "mosaic_gpu", "H100"),
-        ("NVIDIA A100-SXM4-40GB", "xla", "no kernel for NVIDIA A100"), ("NVIDIA B200", "xla", "no kernel"),
+        ("NVIDIA A100-SXM4-40GB", "xla", "no kernel for NVIDIA A100"), ("NVIDIA B200", "xla", "two QTensors"),
         ("TPU v5 lite", "mosaic_tpu", "v5 lite"), ("TPU v6e", "mosaic_tpu", "v6e"), ("TPU v4", "xla", "no kernel"),
         ("cpu", "xla", "no kernel for cpu"),
     ],
@@ -82,6 +82,24 @@ def test_shapes_suffice():
     x = jax.ShapeDtypeStruct((3, 64), jnp.bfloat16)
     q = jax.eval_shape(lambda w: ifjax.quantize(w, axis=-2), jax.ShapeDtypeStruct((64, 32), jnp.bfloat16))
     assert ifjax.explain_matmul(x, q, target="H200").path == "mosaic_gpu"
+
+
+def test_two_nvfp4_matrices_multiply_by_their_scales_on_blackwell():
+    def explain(a, b, axis=-2):
+        shapes = jax.ShapeDtypeStruct((8, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64, 32), jnp.bfloat16)
+        a, b = (jax.eval_shape(lambda w, s=s: ifjax.quantize(w, **s), w)
+                for w, s in zip(shapes, ({"fmt": a}, {"fmt": b, "axis": axis}), strict=True))  # fmt: skip
+        return ifjax.explain_matmul(a, b, target="NVIDIA B200")
+
+    assert explain("nvfp4", "fouroversix").path == "scaled_matmul"
+    assert "marks in their signs" in explain("nvfp4", "if4").reason
+    assert "if4" in explain("if4", "nvfp4").reason
+    assert "along their blocks" in explain("nvfp4", "nvfp4", axis=-1).reason
+    a, b = ifjax.quantize(normal(8, 64), "nvfp4"), ifjax.quantize(normal(64, 32), "fouroversix", axis=0)
+    product = functools.partial(ifjax.matmul, target="B200")
+    np.testing.assert_allclose(product(a, b), a.dequantize() @ b.dequantize(), rtol=1e-5, atol=1e-5)
+    assert "scaled" in lowered(product, a, b, platform="cuda").lower()
+    assert "scaled" not in lowered(product, a, b, platform="cpu").lower()
 
 
 def test_a_matrix_with_batch_axes_goes_by_xla():
