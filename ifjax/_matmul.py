@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 import opt_einsum
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
+from opt_einsum.parser import parse_einsum_input
 
 from ifjax import codec
 from ifjax._xla import divide, stage
@@ -29,8 +29,8 @@ from ifjax.packing import pack
 from ifjax.qtensor import QTensor, to_ml_dtypes, unscaled_values
 
 Impl = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
-Operand = ArrayLike | QTensor
-DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+Operand = Any  # an array (or what jnp.asarray takes), a QTensor or a Prepacked
+DimensionNumbers = Any  # ((contracted axes of lhs, of rhs), (batch axes of lhs, of rhs)), as lax.dot_general has them
 
 
 class _Dims(NamedTuple):
@@ -190,29 +190,27 @@ def einsum(
     rest = {"precision": precision, "preferred_element_type": preferred_element_type}
     if not any(map(_is_packed, operands)):
         return jnp.einsum(spec, *operands, **rest)
-    operands = [a if _is_packed(a) else jnp.asarray(a) for a in operands]
-    inputs, out, _ = opt_einsum.parser.parse_einsum_input((spec, *(a.shape for a in operands)), shapes=True)
+    left: list[Any] = [a if _is_packed(a) else jnp.asarray(a) for a in operands]
+    inputs, out, _ = parse_einsum_input((spec, *(a.shape for a in left)), shapes=True)
     rest |= {"impl": impl, "target": target}
-    if len(operands) == 2:
-        return _einsum_of_two(*inputs.split(","), out, *operands, **rest)
-    if len(operands) == 1:
-        return jnp.einsum(f"{inputs}->{out}", _dense(operands[0]), preferred_element_type=preferred_element_type)
-    _, steps = opt_einsum.contract_path(
-        f"{inputs}->{out}", *(a.shape for a in operands), shapes=True, einsum_call=True
-    )
-    for positions, _, step, *_ in steps:
-        operands.append(einsum(step, *(operands.pop(i) for i in positions), **rest))
-    return operands[0]
+    if len(left) == 2:
+        return _einsum_of_two(inputs.split(","), out, left, **rest)
+    if len(left) == 1:
+        return jnp.einsum(f"{inputs}->{out}", _dense(left[0]), preferred_element_type=preferred_element_type)
+    path: Any = opt_einsum.contract_path(f"{inputs}->{out}", *(a.shape for a in left), shapes=True, einsum_call=True)
+    for positions, _, step, *_ in path[1]:
+        left.append(einsum(step, *(left.pop(i) for i in positions), **rest))
+    return left[0]
 
 
 def ragged_dot(
     lhs: ArrayLike,
     rhs: Operand,
-    group_sizes: ArrayLike,
+    group_sizes: jax.Array,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
     *,
-    group_offset: ArrayLike | None = None,
+    group_offset: jax.Array | None = None,
 ) -> jax.Array:
     """`jax.lax.ragged_dot` with packed experts: each group of rows of lhs [m, k] times its own matrix of rhs [g, k, n].
 
@@ -312,8 +310,9 @@ def _refusal(kernel, x, q, dims, dtype) -> str | None:
     """Why a kernel cannot take this product; None if it can."""
     if kernel == "scaled_matmul":
         return _no_scaled_product(x, q, dims)
-    base = q.ndim - (q.amax.ndim if q.amax is not None else 0)
-    if base < 2 or dims.q_batch or (q.amax is not None and q.amax.ndim):
+    if 0 in (*x.shape, *q.shape):
+        return "an operand is empty"
+    if q.ndim < 2 or dims.q_batch or (q.amax is not None and q.amax.ndim):
         return "it multiplies by one matrix, and these weights have batch axes or several amax values"
     if dims.q_contracted != (q.ndim + q.axis,):
         return f"it contracts the axis that blocks lie along ({q.axis}) and no other"
@@ -338,10 +337,9 @@ def _no_scaled_product(a, b, dims) -> str | None:
 
 def _scaled_product(a, b, dtype):
     (x, x_scales, x_factor), (w, w_scales, w_factor) = map(to_ml_dtypes, (a, b))
-    batches = [
-        jnp.moveaxis(array, q.axis, -1)[None] for q, array in ((a, x), (b, w), (a, x_scales), (b, w_scales))
-    ]
-    y = jax.nn.scaled_matmul(*batches, preferred_element_type=np.float32)[0]
+    arrays = (a, x), (b, w), (a, x_scales), (b, w_scales)
+    batches = [jnp.moveaxis(array, q.axis, -1)[None] for q, array in arrays]
+    y: Any = jax.nn.scaled_matmul(*batches, preferred_element_type=np.float32)[0]
     return (y * x_factor * w_factor).astype(dtype)
 
 
@@ -364,7 +362,7 @@ def _module(kernel):
 # --- the product -----------------------------------------------------------------------------------------------------
 
 
-def _planned_product(x, q, settings, impl, target):
+def _planned_product(x, q, settings, impl, target) -> Any:
     if impl not in (None, "xla", "mosaic_gpu", "mosaic_tpu"):
         raise ValueError(f"impl must be None, 'xla', 'mosaic_gpu' or 'mosaic_tpu', got {impl!r}")
     kernel = None if impl == "xla" else impl
@@ -415,10 +413,10 @@ def _product_bwd(settings, q, g):
     settings = settings._replace(
         dims=back, x_dtype=dtype, out_dtype=settings.x_dtype, out_sharding=None, kernel=None
     )
-    dx = _product(g.astype(dtype), q, settings)
+    dx: Any = _product(g.astype(dtype), q, settings)
     # dx has x's batch axes, its free ones, and what was contracted in q's order.
     order = [x_axis for _, x_axis in sorted(zip(dims.q_contracted, dims.x_contracted, strict=True))]
-    return jnp.transpose(dx, np.argsort([*dims.x_batch, *x_free, *order])), _no_gradient(q)
+    return jnp.transpose(dx, np.argsort([*dims.x_batch, *x_free, *order]).tolist()), _no_gradient(q)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
@@ -536,7 +534,7 @@ def _spread(factor, ndim, dims, x_ndim, q_ndim):
     q_free = dims.q_free(q_ndim)
     first = len(dims.x_batch) + len(dims.x_free(x_ndim))
     place = [dims.q_batch.index(a) if a in dims.q_batch else first + q_free.index(a) for a in range(factor.ndim)]
-    factor = jnp.transpose(factor, np.argsort(place))
+    factor = jnp.transpose(factor, np.argsort(place).tolist())
     shape = [1] * ndim
     for at, length in zip(sorted(place), factor.shape, strict=True):
         shape[at] = length
@@ -580,29 +578,16 @@ _ragged.defvjp(_ragged_fwd, _ragged_bwd)
 # --- einsum ----------------------------------------------------------------------------------------------------------
 
 
-def _einsum_of_two(left, right, out, a, b, *, precision, preferred_element_type, impl, target):
+def _einsum_of_two(inputs, out, operands, *, precision, preferred_element_type, impl, target):
+    (left, right), (a, b) = inputs, operands
     plain = {"precision": precision, "preferred_element_type": preferred_element_type}
     (left, a), (right, b) = _without_ones(left, a, right, b), _without_ones(right, b, left, a)
-    alone = [set(labels) - set(other) - set(out) for labels, other in ((left, right), (right, left))]
-    repeated = [len(set(labels)) < len(labels) for labels in (left, right)]
-    a = _dense(a) if alone[0] or repeated[0] else a
-    b = _dense(b) if alone[1] or repeated[1] else b
-    if any(alone) or any(repeated) or not (_is_packed(a) or _is_packed(b)) or set(out) - set(left + right):
-        # What jnp.einsum can bring into shape first: an array that is summed or has a diagonal.
-        kept = [
-            "".join(dict.fromkeys(c for c in labels if c not in drop))
-            for labels, drop in zip((left, right), alone, strict=True)
-        ]
-        if not (_is_packed(a) or _is_packed(b)) or set(out) - set(left + right):
-            return jnp.einsum(f"{left},{right}->{out}", _dense(a), _dense(b), **plain)
-        a = a if _is_packed(a) else jnp.einsum(f"{left}->{kept[0]}", a)
-        b = b if _is_packed(b) else jnp.einsum(f"{right}->{kept[1]}", b)
-        left, right = kept
+    (left, a), (right, b) = _summed(left, a, right + out), _summed(right, b, left + out)
+    if not (_is_packed(a) or _is_packed(b)):
+        return jnp.einsum(f"{left},{right}->{out}", a, b, **plain)
     batch = [c for c in left if c in right and c in out]
     contracted = [c for c in left if c in right and c not in out]
-    dims = tuple(
-        tuple(tuple(labels.index(c) for c in chosen) for labels in (left, right)) for chosen in (contracted, batch)
-    )
+    dims = [[[labels.index(c) for c in chosen] for labels in (left, right)] for chosen in (contracted, batch)]
     y = dot_general(a, b, dims, precision, preferred_element_type, impl=impl, target=target)
     have = batch + [c for c in left + right if c not in batch + contracted]
     return jnp.transpose(y, [have.index(c) for c in out])
@@ -617,6 +602,12 @@ def _without_ones(labels, a, other_labels, other):
     if not ones:
         return labels, a
     return "".join(c for i, c in enumerate(labels) if i not in ones), jnp.squeeze(_dense(a), tuple(ones))
+
+
+def _summed(labels, a, others):
+    """a without the axes that nothing else names, which are summed, and without repeated ones: its diagonal."""
+    kept = "".join(dict.fromkeys(c for c in labels if c in others))
+    return (labels, a) if kept == labels else (kept, jnp.einsum(f"{labels}->{kept}", _dense(a)))
 
 
 def _dense(a):
@@ -718,15 +709,15 @@ def prepack(q: QTensor, target: str | None = None) -> Prepacked:
 
 
 @functools.lru_cache
-def _decoding(fmt: Format):
-    """The format as kernels know formats; None where they cannot."""
+def _decoding(fmt: Format) -> Any:
+    """The format as kernels know formats, a `Decoding`; None where they cannot."""
     from pallas_kernels.decoding import Decoding
 
     # Multipliers are the smallest integers in proportion to the steps: 7 and 6 for 1 and 6/7.
     steps = [Fraction(step).limit_denominator(16) for _, step in fmt.decodings]
     common = math.lcm(*(step.denominator for step in steps))
     exact = all(np.float32(float(a)) == np.float32(b) for a, (_, b) in zip(steps, fmt.decodings, strict=True))
-    kinds = {"e4m3": "e4m3", "e4m3_256": "e4m3", "e8m0": "e8m0"}
+    kinds: dict[str, Any] = {"e4m3": "e4m3", "e4m3_256": "e4m3", "e8m0": "e8m0"}
     if fmt.bits != 4 or not exact or fmt.scale.name not in kinds:
         return None
     try:
@@ -797,11 +788,12 @@ def _kernel_product(rows, q, settings):
     rest = tuple(n for i, n in enumerate(q.matrix) if i != len(q.matrix) + q.axis)
     rows_of_k = codec.pad_axis(rows, k, -1).reshape(-1, k).astype(settings.dtype)
     factor = divide(np.float32(1) if q.amax is None else _factor(q), np.float32(_common(q.fmt)))
+    # All kernels write these two types.
+    out_dtype = settings.out_dtype if settings.out_dtype == jnp.bfloat16 else np.dtype(np.float32)
     y = _module(settings.kernel).matmul(
-        rows_of_k, q.words, q.scales, factor,
-        n=math.prod(rest), k=k, decoding=_decoding(q.fmt), out_dtype=settings.out_dtype,
-    )  # fmt: skip
-    return y.reshape(*rows.shape[:-1], *rest)
+        rows_of_k, q.words, q.scales, factor, n=math.prod(rest), k=k, decoding=_decoding(q.fmt), out_dtype=out_dtype
+    )
+    return y.reshape(*rows.shape[:-1], *rest).astype(settings.out_dtype)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
