@@ -12,7 +12,7 @@ base, to which a block of the other adds the difference. IF4, in units of 1/2 fo
 Two nibbles share a 32-bit lane: one `and` and one `or` on the word put them into the last bits of two bfloat16 128.
 
 Numerics. The value (a magnitude over its unit) and scale * multiplier * unit are exact in bfloat16. Their product, the
-weight, is exact in float32; for a bfloat16 x it is rounded once to bfloat16, an error of at most 2**-9 of the weight,
+weight, is exact in float32; for a bfloat16 x it is rounded once to bfloat16, an error of at most 2**-8 of the weight,
 and none where both fit 8 bits (NVFP4, 4/6, MXFP4, 3-bit integers with multiplier 1). Products with x are exact, sums
 are float32 (for a float32 x the products too, at the matrix unit's highest precision), `factor` multiplies them once at
 the end, and one rounding makes `out_dtype`. A NaN byte makes NaN of the outputs of its row of W. TPUs flush subnormal

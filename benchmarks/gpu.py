@@ -1,0 +1,271 @@
+"""What does a product with packed weights cost on an NVIDIA GPU, against the same product in bfloat16 and others?
+
+    python benchmarks/gpu.py [--json FILE] [--minutes 7.5] [--shapes 4096x4096 ...] [--rows 1 16 ...]
+
+Every kernel is checked against float64 first; if one is wrong, nothing is timed and the exit code is 1. Then all
+contenders of a cell (M rows of x, N x K weights) are timed in turn, round by round, and a ratio is the median of the
+ratios within a round. One call runs the product on many weights, each with an x of its own, together larger than the
+L2 cache several times over, so that weights come from memory as they do in a model; the cost of dispatch is shared by
+them. x is reordered and padded in these calls, weights are packed before.
+
+Contenders: IF4 and NVFP4 through the kernel, with x in float16 and bfloat16; `jnp.dot` in bfloat16, what all others are
+compared with; dequantize and then dot, by XLA; PyTorch's bfloat16 and int4 (groups of 32), where torch is there.
+Targets: with up to 64 rows and the two large shapes at least 2.5 times as fast as bfloat16; from 4096 rows on at least
+0.85 times, through the kernel or by XLA, whichever is faster. Last, quantize in GB/s of what it has to read and write,
+against a copy. When the minutes are over the cells not reached are reported as such.
+
+A table goes to standard output as Markdown, progress to standard error. Without a GPU it says so and exits with code 2.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ifjax
+
+SHAPES = ((4096, 4096), (8192, 8192), (28672, 8192))
+ROWS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
+BYTES = 600e6  # of packed weights in one call
+ROUNDS = 7
+
+
+class Cell(NamedTuple):
+    """One contender of a product: microseconds, and how many times as fast as jnp.dot in bfloat16."""
+
+    m: int
+    n: int
+    k: int
+    contender: str
+    microseconds: float
+    speedup: float
+
+
+def errors_of_kernels(impl: str) -> list[tuple[str, float, float]]:
+    """(what, error, bound) of products of all kinds, errors as parts of the result's norm."""
+    rng = np.random.default_rng(0)
+    found = []
+    for fmt in ("if4", "nvfp4", "fouroversix", "nvint4"):
+        for m, n, k in ((1, 512, 1024), (5, 200, 1008), (64, 512, 2048), (300, 384, 1024), (1024, 256, 512)):
+            w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
+            # A float32 sum; in bfloat16 also one rounding of each weight, at most 2^-8 of it.
+            for dtype, bound in ((jnp.float16, 1e-5), (jnp.bfloat16, 2.0**-8)):
+                q = ifjax.quantize(w.astype(dtype), fmt, axis=-2)
+                x = jnp.asarray(rng.standard_normal((m, k)), dtype)
+                y = ifjax.matmul(x, prepack(q), preferred_element_type=jnp.float32, impl=impl)
+                wanted = np.asarray(x, np.float64) @ np.asarray(q.dequantize(jnp.float32), np.float64)
+                error = float(np.linalg.norm(np.asarray(y, np.float64) - wanted) / np.linalg.norm(wanted))
+                found.append((f"{fmt} {m} x {n} x {k} {jnp.dtype(dtype).name}", error, bound))
+    return found
+
+
+def prepack(q):
+    return ifjax.prepack(q, target="H200") if jax.default_backend() == "gpu" else q
+
+
+def copies(tree, count: int) -> list:
+    """`count` copies of arrays, at places of their own."""
+    return [tree, *(jax.tree.map(jnp.copy, tree) for _ in range(count - 1))]
+
+
+def over_all(product: Callable) -> Callable:
+    """The product of each x with its weights, in one program."""
+    one = jax.jit(product)
+    return jax.jit(lambda xs, ws: [one(x, w) for x, w in zip(xs, ws, strict=True)])
+
+
+def contenders(m: int, n: int, k: int, impl: str) -> tuple[int, dict[str, Callable[[], Any]]]:
+    """How many products a call makes, and the calls."""
+    count = max(4, int(BYTES / (n * k * 0.5625)))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((m, k)), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(0), (k, n), jnp.bfloat16)
+    # Many x only where they are small: else they come from memory in any case.
+    xs = copies(x, count) if m <= 64 else [x] * count
+    halves = [x.astype(jnp.float16) for x in xs] if m <= 64 else [x.astype(jnp.float16)] * count
+    calls = {"bfloat16": functools.partial(over_all(jnp.dot), xs, copies(w, count))}
+    kernel = functools.partial(ifjax.matmul, impl=impl)
+    # Products have the type that those of x and of the quantized weights promote to: both are made alike.
+    for fmt, inputs in (("if4", xs), ("if4", halves), ("nvfp4", xs)):
+        dtype = inputs[0].dtype
+        q = ifjax.quantize(w.astype(dtype), fmt, axis=-2)
+        calls[f"{fmt}, {dtype.name}"] = functools.partial(over_all(kernel), inputs, copies(prepack(q), count))
+        if "if4, XLA" not in calls:
+            xla = functools.partial(ifjax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())), impl="xla")
+            calls["if4, XLA"] = functools.partial(over_all(xla), inputs, copies(q, count))
+    if importlib.util.find_spec("torch") is not None:
+        calls |= torch_calls(m, n, k, count)
+    return count, calls
+
+
+def torch_calls(m: int, n: int, k: int, count: int) -> dict[str, Callable[[], Any]]:
+    """The same products by PyTorch; {} if it has no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+    weights = [torch.randn(n, k, dtype=torch.bfloat16, device="cuda") for _ in range(count)]
+
+    def run(product, weights):
+        for w in weights:
+            product(w)
+        torch.cuda.synchronize()
+
+    calls = {"torch bfloat16": functools.partial(run, lambda w: torch.nn.functional.linear(x, w), weights)}
+    try:
+        codes = torch.randint(0, 255, (n, k // 2), dtype=torch.uint8, device="cuda")
+        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+        scales = torch.ones(k // 32, n, 2, dtype=torch.bfloat16, device="cuda")
+        int4 = [packed.clone() for _ in range(count)]
+        call = functools.partial(run, lambda w: torch.ops.aten._weight_int4pack_mm(x, w, 32, scales), int4)
+        call()
+        calls["torch int4"] = call
+    except Exception as error:  # private to PyTorch, and not the same from version to version
+        print(f"torch int4 left out: {str(error).splitlines()[0]}", file=sys.stderr)
+    return calls
+
+
+def seconds_in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each call in each round, after one call to compile; calls that fail are left out."""
+    for name, call in list(calls.items()):
+        try:
+            jax.block_until_ready(call())
+        except Exception as error:
+            print(f"  {name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
+            del calls[name]
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - start)
+    return {name: np.array(seconds) for name, seconds in times.items()}
+
+
+def cells(m: int, n: int, k: int, impl: str, rounds: int = ROUNDS) -> list[Cell]:
+    count, calls = contenders(m, n, k, impl)
+    times = seconds_in_turn(calls, rounds)
+    base = times["bfloat16"]
+    return [
+        Cell(m, n, k, name, float(np.median(seconds)) / count * 1e6, float(np.median(base / seconds)))
+        for name, seconds in times.items()
+    ]
+
+
+def quantize_rates(size: int, rounds: int = ROUNDS) -> list[dict]:
+    """GB/s of quantize and of a copy, of what either must at least read and write, and their ratio."""
+    rows = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        xs = copies(jax.random.normal(jax.random.key(0), (size, size), dtype), 4)
+        read = size * size * jnp.dtype(dtype).itemsize
+        programs = {"copy": (jax.jit(lambda xs: [x + 1 for x in xs]), 2 * read)}
+        for fmt in ("if4", "nvfp4", "fouroversix"):
+            quantize = functools.partial(ifjax.quantize, fmt=fmt)
+            programs[fmt] = jax.jit(lambda xs, f=quantize: [f(x) for x in xs]), read + size * size * 0.5625
+        times = seconds_in_turn({name: functools.partial(f, xs) for name, (f, _) in programs.items()}, rounds)
+        rates = {name: 4 * programs[name][1] / seconds / 1e9 for name, seconds in times.items()}
+        for name, rate in rates.items():
+            part = float(np.median(rate / rates["copy"]))
+            rows.append({"what": f"{name} {jnp.dtype(dtype).name}", "gbs": float(np.median(rate)), "of copy": part})
+    return rows
+
+
+def targets(results: list[Cell]) -> list[dict]:
+    """Which targets were met; those that nothing was measured for are left out."""
+    found = []
+    for m, n, k in dict.fromkeys((cell.m, cell.n, cell.k) for cell in results):
+        here = {cell.contender: cell.speedup for cell in results if (cell.m, cell.n, cell.k) == (m, n, k)}
+        ours = {name: value for name, value in here.items() if name.startswith("if4")}
+        few = m <= 64 and n * k >= 8192 * 8192
+        if ours and (few or m >= 4096):
+            wanted, best = 2.5 if few else 0.85, max(ours, key=lambda name: ours[name])
+            met = ours[best] >= wanted
+            found.append({"m": m, "n": n, "k": k, "wanted": wanted, "got": ours[best], "by": best, "met": met})
+    return found
+
+
+def report(about: dict, results: list[Cell], rates: list[dict], skipped: list[str]) -> str:
+    def table(*header: str) -> list[str]:
+        return ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+
+    lines = [f"# gpu.py on {about['device']}, {about['date']}", "", f"jax {about['jax']}; {about['rounds']} rounds."]
+    lines += table("M", "N x K", "contender", "us", "times as fast as bfloat16", "TB/s of weights", "Tflop/s")
+    for m, n, k, name, microseconds, speedup in results:
+        bits = 16 if name in ("bfloat16", "torch bfloat16") else 4.5
+        rates_ = f"{n * k * bits / 8 / microseconds / 1e6:.2f} | {2 * m * n * k / microseconds / 1e6:.0f}"
+        lines.append(f"| {m} | {n} x {k} | {name} | {microseconds:.1f} | {speedup:.2f} | {rates_} |")
+    lines += table("target", "wanted", "got", "by", "met")
+    for row in targets(results):
+        what, met = f"{row['m']} x {row['n']} x {row['k']}", "yes" if row["met"] else "**no**"
+        lines.append(f"| {what} | {row['wanted']} | {row['got']:.2f} | {row['by']} | {met} |")
+    lines += table("quantize", "GB/s", "of a copy")
+    lines += [f"| {row['what']} | {row['gbs']:.0f} | {row['of copy']:.2f} |" for row in rates]
+    return "\n".join([*lines, "", *(f"Not reached: {cell}" for cell in skipped)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python benchmarks/gpu.py")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--minutes", type=float, default=7.5)
+    parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES], help="of weights, NxK")
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="of x")
+    args = parser.parse_args()
+    end = time.monotonic() + 60 * args.minutes
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        print(f"gpu.py measures on an NVIDIA GPU, and here is a {device.platform}: run it there.", file=sys.stderr)
+        return 2
+
+    failed = False
+    for what, error, bound in errors_of_kernels("mosaic_gpu"):
+        print(f"error {error:.1e} {what}", file=sys.stderr)
+        if not error <= bound:
+            failed = True
+            print(f"WRONG: {what} is off by {error:.1e}, more than {bound:.1e}", file=sys.stderr)
+    if failed:
+        return 1
+
+    rates = quantize_rates(8192)
+    results, skipped, longest = [], [], 0.0
+    # The largest weights last: they take longest, and if time runs out the smaller ones have been seen at every M.
+    for n, k in (map(int, shape.split("x")) for shape in args.shapes):
+        for m in args.rows:
+            if time.monotonic() + longest > end:
+                skipped.append(f"{m} x {n} x {k}")
+                continue
+            start = time.monotonic()
+            found = cells(m, n, k, "mosaic_gpu")
+            longest = max(longest, time.monotonic() - start)
+            results += found
+            print(
+                f"{m} x {n} x {k}: {', '.join(f'{c.contender} {c.microseconds:.1f}' for c in found)}", file=sys.stderr
+            )
+    about = {
+        "device": device.device_kind,
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "rounds": ROUNDS,
+    }
+    print(report(about, results, rates, skipped))
+    if args.json:
+        figures = {"cells": [cell._asdict() for cell in results], "quantize": rates, "targets": targets(results)}
+        args.json.write_text(json.dumps(about | figures | {"not reached": skipped}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
