@@ -85,7 +85,8 @@ def main():
     for cases in zip(*runs, strict=True):
         case = cases[0]
         cells = [case["layout"], case["type"], str(case["M"])]
-        cells += [f"{statistics.median(c[f'{name} ms'] for c in cases):.1f}" for name in ("dot", "dequantize", "packed")]
+        for name in ("dot", "dequantize", "packed"):
+            cells.append(f"{statistics.median(c[f'{name} ms'] for c in cases):.1f}")
         target = ""
         for against in ("dequantize", "dot"):
             ratios = [c[f"packed / {against}"] for c in cases]
