@@ -28,6 +28,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ifjax")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Thousands of compiled programs take gigabytes and slow down compiling more of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """The folder of published test vectors that IFJAX_GOLDEN names; without the variable the test is skipped."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
@@ -91,6 +91,7 @@ def products(draw):
     return spec, dims, operands
 
 
+@settings(max_examples=15)  # each compiles a program of its own
 @given(products())
 def test_any_axes_may_be_contracted_batched_and_blocked(case):
     spec, dims, descriptions = case
