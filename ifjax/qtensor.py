@@ -306,7 +306,8 @@ def quantize(
             decoded x), both [..., values of a block], to losses [...].
         rounding: "nearest"; "stochastic": to one of the two adjacent values, with probability by distance, clipped at
             a block's maximum; "stochastic_unbiased": leaves 1/17 of the range free, so that nothing is clipped.
-            Choosing between candidates adds a bias of its own; formats with a single candidate have none.
+            Formats with a single candidate are then unbiased. Choosing by the rounded values adds a bias: of normal
+            numbers, if4 gives means 0.6% too large, if3 0.5%, fouroversix 0.7%, if6 0.01% (measured).
         key: of jax.random, for stochastic rounding. Every value draws its own noise.
         block_2d: share scale and choice in squares of the last two axes, so that q.T is the quantized x.T.
         amax: the tensor's absolute maximum, if it is known or fixed; larger values saturate.

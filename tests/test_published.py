@@ -117,6 +117,23 @@ def test_stochastic_rounding_that_clips():
     assert_close(measured("normal", "nvfp4", rounding="stochastic")[0], 18.84e-3, digit=1e-5, samples=2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fmt", "excess"),
+    [("nvfp4", 0), ("nvint4", 0), ("if4", 5.5e-3), ("if3", 4.7e-3), ("fouroversix", 7.4e-3), ("if6", 1e-4)],
+)
+def test_unbiased_rounding_is_biased_by_choices_alone(fmt, excess):
+    """By how much the mean of 400 roundings exceeds x; the stated figures of formats with choices are our own."""
+    x = jax.random.normal(jax.random.key(0), (4096, 16))
+
+    def add(total, key):
+        return total + ifjax.fake_quantize(x, fmt, rounding="stochastic_unbiased", key=key), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros_like(x), jax.random.split(jax.random.key(1), 400))
+    # Its own standard error is below 3e-5: sqrt(mean square error / roundings / values).
+    assert float(jnp.sum(total / 400 * x) / jnp.sum(x * x)) - 1 == pytest.approx(excess, abs=2e-4)
+
+
 def test_worked_example_of_four_over_six():
     # arXiv 2512.02010: 10, 20, 30, 40 without a tensor scale, that is with one of 1: amax = 6 * 448 or 6 * 256.
     x = jnp.array([10.0, 20, 30, 40])
