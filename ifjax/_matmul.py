@@ -83,8 +83,8 @@ def dot_general(
 
     Weights are decoded to the type of the product (that of both operands' dtypes, by jax's promotion) without the
     tensor's factor, multiplied and added up in float32, and multiplied by amax / K once: in float32 that differs from
-    dequantizing first by rounding alone; in bfloat16 a weight is rounded once. A tensor whose amax is under 3e-35 may
-    read as zero.
+    dequantizing first by rounding alone; in bfloat16 a weight is rounded once, in float16 those of 4-bit formats are
+    exact. A tensor whose amax is under 3e-35 may read as zero.
 
     Contracting the axis that blocks lie along is the fast path. Contracting another one, or an axis with amax values
     of its own, dequantizes.
@@ -135,8 +135,9 @@ def dot_general(
     if lhs.amax is not None and lhs.amax.ndim:
         return _planned_product(lhs.dequantize(dtype), rhs, settings, impl, target)
     out_dtype, settings = settings.out_dtype, settings._replace(out_dtype=_accumulator(settings.out_dtype))
-    y = _planned_product(unscaled_values(lhs).astype(dtype), rhs, settings, impl, target)
-    return (y if lhs.amax is None else y * _factor(lhs)).astype(out_dtype)
+    values, units = _multiples(lhs, dtype)
+    y = _planned_product(values, rhs, settings, impl, target)
+    return (y * divide(1 if lhs.amax is None else _factor(lhs), units)).astype(out_dtype)
 
 
 def matmul(
@@ -477,11 +478,12 @@ def _xla_product(x, q, settings):
     in_epilogue = q.amax is not None and not any(axis < lead for axis in dims.q_contracted)
 
     def by_dot(x, q, dtype=dtype):
-        w = unscaled_values(q) if in_epilogue or q.amax is None else q.dequantize(jnp.float32)
-        return lax.dot_general(
-            x.astype(dtype), w.astype(dtype), dims.numbers, settings.precision, _accumulator(dtype),
+        w, units = _multiples(q, dtype) if in_epilogue or q.amax is None else (q.dequantize(dtype), 1)
+        y = lax.dot_general(
+            x.astype(dtype), w, dims.numbers, settings.precision, _accumulator(dtype),
             out_sharding=settings.out_sharding,
         )  # fmt: skip
+        return y if units == 1 else divide(y, units)
 
     rows = math.prod(n for i, n in enumerate(x.shape) if i not in dims.x_contracted)
     if rows <= 4 and _is_for_few_rows(x, q, dims, dtype):
@@ -524,6 +526,16 @@ def _few_rows_on_cpu(rows, q):
     # A stage, because XLA:CPU would hand the addition to a library for which it writes every product to memory.
     y = stage(sums, blocks, q.codes, q.scale_bytes())
     return y.sum(axis).reshape(*rows.shape[:-1], *y.shape[1 : y.ndim + axis], *y.shape[y.ndim + axis + 1 :])
+
+
+def _multiples(q, dtype):
+    """(q's values without its factor, times an integer; the integer): in float16 the one that makes them exact.
+
+    IF4's values are multiples of 1/7, which no float holds, but float16 holds seven times them: the two roundings to
+    float32 that they took before do not show.
+    """
+    units = _common(q.fmt) if dtype == np.float16 and _decoding(q.fmt) else 1
+    return (unscaled_values(q) * np.float32(units)).astype(dtype), units
 
 
 def _factor(q):

@@ -121,6 +121,21 @@ def test_sixteen_bits_accumulate_in_float32(dtype, magnitude):
     assert_product(got, "mk,nk->mn", x, q, dtype)
 
 
+@pytest.mark.parametrize("name", ["if4", "nvfp4", "fouroversix", "nvint4"])
+@pytest.mark.parametrize("rows", [1, 96], ids=["few rows", "many rows"])
+def test_float16_holds_4_bit_weights_exactly(name, rows):
+    """Rows of the identity pick weights: to float16 they would differ by 2^-11, here by float32's roundings."""
+    q = ifjax.quantize(normal(700, 96, dtype=jnp.float16), name)
+    one_hot = jnp.eye(96, dtype=jnp.float16)[:rows]
+    exact = q.dequantize(jnp.float32).T[:rows]
+    got = ifjax.einsum("mk,nk->mn", one_hot, q, preferred_element_type=jnp.float32)
+    np.testing.assert_allclose(got, exact, rtol=4 * 2.0**-24)
+    packed_ones = ifjax.quantize(one_hot, "nvfp4")
+    np.testing.assert_array_equal(packed_ones.dequantize(), one_hot)
+    got = ifjax.einsum("mk,nk->mn", packed_ones, q, preferred_element_type=jnp.float32)
+    np.testing.assert_allclose(got, exact, rtol=6 * 2.0**-24)
+
+
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("q_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
