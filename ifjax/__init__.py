@@ -11,7 +11,8 @@ Hardware:    mac (IF4 and NVFP4 multiply-accumulate units)
 
 from ifjax import mac
 from ifjax._hadamard import hadamard, inverse_hadamard, random_signs
-from ifjax._matmul import Prepacked, dot_general, einsum, explain_matmul, matmul, prepack, ragged_dot
+from ifjax._kernels import Prepacked, prepack
+from ifjax._matmul import dot_general, einsum, explain_matmul, matmul, ragged_dot
 from ifjax.formats import FORMATS, Candidate, Format, get_format
 from ifjax.grids import Grid
 from ifjax.layouts import swizzle_scales, unswizzle_scales

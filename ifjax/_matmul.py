@@ -6,11 +6,8 @@ A product is linear in its array, so its gradient needs the packed bytes and not
 other axes contracted.
 """
 
-import dataclasses
 import functools
 import math
-import re
-from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,10 +19,19 @@ from jax.typing import ArrayLike, DTypeLike
 from opt_einsum.parser import parse_einsum_input
 
 from ifjax import codec
+from ifjax._kernels import (
+    PLATFORMS,
+    Prepacked,
+    common_multiple,
+    decoding_of,
+    device_kind,
+    factor_of,
+    kernel_for,
+    kernel_product,
+    module_of,
+)  # fmt: skip
 from ifjax._xla import divide, stage
-from ifjax.formats import Format
 from ifjax.grids import E2M1
-from ifjax.packing import pack
 from ifjax.qtensor import QTensor, to_ml_dtypes, unscaled_values
 
 Impl = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
@@ -124,7 +130,7 @@ def dot_general(
     if not _is_packed(lhs):
         return _planned_product(jnp.asarray(lhs), rhs, settings, impl, target)
     lhs = lhs if isinstance(lhs, QTensor) else lhs.unpack()
-    if impl is None and _explain(lhs, rhs, dims, dtype, _target(target)).path == "scaled_matmul":
+    if impl is None and _explain(lhs, rhs, dims, dtype, device_kind(target)).path == "scaled_matmul":
         by_xla = functools.partial(
             dot_general, dimension_numbers=dims.numbers, precision=precision, impl="xla",
             preferred_element_type=settings.out_dtype,
@@ -137,7 +143,7 @@ def dot_general(
     out_dtype, settings = settings.out_dtype, settings._replace(out_dtype=_accumulator(settings.out_dtype))
     values, units = _multiples(lhs, dtype)
     y = _planned_product(values, rhs, settings, impl, target)
-    return (y * divide(1 if lhs.amax is None else _factor(lhs), units)).astype(out_dtype)
+    return (y * divide(1 if lhs.amax is None else factor_of(lhs), units)).astype(out_dtype)
 
 
 def matmul(
@@ -271,32 +277,12 @@ def explain_matmul(
     dims = _checked_dims(a, b, dimension_numbers)
     x, q = (a, b) if _is_packed(b) else (b, a)
     dims = dims if _is_packed(b) else _Dims(dims.q_contracted, dims.x_contracted, dims.q_batch, dims.x_batch)
-    target = _target(target, platform)
+    target = device_kind(target, platform)
     return _explain(x, q, dims, jnp.promote_types(a.dtype, b.dtype), target)
 
 
-# Device kinds, as jax spells them and as people do, and the kernels that were built for them.
-_KERNELS = {
-    "mosaic_gpu": r"\bG?H(100|200|800|20)\b", "mosaic_tpu": r"\bv[56] ?(lite|e)\b", "scaled_matmul": r"\bG?B[123]00\b",
-}  # fmt: skip
-_PLATFORMS = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}  # those that have a layout of their own
-
-
-def _target(target, platform=None):
-    """The device kind to compile for. A platform without a target stands for devices of no particular kind."""
-    if target is not None:
-        return target
-    device = jax.devices()[0]
-    named = {"gpu": "cuda"}.get(device.platform, device.platform)
-    return device.device_kind if platform in (None, named) else platform
-
-
-def _kernel_for(target):
-    return next((name for name, kinds in _KERNELS.items() if re.search(kinds, target)), None)
-
-
 def _explain(x, q, dims, dtype, target) -> Explanation:
-    kernel = _kernel_for(target)
+    kernel = kernel_for(target)
     if isinstance(q, Prepacked) and q.kernel != kernel:
         return Explanation("xla", f"prepacked for {q.kernel}, unpacked and dequantized for {target}")
     if kernel is None:
@@ -317,11 +303,11 @@ def _refusal(kernel, x, q, dims, dtype) -> str | None:
         return "it multiplies by one matrix, and these weights have batch axes or several amax values"
     if dims.q_contracted != (q.ndim + q.axis,):
         return f"it contracts the axis that blocks lie along ({q.axis}) and no other"
-    decoding = _decoding(q.fmt)
+    decoding = decoding_of(q.fmt)
     if decoding is None:
         return f"{q.fmt.name} has codes of {q.fmt.bits} bits, or a table or step that kernels cannot hold"
     rows = math.prod(x.shape[i] for i in range(len(x.shape)) if i not in dims.x_contracted)
-    return _module(kernel).supports(decoding, dtype, m=rows)
+    return module_of(kernel).supports(decoding, dtype, m=rows)
 
 
 def _no_scaled_product(a, b, dims) -> str | None:
@@ -350,16 +336,6 @@ def _may_be_partitioned():
     return several and not jax.sharding.get_abstract_mesh().manual_axes
 
 
-def _module(kernel):
-    if kernel == "mosaic_gpu":
-        from pallas_kernels import gpu_matmul
-
-        return gpu_matmul
-    from pallas_kernels import tpu_matmul
-
-    return tpu_matmul
-
-
 # --- the product -----------------------------------------------------------------------------------------------------
 
 
@@ -368,7 +344,7 @@ def _planned_product(x, q, settings, impl, target) -> Any:
         raise ValueError(f"impl must be None, 'xla', 'mosaic_gpu' or 'mosaic_tpu', got {impl!r}")
     kernel = None if impl == "xla" else impl
     if impl is None:
-        path = _explain(x, q, settings.dims, settings.dtype, _target(target)).path
+        path = _explain(x, q, settings.dims, settings.dtype, device_kind(target)).path
         kernel = None if path == "xla" else path
     elif impl != "xla":
         reason = _refusal(impl, x, q, settings.dims, settings.dtype)
@@ -448,10 +424,12 @@ def _rows_product(rows, q, settings):
     def product(rows, q):
         if settings.kernel is None:
             return by_xla(rows, q)
-        by_kernel = functools.partial(_kernel_product, settings=settings)
+        by_kernel = functools.partial(
+            kernel_product, kernel=settings.kernel, dtype=settings.dtype, out_dtype=settings.out_dtype
+        )
         if settings.forced:
             return by_kernel(rows, q)
-        return lax.platform_dependent(rows, q, **{_PLATFORMS[settings.kernel]: by_kernel}, default=by_xla)
+        return lax.platform_dependent(rows, q, **{PLATFORMS[settings.kernel]: by_kernel}, default=by_xla)
 
     @product.def_vmap
     def batched(axis_size, in_batched, rows, q):
@@ -494,7 +472,7 @@ def _xla_product(x, q, settings):
     else:
         y = by_dot(x, q)
     if in_epilogue:
-        y = y * _spread(_factor(q), y.ndim, dims, x.ndim, q.ndim)
+        y = y * _spread(factor_of(q), y.ndim, dims, x.ndim, q.ndim)
     return y.astype(settings.out_dtype)
 
 
@@ -534,13 +512,8 @@ def _multiples(q, dtype):
     IF4's values are multiples of 1/7, which no float holds, but float16 holds seven times them: the two roundings to
     float32 that they took before do not show.
     """
-    units = _common(q.fmt) if dtype == np.float16 and _decoding(q.fmt) else 1
+    units = common_multiple(q.fmt) if dtype == np.float16 and decoding_of(q.fmt) else 1
     return (unscaled_values(q) * np.float32(units)).astype(dtype), units
-
-
-def _factor(q):
-    """amax / K of a QTensor or a prepacked one: what its unscaled values are to be multiplied by."""
-    return divide(q.amax, q.fmt.constants(q.headroom)[1])
 
 
 def _spread(factor, ndim, dims, x_ndim, q_ndim):
@@ -626,188 +599,6 @@ def _summed(labels, a, others):
 
 def _dense(a):
     return a.dequantize() if _is_packed(a) else a
-
-
-# --- kernels ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Prepacked:
-    """A QTensor in the layout that a kernel reads. Made by `prepack`, for products; a pytree like QTensor.
-
-    Attributes:
-        words, scales: the kernel's arrays, after any leading axes (layers of `lax.scan`).
-        amax: as in QTensor.
-        kernel: "mosaic_gpu" or "mosaic_tpu".
-        fmt, headroom, axis, dtype, block_2d: as in QTensor.
-        matrix: shape of the array, leading axes aside.
-        rank: number of axes of `words` for one matrix.
-    """
-
-    words: jax.Array
-    scales: jax.Array
-    amax: jax.Array | None
-    kernel: str
-    fmt: Format
-    headroom: float
-    axis: int
-    matrix: tuple[int, ...]
-    dtype: np.dtype
-    block_2d: bool
-    rank: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array that this stands for."""
-        return self.words.shape[: self.words.ndim - self.rank] + self.matrix
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays together."""
-        return sum(a.nbytes for a in jax.tree.leaves(self))
-
-    def unpack(self) -> QTensor:
-        """The QTensor that this was made of."""
-        unpack = functools.partial(_unpack, like=self)
-        for _ in range(self.words.ndim - self.rank):
-            unpack = jax.vmap(unpack)
-        codes, scale_bytes = unpack(self.words, self.scales)
-        return QTensor(
-            codes, lax.bitcast_convert_type(scale_bytes, self.fmt.scale.dtype), self.amax, self.fmt, self.headroom,
-            self.axis, self.matrix[self.axis], self.dtype, self.block_2d,
-        )  # fmt: skip
-
-    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
-        """The values, as `QTensor.dequantize` gives them."""
-        return self.unpack().dequantize(dtype)
-
-    def __repr__(self) -> str:
-        return f"Prepacked({self.fmt.name}, {'x'.join(map(str, self.matrix))}, for {self.kernel})"
-
-
-jax.tree_util.register_dataclass(
-    Prepacked,
-    data_fields=["words", "scales", "amax"],
-    meta_fields=["kernel", "fmt", "headroom", "axis", "matrix", "dtype", "block_2d", "rank"],
-)
-
-
-def prepack(q: QTensor, target: str | None = None) -> Prepacked:
-    """q in the layout of the kernel for a device kind, still packed: to be done once, when weights are loaded.
-
-    `Prepacked.unpack` is the exact inverse for everything that `quantize` writes. Products take the result directly;
-    without it they arrange the weights anew at each call. Leading axes with an amax of their own (layers) stay.
-
-    Args:
-        q: blocked along the axis that products will contract, in a 4-bit format.
-        target: the device kind, such as "H200" or "TPU v6e"; the first device's unless given.
-
-    Raises:
-        ValueError: there is no kernel for the device kind, or it cannot hold the format.
-    """
-    if not isinstance(q, QTensor):
-        raise TypeError(f"prepack needs a QTensor, got {type(q).__name__}: make one with ifjax.quantize")
-    target = _target(target)
-    kernel = _kernel_for(target)
-    if kernel not in _PLATFORMS:
-        raise ValueError(f"no kernel for {target!r} has a layout of its own: products take the QTensor itself there")
-    lead = 0 if q.amax is None else q.amax.ndim
-    if _decoding(q.fmt) is None or q.ndim - lead < 2:
-        raise ValueError(f"{kernel} multiplies by matrices of 4-bit codes, got {q!r}: products take it as it is")
-    return _prepack(q, kernel)
-
-
-@functools.lru_cache
-def _decoding(fmt: Format) -> Any:
-    """The format as kernels know formats, a `Decoding`; None where they cannot."""
-    from pallas_kernels.decoding import Decoding
-
-    # Multipliers are the smallest integers in proportion to the steps: 7 and 6 for 1 and 6/7.
-    steps = [Fraction(step).limit_denominator(16) for _, step in fmt.decodings]
-    common = math.lcm(*(step.denominator for step in steps))
-    exact = all(np.float32(float(a)) == np.float32(b) for a, (_, b) in zip(steps, fmt.decodings, strict=True))
-    kinds: dict[str, Any] = {"e4m3": "e4m3", "e4m3_256": "e4m3", "e8m0": "e8m0"}
-    if fmt.bits != 4 or not exact or fmt.scale.name not in kinds:
-        return None
-    try:
-        return Decoding(
-            tuple(grid.magnitudes for grid, _ in fmt.decodings), tuple(int(step * common) for step in steps),
-            kinds[fmt.scale.name], fmt.block,
-        )  # fmt: skip
-    except ValueError:
-        return None
-
-
-def _common(fmt: Format) -> int:
-    """What the multipliers of `_decoding` have to be divided by."""
-    return math.lcm(*(Fraction(step).limit_denominator(16).denominator for _, step in fmt.decodings))
-
-
-@jax.jit(static_argnums=1)
-def _prepack(q, kernel):
-    lead = 0 if q.amax is None else q.amax.ndim
-
-    def of_matrix(codes, scale_bytes):
-        codes, scale_bytes = (_rows(a, q.axis) for a in (codes, scale_bytes))
-        return _module(kernel).pack(_flip(codes, scale_bytes, q.fmt), scale_bytes, _decoding(q.fmt))
-
-    for _ in range(lead):
-        of_matrix = jax.vmap(of_matrix)
-    # Whole blocks: the last one's filling zeros too.
-    words, scales = of_matrix(dataclasses.replace(q, length=_filled(q)).unpacked_codes(), q.scale_bytes())
-    return Prepacked(
-        words, scales, q.amax, kernel, q.fmt, q.headroom, q.axis, q.shape[lead:], q.dtype, q.block_2d,
-        words.ndim - lead,
-    )  # fmt: skip
-
-
-def _filled(q):
-    """The length of the blocked axis with the last block's filling zeros."""
-    return -(-q.shape[q.axis] // q.fmt.block) * q.fmt.block
-
-
-def _rows(a, axis):
-    """[..., K, ...] -> [N, K]"""
-    a = jnp.moveaxis(a, axis, -1)
-    return a.reshape(-1, a.shape[-1])
-
-
-def _flip(codes, scale_bytes, fmt: Format):
-    """Between two's complement and sign-magnitude, its own inverse: negative codes of integer grids are negated."""
-    twos = [grid.sign == "twos_complement" for grid, _ in fmt.decodings]
-    flag = jnp.repeat(scale_bytes >> 7, fmt.block, axis=-1)[..., : codes.shape[-1]]
-    applies = jnp.where(flag == 1, twos[-1], twos[0]) if fmt.has_flag else twos[0]
-    half = 2 ** (fmt.bits - 1)
-    return jnp.where(applies & (codes > half), 3 * half - codes, codes).astype(jnp.uint8)
-
-
-def _unpack(words, scales, like: Prepacked):
-    """One matrix's canonical packed codes and scale bytes."""
-    rest = tuple(n for i, n in enumerate(like.matrix) if i != len(like.matrix) + like.axis)
-    codes, scale_bytes = _module(like.kernel).unpack(
-        words, scales, math.prod(rest), _filled(like), _decoding(like.fmt)
-    )
-    codes = pack(_flip(codes, scale_bytes, like.fmt), like.fmt.bits)
-    return tuple(jnp.moveaxis(a.reshape(*rest, -1), -1, like.axis) for a in (codes, scale_bytes))
-
-
-def _kernel_product(rows, q, settings):
-    q = _prepack(q, settings.kernel) if isinstance(q, QTensor) else q
-    k = _filled(q)
-    rest = tuple(n for i, n in enumerate(q.matrix) if i != len(q.matrix) + q.axis)
-    rows_of_k = codec.pad_axis(rows, k, -1).reshape(-1, k).astype(settings.dtype)
-    factor = divide(np.float32(1) if q.amax is None else _factor(q), np.float32(_common(q.fmt)))
-    # All kernels write these two types.
-    out_dtype = settings.out_dtype if settings.out_dtype == jnp.bfloat16 else np.dtype(np.float32)
-    y = _module(settings.kernel).matmul(
-        rows_of_k, q.words, q.scales, factor, n=math.prod(rest), k=k, decoding=_decoding(q.fmt), out_dtype=out_dtype
-    )
-    return y.reshape(*rows.shape[:-1], *rest).astype(settings.out_dtype)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ class QTensor:
                 f"QTensor({self.fmt.name}, {shape} {self.dtype}, axis={self.axis}{extra}, "
                 f"{self.bits_per_value:.3f} bits a value)"
             )
-        except (AttributeError, TypeError):  # leaves that are no arrays, as in a tree of shardings or specs
+        except (AttributeError, IndexError, TypeError):  # leaves that are no arrays, as in a tree of shardings or specs
             return f"QTensor({self.fmt.name}, codes={self.codes}, scales={self.scales}, amax={self.amax})"
 
     def _with(self, codes, scale_bytes, amax):

@@ -20,12 +20,13 @@ FLOORS = {
     "formats": 1,
     "codec": 2,
     "qtensor": 3,
-    "_matmul": 4,
+    "_kernels": 4, "_matmul": 4,
     "recipes": 5, "rules": 5, "ptq": 5,
     "flax": 6, "optim": 6, "checkpoint": 6, "analysis": 6, "plots": 6, "mac": 6, "cli": 6, "__main__": 6,
 }  # fmt: skip
 SAME_FLOOR = {
     ("scales", "grids"), ("rounding", "grids"),
+    ("_matmul", "_kernels"),
     ("ptq", "rules"),
     ("cli", "analysis"), ("cli", "plots"), ("__main__", "cli"),
 }  # fmt: skip
@@ -33,7 +34,7 @@ TOP = max(FLOORS.values())
 
 # Everything else is imported inside the function that needs it: `import ifjax` is light and works without extras.
 AT_MODULE_LEVEL = {"ifjax", "pallas_kernels", "jax", "jaxtyping", "ml_dtypes", "numpy", "opt_einsum", "rich"}
-ONLY_IN = {"flax": {"flax"}, "optax": {"flax", "optim"}, "pallas_kernels": {"_matmul"}}
+ONLY_IN = {"flax": {"flax"}, "optax": {"flax", "optim"}, "pallas_kernels": {"_kernels"}}
 
 
 class Import(NamedTuple):
@@ -137,7 +138,7 @@ def test_arrows_within_a_floor_stay_on_it():
         ("ifjax/cli.py", "def read():\n    from safetensors import safe_open"),
         ("ifjax/plots.py", "def show():\n    import matplotlib.pyplot as plt"),
         ("ifjax/plots.py", "if TYPE_CHECKING:\n    from matplotlib.figure import Figure"),
-        ("ifjax/_matmul.py", "from pallas_kernels import tiles"),
+        ("ifjax/_kernels.py", "from pallas_kernels import tiles"),
         ("ifjax/flax/__init__.py", "from .linen import quantize_params"),
         ("ifjax/flax/linen.py", "import flax.linen as nn\nimport optax\nfrom .. import ptq\nfrom ..codec import x"),
         ("ifjax/__init__.py", "from ifjax.cli import main\nfrom .codec import encode"),
@@ -167,8 +168,8 @@ def test_checker_accepts(file, source):
         ("ifjax/flax/linen.py", "from ..cli import main", "lower floors only"),
         ("ifjax/ptq.py", "def late():\n    import flax", "only ['flax'] may"),
         ("ifjax/recipes.py", "from optax import tree_utils", "only ['flax', 'optim'] may"),
-        ("ifjax/qtensor.py", "def late():\n    from pallas_kernels import tiles", "only ['_matmul'] may"),
-        ("ifjax/__init__.py", "import pallas_kernels", "only ['_matmul'] may"),
+        ("ifjax/qtensor.py", "def late():\n    from pallas_kernels import tiles", "only ['_kernels'] may"),
+        ("ifjax/__init__.py", "import pallas_kernels", "only ['_kernels'] may"),
         ("ifjax/plots.py", "import matplotlib.pyplot as plt", "at module level"),
         ("ifjax/checkpoint.py", "if True:\n    from safetensors import safe_open", "at module level"),
         ("ifjax/checkpoint.py", "class A:\n    import torch", "at module level"),
