@@ -112,6 +112,7 @@ def dot_general(
         return lax.dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
         )
+    lhs, rhs = (a if _is_packed(a) else jnp.asarray(a) for a in (lhs, rhs))
     dims = _checked_dims(lhs, rhs, dimension_numbers)
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     settings = _Settings(dims, precision, dtype, dtype, dtype, out_sharding, None, False)
@@ -119,7 +120,7 @@ def dot_general(
         settings = settings._replace(out_dtype=np.dtype(preferred_element_type))
     if not _is_packed(rhs):
         # The packed operand goes to the right; the free axes come out in the other order.
-        x, q = jnp.asarray(rhs), lhs
+        x, q = rhs, lhs
         settings = settings._replace(
             dims=_Dims(dims.q_contracted, dims.x_contracted, dims.q_batch, dims.x_batch), out_sharding=None
         )
@@ -128,7 +129,7 @@ def dot_general(
         y = jnp.moveaxis(y, range(batch, batch + count), range(y.ndim - count, y.ndim))
         return y if out_sharding is None else jax.reshard(y, out_sharding)
     if not _is_packed(lhs):
-        return _planned_product(jnp.asarray(lhs), rhs, settings, impl, target)
+        return _planned_product(lhs, rhs, settings, impl, target)
     lhs = lhs if isinstance(lhs, QTensor) else lhs.unpack()
     if impl is None and _explain(lhs, rhs, dims, dtype, device_kind(target)).path == "scaled_matmul":
         by_xla = functools.partial(

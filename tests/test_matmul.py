@@ -258,6 +258,12 @@ def test_einsum_takes_one_or_three_operands():
     np.testing.assert_allclose(ifjax.einsum("xa,ab,by->yx", a, q, b), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_numpy_arrays_are_arrays():
+    (q, values), x = random_nvfp4((3, 4), 1, 0, 0), np.array([1.0, 2, 3], np.float32)
+    np.testing.assert_allclose(ifjax.matmul(x, q), x @ values, rtol=1e-5)
+    np.testing.assert_allclose(ifjax.dot_general(x, q, (((0,), (0,)), ((), ()))), x @ values, rtol=1e-5)
+
+
 def test_arrays_alone_go_to_the_namesakes():
     a, b = normal(2, 8), normal(8, 3)
     dims = ((1,), (0,)), ((), ())
