@@ -140,8 +140,7 @@ def decoding_of(fmt: Format) -> Any:
     from pallas_kernels.decoding import Decoding
 
     # Multipliers are the smallest integers in proportion to the steps: 7 and 6 for 1 and 6/7.
-    steps = [Fraction(step).limit_denominator(16) for _, step in fmt.decodings]
-    common = math.lcm(*(step.denominator for step in steps))
+    steps, common = _fractions(fmt), common_multiple(fmt)
     exact = all(np.float32(float(a)) == np.float32(b) for a, (_, b) in zip(steps, fmt.decodings, strict=True))
     kinds: dict[str, Any] = {"e4m3": "e4m3", "e4m3_256": "e4m3", "e8m0": "e8m0"}
     if fmt.bits != 4 or not exact or fmt.scale.name not in kinds:
@@ -157,7 +156,12 @@ def decoding_of(fmt: Format) -> Any:
 
 def common_multiple(fmt: Format) -> int:
     """What the multipliers of `decoding_of` have to be divided by."""
-    return math.lcm(*(Fraction(step).limit_denominator(16).denominator for _, step in fmt.decodings))
+    return math.lcm(*(step.denominator for step in _fractions(fmt)))
+
+
+def _fractions(fmt: Format) -> list[Fraction]:
+    """The steps as the simple fractions that they stand for."""
+    return [Fraction(step).limit_denominator(16) for _, step in fmt.decodings]
 
 
 @jax.jit(static_argnums=1)
@@ -183,6 +187,11 @@ def _filled(q):
     return -(-q.shape[q.axis] // q.fmt.block) * q.fmt.block
 
 
+def _unblocked_lengths(q: Prepacked) -> tuple[int, ...]:
+    """The lengths of the matrix's other axes, whose product is N."""
+    return tuple(n for i, n in enumerate(q.matrix) if i != len(q.matrix) + q.axis)
+
+
 def _rows(a, axis):
     """[..., K, ...] -> [N, K]"""
     a = jnp.moveaxis(a, axis, -1)
@@ -200,7 +209,7 @@ def _flip(codes, scale_bytes, fmt: Format):
 
 def _unpack(words, scales, like: Prepacked):
     """One matrix's canonical packed codes and scale bytes."""
-    rest = tuple(n for i, n in enumerate(like.matrix) if i != len(like.matrix) + like.axis)
+    rest = _unblocked_lengths(like)
     codes, scale_bytes = module_of(like.kernel).unpack(
         words, scales, math.prod(rest), _filled(like), decoding_of(like.fmt)
     )
@@ -212,7 +221,7 @@ def kernel_product(rows, q, kernel, dtype, out_dtype):
     """rows [..., K], multiplied as `dtype`, times q along its blocked axis: [..., q's other axes]."""
     q = _prepack(q, kernel) if isinstance(q, QTensor) else q
     k = _filled(q)
-    rest = tuple(n for i, n in enumerate(q.matrix) if i != len(q.matrix) + q.axis)
+    rest = _unblocked_lengths(q)
     rows_of_k = codec.pad_axis(rows, k, -1).reshape(-1, k).astype(dtype)
     factor = divide(np.float32(1) if q.amax is None else factor_of(q), np.float32(common_multiple(q.fmt)))
     # All kernels write these two types.

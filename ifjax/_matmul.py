@@ -51,6 +51,11 @@ class _Dims(NamedTuple):
     def numbers(self):
         return (self.x_contracted, self.q_contracted), (self.x_batch, self.q_batch)
 
+    @property
+    def swapped(self):
+        """The same product with its operands exchanged."""
+        return _Dims(self.q_contracted, self.x_contracted, self.q_batch, self.x_batch)
+
     def x_free(self, ndim):
         return tuple(i for i in range(ndim) if i not in self.x_contracted + self.x_batch)
 
@@ -121,9 +126,7 @@ def dot_general(
     if not _is_packed(rhs):
         # The packed operand goes to the right; the free axes come out in the other order.
         x, q = rhs, lhs
-        settings = settings._replace(
-            dims=_Dims(dims.q_contracted, dims.x_contracted, dims.q_batch, dims.x_batch), out_sharding=None
-        )
+        settings = settings._replace(dims=dims.swapped, out_sharding=None)
         y = _planned_product(x, q, settings, impl, target)
         batch, count = len(dims.x_batch), len(settings.dims.x_free(x.ndim))
         y = jnp.moveaxis(y, range(batch, batch + count), range(y.ndim - count, y.ndim))
@@ -276,8 +279,7 @@ def explain_matmul(
             raise ValueError(f"say which axes of {a.shape} and {b.shape} belong together: pass dimension_numbers")
         dimension_numbers = ((a.ndim - 1,), (max(b.ndim - 2, 0),)), (tuple(batch), tuple(batch))
     dims = _checked_dims(a, b, dimension_numbers)
-    x, q = (a, b) if _is_packed(b) else (b, a)
-    dims = dims if _is_packed(b) else _Dims(dims.q_contracted, dims.x_contracted, dims.q_batch, dims.x_batch)
+    x, q, dims = (a, b, dims) if _is_packed(b) else (b, a, dims.swapped)
     target = device_kind(target, platform)
     return _explain(x, q, dims, jnp.promote_types(a.dtype, b.dtype), target)
 
