@@ -6,6 +6,7 @@ A product is linear in its array, so its gradient needs the packed bytes and not
 other axes contracted.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, Literal, NamedTuple
@@ -117,8 +118,9 @@ def dot_general(
         return lax.dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
         )
-    lhs, rhs = (a if _is_packed(a) else jnp.asarray(a) for a in (lhs, rhs))
+    lhs, rhs = (_with_one_amax(a) if _is_packed(a) else jnp.asarray(a) for a in (lhs, rhs))
     dims = _checked_dims(lhs, rhs, dimension_numbers)
+    lhs, rhs, dims = _as_one_axis(lhs, rhs, dims)
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     settings = _Settings(dims, precision, dtype, dtype, dtype, out_sharding, None, False)
     if preferred_element_type is not None:
@@ -279,6 +281,7 @@ def explain_matmul(
             raise ValueError(f"say which axes of {a.shape} and {b.shape} belong together: pass dimension_numbers")
         dimension_numbers = ((a.ndim - 1,), (max(b.ndim - 2, 0),)), (tuple(batch), tuple(batch))
     dims = _checked_dims(a, b, dimension_numbers)
+    a, b, dims = _as_one_axis(a, b, dims)
     x, q, dims = (a, b, dims) if _is_packed(b) else (b, a, dims.swapped)
     target = device_kind(target, platform)
     return _explain(x, q, dims, jnp.promote_types(a.dtype, b.dtype), target)
@@ -533,6 +536,43 @@ def _spread(factor, ndim, dims, x_ndim, q_ndim):
 
 def _accumulator(dtype):
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def _with_one_amax(q):
+    """A part of what nn.scan or nn.vmap had stacked may have an amax of one value and several axes."""
+    one = q.amax is not None and q.amax.ndim and q.amax.size == 1
+    return dataclasses.replace(q, amax=q.amax.reshape(())) if one else q
+
+
+def _as_one_axis(lhs, rhs, dims):
+    """The same product with neighbouring contracted axes merged, such as [heads, head size], where blocks allow it.
+
+    A kernel, and the fast path of XLA, contract the blocked axis and no other.
+    """
+    (a, b), count = dims.numbers[0], len(dims.x_contracted)
+    in_a_row = all(axes == tuple(range(axes[0], axes[0] + count)) for axes in (a, b) if axes)
+    packed = [(q, axes) for q, axes in ((lhs, a), (rhs, b)) if _is_packed(q)]
+    fits = all(
+        isinstance(q, QTensor) and axes[-1:] == (q.ndim + q.axis,) and q.shape[q.axis] % q.fmt.block == 0
+        and not q.block_2d and (q.amax is None or q.amax.ndim == 0)
+        for q, axes in packed
+    )  # fmt: skip
+    batch_first = all(i < a[0] for i in dims.x_batch) and all(i < b[0] for i in dims.q_batch) if count else False
+    if count < 2 or not (in_a_row and fits and batch_first):
+        return lhs, rhs, dims
+
+    def merged(array, first):
+        def merge(a):
+            shape = (*a.shape[:first], math.prod(a.shape[first : first + count]), *a.shape[first + count :])
+            return jax.ShapeDtypeStruct(shape, a.dtype) if isinstance(a, jax.ShapeDtypeStruct) else a.reshape(shape)
+
+        if not isinstance(array, QTensor):
+            return merge(array)
+        codes, scales = merge(array.codes), merge(array.scales)
+        length = math.prod(array.shape[first : first + count])
+        return dataclasses.replace(array, codes=codes, scales=scales, length=length, names=None)
+
+    return merged(lhs, a[0]), merged(rhs, b[0]), _Dims((a[0],), (b[0],), dims.x_batch, dims.q_batch)
 
 
 # --- ragged products -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import operator
+import sys
 from typing import Any, Literal
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -41,13 +42,15 @@ class QTensor:
         codes: packed bytes [..., packed n, ...]: codes follow one another along `axis`, low bits first.
         scales: one a block, [..., m, ...], as float8_e4m3fn (float8_e8m0fnu for MX formats). In formats that choose
             between two decodings the sign bit marks the second.
-        amax: float32, of shape () or of the leading axes that keep their own; None for formats without it (MX).
+        amax: float32, of shape () or of the leading axes that keep their own, with length 1 for those among them that
+            share one; None for formats without it (MX).
         fmt: the format's record.
         headroom: factor on the range that is used: 1, or 16/17 for unbiased stochastic rounding.
         axis: the blocked axis, negative.
         length: n.
         dtype: of the original array; `dequantize` returns it by default.
         block_2d: whether scale and choice are shared by squares of the last two axes. Each row still has its byte.
+        names: of the axes, for sharding, where Flax's metadata gave them; None elsewhere.
     """
 
     codes: UInt8[Array, "..."]
@@ -59,6 +62,10 @@ class QTensor:
     length: int
     dtype: np.dtype
     block_2d: bool
+    names: tuple[Any, ...] | None = None
+
+    def __post_init__(self):
+        _introduce_to_flax()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,6 +96,13 @@ class QTensor:
     def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
         """The values, computed in float32 and rounded once to `dtype` (the original one unless given)."""
         return _dequantize(self, np.dtype(self.dtype if dtype is None else dtype))
+
+    def astype(self, dtype: DTypeLike) -> "QTensor":
+        """The same bytes, standing for an array of another dtype: what `dequantize` and products go by."""
+        dtype = np.dtype(dtype)
+        if dtype.name not in _DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
+        return dataclasses.replace(self, dtype=dtype)
 
     def unpacked_codes(self) -> UInt8[Array, "..."]:
         """One code a value, in the array's own shape."""
@@ -125,7 +139,10 @@ class QTensor:
         def pick(a, fill):
             return jnp.take(a, indices, axis=axis, mode="fill", fill_value=fill)
 
-        amax = self.amax if self.amax is None or axis >= self.amax.ndim else pick(self.amax, 0)
+        amax = self.amax
+        if amax is not None and axis < amax.ndim:
+            shared = (*amax.shape[:axis], *[1] * jnp.ndim(indices), *amax.shape[axis + 1 :])
+            amax = pick(amax, 0) if amax.shape[axis] > 1 or self.shape[axis] == 1 else amax.reshape(shared)
         return self._picked(axis, pick(self.codes, 0), pick(self.scale_bytes(), self.fmt.scale.nan), amax)
 
     def __getitem__(self, index: Any) -> "QTensor":
@@ -182,6 +199,49 @@ class QTensor:
         moved = self._with(pack(codes, self.fmt.bits, self.axis), scales, self.amax)
         return dataclasses.replace(moved, length=rows)
 
+    # --- Flax's protocol for boxed parameters (flax.core.meta.AxisMetadata), so that linen reads packed ones ---------
+
+    def unbox(self, apply_constraint: bool = True) -> Float[Array, "..."]:
+        """What a Flax module gets for this parameter: the values, without gradient. `nn.unbox` makes dense trees."""
+        del apply_constraint  # the arrays inside have their shardings
+        return lax.stop_gradient(self.dequantize())
+
+    def replace_boxed(self, val: Any) -> "QTensor":
+        """val, if it is packed or being traced over: nothing is quantized by an assignment."""
+        if isinstance(val, QTensor):
+            return val
+        raise TypeError(
+            f"a packed parameter {self!r} cannot be set to a {type(val).__name__}: quantize that first, or dequantize "
+            "the tree (nn.unbox) to go on with floats"
+        )
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "QTensor":
+        """For arrays that have been stacked at `index`, as by nn.scan. `remove_axis` undoes it."""
+        at = index % self.ndim
+        axis = self.axis - (at > self.ndim - 1 + self.axis)
+        names = self.names
+        if names is not None:
+            names = (*names[:at], *[None] * (at - len(names)), _partition_name(params), *names[at:])
+        return dataclasses.replace(self, axis=axis, names=names)
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "QTensor":
+        """For arrays that are about to be taken apart along `index`, as by nn.scan: `axis` as their parts need it."""
+        del params
+        at = self._unblocked(index)
+        names = None if self.names is None else (*self.names[:at], *self.names[at + 1 :])
+        return dataclasses.replace(self, axis=self.axis + (at > self.ndim + self.axis), names=names)
+
+    def get_partition_spec(self) -> "QTensor":
+        """A QTensor of the PartitionSpecs that `names` ask for, for `nn.get_partition_spec`."""
+        spec = PartitionSpec() if self.names is None else PartitionSpec(*self.names)
+        return dataclasses.replace(self, codes=spec, scales=spec, amax=_amax_spec(self, spec))
+
+    def get_sharding(self, mesh: Mesh) -> "QTensor":
+        """A QTensor of the shardings that `names` ask for, for `nn.get_sharding`. No block may be torn."""
+        return shardings(self, NamedSharding(mesh, PartitionSpec(*self.names or ())))
+
+    # ------------------------------------------------------------------------------------------------------------------
+
     def __array__(self, *args, **kwargs):
         raise TypeError("a QTensor does not turn into an array silently: write q.dequantize()")
 
@@ -234,12 +294,17 @@ class QTensor:
         else:
             raise TypeError(f"QTensor indices are integers, slices and integer arrays, got {entry!r}")
         at = (slice(None),) * axis + (entry,)
-        amax = self.amax if self.amax is None or axis >= self.amax.ndim else self.amax[at]
+        amax = self.amax
+        if amax is not None and axis < amax.ndim:
+            if amax.shape[axis] > 1 or self.shape[axis] == 1:
+                amax = amax[at]
+            elif not isinstance(entry, slice):
+                amax = amax.squeeze(axis)
         return self._picked(axis, self.codes[at], self.scale_bytes()[at], amax)
 
 
 _ARRAYS = ("codes", "scales", "amax")
-_STATIC = ("fmt", "headroom", "axis", "length", "dtype", "block_2d")
+_STATIC = ("fmt", "headroom", "axis", "length", "dtype", "block_2d", "names")
 
 
 def _flatten_with_keys(q):
@@ -264,6 +329,7 @@ def _serialize_static(static) -> bytes:
 def _deserialize_static(data: bytes):
     fields = json.loads(data)
     fields |= {"fmt": Format.from_dict(fields["fmt"]), "dtype": jnp.dtype(fields["dtype"])}
+    fields["names"] = fields["names"] and tuple(tuple(n) if isinstance(n, list) else n for n in fields["names"])
     return tuple(fields[name] for name in _STATIC)
 
 
@@ -273,6 +339,43 @@ export.register_pytree_node_serialization(
     serialize_auxdata=_serialize_static,
     deserialize_auxdata=_deserialize_static,
 )
+
+
+def _partition_name(params):
+    if "partition_name" not in params:
+        raise ValueError(
+            "a packed parameter with names of axes was stacked by a transformation that names none: write "
+            "metadata_params={nn.PARTITION_NAME: ...} there"
+        )
+    return params["partition_name"]
+
+
+_introduced = []
+
+
+def _introduce_to_flax():
+    """Once Flax is loaded, QTensor counts as its boxed metadata and has a state dict. Flax is not imported for it."""
+    meta, serialization = (sys.modules.get(name) for name in ("flax.core.meta", "flax.serialization"))
+    if _introduced or not (hasattr(meta, "AxisMetadata") and hasattr(serialization, "register_serialization_state")):
+        return
+    _introduced.append(True)
+    meta.AxisMetadata.register(QTensor)
+    serialization.register_serialization_state(QTensor, _to_state_dict, _from_state_dict)
+
+
+def _to_state_dict(q):
+    amax = {} if q.amax is None else {"amax": q.amax}
+    static = tuple(getattr(q, name) for name in _STATIC)
+    return {"codes": q.codes, "scales": q.scale_bytes(), **amax, "static": _serialize_static(static).decode()}
+
+
+def _from_state_dict(like, state):
+    static = tuple(getattr(like, name) for name in _STATIC)
+    needed = _serialize_static(static).decode()
+    if state["static"] != needed:
+        raise ValueError(f"the state holds another kind of QTensor: {state['static']}, and this needs {needed}")
+    amax = None if like.amax is None else jnp.asarray(state["amax"])
+    return like._with(jnp.asarray(state["codes"]), jnp.asarray(state["scales"]), amax)
 
 
 # --- the functions ---------------------------------------------------------------------------------------------------
@@ -410,9 +513,16 @@ def shardings(q: QTensor, sharding: Sharding) -> QTensor:
                 f"axis {axis} of {q.shape} has {q.shape[axis] / q.fmt.block:g} blocks of {q.fmt.block}, which "
                 f"{parts} devices cannot share without tearing one: shard another axis"
             )
-    amax = None if q.amax is None else NamedSharding(sharding.mesh, PartitionSpec(*spec[: q.amax.ndim]))
-    whole = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    amax, whole = _amax_spec(q, spec), NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    amax = None if amax is None else NamedSharding(sharding.mesh, amax)
     return dataclasses.replace(q, codes=whole, scales=whole, amax=amax)
+
+
+def _amax_spec(q, spec):
+    if q.amax is None:
+        return None
+    shared = zip(spec[: q.amax.ndim], q.amax.shape, strict=False)
+    return PartitionSpec(*(None if length == 1 else name for name, length in shared))
 
 
 def to_ml_dtypes(q: QTensor) -> tuple[Array, Array, Array | None]:
@@ -528,6 +638,9 @@ def _values(q, amax):
     else:
         codes = codec.merge_blocks(unpack(q.codes, q.fmt.bits, q.axis), q.axis)
         codes = codec.split_blocks(_crop(codes, q.scales.shape[q.axis] * block, q.axis), block, q.axis)
+    at = q.ndim + q.axis
+    if amax is not None and amax.ndim > at:
+        amax = jnp.expand_dims(amax, range(at + 1, at + 1 + codes.ndim - q.ndim))
     values = codec.decode(codes, scales, q.fmt, amax=amax, headroom=q.headroom)
     length = q.scales.shape[q.axis] * block
     return _crop(values.reshape(_replace(q.codes.shape, q.axis, length)), q.shape[q.axis], q.axis)

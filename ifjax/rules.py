@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
+
 from ifjax import codec
 from ifjax.formats import FORMATS, Format, get_format
 from ifjax.qtensor import Search
@@ -52,6 +54,7 @@ class Rule:
         search: of weights, as for `ifjax.quantize`.
         block: block length of the weights instead of their format's. Activations keep that of `act_fmt`.
         block_2d: of weights, as for `ifjax.quantize`.
+        gptq: round weights by `ifjax.gptq` with what `ifjax.calibrate` saw, instead of each to its nearest value.
         act_loss: of activations and operands.
         act_amax: amax of activations and operands: "tensor" and "token" take it from the values at hand, one for all
             or one for each row; "static" from calibration.
@@ -84,6 +87,7 @@ class Rule:
     search: Search | None = None
     block: int | None = None
     block_2d: bool = False
+    gptq: bool = False
     act_loss: codec.Loss | None = None
     act_amax: Literal["tensor", "token", "static"] = "tensor"
     axis: int | None = None
@@ -103,12 +107,14 @@ class Rule:
         self._need(self.search in (None, "fast", "exhaustive"), "search", "None, 'fast' or 'exhaustive'")
         block_fits = self.block is None or (_is_int(self.block) and self.block >= 1)
         self._need(block_fits, "block", "an integer >= 1, or None for the format's own")
-        for field in ("block_2d", "optional"):
+        for field in ("block_2d", "gptq", "optional"):
             self._need(isinstance(getattr(self, field), bool), field, "True or False")
         amaxes = ("tensor", "token", "static")
         self._need(self.act_amax in amaxes, "act_amax", "'tensor', 'token' or 'static'")
         axis_fits = self.axis is None or (_is_int(self.axis) and self.axis < 0)
         self._need(axis_fits, "axis", "an integer < 0, counted from the last axis (-2 for a matrix [in, out])")
+        if self.gptq and self.block_2d:
+            raise self._error("gptq", "gptq feeds errors forward along rows, and block_2d shares scales across: use one")
         if self.block_2d and self.axis is not None:
             self._need(self.axis >= -2, "axis", "-1 or -2, as block_2d takes squares of the last two axes")
         self._check_effects()
@@ -210,13 +216,24 @@ class Rule:
                     raise self._error(field, f"{field}={getattr(self, field)!r} has no effect {reason}")
 
         if self.weight_fmt is None:
-            weight = ("act_fmt", "loss", "search", "block", "block_2d", "axis")
+            weight = ("act_fmt", "loss", "search", "block", "block_2d", "gptq", "axis")
             check(weight, "with weight_fmt=None, which excludes what matches: leave it out, or name a weight_fmt")
         formats = [fmt for fmt in (self.activation_format, *self.operand_formats.values()) if fmt is not None]
         if not formats:
             check(("act_loss", "act_amax"), "without act_fmt: leave it out, or name an act_fmt")
         elif all(fmt.scale.largest is None for fmt in formats):
             check(("act_amax",), f"on {formats[0].name}, which has no tensor scale: leave it out")
+
+
+def as_rules(rules: Iterable[Rule] | Rule | str | Format | None) -> tuple[Rule, ...]:
+    """A list of rules, from one rule, or the default ones for a format (None: if4)."""
+    if rules is None or isinstance(rules, str | Format):
+        return default_rules("if4" if rules is None else rules)
+    rules = (rules,) if isinstance(rules, Rule) else tuple(rules)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rules must be ifjax.Rule records, a format's name or None, got {type(rule).__name__}")
+    return rules
 
 
 def first_match(rules: Iterable[Rule], path: str, module: str | None = None) -> Rule | None:
@@ -250,6 +267,57 @@ def default_rules(weight_fmt: str | Format = "if4", act_fmt: str | Format | None
     embedding = Rule(r"(?:.*/)?(?:[^/]*(?i:embed)[^/]*|wte|wpe)(?:/.*)?", None, optional=True)
     table = Rule(".*", None, module="Embed", optional=True)
     return head, embedding, table, Rule(".*", weight_fmt, act_fmt, optional=True)
+
+
+class Kernel(NamedTuple):
+    """A parameter that a model multiplies by, as a walk over the model found it.
+
+    Attributes:
+        parameter: '/'-joined path in the tree of parameters; of a module without a kernel its own path.
+        path: of the module.
+        module: the class's name.
+        axes: those that are contracted, negative.
+        stacked: those along which layers were stacked, by nn.scan or nn.vmap, negative.
+        unfit_for: why its activations cannot be quantized; None if they can.
+        reason: why nothing of it can be quantized; None if it can.
+        operands: which of OPERANDS the module multiplies.
+        note: what else a report should say.
+    """
+
+    parameter: str
+    path: str
+    module: str | None = None
+    axes: tuple[int, ...] = ()
+    stacked: tuple[int, ...] = ()
+    unfit_for: str | None = None
+    reason: str | None = None
+    operands: tuple[str, ...] = ()
+    note: str | None = None
+
+    def axis_for(self, shape: tuple[int, ...], block: int) -> int:
+        """The contracted axis to lay blocks along: the last that is no shorter than one."""
+        return max(self.axes, key=lambda a: (shape[a] >= block, a))
+
+
+class Walk(NamedTuple):
+    """What a walk over a model showed.
+
+    Attributes:
+        kernels: by the parameter's path.
+        modules: class names of modules, by path.
+        reached: for the path of each parameter that was read, the axes along which layers are stacked, negative.
+        reasons: why a parameter is no kernel, by path, where the model tells.
+    """
+
+    kernels: dict[str, Kernel]
+    modules: dict[str, str]
+    reached: dict[str, tuple[int, ...]]
+    reasons: dict[str, str]
+
+
+def join_path(keys: Iterable[Any]) -> str:
+    """'/'-joined names: of a module's path, or of a key path in a tree."""
+    return "/".join(key if isinstance(key, str) else jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 # --- were the rules of use? ------------------------------------------------------------------------------------------

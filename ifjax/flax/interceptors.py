@@ -1,0 +1,178 @@
+"""Interceptors of Flax linen methods: modules run unchanged, and their products are quantized as rules say."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ifjax.flax.calibration import Calibration, value_name
+from ifjax.flax.linen import Layer, Operands, attention_refusal, layer_of
+from ifjax.formats import Format
+from ifjax.qtensor import QTensor, quantize
+from ifjax.rules import OPERANDS, Rule, Seen, as_rules, check_used, first_match, join_path, reason_against
+
+
+def inference(
+    rules: Iterable[Rule] | Rule | str | Format | None = None, *, calibration: Calibration | None = None
+) -> Callable[..., Any]:
+    """An interceptor, for `with nn.intercept_methods(...)`, that multiplies as the rules say.
+
+    Packed parameters (of `ifjax.quantize_params`) go to `ifjax.dot_general` as they are, whatever the rules; look-ups
+    in packed embeddings decode the rows that are asked for; convolutions decode their kernel. Activations are
+    quantized on the way in where the rule that matches has an `act_fmt`. Parameters that are still floats are
+    quantized on the fly where a rule says so, which gives the same values, slowly. Bias, dtypes and precision are
+    Flax's. A module's own `dot_general` is kept: it gets dequantized operands. `module.init` is left alone.
+
+    Enter the context inside the function that is jitted, or use `ifjax.quantized`, which does: programs that jax.jit
+    has compiled before know nothing of the context, and those that it compiles inside keep it for ever.
+
+    Args:
+        rules: as for `ifjax.quantize_params`.
+        calibration: from `ifjax.calibrate`, for rules with act_amax="static".
+
+    Raises:
+        ValueError: from the intercepted model: a rule asks for what its module cannot do.
+    """
+    return _Interceptor(as_rules(rules), calibration)
+
+
+def quantized(
+    fn: Callable[..., Any], rules: Iterable[Rule] | Rule | str | Format | None = None, *,
+    calibration: Calibration | None = None,
+) -> Callable[..., Any]:
+    """fn, whose Flax linen modules multiply as the rules say; before or after `jax.jit`.
+
+    It may be applied to jitted functions, or call some: jax.jit's caches tell calls inside from those outside.
+
+    Args:
+        fn: any function that applies linen modules, such as `model.apply`.
+        rules, calibration: as for `ifjax.interceptors.inference`.
+
+    Raises:
+        ValueError: when first called: a rule, not optional, matches none of the modules that are called.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> model, x = nn.Dense(16), jnp.ones((2, 32))
+        >>> rules = ifjax.Rule(".*", "if4", act_fmt="if4")
+        >>> packed, report = ifjax.quantize_params(model.init(jax.random.key(0), x), rules, model=model, sample=x)
+        >>> jax.jit(ifjax.quantized(model.apply, rules))(packed, x).shape
+        (2, 16)
+    """
+    rules = as_rules(rules)
+    checked = []
+
+    @functools.wraps(fn)
+    def wrapped(*args, **kwargs):
+        interceptor = _Interceptor(rules, calibration)
+        with _inside((rules, calibration)), nn.intercept_methods(interceptor):
+            result = fn(*args, **kwargs)
+        # A jitted fn is traced the first time only.
+        if not checked and interceptor.seen:
+            check_used(rules, list(interceptor.seen.values()))
+            checked.append(True)
+        return result
+
+    return wrapped
+
+
+# Part of the key of jax.jit's caches.
+_inside = jax.make_user_context(None)
+
+
+class _Interceptor:
+    """Called for each method of each module, maybe several times: what it does depends on its arguments alone."""
+
+    def __init__(self, rules: tuple[Rule, ...], calibration: Calibration | None):
+        self.rules, self.calibration = rules, calibration
+        self.seen: dict[tuple[str, str | None], Seen] = {}
+
+    def __call__(self, next_fun, args, kwargs, context):
+        layer, module = layer_of(context), context.module
+        if layer is None or module.is_initializing():
+            return next_fun(*args, **kwargs)
+        path, name = join_path(module.path), type(module).__name__
+        rule = first_match(self.rules, path, name)
+        weights = self._weights(layer, module, args, kwargs, path, rule)
+        formats = self._formats(layer, rule, path, name, weights)
+        if weights is None and not formats:
+            return next_fun(*args, **kwargs)
+
+        def activation(x, axes, operand):
+            fmt = formats.get(operand)
+            if fmt is None:
+                return x
+            return quantized_activation(x, axes, fmt, rule, self._static_amax(rule, value_name(path, operand)))
+
+        return layer.run(module, next_fun, args, kwargs, Operands(weights, activation))
+
+    def _weights(self, layer: Layer, module, args, kwargs, path, rule) -> QTensor | None:
+        """The kernel, packed; None to leave alone what is there."""
+        name = type(module).__name__
+        if layer.kernel is None:
+            refusal = attention_refusal(module)
+            self.seen[path, None] = Seen(path, name, False, refusal, operands=() if refusal else OPERANDS)
+            return None
+        kernel = module.get_variable("params", layer.kernel)
+        if kernel is None:
+            return None
+        packed = isinstance(kernel, QTensor)
+        if not packed and hasattr(kernel, "unbox"):
+            kernel = kernel.unbox()
+        axes = layer.axes(module, args, kwargs, kernel.ndim)
+        seen = Seen(path, name, length=max(kernel.shape[a] for a in axes))
+        self.seen[path, layer.kernel] = seen
+        if packed:
+            return kernel
+        if rule is None or reason_against(rule, seen) is not None:
+            return None
+        if rule.gptq:
+            raise ValueError(f"{path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
+        fmt = rule.weight_format
+        axis = max(axes, key=lambda a: (kernel.shape[a] >= fmt.block, a))
+        return quantize(kernel, fmt, axis=axis, loss=rule.loss, search=rule.search, block_2d=rule.block_2d)
+
+    def _formats(self, layer, rule, path, name, weights) -> dict[str, Format]:
+        """Formats of the activations that the layer multiplies."""
+        if rule is None:
+            return {}
+        if layer.kernel is None:
+            return rule.operand_formats
+        if rule.activation_format is None or reason_against(rule, self.seen[path, layer.kernel]) is not None:
+            return {}
+        if layer.activations is not None:
+            return {}  # the report of quantize_params says so
+        return {"input": rule.activation_format}
+
+    def _static_amax(self, rule, name):
+        if rule.act_amax != "static":
+            return None
+        if self.calibration is None or name not in self.calibration.amax:
+            raise ValueError(
+                f"act_amax='static' needs the amax of {name!r} from calibration=ifjax.calibrate(...)"
+                + ("" if self.calibration is None else ", which saw other modules: calibrate with these rules")
+            )
+        return self.calibration.amax[name]
+
+
+def quantized_activation(x: jax.Array, axes: tuple[int, ...], fmt: Format, rule: Rule, amax: float | None) -> Any:
+    """x quantized along the last of the contracted axes, with amax as the rule says."""
+    x = jnp.asarray(x)
+    axis = max(a % x.ndim - x.ndim for a in axes)
+    if fmt.scale.largest is None:
+        return quantize(x, fmt, axis=axis, loss=rule.act_loss)
+    if rule.act_amax != "token":
+        amax = None if amax is None else jnp.float32(amax)
+        return quantize(x, fmt, axis=axis, loss=rule.act_loss, amax=amax)
+    free = [i for i in range(x.ndim) if i - x.ndim not in {a % x.ndim - x.ndim for a in axes}]
+    if free == list(range(len(free))):
+        return quantize(x, fmt, axis=axis, loss=rule.act_loss, amax_axes=tuple(free))
+    # An amax of its own is for leading axes.
+    moved = jnp.moveaxis(x, free, range(len(free)))
+    order = [*free, *[i for i in range(x.ndim) if i not in free]]
+    q = quantize(moved, fmt, axis=order.index(x.ndim + axis) - x.ndim, loss=rule.act_loss, amax_axes=tuple(range(len(free))))
+    return jnp.moveaxis(q.dequantize(), range(len(free)), free)

@@ -1,0 +1,345 @@
+"""Flax linen: how its layers multiply, which parameters they multiply by, and what it takes to do it packed.
+
+A layer is known by the very function that multiplies, such as `nn.Dense.__call__`: a subclass that calls it is that
+layer, one that computes something else instead is not.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import DenyList, meta
+from flax.linen.linear import _Conv
+from flax.linen.recurrent import DenseParams
+from opt_einsum.parser import parse_einsum_input
+
+from ifjax._matmul import dot_general, einsum
+from ifjax.qtensor import QTensor
+from ifjax.rules import OPERANDS, Kernel, Walk, join_path
+
+
+class Layer(NamedTuple):
+    """How a linen method multiplies.
+
+    Attributes:
+        kernel: the parameter's name; None for attention, which multiplies activations with each other.
+        axes: (module, args, kwargs, rank of the kernel) to the kernel's contracted axes, negative.
+        run: calls the method (next_fun) with other operands: `Operands` says which.
+        activations: why they cannot be quantized; None if they can.
+    """
+
+    kernel: str | None
+    axes: Callable[..., tuple[int, ...]]
+    run: Callable[..., Any]
+    activations: str | None = None
+
+
+class Operands(NamedTuple):
+    """What a layer is to multiply.
+
+    Attributes:
+        weights: in place of the module's kernel; None to leave it alone.
+        activation: (x, contracted axes of x, name of the operand) to what is multiplied in place of x: an array or a
+            QTensor.
+    """
+
+    weights: QTensor | None
+    activation: Callable[[jax.Array, tuple[int, ...], str], Any]
+
+
+def layer_of(context: nn.module.InterceptorContext) -> Layer | None:
+    """The layer that an intercepted call is."""
+    return _LAYERS.get(inspect.unwrap(context.orig_method.func))
+
+
+# --- the layers ------------------------------------------------------------------------------------------------------
+
+
+def _run_dense(module, next_fun, args, kwargs, operands):
+    own = module.dot_general_cls() if module.dot_general_cls is not None else module.dot_general
+    promote = module.promote_dtype
+
+    def promoted(inputs, kernel, *rest, dtype, **options):
+        del kernel
+        stand_in = jnp.zeros((), operands.weights.dtype)
+        inputs, stand_in, *rest = promote(inputs, stand_in, *rest, dtype=dtype, **options)
+        weights = operands.weights.astype(stand_in.dtype)
+        return inputs, weights if own is None else weights.dequantize(), *rest
+
+    def product(lhs, rhs, dimension_numbers, *rest, **options):
+        lhs = operands.activation(lhs, dimension_numbers[0][0], "input")
+        if own is None:
+            return dot_general(lhs, rhs, dimension_numbers, *rest, **options)
+        return own(_dense(lhs), rhs, dimension_numbers, *rest, **options)
+
+    fields = {"dot_general_cls": lambda: product}
+    if operands.weights is not None:
+        fields["promote_dtype"] = promoted
+    with _fields(module, **fields):
+        return next_fun(*args, **kwargs)
+
+
+def _run_einsum(module, next_fun, args, kwargs, operands):
+    inputs, spec = _einsum_arguments(module, *args, **kwargs)
+    axes = _einsum_axes(module, args, kwargs, None, of_inputs=True)
+    if operands.weights is None:
+        given = () if module.einsum_str is not None else (spec,)
+        return next_fun(_dense(operands.activation(inputs, axes, "input")), *given)
+    bias = meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None
+    stand_in = jnp.zeros((), operands.weights.dtype)
+    inputs, stand_in, bias = module.promote_dtype(inputs, stand_in, bias, dtype=module.dtype)
+    y = einsum(
+        spec, operands.activation(inputs, axes, "input"), operands.weights.astype(stand_in.dtype),
+        precision=module.precision, preferred_element_type=module.preferred_element_type,
+    )  # fmt: skip
+    if bias is None:
+        return y
+    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (inputs, operands.weights))
+    _, shape = module._get_bias_shape(spec, *shapes)
+    return y + bias.reshape(shape)
+
+
+def _einsum_arguments(module, inputs, einsum_str=None):
+    spec = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
+    return inputs, spec.replace(" ", "")
+
+
+def _einsum_axes(module, args, kwargs, ndim, of_inputs=False):
+    """In the kernel's order, either way."""
+    del ndim
+    inputs, spec = _einsum_arguments(module, *args, **kwargs)
+    left, out, _ = parse_einsum_input((spec, inputs.shape, tuple(module.shape)), shapes=True)
+    x_labels, labels = left.split(",")
+    axes_of = x_labels if of_inputs else labels
+    return tuple(axes_of.index(c) - len(axes_of) for c in labels if c in x_labels and c not in out)
+
+
+def _run_conv(module, next_fun, args, kwargs, operands):
+    promote = module.promote_dtype
+
+    def promoted(inputs, kernel, *rest, **options):
+        if operands.weights is not None:
+            kernel = operands.weights.dequantize(kernel.dtype)
+            kernel = kernel if module.mask is None else kernel * module.mask
+        inputs, *rest = promote(inputs, kernel, *rest, **options)
+        return _dense(operands.activation(inputs, (-1,), "input")), *rest
+
+    with _fields(module, promote_dtype=promoted):
+        return next_fun(*args, **kwargs)
+
+
+def _run_lookup(module, next_fun, args, kwargs, operands):
+    table = operands.weights
+    if table is None:
+        return next_fun(*args, **kwargs)
+    inputs = args[0] if args else kwargs["inputs"]
+    if not jnp.issubdtype(inputs.dtype, jnp.integer) or module.num_embeddings == 1:
+        return next_fun(*args, **kwargs)  # an error, or a table of one row, which is Flax's own affair
+    (stand_in,) = module.promote_dtype(jnp.zeros((), table.dtype), dtype=module.dtype, inexact=False)
+    return table.take(inputs, axis=0).dequantize(stand_in.dtype)
+
+
+def _run_attend(module, next_fun, args, kwargs, operands):
+    table, query = operands.weights, args[0] if args else kwargs["query"]
+    if table is None:
+        return next_fun(_dense(operands.activation(query, (-1,), "input")))
+    query, stand_in = module.promote_dtype(query, jnp.zeros((), table.dtype), dtype=module.dtype)
+    query = operands.activation(query, (-1,), "input")
+    return dot_general(query, table.astype(stand_in.dtype), (((query.ndim - 1,), (1,)), ((), ())))
+
+
+def _run_parameters(module, next_fun, args, kwargs, operands):
+    del module
+    kernel, bias = next_fun(*args, **kwargs)
+    return kernel if operands.weights is None else operands.weights.dequantize(kernel.dtype), bias
+
+
+def _run_attention(module, next_fun, args, kwargs, operands):
+    def product(names):
+        def of_two(spec, *arrays, **options):
+            left, out, _ = parse_einsum_input((spec, *(a.shape for a in arrays)), shapes=True)
+            ready = []
+            for labels, array, name in zip(left.split(","), arrays, names, strict=True):
+                axes = tuple(i - len(labels) for i, c in enumerate(labels) if c not in out)
+                ready.append(operands.activation(array, axes, name))
+            return einsum(spec, *ready, **options)
+
+        return lambda: of_two
+
+    reason = attention_refusal(module)
+    if reason is not None:
+        raise ValueError(f"{join_path(module.path)!r}: attention's products cannot be quantized: {reason}")
+    pairs = {"qk_attn_weights_einsum_cls": OPERANDS[:2], "attn_weights_value_einsum_cls": OPERANDS[2:]}
+    with _fields(module, **{field: product(names) for field, names in pairs.items()}):
+        return next_fun(*args, **kwargs)
+
+
+def attention_refusal(module: Any) -> str | None:
+    """Why Flax has no place for other products in this attention; None if it has."""
+    names = ("qk_attn_weights_einsum", "attn_weights_value_einsum")
+    taken = [f"{name}_cls" for name in names if getattr(module, f"{name}_cls") is not None]
+    if taken:
+        return f"the module sets {' and '.join(taken)} itself"
+    if module.precision is not None:
+        return f"the module sets precision={module.precision}, which Flax takes for its own products only"
+    if not set(names) <= set(inspect.signature(module.attention_fn).parameters):
+        return f"its attention_fn has no arguments {' and '.join(names)}"
+    return None
+
+
+def _dense(x):
+    return x.dequantize() if isinstance(x, QTensor) else x
+
+
+@contextlib.contextmanager
+def _fields(module, **values):
+    """The bound module with other fields for a while; modules are frozen, and rightly so for everyone else."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            object.__setattr__(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)
+
+
+def _last_but_one(module, args, kwargs, ndim):
+    return (-2,)
+
+
+def _last(module, args, kwargs, ndim):
+    return (-1,)
+
+
+def _general_axes(module, args, kwargs, ndim):
+    batch = len(module.batch_dims)
+    count = 1 if isinstance(module.axis, int) else len(module.axis)
+    return tuple(range(batch - ndim, batch + count - ndim))
+
+
+def _transpose_axes(module, args, kwargs, ndim):
+    return (-1,) if module.transpose_kernel else (-2,)
+
+
+_LAYERS: Mapping[Callable, Layer] = {
+    inspect.unwrap(method): layer
+    for method, layer in {
+        nn.Dense.__call__: Layer("kernel", _last_but_one, _run_dense),
+        nn.DenseGeneral.__call__: Layer("kernel", _general_axes, _run_dense),
+        nn.Einsum.__call__: Layer("kernel", _einsum_axes, _run_einsum),
+        _Conv.__call__: Layer("kernel", _last_but_one, _run_conv),
+        nn.ConvTranspose.__call__: Layer("kernel", _transpose_axes, _run_conv),
+        nn.Embed.__call__: Layer("embedding", _last, _run_lookup),
+        nn.Embed.attend: Layer("embedding", _last, _run_attend),
+        DenseParams.__call__: Layer(
+            "kernel", _last_but_one, _run_parameters, "the cell around it multiplies by itself, out of reach"
+        ),
+        nn.MultiHeadDotProductAttention.__call__: Layer(None, lambda *_: (), _run_attention),
+    }.items()
+}
+
+
+# --- what a model multiplies by --------------------------------------------------------------------------------------
+
+
+class _Notes(dict):
+    """A dictionary that equals itself alone, so that it may be part of a tree's structure."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+@meta.AxisMetadata.register
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["path", "ndim", "axes", "reached"])
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    """A parameter that knows its path and which of its axes are left, through any of Flax's transformations."""
+
+    value: Any
+    path: str
+    ndim: int
+    axes: tuple[int | None, ...]
+    reached: _Notes
+
+    def unbox(self, apply_constraint=True):
+        del apply_constraint
+        self.reached[self.path] = self.stacked
+        return self.value
+
+    @property
+    def stacked(self):
+        return tuple(a for a in range(-self.ndim, 0) if a not in self.axes)
+
+    def replace_boxed(self, val):
+        return dataclasses.replace(self, value=val)
+
+    def add_axis(self, index, params):
+        del params
+        at = index % (len(self.axes) + 1)
+        return dataclasses.replace(self, axes=(*self.axes[:at], None, *self.axes[at:]))
+
+    def remove_axis(self, index, params):
+        del params
+        at = index % len(self.axes)
+        return dataclasses.replace(self, axes=(*self.axes[:at], *self.axes[at + 1 :]))
+
+
+def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> Walk:
+    """Evaluate the model without numbers, and see which parameters its layers multiply by, along which axes."""
+    kernels, modules, reached, reasons = {}, {}, _Notes(), {}
+    is_box = lambda a: isinstance(a, meta.AxisMetadata)  # noqa: E731
+
+    def interceptor(next_fun, args, kwargs, context):
+        module, layer = context.module, layer_of(context)
+        path, name = join_path(module.path), type(module).__name__
+        modules.setdefault(path, name)
+        if layer is None:
+            return next_fun(*args, **kwargs)
+        if layer.kernel is None:
+            refusal = attention_refusal(module)
+            kernels.setdefault(path, Kernel(path, path, name, reason=refusal, operands=() if refusal else OPERANDS))
+            return next_fun(*args, **kwargs)
+        box = module.get_variable("params", layer.kernel)
+        if isinstance(box, _Probe):
+            reasons[f"{box.path.rpartition('/')[0]}/bias"] = "a bias is added"
+            axes = tuple(box.axes[a] for a in layer.axes(module, args, kwargs, len(box.axes)))
+            own = getattr(module, "dot_general_cls", None) or getattr(module, "dot_general", None)
+            note = "weights are dequantized for the module's own dot_general" if own is not None else None
+            kernels.setdefault(box.path, Kernel(box.path, path, name, axes, box.stacked, layer.activations, note=note))
+        elif isinstance(box, QTensor):
+            parameter = join_path((*module.path, layer.kernel))
+            kernels.setdefault(parameter, Kernel(parameter, path, name, (box.axis,)))
+        return next_fun(*args, **kwargs)
+
+    def evaluate(variables, args, kwargs):
+        params = jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: leaf if isinstance(leaf, QTensor) else _probe(keys, leaf, reached),
+            variables["params"], is_leaf=is_box,
+        )  # fmt: skip
+        with nn.intercept_methods(interceptor):
+            rngs = {"params": jax.random.key(0)}
+            return model.apply(
+                {**variables, "params": params}, *args, **kwargs, rngs=rngs, mutable=DenyList("params"), method=method
+            )
+
+    jax.eval_shape(evaluate, variables, *as_arguments(sample))
+    return Walk(kernels, modules, reached, reasons)
+
+
+def _probe(keys, leaf, reached):
+    value = leaf.unbox() if isinstance(leaf, meta.AxisMetadata) else leaf
+    return _Probe(value, join_path(keys), value.ndim, tuple(range(-value.ndim, 0)), reached)
+
+
+def as_arguments(sample: Any) -> tuple[tuple, dict[str, Any]]:
+    """A tuple is positional arguments, a mapping keyword arguments, anything else the only argument."""
+    if isinstance(sample, Mapping):
+        return (), dict(sample)
+    return (sample if isinstance(sample, tuple) else (sample,)), {}

@@ -1,0 +1,359 @@
+"""Post-training quantization of trees of parameters: rules in, packed tree and report out.
+
+    parameters -> kernels (found by evaluating the model, or named by rules) -> rules -> quantize each -> report
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ifjax._gptq import gptq
+from ifjax.formats import Format
+from ifjax.qtensor import QTensor, quantize
+from ifjax.report import Entry, Report
+from ifjax.rules import Kernel, Rule, Seen, Walk, as_rules, check_used, first_match, join_path, reason_against
+
+Rules = Iterable[Rule] | Rule | str | Format | None
+
+
+def quantize_params(
+    params: Any,
+    rules: Rules = None,
+    *,
+    model: Any = None,
+    sample: Any = None,
+    method: Any = None,
+    calibration: Any = None,
+) -> tuple[Any, Report]:
+    """Replace by packed QTensors what the rules say, and tell what happened to every parameter.
+
+    A linen model applies on the result as it is: `model.apply(packed, x)`. With `ifjax.quantized` its products read
+    the packed bytes. The contraction axis of each kernel, along which blocks lie, is found by evaluating the model
+    without numbers; without a model, and for parameters that no layer of Flax multiplies by, it is the rule's `axis`.
+    Layers that nn.scan or nn.vmap stacked keep an amax each.
+
+    What is packed already stays as it is, so do arrays that are no floats. Works inside jax.eval_shape and jax.jit, too
+    (errors of the result are not in the report then).
+
+    Args:
+        params: a tree of arrays: nested dictionaries, linen variables (of which the collection "params" is quantized),
+            an NNX state. Boxes such as nn.Partitioned give their axis names to the QTensor.
+        rules: a list of `ifjax.Rule`, one of them, or a format's name, which stands for `default_rules` with it: all
+            kernels but those of embeddings and of the output head. None: "if4".
+        model: the linen module or NNX model that params belong to.
+        sample: of a linen model, arguments of its method: a tuple of positional ones, a mapping of keyword ones, or
+            else the only one. Shapes suffice (`jax.ShapeDtypeStruct`).
+        method: of a linen model; `__call__` unless given.
+        calibration: from `ifjax.calibrate`, for rules with gptq.
+
+    Returns:
+        The tree, of the same structure but for the QTensors, and an `ifjax.Report`.
+
+    Raises:
+        ValueError: a rule is of no use on these parameters; the message lists the closest paths.
+        TypeError: arguments of other types.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> params = {"mlp": {"kernel": jax.random.normal(jax.random.key(0), (64, 32)), "bias": jnp.zeros(32)}}
+        >>> packed, report = ifjax.quantize_params(params, ifjax.Rule(".*/kernel", "if4", axis=-2))
+        >>> packed["mlp"]["kernel"]
+        QTensor(if4, 64x32 float32, axis=-2, 4.516 bits a value)
+        >>> report.check().totals.quantized
+        1
+    """
+    return _quantize(params, rules, model, sample, method, calibration, fake=False)
+
+
+def fake_quantize_params(
+    params: Any,
+    rules: Rules = None,
+    *,
+    model: Any = None,
+    sample: Any = None,
+    method: Any = None,
+    calibration: Any = None,
+) -> tuple[Any, Report]:
+    """What `quantize_params` gives, dequantized: floats of the same dtype, in the same boxes.
+
+    For measuring what a format does to a model of any framework. Arguments and errors as for `quantize_params`.
+    """
+    return _quantize(params, rules, model, sample, method, calibration, fake=True)
+
+
+def trainable_mask(params: Any) -> Any:
+    """A tree of booleans, False for packed parameters and for what is no float, for `optax.masked` and the like.
+
+    optax makes states for the arrays inside a QTensor, and updates for them, without a word: mask them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import ifjax
+        >>> ifjax.trainable_mask({"kernel": ifjax.quantize(jnp.ones((16, 16))), "lora": jnp.ones(16)})
+        {'kernel': False, 'lora': True}
+    """
+
+    def trains(leaf):
+        value = _value(leaf)
+        return not isinstance(value, QTensor) and jnp.issubdtype(jnp.result_type(value), jnp.floating)
+
+    return jax.tree.map(trains, params, is_leaf=_is_leaf)
+
+
+# --- which parameters ------------------------------------------------------------------------------------------------
+
+
+class _Parameter(NamedTuple):
+    """A leaf of the tree, and what is known of it."""
+
+    path: str
+    leaf: Any
+    value: Any
+    kernel: Kernel | None
+    module: str | None
+    stacked: tuple[int, ...]
+    seen: Seen
+    rule: Rule | None
+
+
+def _quantize(params, rules, model, sample, method, calibration, *, fake):
+    rules = as_rules(rules)
+    inner, put_back = _split(params)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(inner, is_leaf=_is_leaf)
+    walk = _walk(model, params, sample, method)
+    found = []
+    for keys, leaf in leaves:
+        path, value = join_path(keys), _value(leaf)
+        kernel = walk.kernels.get(path) if walk else None
+        module = kernel.module if kernel else walk.modules.get(path.rpartition("/")[0]) if walk else None
+        stacked = kernel.stacked if kernel else walk.reached.get(path, ()) if walk else ()
+        seen = _seen(path, value, kernel, module, stacked, walk)
+        found.append(_Parameter(path, leaf, value, kernel, module, stacked, seen, first_match(rules, seen.path, module)))
+    seen = [p.seen for p in found]
+    if walk is not None:
+        seen += [Seen(k.path, k.module, False, k.reason, operands=k.operands) for k in walk.kernels.values() if not k.axes]
+        known = {s.path for s in seen}
+        seen += [Seen(path, name, False, f"{name} has no matmul of its own") for path, name in walk.modules.items()
+                 if path not in known]
+    if leaves:
+        check_used(rules, seen)
+    done = [_one(p, calibration, fake) for p in found]
+    tree = jax.tree_util.tree_unflatten(structure, [leaf for leaf, _ in done])
+    return put_back(tree), Report(tuple(_entry(fields) for _, fields in done))
+
+
+def _split(params):
+    """The tree of parameters, and a function that puts another one in its place."""
+    if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
+        def put_back(tree):
+            both = {**params, "params": tree}
+            return both if type(params) is dict else type(params)(both)
+
+        return params["params"], put_back
+    return params, lambda tree: tree
+
+
+def _walk(model, params, sample, method) -> Walk | None:
+    if model is None:
+        if sample is not None:
+            raise TypeError("sample= is for the model that it is an input of: pass model=, too")
+        return None
+    nnx, linen = (sys.modules.get(f"flax.{name}") for name in ("nnx", "linen"))
+    if nnx is not None and isinstance(model, nnx.Module):
+        from ifjax.flax.nnx import walk
+
+        return walk(model)
+    if linen is None or not isinstance(model, linen.Module):
+        raise TypeError(f"model must be a flax.linen or flax.nnx Module, got {type(model).__name__}")
+    if sample is None:
+        raise TypeError("a linen model tells its kernels when it is evaluated: pass sample=, an input of it")
+    from ifjax.flax.linen import walk
+
+    variables = params if isinstance(params.get("params"), Mapping) else {"params": params}
+    return walk(model, variables, sample, method)
+
+
+def _seen(path, value, kernel, module, stacked, walk) -> Seen:
+    shape = value.shape
+    if kernel is not None:
+        return Seen(kernel.path, module, kernel.reason is None, kernel.reason, max(shape[a] for a in kernel.axes))
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return Seen(path, module, False, f"{value.dtype} is no float dtype")
+    if isinstance(value, QTensor):
+        return Seen(path, module, length=value.shape[value.axis])
+    if walk is not None and path in walk.reasons:
+        return Seen(path, module, False, walk.reasons[path])
+    if len(shape) - len(stacked) < 2:
+        return Seen(path, module, False, "it is no matrix")
+    if walk is not None and path not in walk.reached:
+        return Seen(path, module, False, "the model did not read it when it was evaluated on the sample")
+    return Seen(path, module, raw_shape=shape)
+
+
+# --- one parameter ---------------------------------------------------------------------------------------------------
+
+
+def _one(p: _Parameter, calibration, fake):
+    """The new leaf and the fields of its entry, in which numbers may still be on a device."""
+    before, rule = _nbytes(p.value), p.rule
+    about = {
+        "path": p.path, "module": p.module, "shape": tuple(p.value.shape), "dtype": str(p.value.dtype),
+        "bytes_before": before, "rule": None if rule is None else rule.path,
+    }  # fmt: skip
+    if isinstance(p.value, QTensor):
+        q = p.value
+        return p.leaf, about | _measured(q, None) | {
+            "fmt": q.fmt.name, "act_fmt": None, "bits_per_value": q.bits_per_value, "bytes_after": q.nbytes,
+            "note": "was packed before",
+        }  # fmt: skip
+    reason, expected = _left_alone(p)
+    if reason is not None:
+        bits = 8 * before / p.value.size if p.value.size else float("nan")
+        return p.leaf, about | {
+            "fmt": None, "act_fmt": None, "bits_per_value": bits, "bytes_after": before, "reason": reason,
+            "expected": expected,
+        }  # fmt: skip
+    assert rule is not None
+    q = _packed(p, calibration)
+    notes, act_fmt = [], rule.activation_format
+    unfit = "no module tells where they enter" if p.kernel is None else p.kernel.unfit_for
+    if act_fmt is not None and unfit is not None:
+        notes.append(f"activations are not quantized: {unfit}")
+    if p.kernel is not None and p.kernel.note is not None:
+        notes.append(p.kernel.note)
+    entry = about | _measured(q, p.value) | {
+        "fmt": q.fmt.name, "act_fmt": act_fmt.name if act_fmt is not None and unfit is None else None,
+        "bits_per_value": q.bits_per_value, "bytes_after": q.nbytes, "note": "; ".join(notes) or None,
+        "expected": act_fmt is None or unfit is None,
+    }  # fmt: skip
+    if fake:
+        entry |= {"bytes_after": before, "bits_per_value": 8.0 * p.value.dtype.itemsize}
+        return _rebuilt(p.leaf, q.dequantize()), entry
+    return _rebuilt(p.leaf, q), entry
+
+
+def _left_alone(p: _Parameter) -> tuple[str | None, bool]:
+    """Why it is, or None, and whether that was to be expected."""
+    if p.rule is None:
+        return (p.seen.reason or "no rule matches it"), not p.seen.quantizable
+    reason = reason_against(p.rule, p.seen) or (_no_gptq(p) if p.rule.gptq else None)
+    if reason is None or p.rule.excludes:
+        return reason, True
+    if not p.seen.quantizable:
+        # What is no matrix, or is added, stays in floats as ever; a kernel that cannot be quantized is news.
+        return reason, p.kernel is None and "did not read" not in reason
+    # A rule that may match nothing may match what is too short for it, but leaves no matrix in floats silently.
+    return reason, p.rule.optional and (p.kernel is not None or p.rule.axis is not None)
+
+
+def _no_gptq(p: _Parameter) -> str | None:
+    if p.kernel is None:
+        return "gptq needs a module that says what it is multiplied by"
+    if p.stacked:
+        return "gptq needs the inputs of each layer, and calibration sees stacked layers as one"
+    axes, shape = p.kernel.axes, p.value.shape
+    neighbours = axes == tuple(range(axes[0], axes[0] + len(axes)))
+    if len(axes) > 1 and not (neighbours and shape[axes[-1]] % p.rule.weight_format.block == 0):
+        return f"gptq takes several contracted axes of {shape} only if they are neighbours and blocks fit the last"
+    return None
+
+
+def _packed(p: _Parameter, calibration) -> QTensor:
+    rule, value, kernel = p.rule, jnp.asarray(p.value), p.kernel
+    fmt, shape = rule.weight_format, p.value.shape
+    options = {"loss": rule.loss, "search": rule.search}
+    names = _names(p.leaf)
+    if rule.gptq:
+        hessian = None if calibration is None else calibration.hessians.get(p.seen.path)
+        if hessian is None:
+            raise ValueError(
+                f"{p.seen.path!r}: gptq needs calibration=ifjax.calibrate(...) with these rules"
+                + ("" if calibration is None else ", and this one has not seen the module")
+            )
+        axes = kernel.axes
+        rows = value.reshape(*shape[: axes[0]], -1, *shape[len(shape) + axes[-1] + 1 :])
+        q = gptq(rows, hessian, fmt, axis=axes[-1], **options)
+        apart = lambda a: a.reshape(*shape[: axes[-1]], -1, *shape[len(shape) + axes[-1] + 1 :])  # noqa: E731
+        return dataclasses.replace(q, codes=apart(q.codes), scales=apart(q.scales), length=shape[axes[-1]], names=names)
+    axis = rule.axis if kernel is None else kernel.axis_for(shape, fmt.block)
+    stacked = () if fmt.scale.largest is None else tuple(len(shape) + a for a in p.stacked)
+    if stacked == tuple(range(len(stacked))):
+        q = quantize(value, fmt, axis=axis, block_2d=rule.block_2d, amax_axes=stacked, **options)
+        return dataclasses.replace(q, names=names)
+    # An amax of its own is for leading axes: layers go to the front and back.
+    order = [*stacked, *[i for i in range(len(shape)) if i not in stacked]]
+    moved = order.index(len(shape) + axis) - len(shape)
+    q = quantize(
+        value.transpose(order), fmt, axis=moved, block_2d=rule.block_2d, amax_axes=tuple(range(len(stacked))), **options
+    )
+    codes, scales = (a.transpose(np.argsort(order).tolist()) for a in (q.codes, q.scales))
+    amax = q.amax.reshape([shape[i] if i in stacked else 1 for i in range(max(stacked) + 1)])
+    return dataclasses.replace(q, codes=codes, scales=scales, amax=amax, axis=axis, names=names)
+
+
+@jax.jit
+def _powers(q, x):
+    """Of the signal and of the error."""
+    x = x.astype(jnp.float32)
+    return (x**2).sum(), ((x - q.dequantize(jnp.float32)) ** 2).sum()
+
+
+def _measured(q: QTensor, value) -> dict[str, Any]:
+    share = q.choices().mean() if q.fmt.has_flag else None
+    return {"int_share": share, "sqnr_db": None if value is None else _powers(q, value)}
+
+
+def _entry(fields: dict[str, Any]) -> Entry:
+    """With plain numbers, waited for only when all parameters are on their way; traced ones stay out."""
+    for name in ("int_share", "sqnr_db"):
+        value = fields.get(name)
+        if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(value)):
+            fields[name] = None
+        elif value is not None:
+            fields[name] = _decibels(*map(float, value)) if name == "sqnr_db" else float(value)
+    return Entry(**fields)
+
+
+def _decibels(signal, noise):
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else math.nan if math.isnan(signal + noise) else -math.inf
+
+
+# --- leaves: arrays, QTensors, Flax's boxes, NNX variables -----------------------------------------------------------
+
+
+def _is_leaf(leaf):
+    return hasattr(leaf, "unbox") or hasattr(leaf, "get_raw_value")
+
+
+def _value(leaf):
+    if isinstance(leaf, QTensor):
+        return leaf
+    if hasattr(leaf, "get_raw_value"):
+        return leaf.get_raw_value()
+    value = leaf.unbox() if hasattr(leaf, "unbox") else leaf
+    return value if hasattr(value, "dtype") else np.asarray(value)
+
+
+def _names(leaf):
+    return getattr(leaf, "names", None) if hasattr(leaf, "unbox") else None
+
+
+def _rebuilt(leaf, new):
+    if hasattr(leaf, "get_raw_value"):
+        from ifjax.flax.nnx import PackedParam
+
+        return PackedParam.like(leaf, new) if isinstance(new, QTensor) else leaf.replace(new)
+    return leaf.replace_boxed(new) if hasattr(leaf, "unbox") and not isinstance(new, QTensor) else new
+
+
+def _nbytes(value):
+    return value.nbytes if isinstance(value, QTensor) else math.prod(value.shape) * value.dtype.itemsize
