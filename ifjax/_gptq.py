@@ -47,12 +47,12 @@ def gptq(
     Of the same format and size as `quantize` gives, and slower to encode. With a Hessian that is a multiple of the
     identity (inputs without correlation and of one size) it is what `quantize` gives, bit for bit.
 
-    Rows of w whose input never fires (zero diagonal) neither make up for others nor are made up for. So do a last
-    block's filling zeros. A NaN or infinity in w makes NaN of its own block, and changes no other column. Under jit or
+    Rows of w whose input never fires (zero diagonal) neither make up for others nor are made up for; so it is with a
+    last block's filling zeros. A NaN or infinity in w makes NaN of its own block, and changes no other column. Under jit or
     vmap the values of the Hessian are not checked; one without a Cholesky factor then gives NaN scales.
 
     Args:
-        w: float32, bfloat16 or float16 [..., K, ...] of any rank >= 2. The other axes are columns that do not interact.
+        w: float32, bfloat16 or float16 [..., K, ...]. The other axes, if any, are columns that do not interact.
         hessian: float32 [K, K], the sum of x^T x over rows x [K] of w's input. Its scale does not matter.
         fmt: a format's name (`ifjax.FORMATS`) or record.
         axis: the axis of K, along which w is multiplied and blocks lie.
@@ -126,8 +126,8 @@ def _factor(hessian, damping, block):
     # Large inputs first, whose errors all others can make up for. On a tie, as where all are equal, in their own order.
     order = jnp.argsort(-diagonal.reshape(-1, block).sum(-1), stable=True)
     rows = (order[:, None] * block + jnp.arange(block)[None]).reshape(-1)
-    # An input that never fires is alone with its weight.
-    diagonal = jnp.where(diagonal > 0, diagonal + damping * jnp.sum(diagonal) / k, 1)
+    # The bound is for inputs that never fire, without damping: they are alone, and count for next to nothing.
+    diagonal = jnp.maximum(diagonal + damping * jnp.sum(diagonal) / k, np.float32(2.0**-40))
     hessian = jnp.where(jnp.eye(len(hessian), dtype=bool), diagonal[:, None], hessian)[rows][:, rows]
     return lax.linalg.cholesky(hessian[::-1, ::-1], symmetrize_input=True)[::-1, ::-1], order
 
@@ -199,7 +199,7 @@ def _choose(step, tensor, fmt, loss, search):
         return codec._tree(jnp.add, codec._unstack(terms, 0))
 
     trials = [(byte, loss_of(i, byte)) for i, byte in enumerate(bytes_)]
-    best = trials[0]
+    best = codec._better(trials[0], trials[1:], fmt, first=1)
     if search is not None:
         relative, window = codec._trials(search, fmt)
 
@@ -208,11 +208,8 @@ def _choose(step, tensor, fmt, loss, search):
             codes = [jnp.clip(code, 1, fmt.scale.top) for code in codes]
             return codec._better(best, [(byte, loss_of(i, byte)) for i, byte in enumerate(codes)], fmt), None
 
-        best = codec._better(best, trials[1:], fmt, first=1)
         best, _ = lax.scan(try_next, best, window)
-        trials = trials[:1]
-    word, _ = codec._better(best, trials[1:], fmt, first=1)
-    return jnp.where(peaks < 0, fmt.scale.nan, word)
+    return jnp.where(peaks < 0, fmt.scale.nan, best[0])
 
 
 def _round(step, byte, tensor, fmt, i):

@@ -17,7 +17,18 @@ from ifjax._gptq import gptq
 from ifjax.formats import Format
 from ifjax.qtensor import QTensor, quantize
 from ifjax.report import Entry, Report
-from ifjax.rules import Kernel, Rule, Seen, Walk, as_rules, check_used, first_match, join_path, reason_against
+from ifjax.rules import (
+    Kernel,
+    Rule,
+    Seen,
+    Walk,
+    as_rules,
+    blocked_axis,
+    check_used,
+    first_match,
+    join_path,
+    reason_against,
+)  # fmt: skip
 
 Rules = Iterable[Rule] | Rule | str | Format | None
 
@@ -43,7 +54,8 @@ def quantize_params(
 
     Args:
         params: a tree of arrays: nested dictionaries, linen variables (of which the collection "params" is quantized),
-            an NNX state. Boxes such as nn.Partitioned give their axis names to the QTensor.
+            an NNX state (of which Param are quantized, and other variables stay and are not reported). Boxes such as
+            nn.Partitioned give their axis names to the QTensor.
         rules: a list of `ifjax.Rule`, one of them, or a format's name, which stands for `default_rules` with it: all
             kernels but those of embeddings and of the output head. None: "if4".
         model: the linen module or NNX model that params belong to.
@@ -102,7 +114,8 @@ def trainable_mask(params: Any) -> Any:
 
     def trains(leaf):
         value = _value(leaf)
-        return not isinstance(value, QTensor) and jnp.issubdtype(jnp.result_type(value), jnp.floating)
+        fixed = isinstance(value, QTensor) or not _is_parameter(leaf)
+        return not fixed and jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
     return jax.tree.map(trains, params, is_leaf=_is_leaf)
 
@@ -130,23 +143,35 @@ def _quantize(params, rules, model, sample, method, calibration, *, fake):
     walk = _walk(model, params, sample, method)
     found = []
     for keys, leaf in leaves:
+        if not _is_parameter(leaf):
+            continue
         path, value = join_path(keys), _value(leaf)
         kernel = walk.kernels.get(path) if walk else None
-        module = kernel.module if kernel else walk.modules.get(path.rpartition("/")[0]) if walk else None
+        module = kernel.module if kernel else _module_around(path, walk.modules) if walk else None
         stacked = kernel.stacked if kernel else walk.reached.get(path, ()) if walk else ()
         seen = _seen(path, value, kernel, module, stacked, walk)
-        found.append(_Parameter(path, leaf, value, kernel, module, stacked, seen, first_match(rules, seen.path, module)))
+        rule = first_match(rules, seen.path, module)
+        found.append(_Parameter(path, leaf, value, kernel, module, stacked, seen, rule))
     seen = [p.seen for p in found]
     if walk is not None:
-        seen += [Seen(k.path, k.module, False, k.reason, operands=k.operands) for k in walk.kernels.values() if not k.axes]
+        products = (k for k in walk.kernels.values() if not k.axes)
+        seen += [Seen(k.path, k.module, False, k.reason, operands=k.operands) for k in products]
         known = {s.path for s in seen}
         seen += [Seen(path, name, False, f"{name} has no matmul of its own") for path, name in walk.modules.items()
                  if path not in known]
-    if leaves:
+    if found:
         check_used(rules, seen)
     done = [_one(p, calibration, fake) for p in found]
-    tree = jax.tree_util.tree_unflatten(structure, [leaf for leaf, _ in done])
+    new = iter([leaf for leaf, _ in done])
+    tree = jax.tree_util.tree_unflatten(structure, [next(new) if _is_parameter(leaf) else leaf for _, leaf in leaves])
     return put_back(tree), Report(tuple(_entry(fields) for _, fields in done))
+
+
+def _module_around(path: str, modules: Mapping[str, str]) -> str | None:
+    """The class of the innermost module; lists and dictionaries of parameters lie between it and them."""
+    while path and path not in modules:
+        path = path.rpartition("/")[0]
+    return modules.get(path)
 
 
 def _split(params):
@@ -282,8 +307,8 @@ def _packed(p: _Parameter, calibration) -> QTensor:
         q = gptq(rows, hessian, fmt, axis=axes[-1], **options)
         apart = lambda a: a.reshape(*shape[: axes[-1]], -1, *shape[len(shape) + axes[-1] + 1 :])  # noqa: E731
         return dataclasses.replace(q, codes=apart(q.codes), scales=apart(q.scales), length=shape[axes[-1]], names=names)
-    axis = rule.axis if kernel is None else kernel.axis_for(shape, fmt.block)
-    stacked = () if fmt.scale.largest is None else tuple(len(shape) + a for a in p.stacked)
+    axis = rule.axis if kernel is None else blocked_axis(kernel.axes, shape, fmt.block)
+    stacked = () if fmt.scale.largest is None else tuple(len(shape) + a for a in p.stacked if a != axis)
     if stacked == tuple(range(len(stacked))):
         q = quantize(value, fmt, axis=axis, block_2d=rule.block_2d, amax_axes=stacked, **options)
         return dataclasses.replace(q, names=names)
@@ -334,12 +359,19 @@ def _is_leaf(leaf):
     return hasattr(leaf, "unbox") or hasattr(leaf, "get_raw_value")
 
 
+def _is_parameter(leaf):
+    """Not so of NNX variables of other kinds: statistics, caches, random states."""
+    if not hasattr(leaf, "get_raw_value"):
+        return True
+    from ifjax.flax.nnx import is_parameter
+
+    return is_parameter(leaf)
+
+
 def _value(leaf):
     if isinstance(leaf, QTensor):
         return leaf
-    if hasattr(leaf, "get_raw_value"):
-        return leaf.get_raw_value()
-    value = leaf.unbox() if hasattr(leaf, "unbox") else leaf
+    value = leaf.get_raw_value() if hasattr(leaf, "get_raw_value") else leaf.unbox() if hasattr(leaf, "unbox") else leaf
     return value if hasattr(value, "dtype") else np.asarray(value)
 
 

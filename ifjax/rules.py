@@ -114,7 +114,7 @@ class Rule:
         axis_fits = self.axis is None or (_is_int(self.axis) and self.axis < 0)
         self._need(axis_fits, "axis", "an integer < 0, counted from the last axis (-2 for a matrix [in, out])")
         if self.gptq and self.block_2d:
-            raise self._error("gptq", "gptq feeds errors forward along rows, and block_2d shares scales across: use one")
+            raise self._error("gptq", "gptq feeds errors along one axis, and block_2d shares scales across: use one")
         if self.block_2d and self.axis is not None:
             self._need(self.axis >= -2, "axis", "-1 or -2, as block_2d takes squares of the last two axes")
         self._check_effects()
@@ -294,9 +294,13 @@ class Kernel(NamedTuple):
     operands: tuple[str, ...] = ()
     note: str | None = None
 
-    def axis_for(self, shape: tuple[int, ...], block: int) -> int:
-        """The contracted axis to lay blocks along: the last that is no shorter than one."""
-        return max(self.axes, key=lambda a: (shape[a] >= block, a))
+
+def blocked_axis(axes: Sequence[int], shape: tuple[int, ...], block: int) -> int:
+    """Which of a kernel's contracted axes blocks lie along: the last that is no shorter than one.
+
+    For what it is multiplied by: the same, if the axes come in the kernel's order.
+    """
+    return axes[max(range(len(axes)), key=lambda i: (shape[axes[i]] >= block, i))]
 
 
 class Walk(NamedTuple):
@@ -406,7 +410,8 @@ def _faults_of_use(rule: Rule, own: list[Seen], seen: Sequence[Seen]) -> Iterato
     missing = [name for name in rule.operand_formats if name not in multiplied]
     if missing:
         have = [s.path for s in seen if set(s.operands) & set(missing)]
-        yield f"names operands {missing} that nothing it matches multiplies: {_closest(rule, have)}"
+        why = "".join(f" ({s.path!r}: {s.reason})" for s in own if s.reason is not None and not s.quantizable)
+        yield f"names operands {missing} that nothing it matches multiplies{why}: {_closest(rule, have)}"
     elif not fits and not rule.operands:
         why = "; ".join(f"{s.path!r}: {_unfit(rule, s)}" for s in own[:3])
         others = [s.path for s in seen if _unfit(rule, s) is None]

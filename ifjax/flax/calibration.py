@@ -12,7 +12,7 @@ import numpy as np
 from ifjax.flax.linen import Operands, as_arguments, layer_of
 from ifjax.formats import Format
 from ifjax.qtensor import QTensor
-from ifjax.rules import Rule, Seen, as_rules, check_used, first_match, join_path
+from ifjax.rules import OPERANDS, Rule, Seen, as_rules, check_used, first_match, join_path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ class _Collector:
             return next_fun(*args, **kwargs)
         path, name = join_path(module.path), type(module).__name__
         rule = first_match(self.rules, path, name)
-        self.seen[path] = Seen(path, name, layer.kernel is not None, operands=())
+        self.seen[path] = Seen(path, name, layer.kernel is not None, operands=() if layer.kernel else OPERANDS)
         if rule is None or not (_wants_amax(rule) or rule.gptq):
             return next_fun(*args, **kwargs)
         kernel = None if layer.kernel is None else module.get_variable("params", layer.kernel)
@@ -137,7 +137,8 @@ class _Collector:
                 jax.debug.callback(self._note_hessian, path, jnp.matmul(rows.T, rows, precision="highest"))
             return x
 
-        return layer.run(module, next_fun, args, kwargs, Operands(kernel if isinstance(kernel, QTensor) else None, activation))
+        packed = kernel if isinstance(kernel, QTensor) else None
+        return layer.run(module, next_fun, args, kwargs, Operands(packed, activation))
 
     def _note_amax(self, name, peak):
         self._batch[name] = max(self._batch.get(name, 0.0), float(peak))

@@ -7,12 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from ifjax.flax.calibration import Calibration, value_name
 from ifjax.flax.linen import Layer, Operands, attention_refusal, layer_of
 from ifjax.formats import Format
 from ifjax.qtensor import QTensor, quantize
-from ifjax.rules import OPERANDS, Rule, Seen, as_rules, check_used, first_match, join_path, reason_against
+from ifjax.rules import OPERANDS, Rule, Seen, as_rules, blocked_axis, check_used, first_match, join_path, reason_against
 
 
 def inference(
@@ -73,7 +74,7 @@ def quantized(
             result = fn(*args, **kwargs)
         # A jitted fn is traced the first time only.
         if not checked and interceptor.seen:
-            check_used(rules, list(interceptor.seen.values()))
+            check_used(rules, interceptor.all_seen())
             checked.append(True)
         return result
 
@@ -89,16 +90,23 @@ class _Interceptor:
 
     def __init__(self, rules: tuple[Rule, ...], calibration: Calibration | None):
         self.rules, self.calibration = rules, calibration
-        self.seen: dict[tuple[str, str | None], Seen] = {}
+        self.seen: dict[str, Seen] = {}  # by the kernel's path, or the module's
+        self.parameters: dict[str, Any] = {}
 
     def __call__(self, next_fun, args, kwargs, context):
         layer, module = layer_of(context), context.module
-        if layer is None or module.is_initializing():
+        if module.is_initializing():
+            return next_fun(*args, **kwargs)
+        if module.path == ():
+            params = module.variables.get("params", {})
+            leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda a: hasattr(a, "unbox"))
+            self.parameters |= {join_path(keys): leaf for keys, leaf in leaves}
+        if layer is None:
             return next_fun(*args, **kwargs)
         path, name = join_path(module.path), type(module).__name__
         rule = first_match(self.rules, path, name)
         weights = self._weights(layer, module, args, kwargs, path, rule)
-        formats = self._formats(layer, rule, path, name, weights)
+        formats = self._formats(layer, rule, path)
         if weights is None and not formats:
             return next_fun(*args, **kwargs)
 
@@ -115,7 +123,7 @@ class _Interceptor:
         name = type(module).__name__
         if layer.kernel is None:
             refusal = attention_refusal(module)
-            self.seen[path, None] = Seen(path, name, False, refusal, operands=() if refusal else OPERANDS)
+            self.seen[path] = Seen(path, name, False, refusal, operands=() if refusal else OPERANDS)
             return None
         kernel = module.get_variable("params", layer.kernel)
         if kernel is None:
@@ -125,7 +133,7 @@ class _Interceptor:
             kernel = kernel.unbox()
         axes = layer.axes(module, args, kwargs, kernel.ndim)
         seen = Seen(path, name, length=max(kernel.shape[a] for a in axes))
-        self.seen[path, layer.kernel] = seen
+        self.seen[join_path((*module.path, layer.kernel))] = seen
         if packed:
             return kernel
         if rule is None or reason_against(rule, seen) is not None:
@@ -133,20 +141,30 @@ class _Interceptor:
         if rule.gptq:
             raise ValueError(f"{path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
         fmt = rule.weight_format
-        axis = max(axes, key=lambda a: (kernel.shape[a] >= fmt.block, a))
+        axis = blocked_axis(axes, kernel.shape, fmt.block)
         return quantize(kernel, fmt, axis=axis, loss=rule.loss, search=rule.search, block_2d=rule.block_2d)
 
-    def _formats(self, layer, rule, path, name, weights) -> dict[str, Format]:
+    def _formats(self, layer, rule, path) -> dict[str, Format]:
         """Formats of the activations that the layer multiplies."""
         if rule is None:
             return {}
         if layer.kernel is None:
             return rule.operand_formats
-        if rule.activation_format is None or reason_against(rule, self.seen[path, layer.kernel]) is not None:
+        seen = self.seen.get(join_path((path, layer.kernel) if path else (layer.kernel,)))
+        if rule.activation_format is None or seen is None or reason_against(rule, seen) is not None:
             return {}
         if layer.activations is not None:
             return {}  # the report of quantize_params says so
         return {"input": rule.activation_format}
+
+    def all_seen(self) -> list[Seen]:
+        """Modules, and the parameters that none of them is known to multiply by."""
+        raw = [
+            Seen(path, None, length=leaf.shape[leaf.axis]) if isinstance(leaf, QTensor) else
+            Seen(path, None, raw_shape=jnp.shape(meta.unbox(leaf)))
+            for path, leaf in self.parameters.items() if path not in self.seen
+        ]  # fmt: skip
+        return [*self.seen.values(), *raw]
 
     def _static_amax(self, rule, name):
         if rule.act_amax != "static":
@@ -160,9 +178,9 @@ class _Interceptor:
 
 
 def quantized_activation(x: jax.Array, axes: tuple[int, ...], fmt: Format, rule: Rule, amax: float | None) -> Any:
-    """x quantized along the last of the contracted axes, with amax as the rule says."""
+    """x quantized along one of the contracted axes (which come in the kernel's order), with amax as the rule says."""
     x = jnp.asarray(x)
-    axis = max(a % x.ndim - x.ndim for a in axes)
+    axis = blocked_axis(axes, x.shape, fmt.block) % x.ndim - x.ndim
     if fmt.scale.largest is None:
         return quantize(x, fmt, axis=axis, loss=rule.act_loss)
     if rule.act_amax != "token":
@@ -172,7 +190,7 @@ def quantized_activation(x: jax.Array, axes: tuple[int, ...], fmt: Format, rule:
     if free == list(range(len(free))):
         return quantize(x, fmt, axis=axis, loss=rule.act_loss, amax_axes=tuple(free))
     # An amax of its own is for leading axes.
-    moved = jnp.moveaxis(x, free, range(len(free)))
-    order = [*free, *[i for i in range(x.ndim) if i not in free]]
-    q = quantize(moved, fmt, axis=order.index(x.ndim + axis) - x.ndim, loss=rule.act_loss, amax_axes=tuple(range(len(free))))
-    return jnp.moveaxis(q.dequantize(), range(len(free)), free)
+    order, lead = [*free, *[i for i in range(x.ndim) if i not in free]], tuple(range(len(free)))
+    moved = order.index(x.ndim + axis) - x.ndim
+    q = quantize(x.transpose(order), fmt, axis=moved, loss=rule.act_loss, amax_axes=lead)
+    return jnp.moveaxis(q.dequantize(), lead, free)

@@ -257,7 +257,9 @@ class _Notes(dict):
 
 
 @meta.AxisMetadata.register
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["path", "ndim", "axes", "reached"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["path", "ndim", "axes", "reached"]
+)
 @dataclasses.dataclass(frozen=True)
 class _Probe:
     """A parameter that knows its path and which of its axes are left, through any of Flax's transformations."""

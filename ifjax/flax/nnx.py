@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from ifjax.qtensor import QTensor, shardings
+from ifjax.rules import Kernel, Walk, join_path
 
 
 class PackedParam(nnx.Variable):
@@ -130,74 +131,80 @@ class PackedParam(nnx.Variable):
             yield type(part)("value", self._raw_value) if is_value else part
 
 
-class Kernel(NamedTuple):
-    """A parameter of an NNX model, seen by the module that multiplies with it.
+def walk(model: nnx.Module) -> Walk:
+    """See which parameters an NNX model multiplies by, along which axes; a shared one is found once.
 
-    Attributes:
-        parameter: its '/'-joined path in `nnx.state(model)`.
-        path: that of its module; "" is the model itself.
-        module: the module's class.
-        axes: the contraction axes, negative so that they hold in stacked layers too; () where there are none, None
-            where no module tells them (a parameter that a model multiplies with by itself).
-        reason: why it cannot be quantized, or None.
-    """
-
-    parameter: str
-    path: str
-    module: str
-    axes: tuple[int, ...] | None
-    reason: str | None = None
-
-
-def kernels_of(model: nnx.Module) -> list[Kernel]:
-    """One record for each parameter of an NNX model, in the order of `nnx.state`; a shared one is found once.
-
-    Contraction axes follow from the modules' own fields; subclasses count as what they derive from. Variables that are
-    neither Param nor PackedParam (statistics, caches, random states) are no parameters. Abstract models, as from
-    `nnx.eval_shape`, will do.
+    Both follow from the modules' own fields; subclasses count as what they derive from. A kernel with more axes in
+    front, as nnx.vmap makes them, is stacked along these; one of any other shape is no kernel of the module's, but a
+    parameter that nothing is known of. Such ones may be stacked too: all axes but the last two count as layers.
+    Variables that are neither Param nor PackedParam (statistics, caches, random states) are no parameters. Abstract
+    models, as from `nnx.eval_shape`, will do.
 
     Raises:
         TypeError: `model` is no NNX module.
 
     Example:
         >>> from flax import nnx
-        >>> for kernel in kernels_of(nnx.LinearGeneral((2, 8), 4, axis=(-2, -1), rngs=nnx.Rngs(0))):
-        ...     print(kernel.parameter, kernel.module, kernel.axes, kernel.reason)
-        bias LinearGeneral () a bias is added
-        kernel LinearGeneral (-3, -2) None
+        >>> found = walk(nnx.LinearGeneral((2, 8), 4, axis=(-2, -1), rngs=nnx.Rngs(0)))
+        >>> found.kernels["kernel"].axes, found.reasons
+        ((-3, -2), {'bias': 'a bias is added'})
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"kernels_of needs an nnx.Module, got {type(model).__name__}: of a split model, write "
-            "kernels_of(nnx.merge(graphdef, state))"
+            f"walk needs an nnx.Module, got {type(model).__name__}: of a split model, write "
+            "walk(nnx.merge(graphdef, state))"
         )
-    return list(_kernels(model))
-
-
-def _kernels(model: nnx.Module) -> Iterator[Kernel]:
+    modules = {join_path(map(str, path)): type(m).__name__ for path, m in nnx.iter_modules(model) if _is_module(m)}
+    found = Walk({}, modules, {}, {})
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if not isinstance(variable, nnx.Param | PackedParam):
-            continue
-        above = list(_modules_above(model, path))
-        depth, module = above[-1]
-        name = "/".join(map(str, path[depth:]))
+        if is_parameter(variable):
+            _tell(found, model, path, variable)
+    return found
+
+
+def is_parameter(variable: nnx.Variable) -> bool:
+    """Whether it is a weight: no statistic, cache or random state."""
+    return isinstance(variable, nnx.Param | PackedParam)
+
+
+def _tell(found: Walk, model: nnx.Module, path: tuple[Any, ...], variable: nnx.Variable) -> None:
+    """What is known of the parameter, put into the walk."""
+    above = list(_modules_above(model, path))
+    depth, module = above[-1]
+    parameter, owner, name = ("/".join(map(str, part)) for part in (path, path[:depth], path[depth:]))
+    q, shape = variable.get_raw_value(), np.shape(variable.get_raw_value())
+    found.reached[parameter] = tuple(range(-len(shape), -2))
+    axes, own_shape = _contraction(module, name)
+    reason = _reason(module, name, axes)
+    if reason is not None:
+        found.reasons[parameter] = reason
+    elif axes:
+        rank = len(own_shape)
+        if shape[len(shape) - rank :] != own_shape:
+            return
+        stacked = tuple(range(-len(shape), -rank))
+        found.reached[parameter] = stacked
         rewriter = next((m for _, m in above if isinstance(m, nnx.SpectralNorm | nnx.WeightNorm)), None)
-        axes, reason = _contraction(module, name)
-        if isinstance(variable, PackedParam):
-            reason = "it is packed already"
-        elif axes and rewriter is not None:
-            reason = f"{type(rewriter).__name__} rewrites it at every call"
-        parameter, owner = ("/".join(map(str, part)) for part in (path, path[:depth]))
-        yield Kernel(parameter, owner, type(module).__name__, axes, reason)
+        if isinstance(q, QTensor):
+            axes, rewriter = (q.axis,), None
+        found.kernels[parameter] = Kernel(
+            parameter, owner, type(module).__name__, axes, stacked, unfit_for=_FLOAT_ACTIVATIONS,
+            reason=None if rewriter is None else f"{type(rewriter).__name__} rewrites it at every call",
+        )  # fmt: skip
+
+
+def _is_module(node: Any) -> bool:
+    """Lists and dictionaries of modules are none."""
+    return isinstance(node, nnx.Module) and not isinstance(node, nnx.List | nnx.Dict)
 
 
 def _modules_above(model: nnx.Module, path: tuple[Any, ...]) -> Iterator[tuple[int, nnx.Module]]:
-    """The modules on the way to a variable and how deep they lie; lists and dictionaries of modules are none."""
+    """The modules on the way to a variable and how deep they lie."""
     yield 0, model
     node = model
     for depth, key in enumerate(path[:-1], start=1):
         node = _child(node, key)
-        if isinstance(node, nnx.Module) and not isinstance(node, nnx.List | nnx.Dict):
+        if _is_module(node):
             yield depth, node
 
 
@@ -210,48 +217,53 @@ _NO_MATMUL = (
     nnx.PReLU,
 )  # fmt: skip
 _WITH_KERNEL = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose)
+_FLOAT_ACTIVATIONS = "NNX modules multiply by themselves: only linen modules can be intercepted"
 
 
-def _contraction(module: nnx.Module, name: str) -> tuple[tuple[int, ...] | None, str | None]:
-    """The contraction axes of the module's parameter of this name, and what speaks against it."""
+def _reason(module: nnx.Module, name: str, axes: tuple[int, ...]) -> str | None:
+    """Why the module's parameter of this name is no kernel; None if it is, or if the module does not tell."""
     if isinstance(module, _NO_MATMUL):
-        return (), f"{type(module).__name__} has no matmul"
+        return f"{type(module).__name__} has no matmul"
     if isinstance(module, nnx.LoRA) and name in ("lora_a", "lora_b"):
-        return (-2,), "LoRA's factors are there to be trained"
+        return "LoRA's factors are there to be trained"
+    if isinstance(module, _WITH_KERNEL) and name == "bias":
+        return "a bias is added"
+    if isinstance(module, nnx.Einsum) and name == "kernel" and module.einsum_str is not None and not axes:
+        return f"{module.einsum_str!r} contracts none of its axes, or takes a diagonal"
+    return None
+
+
+def _contraction(module: Any, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The contraction axes of the module's parameter of this name and its shape in one layer; () if there are none."""
     if isinstance(module, nnx.Embed) and name == "embedding":
-        return (-1,), None
-    if isinstance(module, _WITH_KERNEL):
-        if name == "bias":
-            return (), "a bias is added"
-        if name == "kernel":
-            return _of_kernel(module)
-    return None, None
-
-
-def _of_kernel(module: Any) -> tuple[tuple[int, ...] | None, str | None]:
+        return (-1,), (module.num_embeddings, module.features)
+    if not isinstance(module, _WITH_KERNEL) or name != "kernel":
+        return (), ()
+    if isinstance(module, nnx.Linear):
+        return (-2,), (module.in_features, module.out_features)
     if isinstance(module, nnx.LinearGeneral):  # [*batch, *in, *out]
-        after = len(module.out_features)
-        return tuple(range(-after - len(module.in_features), -after)), None
+        before, after = len(module.in_features), len(module.out_features)
+        shape = (*module.batch_axis.values(), *module.in_features, *module.out_features)
+        return tuple(range(-after - before, -after)), shape
+    shape = tuple(module.kernel_shape)
     if isinstance(module, nnx.Einsum):
-        return _of_einsum(module.einsum_str, len(module.kernel_shape))
+        return _of_einsum(module.einsum_str, len(shape)), shape
     if isinstance(module, nnx.ConvTranspose) and module.transpose_kernel:  # [*window, out, in]
-        return (-1,), None
-    return (-2,), None  # [in, out] and [*window, in, out]
+        return (-1,), shape
+    return (-2,), shape  # [*window, in, out]
 
 
-def _of_einsum(equation: str | None, ndim: int) -> tuple[tuple[int, ...] | None, str | None]:
-    if equation is None:
-        return None, "its einsum_str comes with each call"
+def _of_einsum(equation: str | None, ndim: int) -> tuple[int, ...]:
+    if equation is None:  # it comes with each call
+        return ()
     inputs, kernel, result = equation.replace(" ", "").replace("->", ",").split(",")
     before, _, after = kernel.partition("...")
     # Axes of an ellipsis are never contracted: jnp.einsum keeps them in the result.
     letters = [*before, *[None] * (ndim - len(before) - len(after)), *after]
     summed = [letter for letter in letters if letter is not None and letter in inputs and letter not in result]
-    if len(set(summed)) < len(summed):
-        return (), f"{equation!r} takes a diagonal of it"
-    if not summed:
-        return (), f"{equation!r} contracts none of its axes"
-    return tuple(letters.index(letter) - ndim for letter in summed), None
+    if len(set(summed)) < len(summed):  # of its diagonal
+        return ()
+    return tuple(letters.index(letter) - ndim for letter in summed)
 
 
 def _spread(q: Any, value: Any) -> Any:
