@@ -48,8 +48,8 @@ def gptq(
     identity (inputs without correlation and of one size) it is what `quantize` gives, bit for bit.
 
     Rows of w whose input never fires (zero diagonal) neither make up for others nor are made up for; so it is with a
-    last block's filling zeros. A NaN or infinity in w makes NaN of its own block, and changes no other column. Under jit or
-    vmap the values of the Hessian are not checked; one without a Cholesky factor then gives NaN scales.
+    last block's filling zeros. A NaN or infinity in w makes NaN of its own block, and changes no other column. Under
+    jit or vmap the values of the Hessian are not checked; one without a Cholesky factor then gives NaN scales.
 
     Args:
         w: float32, bfloat16 or float16 [..., K, ...]. The other axes, if any, are columns that do not interact.

@@ -540,8 +540,9 @@ def _accumulator(dtype):
 
 def _with_one_amax(q):
     """A part of what nn.scan or nn.vmap had stacked may have an amax of one value and several axes."""
-    one = q.amax is not None and q.amax.ndim and q.amax.size == 1
-    return dataclasses.replace(q, amax=q.amax.reshape(())) if one else q
+    if q.amax is None or q.amax.ndim == 0 or q.amax.size != 1:
+        return q
+    return dataclasses.replace(q, amax=q.amax.reshape(()))
 
 
 def _as_one_axis(lhs, rhs, dims):

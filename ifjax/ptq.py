@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ifjax._gptq import gptq
 from ifjax.formats import Format
@@ -120,6 +121,8 @@ def trainable_mask(params: Any) -> Any:
     return jax.tree.map(trains, params, is_leaf=_is_leaf)
 
 
+_NOT_READ = "the model did not read it when it was evaluated on the sample"
+
 # --- which parameters ------------------------------------------------------------------------------------------------
 
 
@@ -207,18 +210,18 @@ def _walk(model, params, sample, method) -> Walk | None:
 
 def _seen(path, value, kernel, module, stacked, walk) -> Seen:
     shape = value.shape
+    if isinstance(value, QTensor):  # stays as it is, however long the rule's blocks
+        return Seen(path if kernel is None else kernel.path, module)
     if kernel is not None:
         return Seen(kernel.path, module, kernel.reason is None, kernel.reason, max(shape[a] for a in kernel.axes))
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return Seen(path, module, False, f"{value.dtype} is no float dtype")
-    if isinstance(value, QTensor):
-        return Seen(path, module, length=value.shape[value.axis])
     if walk is not None and path in walk.reasons:
         return Seen(path, module, False, walk.reasons[path])
     if len(shape) - len(stacked) < 2:
         return Seen(path, module, False, "it is no matrix")
     if walk is not None and path not in walk.reached:
-        return Seen(path, module, False, "the model did not read it when it was evaluated on the sample")
+        return Seen(path, module, False, _NOT_READ)
     return Seen(path, module, raw_shape=shape)
 
 
@@ -246,7 +249,7 @@ def _one(p: _Parameter, calibration, fake):
             "expected": expected,
         }  # fmt: skip
     assert rule is not None
-    q = _packed(p, calibration)
+    q = _packed(p, rule, calibration)
     notes, act_fmt = [], rule.activation_format
     unfit = "no module tells where they enter" if p.kernel is None else p.kernel.unfit_for
     if act_fmt is not None and unfit is not None:
@@ -268,59 +271,70 @@ def _left_alone(p: _Parameter) -> tuple[str | None, bool]:
     """Why it is, or None, and whether that was to be expected."""
     if p.rule is None:
         return (p.seen.reason or "no rule matches it"), not p.seen.quantizable
-    reason = reason_against(p.rule, p.seen) or (_no_gptq(p) if p.rule.gptq else None)
+    reason = reason_against(p.rule, p.seen) or (_no_gptq(p, p.rule.weight_format) if p.rule.gptq else None)
     if reason is None or p.rule.excludes:
         return reason, True
     if not p.seen.quantizable:
         # What is no matrix, or is added, stays in floats as ever; a kernel that cannot be quantized is news.
-        return reason, p.kernel is None and "did not read" not in reason
+        return reason, p.kernel is None and p.seen.reason != _NOT_READ
     # A rule that may match nothing may match what is too short for it, but leaves no matrix in floats silently.
     return reason, p.rule.optional and (p.kernel is not None or p.rule.axis is not None)
 
 
-def _no_gptq(p: _Parameter) -> str | None:
+def _no_gptq(p: _Parameter, fmt: Format | None) -> str | None:
     if p.kernel is None:
         return "gptq needs a module that says what it is multiplied by"
     if p.stacked:
         return "gptq needs the inputs of each layer, and calibration sees stacked layers as one"
     axes, shape = p.kernel.axes, p.value.shape
     neighbours = axes == tuple(range(axes[0], axes[0] + len(axes)))
-    if len(axes) > 1 and not (neighbours and shape[axes[-1]] % p.rule.weight_format.block == 0):
+    if len(axes) > 1 and not (fmt and neighbours and shape[axes[-1]] % fmt.block == 0):
         return f"gptq takes several contracted axes of {shape} only if they are neighbours and blocks fit the last"
     return None
 
 
-def _packed(p: _Parameter, calibration) -> QTensor:
-    rule, value, kernel = p.rule, jnp.asarray(p.value), p.kernel
-    fmt, shape = rule.weight_format, p.value.shape
-    options = {"loss": rule.loss, "search": rule.search}
-    names = _names(p.leaf)
+def _packed(p: _Parameter, rule: Rule, calibration) -> QTensor:
+    fmt, value, names = rule.weight_format, jnp.asarray(p.value), getattr(p.leaf, "names", None)
+    axis = rule.axis if p.kernel is None else blocked_axis(p.kernel.axes, value.shape, fmt.block)  # pyright: ignore
+    assert fmt is not None and axis is not None  # else there had been a reason to leave it alone
     if rule.gptq:
-        hessian = None if calibration is None else calibration.hessians.get(p.seen.path)
-        if hessian is None:
-            raise ValueError(
-                f"{p.seen.path!r}: gptq needs calibration=ifjax.calibrate(...) with these rules"
-                + ("" if calibration is None else ", and this one has not seen the module")
-            )
-        axes = kernel.axes
-        rows = value.reshape(*shape[: axes[0]], -1, *shape[len(shape) + axes[-1] + 1 :])
-        q = gptq(rows, hessian, fmt, axis=axes[-1], **options)
-        apart = lambda a: a.reshape(*shape[: axes[-1]], -1, *shape[len(shape) + axes[-1] + 1 :])  # noqa: E731
-        return dataclasses.replace(q, codes=apart(q.codes), scales=apart(q.scales), length=shape[axes[-1]], names=names)
-    axis = rule.axis if kernel is None else blocked_axis(kernel.axes, shape, fmt.block)
-    stacked = () if fmt.scale.largest is None else tuple(len(shape) + a for a in p.stacked if a != axis)
-    if stacked == tuple(range(len(stacked))):
-        q = quantize(value, fmt, axis=axis, block_2d=rule.block_2d, amax_axes=stacked, **options)
-        return dataclasses.replace(q, names=names)
+        q = _by_gptq(p, value, fmt, rule, calibration)
+    else:
+        stacked = () if fmt.scale.largest is None else tuple(value.ndim + a for a in p.stacked if a != axis)
+        q = _by_layers(value, fmt, axis, stacked, rule)
+    return dataclasses.replace(q, names=names)
+
+
+def _by_layers(value, fmt, axis, stacked, rule) -> QTensor:
+    """With an amax for each layer, along the `stacked` axes."""
+    options = {"loss": rule.loss, "search": rule.search, "block_2d": rule.block_2d}
+    lead = tuple(range(len(stacked)))
+    if stacked == lead:
+        return quantize(value, fmt, axis=axis, amax_axes=lead, **options)
     # An amax of its own is for leading axes: layers go to the front and back.
-    order = [*stacked, *[i for i in range(len(shape)) if i not in stacked]]
-    moved = order.index(len(shape) + axis) - len(shape)
-    q = quantize(
-        value.transpose(order), fmt, axis=moved, block_2d=rule.block_2d, amax_axes=tuple(range(len(stacked))), **options
-    )
+    order = [*stacked, *[i for i in range(value.ndim) if i not in stacked]]
+    moved = order.index(value.ndim + axis) - value.ndim
+    q = quantize(value.transpose(order), fmt, axis=moved, amax_axes=lead, **options)
     codes, scales = (a.transpose(np.argsort(order).tolist()) for a in (q.codes, q.scales))
-    amax = q.amax.reshape([shape[i] if i in stacked else 1 for i in range(max(stacked) + 1)])
-    return dataclasses.replace(q, codes=codes, scales=scales, amax=amax, axis=axis, names=names)
+    shape = [value.shape[i] if i in stacked else 1 for i in range(max(stacked) + 1)]
+    assert q.amax is not None
+    return dataclasses.replace(q, codes=codes, scales=scales, amax=q.amax.reshape(shape), axis=axis)
+
+
+def _by_gptq(p: _Parameter, value, fmt, rule, calibration) -> QTensor:
+    hessian = None if calibration is None else calibration.hessians.get(p.seen.path)
+    if hessian is None:
+        raise ValueError(
+            f"{p.seen.path!r}: gptq needs calibration=ifjax.calibrate(...) with these rules"
+            + ("" if calibration is None else ", and this one has not seen the module")
+        )
+    assert p.kernel is not None
+    first, last = p.kernel.axes[0], p.kernel.axes[-1]
+    before, after = value.shape[:first], value.shape[value.ndim + last + 1 :]
+    rows = value.reshape(*before, -1, *after)
+    q = gptq(rows, hessian, fmt, axis=last, loss=rule.loss, search=rule.search)
+    codes, scales = (a.reshape(*value.shape[:last], -1, *after) for a in (q.codes, q.scales))
+    return dataclasses.replace(q, codes=codes, scales=scales, length=value.shape[last])
 
 
 @jax.jit
@@ -339,7 +353,7 @@ def _entry(fields: dict[str, Any]) -> Entry:
     """With plain numbers, waited for only when all parameters are on their way; traced ones stay out."""
     for name in ("int_share", "sqnr_db"):
         value = fields.get(name)
-        if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(value)):
+        if any(isinstance(a, Tracer) for a in jax.tree.leaves(value)):
             fields[name] = None
         elif value is not None:
             fields[name] = _decibels(*map(float, value)) if name == "sqnr_db" else float(value)
@@ -373,10 +387,6 @@ def _value(leaf):
         return leaf
     value = leaf.get_raw_value() if hasattr(leaf, "get_raw_value") else leaf.unbox() if hasattr(leaf, "unbox") else leaf
     return value if hasattr(value, "dtype") else np.asarray(value)
-
-
-def _names(leaf):
-    return getattr(leaf, "names", None) if hasattr(leaf, "unbox") else None
 
 
 def _rebuilt(leaf, new):

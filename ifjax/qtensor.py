@@ -355,7 +355,8 @@ _introduced = []
 
 def _introduce_to_flax():
     """Once Flax is loaded, QTensor counts as its boxed metadata and has a state dict. Flax is not imported for it."""
-    meta, serialization = (sys.modules.get(name) for name in ("flax.core.meta", "flax.serialization"))
+    meta: Any = sys.modules.get("flax.core.meta")
+    serialization: Any = sys.modules.get("flax.serialization")
     if _introduced or not (hasattr(meta, "AxisMetadata") and hasattr(serialization, "register_serialization_state")):
         return
     _introduced.append(True)

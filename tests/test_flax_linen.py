@@ -257,7 +257,7 @@ def test_attention_multiplies_quantized_operands_when_asked():
     [
         ((("precision", "highest"),), "precision"),
         ((("attention_fn", lambda query, key, value, bias=None: value),), "attention_fn has no arguments"),
-        (tuple((f"{name}_einsum_cls", lambda: jnp.einsum) for name in ("qk_attn_weights", "attn_weights_value")), "itself"),
+        (tuple((f"{n}_einsum_cls", lambda: jnp.einsum) for n in ("qk_attn_weights", "attn_weights_value")), "itself"),
     ],
 )
 def test_attention_that_flax_gives_no_place_is_refused(options, reason):

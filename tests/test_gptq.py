@@ -231,6 +231,12 @@ def test_what_does_not_fit_is_refused(change, message):
         ifjax.gptq(**arguments)
 
 
+def test_a_hessian_that_is_none_gives_nan_under_jit():
+    hessian = np.ones((12, 12), np.float32) - 0.5 * np.eye(12, dtype=np.float32)
+    q = jax.jit(lambda w, h: ifjax.gptq(w, h, IF4_BS4))(np.ones((12, 4), np.float32), hessian)
+    assert np.isnan(q.dequantize()).all()
+
+
 def test_weights_that_are_no_floats_are_refused():
     with pytest.raises(TypeError, match="float array"):
         ifjax.gptq(np.ones((4, 2), np.int32), np.eye(4, dtype=np.float32))

@@ -112,7 +112,7 @@ class _Interceptor:
 
         def activation(x, axes, operand):
             fmt = formats.get(operand)
-            if fmt is None:
+            if fmt is None or rule is None:
                 return x
             return quantized_activation(x, axes, fmt, rule, self._static_amax(rule, value_name(path, operand)))
 
@@ -125,17 +125,16 @@ class _Interceptor:
             refusal = attention_refusal(module)
             self.seen[path] = Seen(path, name, False, refusal, operands=() if refusal else OPERANDS)
             return None
-        kernel = module.get_variable("params", layer.kernel)
+        kernel: Any = module.get_variable("params", layer.kernel)
         if kernel is None:
             return None
-        packed = isinstance(kernel, QTensor)
-        if not packed and hasattr(kernel, "unbox"):
-            kernel = kernel.unbox()
+        packed = kernel if isinstance(kernel, QTensor) else None
+        kernel = kernel.unbox() if packed is None and hasattr(kernel, "unbox") else kernel
         axes = layer.axes(module, args, kwargs, kernel.ndim)
         seen = Seen(path, name, length=max(kernel.shape[a] for a in axes))
         self.seen[join_path((*module.path, layer.kernel))] = seen
-        if packed:
-            return kernel
+        if packed is not None:
+            return packed
         if rule is None or reason_against(rule, seen) is not None:
             return None
         if rule.gptq:

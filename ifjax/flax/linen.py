@@ -78,10 +78,8 @@ def _run_dense(module, next_fun, args, kwargs, operands):
             return dot_general(lhs, rhs, dimension_numbers, *rest, **options)
         return own(_dense(lhs), rhs, dimension_numbers, *rest, **options)
 
-    fields = {"dot_general_cls": lambda: product}
-    if operands.weights is not None:
-        fields["promote_dtype"] = promoted
-    with _fields(module, **fields):
+    weights = {} if operands.weights is None else {"promote_dtype": promoted}
+    with _fields(module, dot_general_cls=lambda: product, **weights):
         return next_fun(*args, **kwargs)
 
 
@@ -253,7 +251,7 @@ class _Notes(dict):
     """A dictionary that equals itself alone, so that it may be part of a tree's structure."""
 
     __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # pyright: ignore
 
 
 @meta.AxisMetadata.register
@@ -267,7 +265,7 @@ class _Probe:
     value: Any
     path: str
     ndim: int
-    axes: tuple[int | None, ...]
+    axes: tuple[Any, ...]  # None for those that a transformation has added
     reached: _Notes
 
     def unbox(self, apply_constraint=True):
