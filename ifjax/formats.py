@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import functools
+import math
+import numbers
 
 import numpy as np
 
@@ -23,6 +25,12 @@ class Candidate:
     grid: Grid
     step: float = 1.0
     stretch: float = 1.0
+
+    def __post_init__(self):
+        for number in (self.step, self.stretch):
+            # YAML reads 1e-5 as a string.
+            if isinstance(number, bool) or not isinstance(number, numbers.Real) or not 0 < number < math.inf:
+                raise ValueError(f"step and stretch must be numbers > 0, such as 1.0e-5, got {number!r}")
 
 
 @dataclasses.dataclass(frozen=True)
