@@ -566,3 +566,25 @@ def test_tabulate_shows_packed_parameters():
     shapes = jax.eval_shape(functools.partial(model.apply, mutable=["params"]), packed, x)[1]
     assert shapes["params"]["kernel"].shape == (16, 8)
     assert "16,8" in nn.tabulate(model, jax.random.key(0), console_kwargs={"width": 200})(x)
+
+
+@pytest.mark.parametrize("rewriting", [nn.WeightNorm, nn.SpectralNorm])
+def test_layers_that_rewrite_their_parameters_fail_loudly(rewriting):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"update_stats": False} if rewriting is nn.SpectralNorm else {}
+            return rewriting(nn.Dense(8))(x, **options)
+
+    x = normal(5, 16)
+    variables = Model().init(jax.random.key(0), x)
+    with pytest.raises(Exception) as caught:
+        ifjax.quantize_params(variables, EVERYWHERE, model=Model(), sample=x)
+    assert "nn.WeightNorm and nn.SpectralNorm rewrite parameters" in caught.value.__notes__[0]
+
+
+def test_arithmetic_on_packed_codes_is_noticed():
+    _, variables, _ = build("Dense")
+    q = ifjax.quantize(variables["params"]["kernel"], FMT, axis=-2)
+    with pytest.raises(TypeError, match="changed packed codes to float32"):
+        jax.tree.map(lambda a: a.astype(jnp.float32) * 1.5, q).unbox()

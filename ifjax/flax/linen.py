@@ -329,7 +329,15 @@ def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> W
                 {**variables, "params": params}, *args, **kwargs, rngs=rngs, mutable=DenyList("params"), method=method
             )
 
-    jax.eval_shape(evaluate, variables, *as_arguments(sample))
+    try:
+        jax.eval_shape(evaluate, variables, *as_arguments(sample))
+    except Exception as error:
+        error.add_note(
+            "This came up while ifjax evaluated the model without numbers, to find its kernels. Does "
+            "model.apply(params, *sample) work? nn.WeightNorm and nn.SpectralNorm rewrite parameters in a way that "
+            "takes no boxes: quantize such parameters without model=, and pass ifjax.fake_quantize_params' result on."
+        )
+        raise
     return Walk(kernels, modules, reached, reasons)
 
 
