@@ -218,6 +218,19 @@ def test_what_is_too_short_for_a_block_is_an_error_unless_the_rule_is_optional()
     assert "length 6 is below the block of 8" in entry.reason and entry.expected
 
 
+@pytest.mark.parametrize(("rules", "fmt"), [(None, "if4"), ("nvfp4", "nvfp4"), (ifjax.FORMATS["if3"], "if3")])
+def test_a_format_stands_for_the_default_rules(rules, fmt):
+    nn = pytest.importorskip("flax.linen")
+    model = nn.Sequential([nn.Dense(8, name="up"), nn.Dense(16, name="down"), nn.Dense(4, name="head")])
+    x = jnp.ones((2, 16))
+    packed, report = ifjax.quantize_params(model.init(jax.random.key(0), x), rules, model=model, sample=x)
+    assert [(e.path, e.fmt) for e in report.check().quantized] == [("up/kernel", fmt)]
+    assert packed["params"]["up"]["kernel"].axis == -2
+    reasons = {entry.path: entry.reason for entry in report.others}
+    assert reasons["down/kernel"] == f"its contraction length 8 is below the block of 16 of {fmt}"
+    assert "excludes it" in reasons["head/kernel"] and reasons["up/bias"] == "a bias is added"
+
+
 def test_rules_of_no_use_are_errors_with_the_closest_path():
     with pytest.raises(ValueError, match=r"rule 1 \('up/kernal'\) matches nothing: the closest paths are 'up/kernel'"):
         ifjax.quantize_params(tree(), [Rule("up/kernal", axis=-2), RULE])
@@ -358,34 +371,29 @@ def test_a_packed_dense_that_is_sharded_along_its_features_gathers_nothing():
         np.testing.assert_allclose(run(placed, x), model.apply(packed, x), rtol=1e-5, atol=1e-5)
 
 
-class Layers:
+def scanned(axis, names=None):
     """A linen model of three Dense layers that nn.scan stacks along an axis, with names on the kernels if wanted."""
+    nn = pytest.importorskip("flax.linen")
+    options = {} if names is None else {"metadata_params": {nn.PARTITION_NAME: "layers"}}
+    init = jax.random.normal if names is None else nn.with_partitioning(jax.random.normal, names)
 
-    def __new__(cls, axis=0, names=None):
-        nn = pytest.importorskip("flax.linen")
-        init = lambda key, shape, dtype: jax.random.normal(key, shape, dtype)  # noqa: E731
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.tanh(nn.Dense(8, kernel_init=init, use_bias=False, name="dense")(x)), None
 
-        class Body(nn.Module):
-            @nn.compact
-            def __call__(self, x, _):
-                kernel_init = init if names is None else nn.with_partitioning(init, names)
-                return nn.tanh(nn.Dense(8, kernel_init=kernel_init, use_bias=False, name="dense")(x)), None
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scan = nn.scan(Body, variable_axes={"params": axis}, split_rngs={"params": True}, length=3, **options)
+            return scan(name="scan")(x, None)[0]
 
-        class Model(nn.Module):
-            @nn.compact
-            def __call__(self, x):
-                options = {} if names is None else {"metadata_params": {nn.PARTITION_NAME: "layers"}}
-                scan = nn.scan(
-                    Body, variable_axes={"params": axis}, split_rngs={"params": True}, length=3, **options
-                )
-                return scan(name="scan")(x, None)[0]
-
-        return Model()
+    return Model()
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_layers_stacked_along_any_axis_are_packed_one_by_one(axis):
-    model, x = Layers(axis), normal(4, 8, seed=1)
+    model, x = scanned(axis), normal(4, 8, seed=1)
     params = model.init(jax.random.key(0), x)
     packed, report = ifjax.quantize_params(params, Rule(".*", block=4), model=model, sample=x)
     faked, _ = ifjax.fake_quantize_params(params, Rule(".*", block=4), model=model, sample=x)
@@ -403,7 +411,7 @@ def test_layers_stacked_along_any_axis_are_packed_one_by_one(axis):
 @pytest.mark.parametrize("axis", [0, 1, 2])  # with -1, nn.Partitioned of flax 0.12.8 puts its own names in disorder
 def test_stacked_layers_keep_consistent_names(axis):
     nn = pytest.importorskip("flax.linen")
-    model, x = Layers(axis, ("in", "out")), normal(4, 8, seed=1)
+    model, x = scanned(axis, ("in", "out")), normal(4, 8, seed=1)
     params = model.init(jax.random.key(0), x)
     packed, _ = ifjax.quantize_params(params, Rule(".*", block=4), model=model, sample=x)
     box, q = (tree["params"]["scan"]["dense"]["kernel"] for tree in (params, packed))
@@ -497,7 +505,6 @@ def test_flax_serialization_restores_the_bytes():
         serialization.from_bytes(other, state)
 
 
-@pytest.mark.slow
 def test_orbax_restores_the_bytes(tmp_path):
     checkpoint = pytest.importorskip("orbax.checkpoint")
     packed, _ = ifjax.quantize_params(tree(), RULE)
