@@ -48,7 +48,8 @@ def quantize_params(
     A linen model applies on the result as it is: `model.apply(packed, x)`. With `ifjax.quantized` its products read
     the packed bytes. The contraction axis of each kernel, along which blocks lie, is found by evaluating the model
     without numbers; without a model, and for parameters that no layer of Flax multiplies by, it is the rule's `axis`.
-    Layers that nn.scan or nn.vmap stacked keep an amax each.
+    Layers that nn.scan or nn.vmap stacked keep an amax each, and so do the matrices (of the last two axes) of a
+    parameter that no layer multiplies by, such as experts.
 
     What is packed already stays as it is, so do arrays that are no floats. Works inside jax.eval_shape and jax.jit, too
     (errors of the result are not in the report then).
@@ -121,7 +122,7 @@ def trainable_mask(params: Any) -> Any:
     return jax.tree.map(trains, params, is_leaf=_is_leaf)
 
 
-_NOT_READ = "the model did not read it when it was evaluated on the sample"
+_NOT_READ = "the model has not read it: the sample does not reach it, or it is of another model"
 
 # --- which parameters ------------------------------------------------------------------------------------------------
 
@@ -181,8 +182,8 @@ def _split(params):
     """The tree of parameters, and a function that puts another one in its place."""
     if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
         def put_back(tree):
-            both = {**params, "params": tree}
-            return both if type(params) is dict else type(params)(both)
+            kind: Any = type(params)  # dict, FrozenDict
+            return kind({**params, "params": tree})
 
         return params["params"], put_back
     return params, lambda tree: tree
@@ -195,6 +196,8 @@ def _walk(model, params, sample, method) -> Walk | None:
         return None
     nnx, linen = (sys.modules.get(f"flax.{name}") for name in ("nnx", "linen"))
     if nnx is not None and isinstance(model, nnx.Module):
+        if sample is not None or method is not None:
+            raise TypeError("NNX modules say themselves what they multiply by: leave out sample= and method=")
         from ifjax.flax.nnx import walk
 
         return walk(model)
@@ -204,6 +207,8 @@ def _walk(model, params, sample, method) -> Walk | None:
         raise TypeError("a linen model tells its kernels when it is evaluated: pass sample=, an input of it")
     from ifjax.flax.linen import walk
 
+    if not isinstance(params, Mapping):
+        raise TypeError(f"parameters of a linen model are a dictionary, got {type(params).__name__}")
     variables = params if isinstance(params.get("params"), Mapping) else {"params": params}
     return walk(model, variables, sample, method)
 
@@ -300,8 +305,10 @@ def _packed(p: _Parameter, rule: Rule, calibration) -> QTensor:
     if rule.gptq:
         q = _by_gptq(p, value, fmt, rule, calibration)
     else:
-        stacked = () if fmt.scale.largest is None else tuple(value.ndim + a for a in p.stacked if a != axis)
-        q = _by_layers(value, fmt, axis, stacked, rule)
+        if axis in p.stacked:
+            raise ValueError(f"{p.path!r}: layers are stacked along axis {axis} of {value.shape}: give another axis=")
+        own = p.stacked if p.kernel else sorted({*p.stacked, *range(-value.ndim, -2)} - {axis})
+        q = _by_layers(value, fmt, axis, () if fmt.scale.largest is None else [value.ndim + a for a in own], rule)
     return dataclasses.replace(q, names=names)
 
 
@@ -309,7 +316,7 @@ def _by_layers(value, fmt, axis, stacked, rule) -> QTensor:
     """With an amax for each layer, along the `stacked` axes."""
     options = {"loss": rule.loss, "search": rule.search, "block_2d": rule.block_2d}
     lead = tuple(range(len(stacked)))
-    if stacked == lead:
+    if tuple(stacked) == lead:
         return quantize(value, fmt, axis=axis, amax_axes=lead, **options)
     # An amax of its own is for leading axes: layers go to the front and back.
     order = [*stacked, *[i for i in range(value.ndim) if i not in stacked]]

@@ -21,7 +21,7 @@ FLOORS = {
     "codec": 2,
     "qtensor": 3,
     "_kernels": 4, "_matmul": 4,
-    "_gptq": 4, "recipes": 5, "rules": 5, "report": 6, "ptq": 6,
+    "_gptq": 4, "_mseden": 4, "recipes": 5, "rules": 5, "report": 6, "ptq": 6,
     "flax": 6, "optim": 6, "checkpoint": 6, "analysis": 6, "plots": 6, "mac": 6, "cli": 6, "__main__": 6,
 }  # fmt: skip
 SAME_FLOOR = {

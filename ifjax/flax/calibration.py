@@ -1,6 +1,7 @@
 """Calibration: what activations are like, collected while a model runs on example batches."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -43,7 +44,8 @@ def calibrate(
     """Run a linen model on batches and collect what rules with act_amax="static" or gptq=True need.
 
     Each batch is one call of the jitted model, whose parameters may be floats or packed; activations are not
-    quantized meanwhile. Statistics leave the program by callbacks, so the model may scan, remat and vmap.
+    quantized meanwhile. Statistics leave the program by callbacks, so the model may scan, remat and vmap. Layers on
+    which no result of `apply` depends are not seen.
 
     Args:
         apply: such as `model.apply`.
@@ -70,13 +72,12 @@ def calibrate(
 
     def run(params, args, kwargs):
         with nn.intercept_methods(collector):
-            apply(params, *args, **kwargs)
+            return apply(params, *args, **kwargs)
 
     run, count = jax.jit(run), 0
     for batch in _tracked(batches) if progress else batches:
         args, kwargs = as_arguments(batch)
         jax.block_until_ready(run(params, args, kwargs))
-        jax.effects_barrier()
         collector.end_batch()
         count += 1
     if not count:
@@ -130,11 +131,12 @@ class _Collector:
                 peak = magnitude.max(initial=0)
                 if self.percentile is not None:
                     peak = jnp.percentile(magnitude, self.percentile)
-                jax.debug.callback(self._note_amax, value_name(path, operand), peak)
+                x = _noted(x, functools.partial(self._note_amax, value_name(path, operand)), peak)
             if rule.gptq and operand == "input":
                 last = jnp.moveaxis(jnp.asarray(x, jnp.float32), axes, range(-len(axes), 0))
                 rows = last.reshape(-1, int(np.prod(last.shape[last.ndim - len(axes) :])))
-                jax.debug.callback(self._note_hessian, path, jnp.matmul(rows.T, rows, precision="highest"))
+                hessian = jnp.matmul(rows.T, rows, precision="highest")
+                x = _noted(x, functools.partial(self._note_hessian, path), hessian)
             return x
 
         packed = kernel if isinstance(kernel, QTensor) else None
@@ -150,6 +152,17 @@ class _Collector:
         for name, peak in self._batch.items():
             self.amax.setdefault(name, []).append(peak)
         self._batch = {}
+
+
+def _noted(x, note, value):
+    """x, which now depends on the callback: nn.scan refuses those that nothing depends on (flax 0.12.12)."""
+
+    def call(value):
+        note(value)
+        return np.zeros((), np.float32)
+
+    done = jax.pure_callback(call, jax.ShapeDtypeStruct((), jnp.float32), value, vmap_method="sequential")
+    return jnp.where(done == 0, x, jnp.full_like(x, jnp.nan))
 
 
 def value_name(path: str, operand: str) -> str:

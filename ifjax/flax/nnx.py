@@ -173,7 +173,7 @@ def _tell(found: Walk, model: nnx.Module, path: tuple[Any, ...], variable: nnx.V
     depth, module = above[-1]
     parameter, owner, name = ("/".join(map(str, part)) for part in (path, path[:depth], path[depth:]))
     q, shape = variable.get_raw_value(), np.shape(variable.get_raw_value())
-    found.reached[parameter] = tuple(range(-len(shape), -2))
+    found.reached[parameter] = ()
     axes, own_shape = _contraction(module, name)
     reason = _reason(module, name, axes)
     if reason is not None:
