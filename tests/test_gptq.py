@@ -41,8 +41,9 @@ def assert_same_bytes(a, b):
 
 @pytest.mark.parametrize(
     ("fmt", "search", "loss"),
-    [("if4_bs8", None, None), ("if4_bs8", "fast", None), ("if4_bs8", None, "mae"), ("fouroversix", None, None),
-     ("mxfp4", None, None)],
+    [("if4_bs8", None, None), pytest.param("if4_bs8", "fast", None, marks=pytest.mark.slow),
+     pytest.param("if4_bs8", None, "mae", marks=pytest.mark.slow),
+     pytest.param("fouroversix", None, None, marks=pytest.mark.slow), ("mxfp4", None, None)],
 )  # fmt: skip
 def test_inputs_without_correlation_give_what_quantize_gives(fmt, search, loss):
     w = random(40, 6) * np.exp(random(40, 6, seed=1))
