@@ -5,6 +5,7 @@ Formats:     FORMATS, get_format, Format, Candidate, Grid, Scale
 Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
 Models:      quantize_params, fake_quantize_params, gptq, trainable_mask, Report
              Rule, default_rules, load_rules, save_rules
+Training:    quantized_dot_general, recipes, ms_eden
 Flax:        quantized, interceptors, calibrate, PackedParam (these import flax when they are first used)
 Rotate:      hadamard, inverse_hadamard, random_signs
 Place:       device_put, shardings
@@ -15,16 +16,18 @@ Hardware:    mac (IF4 and NVFP4 multiply-accumulate units)
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ifjax import mac
+from ifjax import mac, recipes
 from ifjax._gptq import gptq
 from ifjax._hadamard import hadamard, inverse_hadamard, random_signs
 from ifjax._kernels import Prepacked, prepack
 from ifjax._matmul import dot_general, einsum, explain_matmul, matmul, ragged_dot
+from ifjax._mseden import ms_eden
 from ifjax.formats import FORMATS, Candidate, Format, get_format
 from ifjax.grids import Grid
 from ifjax.layouts import swizzle_scales, unswizzle_scales
 from ifjax.ptq import fake_quantize_params, quantize_params, trainable_mask
 from ifjax.qtensor import QTensor, dequantize, device_put, fake_quantize, quantize, shardings, to_ml_dtypes
+from ifjax.recipes import quantized_dot_general
 from ifjax.report import Report
 from ifjax.rules import Rule, default_rules, load_rules, save_rules
 from ifjax.scales import Scale
@@ -66,12 +69,15 @@ __all__ = [
     "load_rules",
     "mac",
     "matmul",
+    "ms_eden",
     "prepack",
     "quantize",
     "quantize_params",
     "quantized",
+    "quantized_dot_general",
     "ragged_dot",
     "random_signs",
+    "recipes",
     "save_rules",
     "shardings",
     "swizzle_scales",

@@ -115,9 +115,12 @@ def dot_general(
         ValueError: the axes do not match, or the forced `impl` cannot take this product; the message says why.
     """
     if not (_is_packed(lhs) or _is_packed(rhs)):
+        lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+        dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
         return lax.dot_general(
-            lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
-        )
+            lhs.astype(dtype), rhs.astype(dtype), dimension_numbers, precision, preferred_element_type,
+            out_sharding=out_sharding,
+        )  # fmt: skip
     lhs, rhs = (_with_one_amax(a) if _is_packed(a) else jnp.asarray(a) for a in (lhs, rhs))
     dims = _checked_dims(lhs, rhs, dimension_numbers)
     lhs, rhs, dims = _as_one_axis(lhs, rhs, dims)
@@ -207,7 +210,7 @@ def einsum(
     inputs, out, _ = parse_einsum_input((spec, *(a.shape for a in left)), shapes=True)
     rest |= {"impl": impl, "target": target}
     if len(left) == 2:
-        return _einsum_of_two(inputs.split(","), out, left, **rest)
+        return einsum_of_two(spec, *left, functools.partial(dot_general, **rest))
     if len(left) == 1:
         return jnp.einsum(f"{inputs}->{out}", _dense(left[0]), preferred_element_type=preferred_element_type)
     path: Any = opt_einsum.contract_path(f"{inputs}->{out}", *(a.shape for a in left), shapes=True, einsum_call=True)
@@ -609,17 +612,16 @@ _ragged.defvjp(_ragged_fwd, _ragged_bwd)
 # --- einsum ----------------------------------------------------------------------------------------------------------
 
 
-def _einsum_of_two(inputs, out, operands, *, precision, preferred_element_type, impl, target):
-    (left, right), (a, b) = inputs, operands
-    plain = {"precision": precision, "preferred_element_type": preferred_element_type}
+def einsum_of_two(spec: str, a: Any, b: Any, product: Any) -> jax.Array:
+    """einsum of two operands, of which product(a, b, dimension numbers) makes one: a on the left."""
+    inputs, out, _ = parse_einsum_input((spec, a.shape, b.shape), shapes=True)
+    left, right = inputs.split(",")
     (left, a), (right, b) = _without_ones(left, a, right, b), _without_ones(right, b, left, a)
     (left, a), (right, b) = _summed(left, a, right + out), _summed(right, b, left + out)
-    if not (_is_packed(a) or _is_packed(b)):
-        return jnp.einsum(f"{left},{right}->{out}", a, b, **plain)
     batch = [c for c in left if c in right and c in out]
     contracted = [c for c in left if c in right and c not in out]
     dims = [[[labels.index(c) for c in chosen] for labels in (left, right)] for chosen in (contracted, batch)]
-    y = dot_general(a, b, dims, precision, preferred_element_type, impl=impl, target=target)
+    y = product(a, b, dims)
     have = batch + [c for c in left + right if c not in batch + contracted]
     return jnp.transpose(y, [have.index(c) for c in out])
 

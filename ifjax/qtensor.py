@@ -205,7 +205,7 @@ class QTensor:
         """What a Flax module gets for this parameter: the values, without gradient. `nn.unbox` makes dense trees."""
         del apply_constraint  # the arrays inside have their shardings
         if self.codes.dtype != jnp.uint8:
-            raise TypeError(f"arithmetic has changed packed codes to {self.codes.dtype}: unbox parameters, then compute")
+            raise TypeError(f"arithmetic has made {self.codes.dtype} of packed codes: unbox parameters, then compute")
         return lax.stop_gradient(self.dequantize())
 
     def replace_boxed(self, val: Any) -> "QTensor":

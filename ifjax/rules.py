@@ -21,6 +21,7 @@ import jax
 from ifjax import codec
 from ifjax.formats import FORMATS, Format, get_format
 from ifjax.qtensor import Search
+from ifjax.recipes import RECIPES, Recipe, get_recipe
 
 # Of attention's two products: query times key, and probabilities times value.
 OPERANDS = ("query", "key", "probabilities", "value")
@@ -54,6 +55,8 @@ class Rule:
         search: of weights, as for `ifjax.quantize`.
         block: block length of the weights instead of their format's. Activations keep that of `act_fmt`.
         block_2d: of weights, as for `ifjax.quantize`.
+        recipe: of training, a name or record of `ifjax.recipes`: what the products of forward and backward pass
+            multiply. Only training goes by it, and by nothing else but path and module.
         gptq: round weights by `ifjax.gptq` with what `ifjax.calibrate` saw, instead of each to its nearest value.
         act_loss: of activations and operands.
         act_amax: amax of activations and operands: "tensor" and "token" take it from the values at hand, one for all
@@ -88,6 +91,7 @@ class Rule:
     block: int | None = None
     block_2d: bool = False
     gptq: bool = False
+    recipe: str | Recipe | None = None
     act_loss: codec.Loss | None = None
     act_amax: Literal["tensor", "token", "static"] = "tensor"
     axis: int | None = None
@@ -100,6 +104,7 @@ class Rule:
         for field in ("weight_fmt", "act_fmt"):
             self._set(field, self._named(field, getattr(self, field)))
         self._check_operands()
+        self._check_recipe()
         for field in ("loss", "act_loss"):
             loss = getattr(self, field)
             known = isinstance(loss, str) and loss in codec.LOSSES
@@ -206,6 +211,15 @@ class Rule:
         pairs = tuple((name, self._named("operands", given[name])) for name in OPERANDS if given.get(name) is not None)
         self._set("operands", pairs)
 
+    def _check_recipe(self) -> None:
+        if self.recipe is None:
+            return
+        try:
+            recipe = get_recipe(self.recipe)
+        except (TypeError, ValueError) as error:
+            raise self._error("recipe", str(error)) from None
+        self._set("recipe", recipe.name if RECIPES.get(recipe.name) == recipe else recipe)
+
     def _check_effects(self) -> None:
         """No option is given in vain."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -216,7 +230,7 @@ class Rule:
                     raise self._error(field, f"{field}={getattr(self, field)!r} has no effect {reason}")
 
         if self.weight_fmt is None:
-            weight = ("act_fmt", "loss", "search", "block", "block_2d", "gptq", "axis")
+            weight = ("act_fmt", "loss", "search", "block", "block_2d", "gptq", "recipe", "axis")
             check(weight, "with weight_fmt=None, which excludes what matches: leave it out, or name a weight_fmt")
         formats = [fmt for fmt in (self.activation_format, *self.operand_formats.values()) if fmt is not None]
         if not formats:
@@ -627,6 +641,11 @@ def _record_of(rule: Rule) -> dict[str, Any]:
         value = getattr(rule, field.name)
         if value == field.default and field.name not in ("path", "weight_fmt"):
             continue
+        if isinstance(value, Recipe):
+            raise ValueError(
+                f"Rule({rule.path!r}): {value.name!r} is a recipe of your own, and files hold names: take one of "
+                f"{sorted(RECIPES)}, or keep the rule in Python"
+            )
         if callable(value):
             raise ValueError(
                 f"Rule({rule.path!r}): {field.name} is a function, and files hold no code: take one of "

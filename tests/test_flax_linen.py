@@ -586,5 +586,5 @@ def test_layers_that_rewrite_their_parameters_fail_loudly(rewriting):
 def test_arithmetic_on_packed_codes_is_noticed():
     _, variables, _ = build("Dense")
     q = ifjax.quantize(variables["params"]["kernel"], FMT, axis=-2)
-    with pytest.raises(TypeError, match="changed packed codes to float32"):
+    with pytest.raises(TypeError, match="made float32 of packed codes"):
         jax.tree.map(lambda a: a.astype(jnp.float32) * 1.5, q).unbox()

@@ -27,6 +27,7 @@ FLOORS = {
 SAME_FLOOR = {
     ("scales", "grids"), ("rounding", "grids"),
     ("_matmul", "_kernels"),
+    ("rules", "recipes"),
     ("ptq", "report"), ("ptq", "flax"),  # what a Flax model says of its parameters
     ("cli", "analysis"), ("cli", "plots"), ("__main__", "cli"),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Interceptors of Flax linen methods: modules run unchanged, and their products are quantized as rules say."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,7 +14,19 @@ from ifjax.flax.calibration import Calibration, value_name
 from ifjax.flax.linen import Layer, Operands, attention_refusal, layer_of
 from ifjax.formats import Format
 from ifjax.qtensor import QTensor, quantize
-from ifjax.rules import OPERANDS, Rule, Seen, as_rules, blocked_axis, check_used, first_match, join_path, reason_against
+from ifjax.recipes import Recipe, get_recipe, quantized_dot_general
+from ifjax.rules import (
+    OPERANDS,
+    Rule,
+    Seen,
+    as_rules,
+    blocked_axis,
+    check_used,
+    default_rules,
+    first_match,
+    join_path,
+    reason_against,
+)  # fmt: skip
 
 
 def inference(
@@ -40,17 +53,56 @@ def inference(
     return _Interceptor(as_rules(rules), calibration)
 
 
+def training(rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantize") -> Callable[..., Any]:
+    """An interceptor, for `with nn.intercept_methods(...)`, whose products are quantized forward and backward.
+
+    Layers whose rule has a `recipe` multiply by `ifjax.quantized_dot_general`: Dense, DenseGeneral, Einsum and
+    Embed.attend. Convolutions, cells that multiply by themselves and modules with a `dot_general` of their own cannot:
+    a rule that asks for nothing else is an error, and others leave them as they are. Parameters stay floats, whatever
+    optimizer and checkpoint there are, and what was trained goes into `ifjax.quantize_params`.
+
+    Recipes with noise need an rng of the name `rng`: `model.apply(params, x, rngs={"quantize": key})` with a fresh key
+    each step, and "quantize" among the split_rngs of nn.scan and nn.vmap. Flax folds it by module path, so that each
+    layer has noise of its own, and the same in what nn.remat computes again.
+
+    Args:
+        rules: rules, of which some have a recipe; or a recipe, by name or record, which stands for `default_rules` with
+            it: all kernels but those of embeddings and of the output head. The papers leave the last blocks in high
+            precision, too: (Rule("layers_1[0-1]/.*", None), Rule(".*", recipe="if4")).
+        rng: the name of Flax's random stream.
+
+    Raises:
+        ValueError: no rule has a recipe; from the model: noise is needed and there is no such rng.
+    """
+    return _Training(training_rules(rules), rng)
+
+
+def training_rules(rules: Iterable[Rule] | Rule | Recipe | str) -> tuple[Rule, ...]:
+    """Rules with recipes, from what `training` takes."""
+    if isinstance(rules, Recipe | str):
+        *others, everything = default_rules()
+        return *others, dataclasses.replace(everything, recipe=get_recipe(rules))
+    rules = as_rules(rules)
+    if not any(rule.recipe is not None for rule in rules):
+        raise ValueError("no rule has a recipe: write Rule('.*', recipe='if4'), or pass a recipe")
+    return rules
+
+
 def quantized(
-    fn: Callable[..., Any], rules: Iterable[Rule] | Rule | str | Format | None = None, *,
+    fn: Callable[..., Any], rules: Iterable[Rule] | Rule | Recipe | str | Format | None = None, *,
     calibration: Calibration | None = None,
 ) -> Callable[..., Any]:
     """fn, whose Flax linen modules multiply as the rules say; before or after `jax.jit`.
+
+    For training (`ifjax.interceptors.training`) if it is given a recipe's record or rules with recipes, else for
+    inference.
 
     It may be applied to jitted functions, or call some: jax.jit's caches tell calls inside from those outside.
 
     Args:
         fn: any function that applies linen modules, such as `model.apply`.
-        rules, calibration: as for `ifjax.interceptors.inference`.
+        rules: as for `ifjax.interceptors.inference` or `training`. A string is a format's name.
+        calibration: as for inference.
 
     Raises:
         ValueError: when first called: a rule, not optional, matches none of the modules that are called.
@@ -64,12 +116,15 @@ def quantized(
         >>> jax.jit(ifjax.quantized(model.apply, rules))(packed, x).shape
         (2, 16)
     """
-    rules = as_rules(rules)
+    rules = training_rules(rules) if isinstance(rules, Recipe) else as_rules(rules)
+    trains = any(rule.recipe is not None for rule in rules)
+    if trains and calibration is not None:
+        raise ValueError("calibration is for inference, and these rules have recipes: pass the ones without")
     checked = []
 
     @functools.wraps(fn)
     def wrapped(*args, **kwargs):
-        interceptor = _Interceptor(rules, calibration)
+        interceptor = _Training(rules, "quantize") if trains else _Interceptor(rules, calibration)
         with _inside((rules, calibration)), nn.intercept_methods(interceptor):
             result = fn(*args, **kwargs)
         # A jitted fn is traced the first time only.
@@ -174,6 +229,44 @@ class _Interceptor:
                 + ("" if self.calibration is None else ", which saw other modules: calibrate with these rules")
             )
         return self.calibration.amax[name]
+
+
+class _Training:
+    """Called for each method of each module, maybe several times: what it does depends on its arguments alone."""
+
+    def __init__(self, rules: tuple[Rule, ...], rng: str):
+        self.rules, self.rng = rules, rng
+        self.seen: dict[str, Seen] = {}
+
+    def __call__(self, next_fun, args, kwargs, context):
+        layer, module = layer_of(context), context.module
+        if layer is None or module.is_initializing():
+            return next_fun(*args, **kwargs)
+        path, name = join_path(module.path), type(module).__name__
+        reason = layer.training
+        if getattr(module, "dot_general_cls", None) is not None or getattr(module, "dot_general", None) is not None:
+            reason = "the module has a dot_general of its own"
+        if path not in self.seen or reason is None:  # Embed looks up, too
+            self.seen[path] = Seen(path, name, reason is None, reason)
+        rule = first_match(self.rules, path, name)
+        if rule is None or rule.recipe is None or reason is not None:
+            return next_fun(*args, **kwargs)
+        if isinstance(module.get_variable("params", layer.kernel), QTensor):
+            raise ValueError(f"{path!r} is packed, and training needs floats: use ifjax.interceptors.inference")
+        recipe, key = get_recipe(rule.recipe), None
+        if recipe.needs_key and module.has_rng(self.rng):  # without one the backward pass says what is missing
+            key = module.make_rng(self.rng)
+
+        def product(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **options):
+            return quantized_dot_general(
+                lhs, rhs, dimension_numbers, recipe, key, precision=precision,
+                preferred_element_type=preferred_element_type, **options,
+            )  # fmt: skip
+
+        return layer.run(module, next_fun, args, kwargs, Operands(product=product))
+
+    def all_seen(self) -> list[Seen]:
+        return list(self.seen.values())
 
 
 def quantized_activation(x: jax.Array, axes: tuple[int, ...], fmt: Format, rule: Rule, amax: float | None) -> Any:

@@ -19,7 +19,7 @@ from flax.linen.linear import _Conv
 from flax.linen.recurrent import DenseParams
 from opt_einsum.parser import parse_einsum_input
 
-from ifjax._matmul import dot_general, einsum
+from ifjax._matmul import dot_general, einsum, einsum_of_two
 from ifjax.qtensor import QTensor
 from ifjax.rules import OPERANDS, Kernel, Walk, join_path
 
@@ -32,12 +32,14 @@ class Layer(NamedTuple):
         axes: (module, args, kwargs, rank of the kernel) to the kernel's contracted axes, negative.
         run: calls the method (next_fun) with other operands: `Operands` says which.
         activations: why they cannot be quantized; None if they can.
+        training: why no recipe applies; None if one does.
     """
 
     kernel: str | None
     axes: Callable[..., tuple[int, ...]]
     run: Callable[..., Any]
     activations: str | None = None
+    training: str | None = None
 
 
 class Operands(NamedTuple):
@@ -47,10 +49,12 @@ class Operands(NamedTuple):
         weights: in place of the module's kernel; None to leave it alone.
         activation: (x, contracted axes of x, name of the operand) to what is multiplied in place of x: an array or a
             QTensor.
+        product: in place of `ifjax.dot_general`, of activations with the kernel.
     """
 
-    weights: QTensor | None
-    activation: Callable[[jax.Array, tuple[int, ...], str], Any]
+    weights: QTensor | None = None
+    activation: Callable[[jax.Array, tuple[int, ...], str], Any] = lambda x, axes, operand: x
+    product: Callable[..., jax.Array] = dot_general
 
 
 def layer_of(context: nn.module.InterceptorContext) -> Layer | None:
@@ -75,7 +79,7 @@ def _run_dense(module, next_fun, args, kwargs, operands):
     def product(lhs, rhs, dimension_numbers, *rest, **options):
         lhs = operands.activation(lhs, dimension_numbers[0][0], "input")
         if own is None:
-            return dot_general(lhs, rhs, dimension_numbers, *rest, **options)
+            return operands.product(lhs, rhs, dimension_numbers, *rest, **options)
         return own(_dense(lhs), rhs, dimension_numbers, *rest, **options)
 
     weights = {} if operands.weights is None else {"promote_dtype": promoted}
@@ -86,20 +90,16 @@ def _run_dense(module, next_fun, args, kwargs, operands):
 def _run_einsum(module, next_fun, args, kwargs, operands):
     inputs, spec = _einsum_arguments(module, *args, **kwargs)
     axes = _einsum_axes(module, args, kwargs, None, of_inputs=True)
-    if operands.weights is None:
-        given = () if module.einsum_str is not None else (spec,)
-        return next_fun(_dense(operands.activation(inputs, axes, "input")), *given)
-    bias = meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None
-    stand_in = jnp.zeros((), operands.weights.dtype)
-    inputs, stand_in, bias = module.promote_dtype(inputs, stand_in, bias, dtype=module.dtype)
-    y = einsum(
-        spec, operands.activation(inputs, axes, "input"), operands.weights.astype(stand_in.dtype),
-        precision=module.precision, preferred_element_type=module.preferred_element_type,
-    )  # fmt: skip
+    kernel, bias = (meta.unbox(module.get_variable("params", name)) for name in ("kernel", "bias"))
+    inputs, kernel, bias = module.promote_dtype(inputs, kernel, bias, dtype=module.dtype)
+    weights = kernel if operands.weights is None else operands.weights.astype(kernel.dtype)
+    product = functools.partial(
+        operands.product, precision=module.precision, preferred_element_type=module.preferred_element_type
+    )
+    y = einsum_of_two(spec, operands.activation(inputs, axes, "input"), weights, product)
     if bias is None:
         return y
-    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (inputs, operands.weights))
-    _, shape = module._get_bias_shape(spec, *shapes)
+    _, shape = module._get_bias_shape(spec, inputs, kernel)
     return y + bias.reshape(shape)
 
 
@@ -146,10 +146,12 @@ def _run_lookup(module, next_fun, args, kwargs, operands):
 def _run_attend(module, next_fun, args, kwargs, operands):
     table, query = operands.weights, args[0] if args else kwargs["query"]
     if table is None:
-        return next_fun(_dense(operands.activation(query, (-1,), "input")))
-    query, stand_in = module.promote_dtype(query, jnp.zeros((), table.dtype), dtype=module.dtype)
+        query, table = module.promote_dtype(query, module.embedding, dtype=module.dtype)
+    else:
+        query, stand_in = module.promote_dtype(query, jnp.zeros((), table.dtype), dtype=module.dtype)
+        table = table.astype(stand_in.dtype)
     query = operands.activation(query, (-1,), "input")
-    return dot_general(query, table.astype(stand_in.dtype), (((query.ndim - 1,), (1,)), ((), ())))
+    return operands.product(query, table, (((query.ndim - 1,), (1,)), ((), ())))
 
 
 def _run_parameters(module, next_fun, args, kwargs, operands):
@@ -226,20 +228,22 @@ def _transpose_axes(module, args, kwargs, ndim):
     return (-1,) if module.transpose_kernel else (-2,)
 
 
+_OUT_OF_REACH = "the cell around it multiplies by itself, out of reach"
+
 _LAYERS: Mapping[Callable, Layer] = {
     inspect.unwrap(method): layer
     for method, layer in {
         nn.Dense.__call__: Layer("kernel", _last_but_one, _run_dense),
         nn.DenseGeneral.__call__: Layer("kernel", _general_axes, _run_dense),
         nn.Einsum.__call__: Layer("kernel", _einsum_axes, _run_einsum),
-        _Conv.__call__: Layer("kernel", _last_but_one, _run_conv),
-        nn.ConvTranspose.__call__: Layer("kernel", _transpose_axes, _run_conv),
-        nn.Embed.__call__: Layer("embedding", _last, _run_lookup),
+        _Conv.__call__: Layer("kernel", _last_but_one, _run_conv, training="it is a convolution"),
+        nn.ConvTranspose.__call__: Layer("kernel", _transpose_axes, _run_conv, training="it is a convolution"),
+        nn.Embed.__call__: Layer("embedding", _last, _run_lookup, training="it looks rows up and multiplies nothing"),
         nn.Embed.attend: Layer("embedding", _last, _run_attend),
-        DenseParams.__call__: Layer(
-            "kernel", _last_but_one, _run_parameters, "the cell around it multiplies by itself, out of reach"
+        DenseParams.__call__: Layer("kernel", _last_but_one, _run_parameters, *[_OUT_OF_REACH] * 2),
+        nn.MultiHeadDotProductAttention.__call__: Layer(
+            None, lambda *_: (), _run_attention, training="it multiplies activations with each other"
         ),
-        nn.MultiHeadDotProductAttention.__call__: Layer(None, lambda *_: (), _run_attention),
     }.items()
 }
 
