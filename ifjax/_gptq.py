@@ -27,7 +27,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from ifjax import codec
-from ifjax.formats import Format
+from ifjax.formats import Format, get_format
 from ifjax.packing import pack
 from ifjax.qtensor import QTensor, Search, _checked, quantize
 
@@ -85,7 +85,7 @@ def gptq(
         True
     """
     w, settings = _checked(w, fmt, axis, loss, "nearest", None, False, None, (), search)
-    fmt, axis = settings["fmt"], settings["axis"]
+    fmt, axis = get_format(fmt), settings["axis"]
     hessian = _checked_hessian(hessian, w.shape[axis])
     if not 0 <= damping < np.inf:
         raise ValueError(f"damping must be finite and not negative, got {damping}")

@@ -210,7 +210,7 @@ def einsum(
     inputs, out, _ = parse_einsum_input((spec, *(a.shape for a in left)), shapes=True)
     rest |= {"impl": impl, "target": target}
     if len(left) == 2:
-        return einsum_of_two(spec, *left, functools.partial(dot_general, **rest))
+        return einsum_of_two(spec, left[0], left[1], functools.partial(dot_general, **rest))
     if len(left) == 1:
         return jnp.einsum(f"{inputs}->{out}", _dense(left[0]), preferred_element_type=preferred_element_type)
     path: Any = opt_einsum.contract_path(f"{inputs}->{out}", *(a.shape for a in left), shapes=True, einsum_call=True)
