@@ -516,8 +516,8 @@ def _check_key(key, recipe):
     if key is None:
         raise ValueError(
             f"recipe {recipe.name!r} draws noise: pass key=, a fresh one for each layer and step, such as "
-            "jax.random.fold_in(jax.random.key(0), step). For Flax modules: rngs={'quantize': key}, and 'quantize' among the "
-            "split_rngs of nn.scan and nn.vmap"
+            "jax.random.fold_in(jax.random.key(0), step). For Flax modules: rngs={'quantize': key}, and 'quantize' among "
+            "the split_rngs of nn.scan and nn.vmap"
         )
 
 
