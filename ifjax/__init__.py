@@ -33,6 +33,7 @@ from ifjax.rules import Rule, default_rules, load_rules, save_rules
 from ifjax.scales import Scale
 
 if TYPE_CHECKING:
+    from ifjax import optim
     from ifjax.flax import interceptors
     from ifjax.flax.calibration import Calibration, calibrate
     from ifjax.flax.interceptors import quantized
@@ -70,6 +71,7 @@ __all__ = [
     "mac",
     "matmul",
     "ms_eden",
+    "optim",
     "prepack",
     "quantize",
     "quantize_params",
@@ -87,6 +89,7 @@ __all__ = [
 ]
 
 _IN_FLAX = {
+    "optim": "ifjax.optim",
     "interceptors": "ifjax.flax.interceptors",
     "quantized": "ifjax.flax.interceptors",
     "calibrate": "ifjax.flax.calibration",
@@ -102,5 +105,5 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(_IN_FLAX[name])
     except ImportError as error:
-        raise ImportError(f"ifjax.{name} needs flax: pip install 'ifjax[flax]'") from error
-    return module if name == "interceptors" else getattr(module, name)
+        raise ImportError(f"ifjax.{name} needs flax and optax: pip install 'ifjax[flax]'") from error
+    return module if name in ("interceptors", "optim") else getattr(module, name)

@@ -402,13 +402,13 @@ def _product_bwd(settings, q, g):
     dx: Any = _product(g.astype(dtype), q, settings)
     # dx has x's batch axes, its free ones, and what was contracted in q's order.
     order = [x_axis for _, x_axis in sorted(zip(dims.q_contracted, dims.x_contracted, strict=True))]
-    return jnp.transpose(dx, np.argsort([*dims.x_batch, *x_free, *order]).tolist()), _no_gradient(q)
+    return jnp.transpose(dx, np.argsort([*dims.x_batch, *x_free, *order]).tolist()), no_gradient(q)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-def _no_gradient(q):
+def no_gradient(q):
     """Cotangents of a QTensor's arrays: none for the integers, zero for the others."""
 
     def zero(a):
@@ -603,7 +603,7 @@ def _ragged_bwd(settings, kept, g):
     q, group_sizes, group_offset = kept
     x = jnp.zeros((g.shape[0], q.shape[-2]), settings[1])  # linear in x: any will do
     _, pull = jax.vjp(lambda x: _ragged_values(x, q, group_sizes, group_offset, settings), x)
-    return *pull(g), _no_gradient(q), *_no_gradient((group_sizes, group_offset))
+    return *pull(g), no_gradient(q), *no_gradient((group_sizes, group_offset))
 
 
 _ragged.defvjp(_ragged_fwd, _ragged_bwd)

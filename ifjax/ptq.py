@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from ifjax._gptq import gptq
 from ifjax.formats import Format
-from ifjax.qtensor import QTensor, quantize
+from ifjax.qtensor import DTYPES, QTensor, quantize
 from ifjax.report import Entry, Report
 from ifjax.rules import (
     Kernel,
@@ -27,6 +27,7 @@ from ifjax.rules import (
     blocked_axis,
     check_used,
     first_match,
+    innermost,
     join_path,
     reason_against,
 )  # fmt: skip
@@ -151,7 +152,7 @@ def _quantize(params, rules, model, sample, method, calibration, *, fake):
             continue
         path, value = join_path(keys), _value(leaf)
         kernel = walk.kernels.get(path) if walk else None
-        module = kernel.module if kernel else _module_around(path, walk.modules) if walk else None
+        module = kernel.module if kernel else innermost(path, walk.modules) if walk else None
         stacked = kernel.stacked if kernel else walk.reached.get(path, ()) if walk else ()
         seen = _seen(path, value, kernel, module, stacked, walk)
         rule = first_match(rules, seen.path, module)
@@ -168,14 +169,22 @@ def _quantize(params, rules, model, sample, method, calibration, *, fake):
     done = [_one(p, calibration, fake) for p in found]
     new = iter([leaf for leaf, _ in done])
     tree = jax.tree_util.tree_unflatten(structure, [next(new) if _is_parameter(leaf) else leaf for _, leaf in leaves])
-    return put_back(tree), Report(tuple(_entry(fields) for _, fields in done))
+    entries = [_entry(fields) for _, fields in done]
+    return put_back(tree), Report((*entries, *_products(rules, walk)))
 
 
-def _module_around(path: str, modules: Mapping[str, str]) -> str | None:
-    """The class of the innermost module; lists and dictionaries of parameters lie between it and them."""
-    while path and path not in modules:
-        path = path.rpartition("/")[0]
-    return modules.get(path)
+def _products(rules, walk) -> Iterable[Entry]:
+    """One for each attention that rules give operands to."""
+    for kernel in walk.kernels.values() if walk is not None else ():
+        rule = first_match(rules, kernel.path, kernel.module)
+        if kernel.axes or rule is None or not rule.operands:
+            continue
+        formats = ", ".join(f"{name} in {fmt.name}" for name, fmt in rule.operand_formats.items())
+        reason = f"it has no weights; it multiplies {formats}" if kernel.reason is None else kernel.reason
+        yield Entry(
+            kernel.path, kernel.module, (0,), "", None, None, math.nan, 0, 0, rule=rule.path, reason=reason,
+            expected=kernel.reason is None,
+        )  # fmt: skip
 
 
 def _split(params):
@@ -219,8 +228,8 @@ def _seen(path, value, kernel, module, stacked, walk) -> Seen:
         return Seen(path if kernel is None else kernel.path, module)
     if kernel is not None:
         return Seen(kernel.path, module, kernel.reason is None, kernel.reason, max(shape[a] for a in kernel.axes))
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        return Seen(path, module, False, f"{value.dtype} is no float dtype")
+    if value.dtype.name not in DTYPES:
+        return Seen(path, module, False, f"{value.dtype} is none of {', '.join(DTYPES)}")
     if walk is not None and path in walk.reasons:
         return Seen(path, module, False, walk.reasons[path])
     if len(shape) - len(stacked) < 2:
@@ -241,12 +250,15 @@ def _one(p: _Parameter, calibration, fake):
         "bytes_before": before, "rule": None if rule is None else rule.path,
     }  # fmt: skip
     if isinstance(p.value, QTensor):
-        q = p.value
+        q, wanted = p.value, None if rule is None else rule.weight_format
+        other = wanted is not None and wanted != q.fmt
+        act_fmt = rule.activation_format if rule is not None and p.kernel is not None else None
         return p.leaf, about | _measured(q, None) | {
-            "fmt": q.fmt.name, "act_fmt": None, "bits_per_value": q.bits_per_value, "bytes_after": q.nbytes,
-            "note": "was packed before",
+            "fmt": q.fmt.name, "act_fmt": None if act_fmt is None else act_fmt.name,
+            "bits_per_value": q.bits_per_value, "bytes_after": q.nbytes, "expected": not other,
+            "note": "was packed before" + (f", and the rule asks for {wanted.name}" if other and wanted else ""),
         }  # fmt: skip
-    reason, expected = _left_alone(p)
+    reason, expected = _left_alone(p, calibration)
     if reason is not None:
         bits = 8 * before / p.value.size if p.value.size else float("nan")
         return p.leaf, about | {
@@ -272,11 +284,11 @@ def _one(p: _Parameter, calibration, fake):
     return _rebuilt(p.leaf, q), entry
 
 
-def _left_alone(p: _Parameter) -> tuple[str | None, bool]:
+def _left_alone(p: _Parameter, calibration) -> tuple[str | None, bool]:
     """Why it is, or None, and whether that was to be expected."""
     if p.rule is None:
         return (p.seen.reason or "no rule matches it"), not p.seen.quantizable
-    reason = reason_against(p.rule, p.seen) or (_no_gptq(p, p.rule.weight_format) if p.rule.gptq else None)
+    reason = reason_against(p.rule, p.seen) or (_no_gptq(p, p.rule.weight_format, calibration) if p.rule.gptq else None)
     if reason is None or p.rule.excludes:
         return reason, True
     if not p.seen.quantizable:
@@ -286,15 +298,18 @@ def _left_alone(p: _Parameter) -> tuple[str | None, bool]:
     return reason, p.rule.optional and (p.kernel is not None or p.rule.axis is not None)
 
 
-def _no_gptq(p: _Parameter, fmt: Format | None) -> str | None:
+def _no_gptq(p: _Parameter, fmt: Format | None, calibration) -> str | None:
     if p.kernel is None:
         return "gptq needs a module that says what it is multiplied by"
     if p.stacked:
-        return "gptq needs the inputs of each layer, and calibration sees stacked layers as one"
+        return "gptq needs the inputs of each layer, and calibration sees stacked layers as one: leave gptq out"
     axes, shape = p.kernel.axes, p.value.shape
     neighbours = axes == tuple(range(axes[0], axes[0] + len(axes)))
     if len(axes) > 1 and not (fmt and neighbours and shape[axes[-1]] % fmt.block == 0):
         return f"gptq takes several contracted axes of {shape} only if they are neighbours and blocks fit the last"
+    hessian = None if calibration is None else calibration.hessians.get(p.seen.path)
+    if hessian is not None and len(hessian) != math.prod(shape[a] for a in axes):
+        return f"gptq needs one product of all inputs, and this takes its {len(hessian)} in groups: leave gptq out"
     return None
 
 

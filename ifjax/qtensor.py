@@ -27,7 +27,7 @@ Search = Literal["fast", "exhaustive"]
 
 # Room for a scale that was rounded down by E4M3's 1/16, so that no value saturates and stochastic rounding has no bias.
 _UNBIASED_HEADROOM = 16 / 17
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -100,8 +100,8 @@ class QTensor:
     def astype(self, dtype: DTypeLike) -> "QTensor":
         """The same bytes, standing for an array of another dtype: what `dequantize` and products go by."""
         dtype = np.dtype(dtype)
-        if dtype.name not in _DTYPES:
-            raise TypeError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
+        if dtype.name not in DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
         return dataclasses.replace(self, dtype=dtype)
 
     def unpacked_codes(self) -> UInt8[Array, "..."]:
@@ -197,15 +197,17 @@ class QTensor:
         scales = jnp.repeat(scales.swapaxes(-1, -2), block, axis=other)
         scales = _crop(scales, columns, other)
         moved = self._with(pack(codes, self.fmt.bits, self.axis), scales, self.amax)
-        return dataclasses.replace(moved, length=rows)
+        names = self.names and (*self.names[:-2], *self.names[-2:][::-1])
+        return dataclasses.replace(moved, length=rows, names=names)
 
     # --- Flax's protocol for boxed parameters (flax.core.meta.AxisMetadata), so that linen reads packed ones ---------
 
     def unbox(self, apply_constraint: bool = True) -> Float[Array, "..."]:
         """What a Flax module gets for this parameter: the values, without gradient. `nn.unbox` makes dense trees."""
         del apply_constraint  # the arrays inside have their shardings
-        if self.codes.dtype != jnp.uint8:
-            raise TypeError(f"arithmetic has made {self.codes.dtype} of packed codes: unbox parameters, then compute")
+        for array, dtype in ((self.codes, "uint8"), (self.scales, self.fmt.scale.dtype)):
+            if array.dtype != dtype:
+                raise TypeError(f"something has made {array.dtype} of packed {dtype}: unbox parameters, then compute")
         return lax.stop_gradient(self.dequantize())
 
     def replace_boxed(self, val: Any) -> "QTensor":
@@ -245,7 +247,10 @@ class QTensor:
     # ------------------------------------------------------------------------------------------------------------------
 
     def __array__(self, *args, **kwargs):
-        raise TypeError("a QTensor does not turn into an array silently: write q.dequantize()")
+        raise TypeError(
+            "a QTensor does not turn into an array silently: write q.dequantize(). (In NNX, nnx.merge installs packed "
+            "states, nnx.update does not)"
+        )
 
     def __repr__(self) -> str:
         try:
@@ -265,7 +270,10 @@ class QTensor:
     def _picked(self, axis, codes, scale_bytes, amax):
         """What was picked along `axis`, which leaves any number of axes behind: `self.axis` counts those after it."""
         moved = self.ndim - codes.ndim if axis > self.ndim + self.axis else 0
-        return dataclasses.replace(self._with(codes, scale_bytes, amax), axis=self.axis + moved)
+        names, new = self.names, codes.ndim - self.ndim + 1
+        if names is not None and new != 1:
+            names = (*names[:axis], *[None] * new, *names[axis + 1 :])
+        return dataclasses.replace(self._with(codes, scale_bytes, amax), axis=self.axis + moved, names=names)
 
     def _unblocked(self, axis: int) -> int:
         """The axis counted from the front, or an error if blocks lie along it."""
@@ -479,7 +487,7 @@ def fake_quantize(
     x, settings = _checked(x, fmt, axis, loss, rounding, key, block_2d, amax, amax_axes, search)
     settings["clipped"] = gradient == "clipped"
     y, passes = _fake_quantize(lax.stop_gradient(x), key, settings.pop("amax"), **settings)
-    return _straight_through(x, y, passes)
+    return straight_through(x, y, passes)
 
 
 def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
@@ -650,14 +658,14 @@ def _values(q, amax):
 
 
 @jax.custom_jvp
-def _straight_through(x, y, passes):
+def straight_through(x, y, passes):
     """y, with the gradient of x where it passes."""
     del x, passes
     return y
 
 
-@_straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
+@straight_through.defjvp
+def straight_through_jvp(primals, tangents):
     (_, y, passes), tangent = primals, tangents[0]
     return y, tangent if passes is None else jnp.where(passes, tangent, jnp.zeros_like(tangent))
 
@@ -671,8 +679,8 @@ def _checked(x, fmt, axis, loss, rounding, key, block_2d, amax, amax_axes, searc
     if isinstance(x, QTensor):
         raise TypeError("x is quantized already: dequantize it first")
     x = jnp.asarray(x)
-    if x.dtype.name not in _DTYPES:
-        raise TypeError(f"x must be a float array ({', '.join(_DTYPES)}), got {x.dtype}: write x.astype(jnp.float32)")
+    if x.dtype.name not in DTYPES:
+        raise TypeError(f"x must be a float array ({', '.join(DTYPES)}), got {x.dtype}: write x.astype(jnp.float32)")
     if x.ndim < 1:
         raise ValueError("x must have at least one axis, got a scalar: write x[None]")
     fmt = get_format(fmt)

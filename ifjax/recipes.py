@@ -434,7 +434,7 @@ def _forward(x, w, key, settings):
     """y, and the operands that it is the product of."""
     qx = _operand(x, "fprop", "lhs", -1, key, settings)
     qw = _operand(w, "fprop", "rhs", -2, key, settings)
-    return _multiply(qx, qw, -1, -2, settings, settings.out_dtype), (qx, qw)
+    return _multiply(qx, qw, -1, -2, settings.dtype, settings.out_dtype, settings.precision), (qx, qw)
 
 
 def _product_fwd(x, w, key, settings):
@@ -461,10 +461,10 @@ def _product_bwd(settings, residuals, g):
     g, _ = _once(g, nothing)
     left = _operand(g, "dgrad", "lhs", -1, key, settings)
     right = _operand(for_dgrad, "dgrad", "rhs", -1, key, settings)
-    dx = _multiply(left, right, -1, -1, settings, settings.x_dtype)
+    dx = _multiply(left, right, -1, -1, settings.dtype, settings.x_dtype, settings.precision)
     left = _operand(for_wgrad, "wgrad", "lhs", -2, key, settings)
     right = _operand(g, "wgrad", "rhs", -2, key, settings)
-    dw = _multiply(left, right, -2, -2, settings, settings.w_dtype)
+    dw = _multiply(left, right, -2, -2, settings.dtype, settings.w_dtype, settings.precision)
     return dx, dw, None
 
 
@@ -516,21 +516,21 @@ def _check_key(key, recipe):
     if key is None:
         raise ValueError(
             f"recipe {recipe.name!r} draws noise: pass key=, a fresh one for each layer and step, such as "
-            "jax.random.fold_in(jax.random.key(0), step). For Flax modules: rngs={'quantize': key}, and 'quantize' among "
-            "the split_rngs of nn.scan and nn.vmap"
+            "jax.random.fold_in(jax.random.key(0), step). For Flax modules: rngs={'quantize': key}, and 'quantize' "
+            "among the split_rngs of nn.scan and nn.vmap"
         )
 
 
-def _multiply(a, b, a_axis, b_axis, settings, out_dtype):
+@jax.jit(static_argnums=(2, 3, 4, 5, 6))  # outside of a jit, compiled once for all recipes
+def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision):
     """The product along these axes: [batch, what is left of a, what is left of b]."""
     batch = (tuple(range(a.ndim - 2)),) * 2
     numbers = ((a.ndim + a_axis,), (b.ndim + b_axis,)), batch
 
-    def product(a, b, dtype=settings.dtype):
-        a, b = a.astype(dtype), b.astype(dtype)
-        return dot_general(a, b, numbers, settings.precision, out_dtype)
+    def product(a, b, dtype=dtype):
+        return dot_general(a.astype(dtype), b.astype(dtype), numbers, precision, out_dtype)
 
-    if settings.dtype.itemsize != 2 or not (isinstance(a, QTensor) or isinstance(b, QTensor)):
+    if dtype.itemsize != 2 or not (isinstance(a, QTensor) or isinstance(b, QTensor)):
         return product(a, b)
     # XLA:CPU multiplies 16-bit matrices no faster, and in float32 operands are not rounded another time.
     return lax.platform_dependent(a, b, cpu=functools.partial(product, dtype=np.dtype(np.float32)), default=product)

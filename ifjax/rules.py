@@ -333,6 +333,13 @@ class Walk(NamedTuple):
     reasons: dict[str, str]
 
 
+def innermost(path: str, modules: Mapping[str, str]) -> str | None:
+    """The class of the module around a parameter; lists and dictionaries of parameters may lie between."""
+    while path and path not in modules:
+        path = path.rpartition("/")[0]
+    return modules.get(path)
+
+
 def join_path(keys: Iterable[Any]) -> str:
     """'/'-joined names: of a module's path, or of a key path in a tree."""
     return "/".join(key if isinstance(key, str) else jax.tree_util.keystr((key,), simple=True) for key in keys)

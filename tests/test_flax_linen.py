@@ -238,6 +238,7 @@ class Attends(nn.Module):
         return nn.MultiHeadDotProductAttention(2, qkv_features=32, **dict(self.options))(x)
 
 
+@pytest.mark.slow
 def test_attention_multiplies_quantized_operands_when_asked():
     model, x = Attends(), normal(2, 16, 16)
     variables = model.init(jax.random.key(1), x)
@@ -462,6 +463,7 @@ def test_calibration_combines_batches(statistic, of):
     assert found.amax == {"": pytest.approx(float(of(batches)), rel=1e-6)} and found.hessians == {}
 
 
+@pytest.mark.slow
 def test_calibration_sees_scanned_layers_as_one_and_all_operands_of_attention():
     model, tokens = Everything(), jnp.array([[0, 3, 11], [5, 5, 1]])
     variables = model.init(jax.random.key(1), tokens)
@@ -586,5 +588,99 @@ def test_layers_that_rewrite_their_parameters_fail_loudly(rewriting):
 def test_arithmetic_on_packed_codes_is_noticed():
     _, variables, _ = build("Dense")
     q = ifjax.quantize(variables["params"]["kernel"], FMT, axis=-2)
-    with pytest.raises(TypeError, match="made float32 of packed codes"):
+    with pytest.raises(TypeError, match="made float32 of packed uint8"):
         jax.tree.map(lambda a: a.astype(jnp.float32) * 1.5, q).unbox()
+
+
+# --- what users do besides -------------------------------------------------------------------------------------------
+
+
+class Flagged(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False, mode="sum"):
+        x = nn.Dropout(0.5, deterministic=not train)(nn.Dense(8, name="first")(nn.LayerNorm(name="norm")(x)))
+        wi = self.param("wi", nn.initializers.lecun_normal(), (8, 8))
+        return nn.Dense(4, name="head")(x @ wi) if mode == "sum" else x
+
+    @nn.compact
+    def encode(self, x):
+        return nn.Dense(8, name="first")(x)
+
+
+def test_flags_and_strings_are_arguments_too():
+    model, x = Flagged(), normal(3, 16)
+    variables = model.init(jax.random.key(0), x)
+    for sample in ((x, False), (x, False, "sum"), {"x": jax.ShapeDtypeStruct(x.shape, x.dtype), "train": False}):
+        _, report = ifjax.quantize_params(variables, Rule("first", FMT), model=model, sample=sample)
+        assert report.totals.quantized == 1
+    found = ifjax.calibrate(model.apply, variables, [(x, False), (x, False)], [
+        Rule("first", FMT, act_fmt=FMT, act_amax="static"),
+    ], progress=False)  # fmt: skip
+    assert list(found.amax) == ["first"]
+
+
+def test_one_list_of_rules_serves_all():
+    model, x = Flagged(), normal(3, 16)
+    variables = model.init(jax.random.key(0), x)
+    rules = [
+        Rule("wi", FMT, axis=-2, block=8, module="Flagged"), Rule(".*", None, module="LayerNorm"), Rule("head", None),
+        Rule("first", FMT, act_fmt=FMT, act_amax="static"),
+    ]  # fmt: skip
+    packed, _ = ifjax.quantize_params(variables, rules, model=model, sample=x)
+    calibration = ifjax.calibrate(model.apply, packed, [x], rules, progress=False)
+    apply = ifjax.quantized(model.apply, rules, calibration=calibration)
+    assert apply(packed, x).shape == (3, 4)
+    # Another method calls fewer modules; that is no fault of the rules. A stranger is.
+    fresh = [Rule("head", None), Rule("wi", FMT, axis=-2, block=8), Rule("first", FMT)]
+    assert ifjax.quantized(model.apply, fresh)(packed, x, method="encode").shape == (3, 8)
+    with pytest.raises(ValueError, match="'tail'.* matches nothing"):
+        ifjax.quantized(model.apply, [Rule("tail", None), *fresh])(packed, x, method="encode")
+
+
+def test_without_rules_only_what_is_packed_is_quantized():
+    model, x = Flagged(), normal(3, 16)
+    variables = model.init(jax.random.key(0), x)
+    packed, _ = ifjax.quantize_params(variables, [Rule("first", FMT)], model=model, sample=x)
+    y = ifjax.quantized(model.apply)(packed, x)
+    np.testing.assert_allclose(y, model.apply(packed, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(ifjax.quantized(model.apply)(variables, x), model.apply(variables, x))
+
+
+def test_calibration_leaves_jitted_functions_as_they_were():
+    model, variables, x = build("Dense")
+    jitted = jax.jit(model.apply)
+    before = jitted(variables, x)
+    for _ in range(2):
+        assert ifjax.calibrate(jitted, variables, [x], STATIC, progress=False).amax == {"": float(jnp.abs(x).max())}
+    assert "callback" not in jitted.lower(variables, x).as_text()
+    np.testing.assert_array_equal(jitted(variables, x), before)
+
+
+@pytest.mark.parametrize("name", ["Dense", "Conv", "Einsum of two"])
+def test_gradients_pass_quantized_activations_straight_through(name):
+    model, variables, x = build(name)
+    rule = Rule(".*", FMT, act_fmt=FMT)
+    packed, _ = ifjax.quantize_params(variables, rule, model=model, sample=x)
+    grad = jax.grad(lambda x, apply: (apply(packed, x) * 0.5).sum())
+    np.testing.assert_allclose(grad(x, ifjax.quantized(model.apply, rule)), grad(x, model.apply), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="quantized on the fly has no gradient"):
+        jax.grad(lambda v: ifjax.quantized(model.apply, rule)(v, x).sum())(variables)
+
+
+def test_functions_without_linen_modules_and_nested_ones_are_refused():
+    model, variables, x = build("Dense")
+    with pytest.raises(ValueError, match="called no linen module"):
+        ifjax.quantized(lambda x: x + 1, Rule("none of these", FMT))(x)
+    with pytest.raises(ValueError, match="quantize once"):
+        ifjax.quantized(ifjax.quantized(model.apply, EVERYWHERE), Rule("", "nvint4"))(variables, x)
+
+
+def test_the_report_tells_formats_that_are_not_as_asked_and_attentions_products():
+    model, variables, x = build("attention")
+    packed, _ = ifjax.quantize_params(variables, EVERYWHERE, model=model, sample=x)
+    with pytest.raises(ValueError, match="was packed before, and the rule asks for nvint4"):
+        ifjax.quantize_params(packed, Rule(".*", "nvint4"), model=model, sample=x)[1].check()
+    rules = [Rule("", None, operands={"query": FMT}), EVERYWHERE]
+    _, report = ifjax.quantize_params(packed, rules, model=model, sample=x)
+    (entry,) = (e for e in report.check().entries if e.path == "")
+    assert entry.reason == "it has no weights; it multiplies query in nvfp4" and report.totals.parameters == 9

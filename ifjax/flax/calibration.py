@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifjax.flax.linen import Operands, as_arguments, layer_of
+from ifjax.flax.linen import Operands, Watcher, as_arguments, inside, joined, layer_of, split_arrays
 from ifjax.formats import Format
 from ifjax.qtensor import QTensor
-from ifjax.rules import OPERANDS, Rule, Seen, as_rules, check_used, first_match, join_path
+from ifjax.rules import OPERANDS, Rule, Seen, as_rules, first_match, join_path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,10 +48,10 @@ def calibrate(
     which no result of `apply` depends are not seen.
 
     Args:
-        apply: such as `model.apply`.
+        apply: such as `model.apply`, jitted or not. One model: paths of two would mix.
         params: its first argument.
-        batches: its other arguments: a tuple of positional ones, a mapping of keyword ones, or else the only one. All
-            of the same shapes compile once.
+        batches: its other arguments: a tuple of positional ones, a mapping of keyword ones, or else the only one. What
+            is no array, such as a flag, is static. All of the same shapes compile once.
         rules: as for `ifjax.quantize_params`.
         statistic: "max": the largest magnitude of all batches; "mean": the mean of the batches' largest; "percentile":
             the mean of the batches' percentiles of magnitudes.
@@ -70,19 +70,21 @@ def calibrate(
         raise ValueError("no rule needs calibration: give one act_fmt with act_amax='static', or gptq=True")
     collector = _Collector(rules, percentile if statistic == "percentile" else None)
 
-    def run(params, args, kwargs):
-        with nn.intercept_methods(collector):
+    key = object()  # in caches of functions that are jitted already, programs with callbacks are for this call alone
+
+    def run(params, arrays, static):
+        args, kwargs = joined(arrays, static)
+        with inside(key), nn.intercept_methods(collector):
             return apply(params, *args, **kwargs)
 
-    run, count = jax.jit(run), 0
+    run, count = jax.jit(run, static_argnums=2), 0
     for batch in _tracked(batches) if progress else batches:
-        args, kwargs = as_arguments(batch)
-        jax.block_until_ready(run(params, args, kwargs))
+        jax.block_until_ready(run(params, *split_arrays(as_arguments(batch))))
         collector.end_batch()
         count += 1
     if not count:
         raise ValueError("calibration needs at least one batch")
-    check_used(rules, list(collector.seen.values()))
+    collector.check(rules)
     combine = max if statistic == "max" else lambda values: sum(values) / len(values)
     amax = {path: float(combine(values)) for path, values in collector.amax.items()}
     wrong = [path for path, value in amax.items() if not np.isfinite(value)]
@@ -103,23 +105,26 @@ def _tracked(batches):
     return track(batches, description="calibrating", transient=True)
 
 
-class _Collector:
+class _Collector(Watcher):
     """The interceptor; multiplies as ever."""
 
     def __init__(self, rules, percentile):
+        super().__init__()
         self.rules, self.percentile = rules, percentile
-        self.seen: dict[str, Seen] = {}
         self.amax: dict[str, list[float]] = {}
         self.hessians: dict[str, np.ndarray] = {}
         self._batch: dict[str, float] = {}
 
     def __call__(self, next_fun, args, kwargs, context):
         layer, module = layer_of(context), context.module
+        path, name = self.note(module)
         if layer is None:
             return next_fun(*args, **kwargs)
-        path, name = join_path(module.path), type(module).__name__
         rule = first_match(self.rules, path, name)
-        self.seen[path] = Seen(path, name, layer.kernel is not None, operands=() if layer.kernel else OPERANDS)
+        if layer.kernel is None:
+            self.layers[path] = Seen(path, name, False, operands=OPERANDS)
+        else:
+            self.layers[join_path((*module.path, layer.kernel))] = Seen(path, name)
         if rule is None or not (_wants_amax(rule) or rule.gptq):
             return next_fun(*args, **kwargs)
         kernel = None if layer.kernel is None else module.get_variable("params", layer.kernel)

@@ -8,10 +8,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 
 from ifjax.flax.calibration import Calibration, value_name
-from ifjax.flax.linen import Layer, Operands, attention_refusal, layer_of
+from ifjax.flax.linen import Layer, Operands, Watcher, attention_refusal, inside, layer_of
 from ifjax.formats import Format
 from ifjax.qtensor import QTensor, quantize
 from ifjax.recipes import Recipe, get_recipe, quantized_dot_general
@@ -21,7 +20,6 @@ from ifjax.rules import (
     Seen,
     as_rules,
     blocked_axis,
-    check_used,
     default_rules,
     first_match,
     join_path,
@@ -36,21 +34,24 @@ def inference(
 
     Packed parameters (of `ifjax.quantize_params`) go to `ifjax.dot_general` as they are, whatever the rules; look-ups
     in packed embeddings decode the rows that are asked for; convolutions decode their kernel. Activations are
-    quantized on the way in where the rule that matches has an `act_fmt`. Parameters that are still floats are
-    quantized on the fly where a rule says so, which gives the same values, slowly. Bias, dtypes and precision are
-    Flax's. A module's own `dot_general` is kept: it gets dequantized operands. `module.init` is left alone.
+    quantized on the way in where the rule that matches has an `act_fmt`, with a straight-through gradient. Parameters
+    that are still floats are quantized on the fly where a rule says so, which gives the same values, slowly, and has
+    no gradient for them. Bias, dtypes and precision are Flax's. A module's own `dot_general` is kept: it gets
+    dequantized operands. `module.init` is left alone.
+
+    amax="tensor" is that of the array at hand: a part of it under vmap and shard_map.
 
     Enter the context inside the function that is jitted, or use `ifjax.quantized`, which does: programs that jax.jit
     has compiled before know nothing of the context, and those that it compiles inside keep it for ever.
 
     Args:
-        rules: as for `ifjax.quantize_params`.
+        rules: as for `ifjax.quantize_params`, but None stands for no rules: packed parameters only.
         calibration: from `ifjax.calibrate`, for rules with act_amax="static".
 
     Raises:
         ValueError: from the intercepted model: a rule asks for what its module cannot do.
     """
-    return _Interceptor(as_rules(rules), calibration)
+    return _Inference(() if rules is None else as_rules(rules), calibration)
 
 
 def training(rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantize") -> Callable[..., Any]:
@@ -105,7 +106,8 @@ def quantized(
         calibration: as for inference.
 
     Raises:
-        ValueError: when first called: a rule, not optional, matches none of the modules that are called.
+        ValueError: when called: a rule, not optional, matches nothing in the model; no linen module was called (NNX
+            modules cannot be intercepted); inside another `quantized` function.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -116,49 +118,52 @@ def quantized(
         >>> jax.jit(ifjax.quantized(model.apply, rules))(packed, x).shape
         (2, 16)
     """
-    rules = training_rules(rules) if isinstance(rules, Recipe) else as_rules(rules)
+    if isinstance(rules, Recipe):
+        rules = training_rules(rules)
+    rules = () if rules is None else as_rules(rules)
     trains = any(rule.recipe is not None for rule in rules)
     if trains and calibration is not None:
         raise ValueError("calibration is for inference, and these rules have recipes: pass the ones without")
-    checked = []
+    key = rules, calibration
 
     @functools.wraps(fn)
     def wrapped(*args, **kwargs):
-        interceptor = _Training(rules, "quantize") if trains else _Interceptor(rules, calibration)
-        with _inside((rules, calibration)), nn.intercept_methods(interceptor):
+        if inside.value is not None:
+            raise ValueError("this is inside another ifjax.quantized function or ifjax.calibrate: quantize once")
+        interceptor = _Training(rules, "quantize") if trains else _Inference(rules, calibration)
+        with inside(key), nn.intercept_methods(interceptor):
             result = fn(*args, **kwargs)
-        # A jitted fn is traced the first time only.
-        if not checked and interceptor.seen:
-            check_used(rules, interceptor.all_seen())
-            checked.append(True)
+        if interceptor.modules:
+            if rules and key not in _checked:
+                interceptor.check(rules)
+            _checked.add(key)
+        elif key not in _checked:  # else what was traced before, under jax.jit, has called some
+            raise ValueError(
+                "fn called no linen module, so nothing is quantized: pass a function that applies one. NNX modules "
+                "cannot be intercepted; they run on packed parameters as they are"
+            )
         return result
 
     return wrapped
 
 
-# Part of the key of jax.jit's caches.
-_inside = jax.make_user_context(None)
+_checked: set[Any] = set()
 
 
-class _Interceptor:
+class _Inference(Watcher):
     """Called for each method of each module, maybe several times: what it does depends on its arguments alone."""
 
     def __init__(self, rules: tuple[Rule, ...], calibration: Calibration | None):
+        super().__init__()
         self.rules, self.calibration = rules, calibration
-        self.seen: dict[str, Seen] = {}  # by the kernel's path, or the module's
-        self.parameters: dict[str, Any] = {}
 
     def __call__(self, next_fun, args, kwargs, context):
         layer, module = layer_of(context), context.module
         if module.is_initializing():
             return next_fun(*args, **kwargs)
-        if module.path == ():
-            params = module.variables.get("params", {})
-            leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda a: hasattr(a, "unbox"))
-            self.parameters |= {join_path(keys): leaf for keys, leaf in leaves}
+        path, name = self.note(module)
         if layer is None:
             return next_fun(*args, **kwargs)
-        path, name = join_path(module.path), type(module).__name__
         rule = first_match(self.rules, path, name)
         weights = self._weights(layer, module, args, kwargs, path, rule)
         formats = self._formats(layer, rule, path)
@@ -169,6 +174,11 @@ class _Interceptor:
             fmt = formats.get(operand)
             if fmt is None or rule is None:
                 return x
+            if operand in OPERANDS[:2] and x.shape[axes[0]] < fmt.block:
+                raise ValueError(
+                    f"{path!r}: the head size of {operand} is {x.shape[axes[0]]}, below the block of {fmt.block} of "
+                    f"{fmt.name}: take shorter blocks"
+                )
             return quantized_activation(x, axes, fmt, rule, self._static_amax(rule, value_name(path, operand)))
 
         return layer.run(module, next_fun, args, kwargs, Operands(weights, activation))
@@ -178,7 +188,7 @@ class _Interceptor:
         name = type(module).__name__
         if layer.kernel is None:
             refusal = attention_refusal(module)
-            self.seen[path] = Seen(path, name, False, refusal, operands=() if refusal else OPERANDS)
+            self.layers[path] = Seen(path, name, False, refusal, operands=() if refusal else OPERANDS)
             return None
         kernel: Any = module.get_variable("params", layer.kernel)
         if kernel is None:
@@ -187,7 +197,7 @@ class _Interceptor:
         kernel = kernel.unbox() if packed is None and hasattr(kernel, "unbox") else kernel
         axes = layer.axes(module, args, kwargs, kernel.ndim)
         seen = Seen(path, name, length=max(kernel.shape[a] for a in axes))
-        self.seen[join_path((*module.path, layer.kernel))] = seen
+        self.layers[join_path((*module.path, layer.kernel))] = seen
         if packed is not None:
             return packed
         if rule is None or reason_against(rule, seen) is not None:
@@ -196,6 +206,7 @@ class _Interceptor:
             raise ValueError(f"{path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
         fmt = rule.weight_format
         axis = blocked_axis(axes, kernel.shape, fmt.block)
+        kernel = _without_gradient(kernel, path)
         return quantize(kernel, fmt, axis=axis, loss=rule.loss, search=rule.search, block_2d=rule.block_2d)
 
     def _formats(self, layer, rule, path) -> dict[str, Format]:
@@ -203,22 +214,14 @@ class _Interceptor:
         if rule is None:
             return {}
         if layer.kernel is None:
-            return rule.operand_formats
-        seen = self.seen.get(join_path((path, layer.kernel) if path else (layer.kernel,)))
+            refused = self.layers[path].reason is not None and rule.optional
+            return {} if refused else rule.operand_formats
+        seen = self.layers.get(join_path((path, layer.kernel) if path else (layer.kernel,)))
         if rule.activation_format is None or seen is None or reason_against(rule, seen) is not None:
             return {}
         if layer.activations is not None:
             return {}  # the report of quantize_params says so
         return {"input": rule.activation_format}
-
-    def all_seen(self) -> list[Seen]:
-        """Modules, and the parameters that none of them is known to multiply by."""
-        raw = [
-            Seen(path, None, length=leaf.shape[leaf.axis]) if isinstance(leaf, QTensor) else
-            Seen(path, None, raw_shape=jnp.shape(meta.unbox(leaf)))
-            for path, leaf in self.parameters.items() if path not in self.seen
-        ]  # fmt: skip
-        return [*self.seen.values(), *raw]
 
     def _static_amax(self, rule, name):
         if rule.act_amax != "static":
@@ -226,28 +229,32 @@ class _Interceptor:
         if self.calibration is None or name not in self.calibration.amax:
             raise ValueError(
                 f"act_amax='static' needs the amax of {name!r} from calibration=ifjax.calibrate(...)"
-                + ("" if self.calibration is None else ", which saw other modules: calibrate with these rules")
+                + ("" if self.calibration is None else ", which has none: the calibrated function did "
+                   "not call the module, or no result of it depended on the module")
             )
         return self.calibration.amax[name]
 
 
-class _Training:
+class _Training(Watcher):
     """Called for each method of each module, maybe several times: what it does depends on its arguments alone."""
 
     def __init__(self, rules: tuple[Rule, ...], rng: str):
+        super().__init__()
         self.rules, self.rng = rules, rng
-        self.seen: dict[str, Seen] = {}
 
     def __call__(self, next_fun, args, kwargs, context):
         layer, module = layer_of(context), context.module
-        if layer is None or module.is_initializing():
+        if module.is_initializing():
             return next_fun(*args, **kwargs)
-        path, name = join_path(module.path), type(module).__name__
+        path, name = self.note(module)
+        if layer is None:
+            return next_fun(*args, **kwargs)
         reason = layer.training
         if getattr(module, "dot_general_cls", None) is not None or getattr(module, "dot_general", None) is not None:
             reason = "the module has a dot_general of its own"
-        if path not in self.seen or reason is None:  # Embed looks up, too
-            self.seen[path] = Seen(path, name, reason is None, reason)
+        parameter = join_path((*module.path, layer.kernel)) if layer.kernel else path
+        if parameter not in self.layers or reason is None:  # Embed looks up, too
+            self.layers[parameter] = Seen(path, name, reason is None, reason)
         rule = first_match(self.rules, path, name)
         if rule is None or rule.recipe is None or reason is not None:
             return next_fun(*args, **kwargs)
@@ -265,8 +272,22 @@ class _Training:
 
         return layer.run(module, next_fun, args, kwargs, Operands(product=product))
 
-    def all_seen(self) -> list[Seen]:
-        return list(self.seen.values())
+
+def _without_gradient(kernel, path):
+    """The kernel; differentiating it is an error."""
+
+    @jax.custom_jvp
+    def same(kernel):
+        return kernel
+
+    @same.defjvp
+    def refuse(primals, tangents):
+        raise ValueError(
+            f"{path!r}: a kernel that is quantized on the fly has no gradient. To train, give the rule a recipe, such "
+            "as 'weight_only_qat'; else differentiate other arguments only"
+        )
+
+    return same(kernel)
 
 
 def quantized_activation(x: jax.Array, axes: tuple[int, ...], fmt: Format, rule: Rule, amax: float | None) -> Any:

@@ -19,9 +19,9 @@ from flax.linen.linear import _Conv
 from flax.linen.recurrent import DenseParams
 from opt_einsum.parser import parse_einsum_input
 
-from ifjax._matmul import dot_general, einsum, einsum_of_two
-from ifjax.qtensor import QTensor
-from ifjax.rules import OPERANDS, Kernel, Walk, join_path
+from ifjax._matmul import dot_general, einsum, einsum_of_two, no_gradient
+from ifjax.qtensor import QTensor, straight_through
+from ifjax.rules import OPERANDS, Kernel, Rule, Seen, Walk, check_used, innermost, join_path
 
 
 class Layer(NamedTuple):
@@ -77,10 +77,12 @@ def _run_dense(module, next_fun, args, kwargs, operands):
         return inputs, weights if own is None else weights.dequantize(), *rest
 
     def product(lhs, rhs, dimension_numbers, *rest, **options):
-        lhs = operands.activation(lhs, dimension_numbers[0][0], "input")
-        if own is None:
-            return operands.product(lhs, rhs, dimension_numbers, *rest, **options)
-        return own(_dense(lhs), rhs, dimension_numbers, *rest, **options)
+        axes = dimension_numbers[0][0]
+        if own is not None:
+            return own(_rounded(operands, lhs, axes), rhs, dimension_numbers, *rest, **options)
+        return _multiplied(
+            operands, lhs, rhs, axes, lambda x, w: operands.product(x, w, dimension_numbers, *rest, **options)
+        )
 
     weights = {} if operands.weights is None else {"promote_dtype": promoted}
     with _fields(module, dot_general_cls=lambda: product, **weights):
@@ -96,7 +98,7 @@ def _run_einsum(module, next_fun, args, kwargs, operands):
     product = functools.partial(
         operands.product, precision=module.precision, preferred_element_type=module.preferred_element_type
     )
-    y = einsum_of_two(spec, operands.activation(inputs, axes, "input"), weights, product)
+    y = _multiplied(operands, inputs, weights, axes, lambda x, w: einsum_of_two(spec, x, w, product))
     if bias is None:
         return y
     _, shape = module._get_bias_shape(spec, inputs, kernel)
@@ -126,7 +128,7 @@ def _run_conv(module, next_fun, args, kwargs, operands):
             kernel = operands.weights.dequantize(kernel.dtype)
             kernel = kernel if module.mask is None else kernel * module.mask
         inputs, *rest = promote(inputs, kernel, *rest, **options)
-        return _dense(operands.activation(inputs, (-1,), "input")), *rest
+        return _rounded(operands, inputs, (-1,)), *rest
 
     with _fields(module, promote_dtype=promoted):
         return next_fun(*args, **kwargs)
@@ -150,8 +152,8 @@ def _run_attend(module, next_fun, args, kwargs, operands):
     else:
         query, stand_in = module.promote_dtype(query, jnp.zeros((), table.dtype), dtype=module.dtype)
         table = table.astype(stand_in.dtype)
-    query = operands.activation(query, (-1,), "input")
-    return operands.product(query, table, (((query.ndim - 1,), (1,)), ((), ())))
+    numbers = ((query.ndim - 1,), (1,)), ((), ())
+    return _multiplied(operands, query, table, (-1,), lambda x, w: operands.product(x, w, numbers))
 
 
 def _run_parameters(module, next_fun, args, kwargs, operands):
@@ -167,7 +169,7 @@ def _run_attention(module, next_fun, args, kwargs, operands):
             ready = []
             for labels, array, name in zip(left.split(","), arrays, names, strict=True):
                 axes = tuple(i - len(labels) for i, c in enumerate(labels) if c not in out)
-                ready.append(operands.activation(array, axes, name))
+                ready.append(_rounded(operands, array, axes, name))
             return einsum(spec, *ready, **options)
 
         return lambda: of_two
@@ -193,8 +195,76 @@ def attention_refusal(module: Any) -> str | None:
     return None
 
 
-def _dense(x):
-    return x.dequantize() if isinstance(x, QTensor) else x
+def _rounded(operands, x, axes, operand="input"):
+    """The activation as an array, with a straight-through gradient."""
+    q = operands.activation(x, axes, operand)
+    return straight_through(x, q.dequantize(), None) if isinstance(q, QTensor) else q
+
+
+def _multiplied(operands, x, w, axes, product):
+    """product(activation, w), linear in its first operand, with a straight-through gradient for x."""
+    x = jnp.asarray(x)
+    kind = jax.eval_shape(lambda x: operands.activation(x, axes, "input"), x)
+    if not isinstance(kind, QTensor):
+        return product(operands.activation(x, axes, "input"), w)
+
+    @jax.custom_vjp
+    def multiply(x, w):
+        return product(operands.activation(x, axes, "input"), w)
+
+    def forward(x, w):
+        return multiply(x, w), w
+
+    def backward(w, g):
+        _, pull = jax.vjp(lambda x: product(x, w), jnp.zeros(x.shape, x.dtype))
+        return *pull(g), no_gradient(w)
+
+    multiply.defvjp(forward, backward)
+    return multiply(x, w)
+
+
+class Watcher:
+    """Notes what an interceptor sees, to tell rules that are of use from others."""
+
+    def __init__(self):
+        self.layers: dict[str, Seen] = {}  # by the kernel's path, or the module's
+        self.modules: dict[str, str] = {}
+        self.parameters: dict[str, Any] = {}
+
+    def note(self, module: nn.Module) -> tuple[str, str]:
+        """Path and class of a module that is called."""
+        path, name = join_path(module.path), type(module).__name__
+        self.modules.setdefault(path, name)
+        if module.path == ():
+            params = module.variables.get("params", {})
+            leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda a: hasattr(a, "unbox"))
+            self.parameters |= {join_path(keys): leaf for keys, leaf in leaves}
+        return path, name
+
+    def check(self, rules: tuple[Rule, ...]) -> None:
+        """Raise if a rule is of no use, as `quantize_params` would; other methods may call other modules, though."""
+        seen, uncalled = list(self.layers.values()), set()
+        for path, leaf in self.parameters.items():
+            owner = path.rpartition("/")[0]
+            if owner not in self.modules:
+                uncalled |= {owner[:i] for i, c in enumerate(owner) if c == "/"} | {owner}
+            if path not in self.layers:
+                module = innermost(path, self.modules)
+                value = leaf if isinstance(leaf, QTensor) else meta.unbox(leaf)
+                shape = None if isinstance(leaf, QTensor) else jnp.shape(value)
+                seen.append(Seen(path, module, raw_shape=shape))
+        known = {s.path for s in seen}
+        seen += [Seen(p, name, False, f"{name} has no matmul of its own") for p, name in self.modules.items()
+                 if p not in known]
+        seen += [Seen(p) for p in sorted(uncalled - self.modules.keys())]
+        lenient = [
+            dataclasses.replace(rule, optional=True) if uncalled and rule.module is not None else rule for rule in rules
+        ]
+        check_used(lenient, seen)
+
+
+# Part of the key of jax.jit's caches, so that programs with and without an interceptor do not stand in for each other.
+inside = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
@@ -319,6 +389,7 @@ def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> W
             kernels.setdefault(box.path, Kernel(box.path, path, name, axes, box.stacked, layer.activations, note=note))
         elif isinstance(box, QTensor):
             parameter = join_path((*module.path, layer.kernel))
+            reasons[join_path((*module.path, "bias"))] = "a bias is added"
             kernels.setdefault(parameter, Kernel(parameter, path, name, (box.axis,)))
         return next_fun(*args, **kwargs)
 
@@ -334,12 +405,14 @@ def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> W
             )
 
     try:
-        jax.eval_shape(evaluate, variables, *as_arguments(sample))
+        arrays, static = split_arrays(as_arguments(sample))
+        jax.eval_shape(lambda variables, arrays: evaluate(variables, *joined(arrays, static)), variables, arrays)
     except Exception as error:
         error.add_note(
             "This came up while ifjax evaluated the model without numbers, to find its kernels. Does "
-            "model.apply(params, *sample) work? nn.WeightNorm and nn.SpectralNorm rewrite parameters in a way that "
-            "takes no boxes: quantize such parameters without model=, and pass ifjax.fake_quantize_params' result on."
+            "model.apply(params, *sample) work? A mapping as sample is keyword arguments, a tuple positional ones: a "
+            "single dictionary or list is written ({...},). nn.WeightNorm and nn.SpectralNorm rewrite parameters in a "
+            "way that takes no boxes: quantize such parameters without model=, and pass ifjax.fake_quantize_params' result on."
         )
         raise
     return Walk(kernels, modules, reached, reasons)
@@ -348,6 +421,24 @@ def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> W
 def _probe(keys, leaf, reached):
     value = leaf.unbox() if isinstance(leaf, meta.AxisMetadata) else leaf
     return _Probe(value, join_path(keys), value.ndim, tuple(range(-value.ndim, 0)), reached)
+
+
+def split_arrays(arguments: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    """The arrays among the leaves, and the rest, hashable: flags and strings are not for tracing."""
+    leaves, tree = jax.tree.flatten(arguments)
+    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+    return arrays, (tree, tuple(None if _is_array(leaf) else (leaf,) for leaf in leaves))
+
+
+def joined(arrays: list[Any], static: tuple[Any, ...]) -> Any:
+    """What `split_arrays` took apart."""
+    tree, others = static
+    remaining = iter(arrays)
+    return jax.tree.unflatten(tree, [next(remaining) if other is None else other[0] for other in others])
+
+
+def _is_array(leaf):
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def as_arguments(sample: Any) -> tuple[tuple, dict[str, Any]]:
