@@ -229,7 +229,7 @@ def _seen(path, value, kernel, module, stacked, walk) -> Seen:
     if kernel is not None:
         return Seen(kernel.path, module, kernel.reason is None, kernel.reason, max(shape[a] for a in kernel.axes))
     if value.dtype.name not in DTYPES:
-        return Seen(path, module, False, f"{value.dtype} is none of {', '.join(DTYPES)}")
+        return Seen(path, module, False, f"{value.dtype} is not quantized: {', '.join(DTYPES)} are")
     if walk is not None and path in walk.reasons:
         return Seen(path, module, False, walk.reasons[path])
     if len(shape) - len(stacked) < 2:

@@ -633,7 +633,7 @@ def test_one_list_of_rules_serves_all():
     # Another method calls fewer modules; that is no fault of the rules. A stranger is.
     fresh = [Rule("head", None), Rule("wi", FMT, axis=-2, block=8), Rule("first", FMT)]
     assert ifjax.quantized(model.apply, fresh)(packed, x, method="encode").shape == (3, 8)
-    with pytest.raises(ValueError, match="'tail'.* matches nothing"):
+    with pytest.raises(ValueError, match=r"'tail'.* matches nothing"):
         ifjax.quantized(model.apply, [Rule("tail", None), *fresh])(packed, x, method="encode")
 
 

@@ -183,6 +183,7 @@ def test_representable_moments_give_the_inner_steps_bit_for_bit():
         assert_trees_equal(dequantize_moments(state), plain_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["nvfp4", "if6"])
 def test_moments_are_unbiased_over_seeds(fmt):
     """The mean of n encodings is off by as much as the variance of n samples says, within 4 sigma over all values."""
@@ -215,6 +216,7 @@ def test_second_moments_beside_large_ones_are_never_zero(fmt):
     assert (_decode(zeros) == 0).all()
 
 
+@pytest.mark.slow
 def test_updates_stay_bounded_where_second_moments_span_many_orders():
     """Gradients from 1e-6 to 1 in each block: Adam's largest update is 1.0 with float32 moments, 2.2 with if6."""
     scales = 10.0 ** (-6 * jax.random.uniform(jax.random.key(3), (32, 64)))
@@ -277,6 +279,7 @@ def train(make, seeds, steps):
     return np.asarray(jax.jit(jax.vmap(one))(jnp.arange(seeds)))
 
 
+@pytest.mark.slow
 def test_training_ends_where_float32_moments_end():
     """The mean difference over seeds is within 3 standard errors, or 2%, of the loss with float32 moments."""
     inner = optax.adamw(3e-3, weight_decay=1e-3)
@@ -379,6 +382,7 @@ def test_partitions_each_have_their_own():
     assert kinds(around.init({**params, "kernel": normal(64, 64)})).count("PackedRoot") == 1
 
 
+@pytest.mark.slow
 def test_multi_steps_and_injected_settings_go_around():
     optimizer = optax.MultiSteps(quantized_moments(optax.adamw(1e-2), FMT, min_size=1024), every_k_schedule=2)
     params = parameters()
@@ -402,6 +406,7 @@ def test_extra_arguments_reach_the_inner_update():
     assert (updates == 3).all()
 
 
+@pytest.mark.slow
 def test_moments_are_sharded_like_their_parameters():
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, P("a", "b"))

@@ -98,7 +98,7 @@ def test_an_empty_tree_stays_one(empty, rules):
 
 def test_what_is_packed_comes_back_itself():
     packed, first = ifjax.quantize_params(tree(), RULE)
-    again, report = ifjax.quantize_params(packed, Rule(".*", "nvfp4", axis=-2, optional=True))
+    again, report = ifjax.quantize_params(packed, RULE)
     assert all(again[name]["kernel"] is packed[name]["kernel"] for name in packed)
     for entry in report.check().quantized:
         assert (entry.note, entry.fmt, entry.sqnr_db) == ("was packed before", "if4_bs4", None)
@@ -106,6 +106,10 @@ def test_what_is_packed_comes_back_itself():
         assert (entry.shape, entry.dtype) == (entry_of(first, entry.path).shape, "float32")
     with pytest.raises(ValueError, match="SQNR was not measured"):
         report.check(min_sqnr_db=10)
+    again, report = ifjax.quantize_params(packed, Rule(".*", "nvfp4", axis=-2, optional=True))
+    assert all(again[name]["kernel"] is packed[name]["kernel"] for name in packed)
+    with pytest.raises(ValueError, match="was packed before, and the rule asks for nvfp4"):
+        report.check()
 
 
 def test_faking_leaves_packed_parameters_packed():
@@ -119,7 +123,7 @@ def test_what_is_no_float_stays():
     packed, report = ifjax.quantize_params(params, [Rule("ids|flags|step", axis=-2, optional=True), RULE])
     assert all(packed[name] is params[name] for name in ("ids", "flags", "step", "rate"))
     reasons = {entry.path: entry.reason for entry in report.check().others}
-    assert (reasons["ids"], reasons["flags"]) == ("int32 is no float dtype", "bool is no float dtype")
+    assert reasons["ids"].startswith("int32 is not quantized") and reasons["flags"].startswith("bool is not")
     assert reasons["step"] == "int64 is no float dtype" and reasons["rate"] == "it is no matrix"
     with pytest.raises(ValueError, match=r"matches only what cannot be quantized \('ids': int32 is no float dtype\)"):
         ifjax.quantize_params(params, [Rule("ids", axis=-2), RULE])

@@ -412,7 +412,7 @@ def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> W
             "This came up while ifjax evaluated the model without numbers, to find its kernels. Does "
             "model.apply(params, *sample) work? A mapping as sample is keyword arguments, a tuple positional ones: a "
             "single dictionary or list is written ({...},). nn.WeightNorm and nn.SpectralNorm rewrite parameters in a "
-            "way that takes no boxes: quantize such parameters without model=, and pass ifjax.fake_quantize_params' result on."
+            "way that takes no boxes: take ifjax.fake_quantize_params for such models, without model=."
         )
         raise
     return Walk(kernels, modules, reached, reasons)
