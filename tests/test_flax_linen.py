@@ -104,7 +104,7 @@ def _is_packed(leaf):
 # Compiling takes seconds a layer; these are variants of others.
 VARIANTS = {
     "Dense without bias", "DenseGeneral out", "DenseGeneral of first", "Einsum", "Conv causal", "ConvLocal",
-    "ConvTranspose", "LSTM", "GRU",
+    "ConvTranspose", "LSTM", "GRU", "OptimizedLSTM", "DenseGeneral of batches", "Dense of bfloat16",
 }  # fmt: skip
 
 
@@ -656,7 +656,7 @@ def test_calibration_leaves_jitted_functions_as_they_were():
     np.testing.assert_array_equal(jitted(variables, x), before)
 
 
-@pytest.mark.parametrize("name", ["Dense", "Conv", "Einsum of two"])
+@pytest.mark.parametrize("name", ["Dense", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Conv", "Einsum of two"))])
 def test_gradients_pass_quantized_activations_straight_through(name):
     model, variables, x = build(name)
     rule = Rule(".*", FMT, act_fmt=FMT)

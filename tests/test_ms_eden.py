@@ -141,6 +141,7 @@ def nearest_enlarged(x):
     return codec.merge_blocks(codec.decode(codes, scales[..., None], fmt, amax=amax, headroom=headroom), -1)
 
 
+@pytest.mark.slow
 def test_error_and_misalignment_are_those_of_quartet_ii():
     x, size = normal(1024, 512, seed=4), 128
     signs = ifjax.random_signs(KEY, size)

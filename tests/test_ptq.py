@@ -124,7 +124,7 @@ def test_what_is_no_float_stays():
     assert all(packed[name] is params[name] for name in ("ids", "flags", "step", "rate"))
     reasons = {entry.path: entry.reason for entry in report.check().others}
     assert reasons["ids"].startswith("int32 is not quantized") and reasons["flags"].startswith("bool is not")
-    assert reasons["step"] == "int64 is no float dtype" and reasons["rate"] == "it is no matrix"
+    assert reasons["step"].startswith("int64 is not") and reasons["rate"] == "it is no matrix"
     with pytest.raises(ValueError, match=r"matches only what cannot be quantized \('ids': int32 is no float dtype\)"):
         ifjax.quantize_params(params, [Rule("ids", axis=-2), RULE])
 

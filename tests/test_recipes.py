@@ -101,7 +101,7 @@ def assert_is_product(got, a, b):
 
 
 @pytest.mark.parametrize("name", [
-    name if name in ("nvfp4", "if4_mseden", "uniform_rht", "w4a4_qat") else pytest.param(name, marks=pytest.mark.slow)
+    name if name in ("if4_mseden", "w4a4_qat") else pytest.param(name, marks=pytest.mark.slow)
     for name in RECIPES
 ])  # fmt: skip
 def test_each_product_multiplies_what_the_record_says(name):
@@ -119,7 +119,9 @@ CONFIGURATIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "configuration", [c if c == "if4_mse" else pytest.param(c, marks=pytest.mark.slow) for c in CONFIGURATIONS]
+)
 def test_the_published_layer_is_met(golden_dir, configuration):
     """Forward and backward of the reference's linear layer, bfloat16, gradients rounded to nearest."""
     with np.load(golden_dir / "linear_fwd_bwd.npz") as file:
@@ -203,6 +205,7 @@ def test_cotangents_have_the_dtypes_of_their_primals(recipe, dtypes):
         assert np.linalg.norm(got.astype(np.float32) - want) < 0.25 * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 def test_the_preferred_element_type_is_that_of_the_result_and_its_cotangent():
     x, w = X.astype(jnp.bfloat16), W.astype(jnp.bfloat16)
     f = functools.partial(
@@ -242,6 +245,7 @@ def test_any_axes_are_those_of_matrices(layout):
         assert_array_equal(got.reshape(want.shape), want)
 
 
+@pytest.mark.slow
 def test_batch_axes_share_one_amax_and_have_noise_of_their_own():
     x, w, g = (jnp.stack([a, a]) for a in (X, W, G))
     dims = ((2,), (1,)), ((0,), (0,))
@@ -260,6 +264,7 @@ ODD = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape"), ODD)
 def test_odd_lengths_are_filled_up_with_zeros(name, shape):
     m, k, n = shape
@@ -319,7 +324,7 @@ def test_jit_scan_remat_and_vmap_change_nothing(recipe):
         jax.tree.map(lambda a, b, i=i: assert_allclose(a[i], b, **SAME), each, alone)
 
 
-@pytest.mark.parametrize("name", ["if4", "quartet2", "w4a4_qat"])
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("if4", "quartet2")), "w4a4_qat"])
 def test_the_key_decides(name):
     first, again = products(X, W, G, KEY, recipe=name), products(X, W, G, KEY, recipe=name)
     other = products(X, W, G, jax.random.key(1), recipe=name)
@@ -396,6 +401,7 @@ def test_packed_residuals_change_no_gradient(name):
     jax.tree.map(functools.partial(assert_allclose, **SAME), got, want)
 
 
+@pytest.mark.slow
 def test_packed_residuals_take_four_and_a_half_bits_a_value():
     x, w, small = 512 * 256, 256 * 256, 64  # `small`: amax values
     assert kept_bytes(RECIPES["bf16"]) == 4 * (x + w)

@@ -153,6 +153,7 @@ def test_seeds_differ(trained):
     assert not set(first) & set(second)
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(train_lm, tiny, data, trained):
     trained("bf16", 0)
     with pytest.raises(ValueError, match=r"bf16-seed0\.json is of a run with rate 0\.02, not 0\.1: remove it, or"):
@@ -190,6 +191,7 @@ def test_batches_are_of_the_seed_and_the_step(train_lm, tiny):
     np.testing.assert_array_equal(np.diff(np.asarray(batches[0], np.int32)), 1)
 
 
+@pytest.mark.slow
 def test_a_position_sees_nothing_of_what_follows(train_lm, tiny):
     """Of the float model: an amax over all tokens lets a quantized one see how large others are."""
     tokens = jnp.arange(32, dtype=jnp.int32)[None] * 7 % 256
