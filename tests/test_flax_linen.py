@@ -656,7 +656,9 @@ def test_calibration_leaves_jitted_functions_as_they_were():
     np.testing.assert_array_equal(jitted(variables, x), before)
 
 
-@pytest.mark.parametrize("name", ["Dense", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Conv", "Einsum of two"))])
+@pytest.mark.parametrize(
+    "name", ["Dense", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Conv", "Einsum of two"))]
+)
 def test_gradients_pass_quantized_activations_straight_through(name):
     model, variables, x = build(name)
     rule = Rule(".*", FMT, act_fmt=FMT)
