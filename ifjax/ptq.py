@@ -52,8 +52,8 @@ def quantize_params(
     Layers that nn.scan or nn.vmap stacked keep an amax each, and so do the matrices (of the last two axes) of a
     parameter that no layer multiplies by, such as experts.
 
-    What is packed already stays as it is, so do arrays that are no floats. Works inside jax.eval_shape and jax.jit, too
-    (errors of the result are not in the report then).
+    What is packed already stays as it is, so do arrays that are no floats. Works inside jax.eval_shape and jax.jit,
+    as in `jax.eval_shape(lambda p: ifjax.quantize_params(p, rules)[0], params)`; the report then has no errors.
 
     Args:
         params: a tree of arrays: nested dictionaries, linen variables (of which the collection "params" is quantized),
@@ -106,7 +106,8 @@ def fake_quantize_params(
 def trainable_mask(params: Any) -> Any:
     """A tree of booleans, False for packed parameters and for what is no float, for `optax.masked` and the like.
 
-    optax makes states for the arrays inside a QTensor, and updates for them, without a word: mask them.
+    optax makes states for the arrays inside a QTensor, and updates for them, without a word: mask them, and
+    differentiate the other parameters alone (for the packed ones jax.grad has float0, which optax cannot add).
 
     Example:
         >>> import jax.numpy as jnp

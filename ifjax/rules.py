@@ -275,7 +275,8 @@ def default_rules(weight_fmt: str | Format = "if4", act_fmt: str | Format | None
     of class Embed, and whatever has "embed" in its name (patch projections too), or is called wte or wpe. Other names
     need a rule of their own in front: (Rule("Dense_7", weight_fmt=None), *default_rules()).
 
-    All are optional: parameters shorter than a block, and matrices of `self.param`, stay as they are.
+    All are optional: parameters shorter than a block, and matrices of `self.param`, stay as they are. Of the matrices
+    `Report.check` asks for a decision: a rule with their axis, or one that excludes them.
     """
     head = Rule(rf"(?:.*/)?(?:{'|'.join(_HEADS)})(?:/.*)?", None, optional=True)
     embedding = Rule(r"(?:.*/)?(?:[^/]*(?i:embed)[^/]*|wte|wpe)(?:/.*)?", None, optional=True)
