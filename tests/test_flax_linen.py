@@ -105,6 +105,7 @@ def _is_packed(leaf):
 VARIANTS = {
     "Dense without bias", "DenseGeneral out", "DenseGeneral of first", "Einsum", "Conv causal", "ConvLocal",
     "ConvTranspose", "LSTM", "GRU", "OptimizedLSTM", "DenseGeneral of batches", "Dense of bfloat16",
+    "attention", "tied",
 }  # fmt: skip
 
 
@@ -207,7 +208,9 @@ def test_tokens_keep_their_amax_where_the_contraction_comes_first():
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ConvTranspose", "tied", pytest.param("LSTM", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["tied", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ConvTranspose", "LSTM"))]
+)
 def test_quantized_activations_change_what_these_layers_give(name):
     model, variables, x = build(name)
     weights = ifjax.quantized(model.apply, EVERYWHERE)(variables, x)

@@ -101,7 +101,7 @@ def assert_is_product(got, a, b):
 
 
 @pytest.mark.parametrize("name", [
-    name if name in ("if4_mseden", "w4a4_qat") else pytest.param(name, marks=pytest.mark.slow)
+    name if name in ("nvfp4", "w4a4_qat") else pytest.param(name, marks=pytest.mark.slow)
     for name in RECIPES
 ])  # fmt: skip
 def test_each_product_multiplies_what_the_record_says(name):
