@@ -5,10 +5,11 @@ Formats:     FORMATS, get_format, Format, Candidate, Grid, Scale
 Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
 Models:      quantize_params, fake_quantize_params, gptq, trainable_mask, Report
              Rule, default_rules, load_rules, save_rules
-Training:    quantized_dot_general, recipes, ms_eden
-Flax:        quantized, interceptors, calibrate, PackedParam (these import flax when they are first used)
+Training:    quantized_dot_general, recipes, ms_eden, training_report, optim
+Flax:        quantized, interceptors, calibrate, PackedParam, with_recipes (these import flax when first used)
 Rotate:      hadamard, inverse_hadamard, random_signs
 Place:       device_put, shardings
+Store:       save_file, load_file, open_file (safetensors; checkpoint has Orbax's, convert works file to file)
 Exchange:    to_ml_dtypes, swizzle_scales, unswizzle_scales
 Hardware:    mac (IF4 and NVFP4 multiply-accumulate units)
 """
@@ -22,10 +23,11 @@ from ifjax._hadamard import hadamard, inverse_hadamard, random_signs
 from ifjax._kernels import Prepacked, prepack
 from ifjax._matmul import dot_general, einsum, explain_matmul, matmul, ragged_dot
 from ifjax._mseden import ms_eden
+from ifjax.checkpoint import load_file, open_file, save_file
 from ifjax.formats import FORMATS, Candidate, Format, get_format
 from ifjax.grids import Grid
 from ifjax.layouts import swizzle_scales, unswizzle_scales
-from ifjax.ptq import fake_quantize_params, quantize_params, trainable_mask
+from ifjax.ptq import fake_quantize_params, quantize_params, trainable_mask, training_report
 from ifjax.qtensor import QTensor, dequantize, device_put, fake_quantize, quantize, shardings, to_ml_dtypes
 from ifjax.recipes import quantized_dot_general
 from ifjax.report import Report
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from ifjax.flax import interceptors
     from ifjax.flax.calibration import Calibration, calibrate
     from ifjax.flax.interceptors import quantized
-    from ifjax.flax.nnx import PackedParam
+    from ifjax.flax.nnx import PackedParam, with_recipes
 
 __version__ = "0.1.0"
 
@@ -67,10 +69,12 @@ __all__ = [
     "hadamard",
     "interceptors",
     "inverse_hadamard",
+    "load_file",
     "load_rules",
     "mac",
     "matmul",
     "ms_eden",
+    "open_file",
     "optim",
     "prepack",
     "quantize",
@@ -80,12 +84,15 @@ __all__ = [
     "ragged_dot",
     "random_signs",
     "recipes",
+    "save_file",
     "save_rules",
     "shardings",
     "swizzle_scales",
     "to_ml_dtypes",
     "trainable_mask",
+    "training_report",
     "unswizzle_scales",
+    "with_recipes",
 ]
 
 _IN_FLAX = {
@@ -95,6 +102,7 @@ _IN_FLAX = {
     "calibrate": "ifjax.flax.calibration",
     "Calibration": "ifjax.flax.calibration",
     "PackedParam": "ifjax.flax.nnx",
+    "with_recipes": "ifjax.flax.nnx",
 }
 
 

@@ -17,6 +17,7 @@ from jax.core import Tracer
 from ifjax._gptq import gptq
 from ifjax.formats import Format
 from ifjax.qtensor import DTYPES, QTensor, quantize
+from ifjax.recipes import Recipe, get_recipe
 from ifjax.report import Entry, Report
 from ifjax.rules import (
     Kernel,
@@ -30,6 +31,8 @@ from ifjax.rules import (
     innermost,
     join_path,
     reason_against,
+    seen_in_training,
+    training_rules,
 )  # fmt: skip
 
 Rules = Iterable[Rule] | Rule | str | Format | None
@@ -103,6 +106,42 @@ def fake_quantize_params(
     return _quantize(params, rules, model, sample, method, calibration, fake=True)
 
 
+def training_report(
+    params: Any, rules: Iterable[Rule] | Rule | Recipe | str, *, model: Any, sample: Any = None, method: Any = None
+) -> Report:
+    """What `ifjax.interceptors.training` and `ifjax.with_recipes` will do: which kernels multiply by which recipe.
+
+    Nothing is computed. `fmt` of an entry is the recipe's name, and bytes are those of the floats that are trained.
+
+    Args:
+        params: the model's parameters, or their shapes; as for `quantize_params`.
+        rules: as for `ifjax.interceptors.training`.
+        model, sample, method: as for `quantize_params`.
+
+    Raises:
+        ValueError: a rule is of no use on these parameters; no rule has a recipe.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> model, x = nn.Sequential([nn.Dense(64), nn.Dense(10, name="head")]), jnp.ones((4, 32))
+        >>> params = jax.eval_shape(model.init, jax.random.key(0), x)
+        >>> report = ifjax.training_report(params, "nvfp4", model=model, sample=x)
+        >>> [(entry.path, entry.fmt or entry.reason) for entry in report.entries if "kernel" in entry.path]
+        [('head/kernel', "the rule '(.*/)?(...)' excludes it"), ('layers_0/kernel', 'nvfp4')]
+    """
+    rules = training_rules(rules)
+    if model is None:
+        raise TypeError("training_report needs model=: it says where the parameters are multiplied by")
+    inner, _ = _split(params)
+    walk = _walk(model, params, sample, method)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(inner, is_leaf=_is_leaf)
+    found = [p._replace(seen=_seen_in_training(p)) for p in _parameters(leaves, rules, walk)]
+    if found:
+        check_used(rules, [p.seen for p in found] + _others_seen(found, walk))
+    return Report(tuple(_entry_in_training(p) for p in found))
+
+
 def trainable_mask(params: Any) -> Any:
     """A tree of booleans, False for packed parameters and for what is no float, for `optax.masked` and the like.
 
@@ -145,8 +184,19 @@ class _Parameter(NamedTuple):
 def _quantize(params, rules, model, sample, method, calibration, *, fake):
     rules = as_rules(rules)
     inner, put_back = _split(params)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(inner, is_leaf=_is_leaf)
     walk = _walk(model, params, sample, method)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(inner, is_leaf=_is_leaf)
+    found = _parameters(leaves, rules, walk)
+    if found:
+        check_used(rules, [p.seen for p in found] + _others_seen(found, walk))
+    done = [_one(p, calibration, fake) for p in found]
+    new = iter([leaf for leaf, _ in done])
+    tree = jax.tree_util.tree_unflatten(structure, [next(new) if _is_parameter(leaf) else leaf for _, leaf in leaves])
+    entries = [_entry(fields) for _, fields in done]
+    return put_back(tree), Report((*entries, *_products(rules, walk)))
+
+
+def _parameters(leaves, rules, walk) -> list[_Parameter]:
     found = []
     for keys, leaf in leaves:
         if not _is_parameter(leaf):
@@ -158,20 +208,20 @@ def _quantize(params, rules, model, sample, method, calibration, *, fake):
         seen = _seen(path, value, kernel, module, stacked, walk)
         rule = first_match(rules, seen.path, module)
         found.append(_Parameter(path, leaf, value, kernel, module, stacked, seen, rule))
-    seen = [p.seen for p in found]
-    if walk is not None:
-        products = (k for k in walk.kernels.values() if not k.axes)
-        seen += [Seen(k.path, k.module, False, k.reason, operands=k.operands) for k in products]
-        known = {s.path for s in seen}
-        seen += [Seen(path, name, False, f"{name} has no matmul of its own") for path, name in walk.modules.items()
-                 if path not in known]
-    if found:
-        check_used(rules, seen)
-    done = [_one(p, calibration, fake) for p in found]
-    new = iter([leaf for leaf, _ in done])
-    tree = jax.tree_util.tree_unflatten(structure, [next(new) if _is_parameter(leaf) else leaf for _, leaf in leaves])
-    entries = [_entry(fields) for _, fields in done]
-    return put_back(tree), Report((*entries, *_products(rules, walk)))
+    return found
+
+
+def _others_seen(found: list[_Parameter], walk: Walk | None) -> list[Seen]:
+    """What rules may name and has no parameter of its own."""
+    if walk is None:
+        return []
+    products = (k for k in walk.kernels.values() if not k.axes)
+    seen = [Seen(k.path, k.module, False, k.reason, operands=k.operands) for k in products]
+    known = {s.path for s in [*(p.seen for p in found), *seen]}
+    return seen + [
+        Seen(path, name, False, f"{name} has no matmul of its own")
+        for path, name in walk.modules.items() if path not in known
+    ]  # fmt: skip
 
 
 def _products(rules, walk) -> Iterable[Entry]:
@@ -238,6 +288,28 @@ def _seen(path, value, kernel, module, stacked, walk) -> Seen:
     if walk is not None and path not in walk.reached:
         return Seen(path, module, False, _NOT_READ)
     return Seen(path, module, raw_shape=shape)
+
+
+def _seen_in_training(p: _Parameter) -> Seen:
+    if p.kernel is not None:
+        return seen_in_training(p.kernel)
+    return Seen(p.seen.path, p.module, False, p.seen.reason or "no module tells where it is multiplied by")
+
+
+def _entry_in_training(p: _Parameter) -> Entry:
+    recipe = None if p.rule is None or p.rule.recipe is None else get_recipe(p.rule.recipe)
+    reason, bits = p.seen.reason, 8.0 * p.value.dtype.itemsize
+    if p.rule is None:
+        reason = reason or "no rule matches it"
+    elif p.rule.excludes:
+        reason = reason_against(p.rule, p.seen)
+    elif recipe is None:
+        reason = reason or f"the rule {p.rule.path!r} has no recipe"
+    return Entry(
+        p.path, p.module, tuple(p.value.shape), str(p.value.dtype), recipe.name if recipe and not reason else None,
+        None, bits, _nbytes(p.value), _nbytes(p.value), rule=None if p.rule is None else p.rule.path, reason=reason,
+        expected=p.kernel is None or p.seen.quantizable or recipe is None,
+    )  # fmt: skip
 
 
 # --- one parameter ---------------------------------------------------------------------------------------------------

@@ -250,6 +250,21 @@ def as_rules(rules: Iterable[Rule] | Rule | str | Format | None) -> tuple[Rule, 
     return rules
 
 
+def training_rules(rules: Iterable[Rule] | Rule | Recipe | str) -> tuple[Rule, ...]:
+    """Rules of which some have a recipe; a recipe alone, by name or record, stands for `default_rules` with it.
+
+    Raises:
+        ValueError: no rule has a recipe.
+    """
+    if isinstance(rules, Recipe | str):
+        *others, everything = default_rules()
+        return *others, dataclasses.replace(everything, recipe=get_recipe(rules))
+    rules = as_rules(rules)
+    if not any(rule.recipe is not None for rule in rules):
+        raise ValueError("no rule has a recipe: write Rule('.*', recipe='if4'), or pass a recipe")
+    return rules
+
+
 def first_match(rules: Iterable[Rule], path: str, module: str | None = None) -> Rule | None:
     """The first rule that matches, which may be one that excludes; None if none does."""
     return next((rule for rule in rules if rule.matches(path, module)), None)
@@ -297,6 +312,7 @@ class Kernel(NamedTuple):
         reason: why nothing of it can be quantized; None if it can.
         operands: which of OPERANDS the module multiplies.
         note: what else a report should say.
+        training: why no recipe applies; None if one does.
     """
 
     parameter: str
@@ -308,6 +324,7 @@ class Kernel(NamedTuple):
     reason: str | None = None
     operands: tuple[str, ...] = ()
     note: str | None = None
+    training: str | None = None
 
 
 def blocked_axis(axes: Sequence[int], shape: tuple[int, ...], block: int) -> int:
@@ -369,6 +386,12 @@ class Seen(NamedTuple):
     length: int | None = None
     raw_shape: tuple[int, ...] | None = None
     operands: tuple[str, ...] = ()
+
+
+def seen_in_training(kernel: Kernel) -> Seen:
+    """Lengths do not matter there: the last block of any is filled up."""
+    reason = kernel.reason or kernel.training
+    return Seen(kernel.path, kernel.module, reason is None, reason)
 
 
 def reason_against(rule: Rule, seen: Seen) -> str | None:

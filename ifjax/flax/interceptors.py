@@ -1,6 +1,5 @@
 """Interceptors of Flax linen methods: modules run unchanged, and their products are quantized as rules say."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ifjax.flax.calibration import Calibration, value_name
-from ifjax.flax.linen import Layer, Operands, Watcher, attention_refusal, inside, layer_of
+from ifjax.flax.linen import Layer, Operands, Watcher, attention_refusal, inside, layer_of, training_refusal
 from ifjax.formats import Format
 from ifjax.qtensor import QTensor, quantize
 from ifjax.recipes import Recipe, get_recipe, quantized_dot_general
@@ -20,10 +19,10 @@ from ifjax.rules import (
     Seen,
     as_rules,
     blocked_axis,
-    default_rules,
     first_match,
     join_path,
     reason_against,
+    training_rules,
 )  # fmt: skip
 
 
@@ -76,17 +75,6 @@ def training(rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantiz
         ValueError: no rule has a recipe; from the model: noise is needed and there is no such rng.
     """
     return _Training(training_rules(rules), rng)
-
-
-def training_rules(rules: Iterable[Rule] | Rule | Recipe | str) -> tuple[Rule, ...]:
-    """Rules with recipes, from what `training` takes."""
-    if isinstance(rules, Recipe | str):
-        *others, everything = default_rules()
-        return *others, dataclasses.replace(everything, recipe=get_recipe(rules))
-    rules = as_rules(rules)
-    if not any(rule.recipe is not None for rule in rules):
-        raise ValueError("no rule has a recipe: write Rule('.*', recipe='if4'), or pass a recipe")
-    return rules
 
 
 def quantized(
@@ -249,9 +237,7 @@ class _Training(Watcher):
         path, name = self.note(module)
         if layer is None:
             return next_fun(*args, **kwargs)
-        reason = layer.training
-        if getattr(module, "dot_general_cls", None) is not None or getattr(module, "dot_general", None) is not None:
-            reason = "the module has a dot_general of its own"
+        reason = training_refusal(module, layer)
         parameter = join_path((*module.path, layer.kernel)) if layer.kernel else path
         if parameter not in self.layers or reason is None:  # Embed looks up, too
             self.layers[parameter] = Seen(path, name, reason is None, reason)

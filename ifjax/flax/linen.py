@@ -195,6 +195,16 @@ def attention_refusal(module: Any) -> str | None:
     return None
 
 
+def has_own_product(module: Any) -> bool:
+    """Whether the module was given a dot_general."""
+    return any(getattr(module, name, None) is not None for name in ("dot_general_cls", "dot_general"))
+
+
+def training_refusal(module: Any, layer: Layer) -> str | None:
+    """Why no recipe applies to this layer; None if one does."""
+    return "the module has a dot_general of its own" if has_own_product(module) else layer.training
+
+
 def _rounded(operands, x, axes, operand="input"):
     """The activation as an array, with a straight-through gradient."""
     q = operands.activation(x, axes, operand)
@@ -384,13 +394,15 @@ def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> W
         if isinstance(box, _Probe):
             reasons[f"{box.path.rpartition('/')[0]}/bias"] = "a bias is added"
             axes = tuple(box.axes[a] for a in layer.axes(module, args, kwargs, len(box.axes)))
-            own = getattr(module, "dot_general_cls", None) or getattr(module, "dot_general", None)
-            note = "weights are dequantized for the module's own dot_general" if own is not None else None
-            kernels.setdefault(box.path, Kernel(box.path, path, name, axes, box.stacked, layer.activations, note=note))
+            note = "weights are dequantized for the module's own dot_general" if has_own_product(module) else None
+            kernels.setdefault(box.path, Kernel(
+                box.path, path, name, axes, box.stacked, layer.activations, note=note,
+                training=training_refusal(module, layer),
+            ))  # fmt: skip
         elif isinstance(box, QTensor):
             parameter = join_path((*module.path, layer.kernel))
             reasons[join_path((*module.path, "bias"))] = "a bias is added"
-            kernels.setdefault(parameter, Kernel(parameter, path, name, (box.axis,)))
+            kernels.setdefault(parameter, Kernel(parameter, path, name, (box.axis,), training="it is packed"))
         return next_fun(*args, **kwargs)
 
     def evaluate(variables, args, kwargs):

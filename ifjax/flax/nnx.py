@@ -1,18 +1,32 @@
 """NNX: a variable that holds packed values and reads as an array, and where a model's matmul kernels are."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from flax import nnx
 from flax.typing import MISSING
+from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from ifjax.qtensor import QTensor, shardings
-from ifjax.rules import Kernel, Walk, join_path
+from ifjax.recipes import Recipe, get_recipe, quantized_dot_general
+from ifjax.rules import (
+    Kernel,
+    Rule,
+    Seen,
+    Walk,
+    check_used,
+    first_match,
+    join_path,
+    seen_in_training,
+    training_rules,
+)  # fmt: skip
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 class PackedParam(nnx.Variable):
@@ -162,6 +176,92 @@ def walk(model: nnx.Module) -> Walk:
     return found
 
 
+def with_recipes(
+    model: M, rules: Iterable[Rule] | Rule | Recipe | str | None, *, rngs: nnx.Rngs | nnx.RngStream | None = None
+) -> M:
+    """A copy of an NNX model that multiplies by recipes, forward and backward; for training.
+
+    Linear and LinearGeneral that a rule with a recipe matches get a `dot_general` (`RecipeProduct`), wherever they
+    are: attention and recurrent cells are made of them. Modules without a place for one (Einsum, Embed, Conv) stay as
+    they are, and a rule that asks for nothing else is an error. Parameters and their paths are those of `model`: any
+    optimizer and checkpoint fits, and `nnx.update(model, nnx.state(trained, nnx.Param))` takes them back, for
+    `ifjax.quantize_params`.
+
+    Noise comes from a stream of the module's own, as nnx.Dropout's does: its key and count are part of the state, and
+    each call draws anew. Layers that nnx.vmap stacked along the first axes have stacked keys.
+
+    Args:
+        rules: as for `ifjax.interceptors.training`; None takes the recipes of an earlier call away.
+        rngs: for recipes with noise; the stream "quantize" if there is one, else the default one.
+
+    Raises:
+        TypeError: `model` is no NNX module.
+        ValueError: a rule is of no use; a recipe draws noise and there are no rngs; parameters are packed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import ifjax
+        >>> model = nnx.Sequential(nnx.Linear(32, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 4, rngs=nnx.Rngs(1)))
+        >>> trained = ifjax.with_recipes(model, "nvfp4", rngs=nnx.Rngs(quantize=2))
+        >>> grads = nnx.grad(lambda model, x: model(x).sum())(trained, jnp.ones((8, 32)))
+        >>> grads.layers[0].kernel.shape
+        (32, 64)
+    """
+    rules = () if rules is None else training_rules(rules)
+    found, copy = walk(model), nnx.clone(model)
+    if rules:
+        seen = [seen_in_training(kernel) for kernel in found.kernels.values()]
+        known = {s.path for s in seen}
+        others = [(path, name) for path, name in found.modules.items() if path not in known]
+        check_used(rules, [*seen, *(Seen(path, name, False, f"{name} has no matmul") for path, name in others)])
+    modules = {join_path(map(str, path)): module for path, module in nnx.iter_modules(copy)}
+    for module in modules.values():
+        if isinstance(getattr(module, "dot_general", None), RecipeProduct):
+            module.dot_general = nnx.static(lax.dot_general)
+    for kernel in found.kernels.values():
+        rule, module = first_match(rules, kernel.path, kernel.module), modules[kernel.path]
+        if rule is None or rule.recipe is None:
+            continue
+        if isinstance(_parameter(module, kernel).get_raw_value(), QTensor):
+            raise ValueError(f"{kernel.path!r} is packed, and training needs floats: exclude it by Rule(path, None)")
+        if kernel.reason is None and kernel.training is None:
+            module.dot_general = nnx.data(_product(get_recipe(rule.recipe), kernel, module, rngs))
+    return copy
+
+
+def _product(recipe: Recipe, kernel: Kernel, module: nnx.Module, rngs: nnx.Rngs | nnx.RngStream | None):
+    if not recipe.needs_key:
+        return RecipeProduct(recipe)
+    if rngs is None:
+        raise ValueError(f"recipe {recipe.name!r} draws noise: pass rngs=nnx.Rngs(quantize=0)")
+    stream = rngs.quantize if isinstance(rngs, nnx.Rngs) else rngs
+    lead = _parameter(module, kernel).shape[: len(kernel.stacked)]
+    return RecipeProduct(recipe, stream.split(lead) if lead else stream.fork())
+
+
+def _parameter(module: nnx.Module, kernel: Kernel) -> nnx.Variable:
+    return getattr(module, kernel.parameter.rpartition("/")[2])
+
+
+class RecipeProduct(nnx.Module):
+    """`ifjax.quantized_dot_general` by one recipe, as the `dot_general` of an NNX module.
+
+    Attributes:
+        recipe: a record.
+        stream: of keys, a new one for each call; None for recipes without noise.
+    """
+
+    def __init__(self, recipe: Recipe, stream: nnx.RngStream | None = None):
+        self.recipe, self.stream = recipe, nnx.data(stream)
+
+    def __call__(self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None):
+        return quantized_dot_general(
+            lhs, rhs, dimension_numbers, self.recipe, None if self.stream is None else self.stream(),
+            precision=precision, preferred_element_type=preferred_element_type, out_sharding=out_sharding,
+        )  # fmt: skip
+
+
 def is_parameter(variable: nnx.Variable) -> bool:
     """Whether it is a weight: no statistic, cache or random state."""
     return isinstance(variable, nnx.Param | PackedParam)
@@ -190,6 +290,7 @@ def _tell(found: Walk, model: nnx.Module, path: tuple[Any, ...], variable: nnx.V
         found.kernels[parameter] = Kernel(
             parameter, owner, type(module).__name__, axes, stacked, unfit_for=_FLOAT_ACTIVATIONS,
             reason=None if rewriter is None else f"{type(rewriter).__name__} rewrites it at every call",
+            training=_training_refusal(module),
         )  # fmt: skip
 
 
@@ -231,6 +332,17 @@ def _reason(module: nnx.Module, name: str, axes: tuple[int, ...]) -> str | None:
     if isinstance(module, nnx.Einsum) and name == "kernel" and module.einsum_str is not None and not axes:
         return f"{module.einsum_str!r} contracts none of its axes, or takes a diagonal"
     return None
+
+
+def _training_refusal(module: nnx.Module) -> str | None:
+    """Why no recipe applies to the module; None if one does."""
+    if not isinstance(module, nnx.Linear | nnx.LinearGeneral):
+        return f"nnx.{type(module).__name__} has no place for another product, only Linear and LinearGeneral have"
+    product = module.dot_general
+    free = isinstance(product, RecipeProduct) or product in (None, lax.dot_general)
+    if free and getattr(module, "dot_general_cls", None) is None:
+        return None
+    return "the module has a dot_general of its own"
 
 
 def _contraction(module: Any, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
