@@ -23,6 +23,7 @@ FLOORS = {
     "_kernels": 4, "_matmul": 4,
     "_gptq": 4, "_mseden": 4, "recipes": 5, "rules": 5, "report": 6, "ptq": 6,
     "flax": 6, "optim": 6, "checkpoint": 6, "analysis": 6, "plots": 6, "mac": 6, "cli": 6, "__main__": 6,
+    "_files": 6, "_pieces": 6, "convert": 6, "exchange": 6,
 }  # fmt: skip
 SAME_FLOOR = {
     ("scales", "grids"), ("rounding", "grids"),
@@ -30,6 +31,13 @@ SAME_FLOOR = {
     ("rules", "recipes"),
     ("ptq", "report"), ("ptq", "flax"),  # what a Flax model says of its parameters
     ("cli", "analysis"), ("cli", "plots"), ("__main__", "cli"),
+    # Checkpoints: bytes in files and matrices in pieces, then trees, then what goes from file to file.
+    ("_files", "analysis"), ("_pieces", "analysis"),
+    ("checkpoint", "_files"), ("checkpoint", "analysis"), ("checkpoint", "ptq"),
+    ("convert", "_files"), ("convert", "_pieces"), ("convert", "analysis"), ("convert", "checkpoint"),
+    ("convert", "ptq"), ("convert", "report"),
+    ("cli", "_files"), ("cli", "checkpoint"), ("cli", "convert"),
+    ("exchange", "_files"),
 }  # fmt: skip
 TOP = max(FLOORS.values())
 
