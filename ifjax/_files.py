@@ -168,7 +168,7 @@ def safetensors_writer(
                 raise RuntimeError(f"{name} got more bytes than its shape holds")
             file.seek(at[name])
             _write_all(file, data)
-            sums[name] = zlib.crc32(data, sums[name])
+            sums[name] = zlib.crc32(data.data, sums[name])
             at[name] += data.size
 
         yield write
@@ -347,7 +347,7 @@ class Reader:
         self._file.seek(self.entry.start + start)
         done = 0
         while done < count:
-            got = self._file.readinto(data[done:])
+            got = self._file.readinto(data.data[done:])
             if not got:
                 raise FileError(f"{self.path} ends within {self.entry.name!r}: it has been changed since it was opened")
             done += got

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import lax
 
-from ifjax.analysis import _energies, _total, _unit
+from ifjax.analysis import _unit
 from ifjax.codec import Loss
 from ifjax.formats import Format
 from ifjax.packing import packed_length
@@ -86,31 +85,30 @@ def amax_of(read: Read, size: int) -> np.float32:
     return top
 
 
-def encode(read: Read, shape: tuple[int, int], amax: np.ndarray | None, how: Encoding) -> Iterator[Encoded]:
+def encode(read: Read, shape: tuple[int, int], amax: np.float32, how: Encoding) -> Iterator[Encoded]:
     """The bytes of the matrix's QTensor, some whole rows or runs of blocks at a time.
 
-    `amax` is of shape (); None for formats without, which are then measured in units of 1.
+    In formats without an amax it is only what sums are reckoned in units of.
     """
     slabs = _squares if how.block_2d else _rows if how.axis == -1 else _columns
-    unit = _unit(1.0 if amax is None else float(amax))
-    scale = amax if how.fmt.scale.largest is not None else None
+    unit = _unit(float(amax))
+    scale = None if how.fmt.scale.largest is None else amax
 
     def start(slab):
         x, finish = slab
-        axis = how.axis if how.block_2d else -1
-        settings = {**how._asdict(), "axis": axis}
         pieces = [x] if how.block_2d else _cut(x, _piece(how.fmt))
-        return x.shape, finish, [_encode(p, scale, np.float32(1 / unit), **settings) for p in pieces]
+        return x.shape, finish, [_start(piece, scale, how) for piece in pieces]
 
     for (rows, length), finish, pieces in _one_ahead(map(start, slabs(read, shape, how))):
-        codes, scales, signal, noise = zip(*pieces, strict=True)
+        xs, codes, scales, decoded = zip(*pieces, strict=True)
         codes, scales = _joined(codes), _joined(scales)
         if not how.block_2d:
             codes = codes[: rows * packed_length(length, how.fmt.bits)].reshape(rows, -1)
             scales = scales[: rows * (length // how.fmt.block)].reshape(rows, -1)
         codes, scales = finish(codes, scales)
-        sums = [sum(_total(part, unit) for part in parts) if how.measured else 0.0 for parts in (signal, noise)]
-        yield Encoded(np.ascontiguousarray(codes), np.ascontiguousarray(scales), *sums)
+        sums = [_energies(x, d, unit) for x, d in zip(xs, decoded, strict=True)] if how.measured else [(0.0, 0.0)]
+        signal, noise = map(sum, zip(*sums, strict=True))
+        yield Encoded(np.ascontiguousarray(codes), np.ascontiguousarray(scales), signal, noise)
 
 
 def decode(codes: Read, scales: Read, shape: tuple[int, int], q: QTensor, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -124,7 +122,7 @@ def decode(codes: Read, scales: Read, shape: tuple[int, int], q: QTensor, dtype:
     def start(slab):
         c, s, finish = slab
         pieces = zip(_cut(c, packed), _cut(s, blocks), strict=True)
-        settings = {"fmt": q.fmt, "headroom": q.headroom, "dtype": dtype}
+        settings = {"fmt": q.fmt, "headroom": q.headroom, "length": _piece(q.fmt), "dtype": dtype}
         return s.shape, finish, [_decode(c, s, q.amax, **settings) for c, s in pieces]
 
     for (rows, blocks_in_row), finish, pieces in _one_ahead(map(start, slabs(codes, scales, shape, q))):
@@ -276,15 +274,38 @@ def _one_ahead(started: Iterator[Any]) -> Iterator[Any]:
         yield before
 
 
-@jax.jit(static_argnames=Encoding._fields)
-def _encode(x, amax, inverse_unit, *, fmt, axis, loss, search, block_2d, measured):
-    q = quantize(x, fmt, axis=axis, loss=loss, search=search, block_2d=block_2d, amax=amax)
-    sums = _energies(x, q.dequantize(jnp.float32), inverse_unit) if measured else (0.0, 0.0)
-    return q.codes, q.scale_bytes(), *sums
+def _start(x, amax, how: Encoding):
+    """x, its codes and scale bytes, and the values they decode to, if these are wanted."""
+    axis = how.axis if how.block_2d else -1
+    settings = {**how._asdict(), "axis": axis}
+    del settings["measured"]
+    codes, scales = _encode(x, amax, **settings)
+    decoded = None
+    if how.measured:  # in a program of its own: within one, XLA:CPU would encode again for each value that it decodes
+        static = {"fmt": how.fmt, "headroom": 1.0, "axis": axis, "length": x.shape[axis], "dtype": np.dtype(np.float32)}
+        decoded = _decode(codes, scales, amax, **static)
+    return x, codes, scales, decoded
 
 
-@jax.jit(static_argnames=("fmt", "headroom", "dtype"))
-def _decode(codes, scale_bytes, amax, *, fmt, headroom, dtype):
+@jax.jit(static_argnames=("fmt", "axis", "loss", "search", "block_2d"))
+def _encode(x, amax, **settings):
+    q = quantize(x, amax=amax, **settings)
+    return q.codes, q.scale_bytes()
+
+
+@jax.jit(static_argnames=("fmt", "headroom", "axis", "length", "dtype"))
+def _decode(codes, scale_bytes, amax, *, fmt, headroom, length, dtype, axis=-1):
     scales = lax.bitcast_convert_type(scale_bytes, fmt.scale.dtype)
-    length = scales.size * fmt.block
-    return QTensor(codes, scales, amax, fmt, headroom, -1, length, np.dtype(np.float32), False).dequantize(dtype)
+    return QTensor(codes, scales, amax, fmt, headroom, axis, length, np.dtype(np.float32), False).dequantize(dtype)
+
+
+def _energies(x: np.ndarray, decoded: Any, unit: float) -> tuple[float, float]:
+    """Sums of the squares of x and of the error, reckoned in units of `unit`."""
+
+    def energy(v):  # in float32 over runs that are short enough, then in float64
+        v = v.reshape(-1) * np.float32(1 / unit)
+        runs = np.concatenate([v, np.zeros(-v.size % 256, v.dtype)]).reshape(-1, 256) if v.size % 256 else v
+        return float(np.einsum("ij,ij->i", *[runs.reshape(-1, 256)] * 2).sum(dtype=np.float64)) * unit**2
+
+    with np.errstate(invalid="ignore"):  # of infinities
+        return energy(x), energy(np.asarray(decoded) - x)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ifjax import _files
 from ifjax._files import Contents, Foreign, Reader, Slot, Write
@@ -264,7 +265,7 @@ class Checkpoint(Mapping[str, Any]):
         found = 0
         with self.reader(stored) as reader:
             for chunk in reader.chunks():
-                found = zlib.crc32(chunk, found)
+                found = zlib.crc32(chunk.data, found)
         if found != self.sums[stored]:
             raise FileError(
                 f"{self._file_of[stored]}: {stored!r} is damaged: its checksum is {found:08x}, and it was written with "
@@ -378,18 +379,7 @@ def _write_one(path: Path, items: Sequence[Item], metadata: Mapping[str, str]) -
 
 
 def _metadata_of(items, slots, metadata) -> Callable[[Mapping[str, str]], dict[str, str]]:
-    formats: dict[Format, str] = {}
-    tensors = {}
-    for name, _, packed, _ in items:
-        if packed is None:
-            continue
-        if packed.fmt not in formats:  # records of one name may differ
-            taken = sum(fmt.name == packed.fmt.name for fmt in formats)
-            formats[packed.fmt] = f"{packed.fmt.name}#{taken + 1}" if taken else packed.fmt.name
-        fields = packed._asdict() | {"fmt": formats[packed.fmt], "dtype": packed.dtype.name}
-        tensors[name] = {key: value for key, value in fields.items() if key != "names" or value is not None}
-    records = {key: fmt.to_dict() for fmt, key in formats.items()}
-    own = {"layout": LAYOUT, "formats": records, "tensors": tensors}
+    own = _description({name: packed for name, _, packed, _ in items if packed is not None})
     shapes = {slot.name: (slot.dtype, slot.shape) for slot in slots}
 
     def make(sums):
@@ -397,6 +387,19 @@ def _metadata_of(items, slots, metadata) -> Callable[[Mapping[str, str]], dict[s
         return fields | {_SEAL: _seal(shapes, fields)}
 
     return make
+
+
+def _description(packed: Mapping[str, Packed]) -> dict[str, Any]:
+    """The records of packed tensors as plain JSON values; a format that several share is written once."""
+    formats: dict[Format, str] = {}
+    tensors = {}
+    for name, p in packed.items():
+        if p.fmt not in formats:  # records of one name may differ
+            taken = sum(fmt.name == p.fmt.name for fmt in formats)
+            formats[p.fmt] = f"{p.fmt.name}#{taken + 1}" if taken else p.fmt.name
+        fields = p._asdict() | {"fmt": formats[p.fmt], "dtype": p.dtype.name}
+        tensors[name] = {key: value for key, value in fields.items() if key != "names" or value is not None}
+    return {"layout": LAYOUT, "formats": {key: fmt.to_dict() for fmt, key in formats.items()}, "tensors": tensors}
 
 
 def _seal(shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> str:
@@ -422,10 +425,10 @@ def _item(name: str, value: Any) -> Item:
     q = value
     arrays = {f"{name}.codes": q.codes, f"{name}.scales": q.scales, f"{name}.amax": q.amax}
     for stored, a in arrays.items():
-        if not (a is None or isinstance(a, jax.Array | np.ndarray)) or isinstance(a, jax.core.Tracer):
+        if not (a is None or isinstance(a, jax.Array | np.ndarray | np.generic)) or isinstance(a, Tracer):
             raise TypeError(f"{stored!r} must be an array to be saved, got {type(a).__name__}")
     slots = packed_slots(name, q.fmt, q.codes.shape, q.scales.shape, None if q.amax is None else q.amax.shape)
-    packed = Packed(q.fmt, q.headroom, q.axis, q.shape, np.dtype(q.dtype), q.block_2d, q.names)
+    packed = _record_of(q)
     q.fmt.to_dict()  # refuses a scale that is code, before anything is written
     if (fault := _fault_of(packed, *(slot.shape for slot in slots))) is not None:
         raise ValueError(f"{name!r}: {fault}")
@@ -437,8 +440,12 @@ def _item(name: str, value: Any) -> Item:
     return Item(name, slots, packed, fill)
 
 
+def _record_of(q: QTensor) -> Packed:
+    return Packed(q.fmt, q.headroom, q.axis, q.shape, np.dtype(q.dtype), q.block_2d, q.names)
+
+
 def _on_host(name: str, value: Any) -> np.ndarray:
-    if isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if isinstance(value, Tracer | jax.ShapeDtypeStruct):
         raise TypeError(f"{name!r} must be an array to be saved, got {type(value).__name__}")
     if not getattr(value, "is_fully_addressable", True):
         raise ValueError(f"{name!r} is spread over several hosts: save such trees with `ifjax.checkpoint.save_orbax`")
@@ -493,15 +500,11 @@ def _read_metadata(contents: Contents) -> tuple[dict[str, Packed], dict[str, int
         raise fault(f"its checksum is {seal}, and it was written with {metadata[_SEAL]}")
     try:
         own = json.loads(metadata[_META])
-        layout = own["layout"]
-        if isinstance(layout, int) and layout > LAYOUT:
-            raise FileError(f"{path} is of layout {layout}, and this ifjax reads up to {LAYOUT}: install a newer one")
-        formats = {key: Format.from_dict(record) for key, record in own["formats"].items()}
-        packed = {name: _packed_of(fields, formats) for name, fields in own["tensors"].items()}
+        packed = _described(own, str(path))
         sums = {str(name): int(digits, 16) for name, digits in own["crc32"].items()}
     except FileError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+    except _MALFORMED as error:
         raise fault(f"the metadata {_META!r} are not of layout {LAYOUT}: {error!r}") from None
     if set(sums) != set(entries):
         raise fault("arrays and checksums are not of the same names")
@@ -513,6 +516,20 @@ def _read_metadata(contents: Contents) -> tuple[dict[str, Packed], dict[str, int
         if (text := _fault_of(p, *(part.shape for part in parts if part is not None))) is not None:
             raise fault(f"{name!r}: {text}")
     return packed, sums
+
+
+_MALFORMED = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
+
+
+def _described(description: Any, source: str) -> dict[str, Packed]:
+    """The inverse of `_description`. Raises one of _MALFORMED for anything else, FileError for a newer layout."""
+    layout = description["layout"]
+    if layout != LAYOUT:
+        raise FileError(f"{source} is of layout {layout!r}, and this ifjax reads {LAYOUT}: install what wrote it")
+    formats = {key: Format.from_dict(record) for key, record in description["formats"].items()}
+    if not all(isinstance(fmt.name, str) for fmt in formats.values()):
+        raise TypeError("a format's name must be text")
+    return {name: _packed_of(fields, formats) for name, fields in description["tensors"].items()}
 
 
 def _packed_of(fields: Mapping[str, Any], formats: Mapping[str, Format]) -> Packed:
@@ -533,7 +550,7 @@ def _packed_of(fields: Mapping[str, Any], formats: Mapping[str, Format]) -> Pack
     return Packed(formats[fields["fmt"]], float(headroom), axis, shape, jnp.dtype(dtype), block_2d, names)
 
 
-def _fault_of(p: Packed, codes, scales, amax=None) -> str | None:
+def _fault_of(p: Packed, codes, scales, amax=()) -> str | None:
     """Why arrays of these shapes do not make a tensor; None if they do."""
     at = len(p.shape) + p.axis
     blocks = -(-p.shape[at] // p.fmt.block)
@@ -580,8 +597,8 @@ def _difference(found: Any, value: Any) -> str | None:
             if ours != theirs:
                 ours, theirs = (getattr(x, "name", x) for x in (ours, theirs))
                 return f"has {field} {ours}, and the tree has {theirs}"
-        if found.amax is not None and found.amax.shape != np.shape(value.amax):
-            return f"has amax of {found.amax.shape}, and the tree of {np.shape(value.amax)}"
+        if found.amax is not None and (value.amax is None or found.amax.shape != value.amax.shape):
+            return f"has amax of {found.amax.shape}, and the tree {value.amax}"
         return None
     if tuple(found.shape) != tuple(value.shape) or found.dtype != value.dtype:
         return f"is {found.dtype} {tuple(found.shape)}, and in the tree {value.dtype} {tuple(value.shape)}"
@@ -614,3 +631,113 @@ def _placed(tensor: Any, place: Any) -> Any:
     if place is None:
         return jnp.array(tensor)  # a copy: the file may change
     return jax.make_array_from_callback(tensor.shape, place, lambda index: np.array(tensor[index]))
+
+
+# --- Orbax -----------------------------------------------------------------------------------------------------------
+
+
+def save_orbax(params: Any, folder: str | os.PathLike) -> None:
+    """Write a tree as an Orbax checkpoint, which several hosts may share; wait until it is there.
+
+    Orbax saves QTensors by itself, but restores them only into a tree that says what they are. This adds `describe`, as
+    the checkpoint's custom metadata; for a CheckpointManager pass these yourself. Needs orbax-checkpoint.
+
+    Raises:
+        ValueError: the folder exists.
+        TypeError: what is arranged for one kernel; save what its `unpack()` gives.
+
+    Example:
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> import ifjax
+        >>> from ifjax.checkpoint import load_orbax, save_orbax
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_orbax({"w": ifjax.quantize(jnp.ones((32, 64)), "mxfp4"), "b": jnp.zeros(3)}, f"{folder}/1")
+        ...     load_orbax(f"{folder}/1")["w"]
+        QTensor(mxfp4, 32x64 float32, axis=-1, 4.250 bits a value)
+    """
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(folder).resolve(), params, custom_metadata={_META: describe(params)})
+
+
+def load_orbax(folder: str | os.PathLike, like: Any = None) -> Any:
+    """Read what `save_orbax` has written.
+
+    Args:
+        folder: of the checkpoint.
+        like: a tree of arrays, QTensors or `jax.ShapeDtypeStruct` of the same structure; what has a sharding in it is
+            put there, the rest on the first device. Without it nested dictionaries and lists come back.
+
+    Raises:
+        ValueError: the checkpoint is not like `like`, or has no description of its QTensors.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = Path(folder).resolve()
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def wanted(a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None) or device)
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata: Any = checkpointer.metadata(folder)
+        description = (metadata.custom_metadata or {}).get(_META)
+        if description is None:
+            raise ValueError(f"{folder} has no description of QTensors: save it by ifjax.checkpoint.save_orbax")
+        if like is None:
+            stored = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), metadata.item_metadata.tree)
+            return rebuild(checkpointer.restore(folder, jax.tree.map(wanted, stored)), description)
+        # Orbax looks at arrays alone: the bytes of one format would pass for those of another.
+        ours, theirs = (
+            {name: p._replace(names=None) for name, p in _described(d, str(folder)).items()}
+            for d in (describe(like), description)
+        )
+        faults = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if faults:
+            raise ValueError(
+                f"{folder} is not like the given tree: {', '.join(map(repr, faults[:10]))} differ in format, shape, "
+                "axis or dtype, or are packed in one of them only"
+            )
+        return checkpointer.restore(folder, jax.tree.map(wanted, like))
+
+
+def describe(params: Any) -> dict[str, Any]:
+    """What makes QTensors of the arrays of a tree, as plain JSON values, by '/'-joined names. `rebuild` reads it."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
+    values = {join_path(keys): _value(leaf) for keys, leaf in leaves}
+    for name, value in values.items():
+        if isinstance(value, Prepacked):
+            raise TypeError(f"{name!r} is arranged for one kernel: save {name}.unpack(), in the plain layout")
+    # Through JSON, so that it equals what was read from a file.
+    packed = {name: _record_of(value) for name, value in values.items() if isinstance(value, QTensor)}
+    return json.loads(json.dumps(_description(packed)))
+
+
+def rebuild(tree: Any, description: Mapping[str, Any]) -> Any:
+    """The tree with QTensors where it has dictionaries of their arrays, as Orbax restores them without a target.
+
+    Raises:
+        ValueError: the description is none, or is of another tree.
+    """
+    try:
+        packed = _described(description, "the description")
+    except _MALFORMED as error:
+        raise error if isinstance(error, FileError) else ValueError(f"not a description: {error!r}") from None
+    left = set(packed)
+
+    def build(name, node):
+        if name in packed:
+            left.discard(name)
+            return _qtensor(packed[name], node["codes"], node["scales"], node.get("amax"))
+        if isinstance(node, Mapping):
+            return {key: build(f"{name}/{key}" if name else str(key), child) for key, child in node.items()}
+        if isinstance(node, list | tuple):
+            return [build(f"{name}/{i}" if name else str(i), child) for i, child in enumerate(node)]
+        return node
+
+    built = build("", tree)
+    if left:
+        raise ValueError(f"the tree lacks {', '.join(map(repr, sorted(left)[:10]))} of the description")
+    return built

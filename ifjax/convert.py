@@ -337,8 +337,9 @@ def _no_tick(name: str, count: int) -> None:
 def _plain(source: Checkpoint, stored: Stored, dtype: np.dtype | None, results, tick: Tick) -> Item:
     """A tensor that stays: its bytes, or its values in another dtype."""
     name = stored.name
-    known = _files.numpy_dtype(stored.dtype) is not None
-    slot = Slot(name, stored.dtype, stored.shape) if known else Foreign(name, stored.dtype, stored.shape, stored.nbytes)
+    own = _files.numpy_dtype(stored.dtype)
+    foreign = Foreign(name, stored.dtype, stored.shape, stored.nbytes)
+    slot = foreign if own is None else Slot(name, stored.dtype, stored.shape)
     if dtype is not None:
         slot = Slot(name, _files.CODES[dtype.name], stored.shape)
 
@@ -347,10 +348,10 @@ def _plain(source: Checkpoint, stored: Stored, dtype: np.dtype | None, results, 
         lost = 0
         with source.reader(name) as reader:
             for chunk in reader.chunks():
-                if dtype is None:
+                if dtype is None or own is None:
                     write(name, chunk)
                 else:
-                    x = chunk.view(_files.numpy_dtype(stored.dtype))
+                    x = chunk.view(own)
                     with np.errstate(over="ignore"):
                         y = x.astype(dtype)
                     lost += int((np.isfinite(x) & ~np.isfinite(y)).sum())
@@ -374,9 +375,8 @@ def _pack(source: Checkpoint, stored: Stored, how: Encoding, slots, results, tic
             def read(start, count, first=i * size):
                 return reader.values(first + start, count)
 
-            peak = amax_of(read, size) if amax or how.measured else np.float32(0)
-            peaks.append(peak)
-            for piece in encode(read, (r, c), peak, how):
+            peaks.append(amax_of(read, size) if amax or how.measured else np.float32(0))
+            for piece in encode(read, (r, c), peaks[-1], how):
                 write(codes, piece.codes)
                 write(scales, piece.scales)
                 signal, noise = signal + piece.signal, noise + piece.noise
@@ -426,7 +426,7 @@ def _values(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick) -> Itera
             none: Any = None
             own = None if amax is None else amax[i]
             q = QTensor(none, none, own, p.fmt, p.headroom, axis, shape[axis], p.dtype, False)
-            for values in decode(*reads, shape, q, device):
+            for values in decode(reads[0], reads[1], shape, q, device):
                 yield values.astype(dtype, copy=False)
                 tick(name, values.size)
 
@@ -484,10 +484,9 @@ def _compared(source, against, name, least, tick, result: Verified) -> Verified:
 def _compared_plain(source, against, name, tick, result: Verified) -> Verified:
     """A tensor that was left alone: it must be the same, rounded to its dtype."""
     ours, theirs = source.entries[name], against.entries[name]
-    dtype, other = _files.numpy_dtype(ours.dtype), _files.numpy_dtype(theirs.dtype)
+    dtype = _files.numpy_dtype(ours.dtype)
     cast = ours.dtype != theirs.dtype
-    floats = None not in (dtype, other) and {dtype.name, other.name} <= set(DTYPES)
-    if cast and not floats:
+    if cast and not {_files.NAMES.get(ours.dtype), _files.NAMES.get(theirs.dtype)} <= set(DTYPES):
         return result._replace(fault=f"is {ours.dtype}, and in the original {theirs.dtype}")
     against.check(name)
     with source.reader(name) as a, against.reader(name) as b:
