@@ -171,3 +171,33 @@ def test_rules_carry_recipes_to_files_and_back(tmp_path):
         Rule(".*", recipe="nvfp5")
     with pytest.raises(ValueError, match="recipe='nvfp4' has no effect with weight_fmt=None"):
         Rule(".*", None, recipe="nvfp4")
+
+
+def test_the_report_says_which_kernel_takes_which_recipe_and_why_others_do_not():
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(16, (3,), name="conv")(x)
+            x = nn.Dense(64, name="up")(x)
+            x = nn.Dense(16, name="own", dot_general=jax.lax.dot_general)(x)
+            x = nn.LayerNorm(name="norm")(x)
+            return nn.Dense(4, name="head")(x)
+
+    model, x = Mixed(), jax.ShapeDtypeStruct((2, 8, 16), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    rules = [Rule("head"), Rule(".*", recipe="if4")]
+    report = ifjax.training_report(params, rules, model=model, sample=x)
+    found = {entry.path: entry.fmt or entry.reason for entry in report.entries}
+    assert found == {
+        "conv/kernel": "it is a convolution", "conv/bias": "a bias is added", "up/kernel": "if4",
+        "up/bias": "a bias is added", "own/kernel": "the module has a dot_general of its own",
+        "own/bias": "a bias is added", "norm/scale": "it is no matrix", "norm/bias": "it is no matrix",
+        "head/kernel": "the rule 'head' has no recipe", "head/bias": "a bias is added",
+    }  # fmt: skip
+    assert {entry.path for entry in report.entries if not entry.expected} == {"conv/kernel", "own/kernel"}
+    with pytest.raises(ValueError, match="conv/kernel"):
+        report.check()
+    with pytest.raises(ValueError, match=r"it is a convolution"):
+        ifjax.training_report(params, Rule("conv", recipe="if4"), model=model, sample=x)
+    with pytest.raises(TypeError, match="needs model="):
+        ifjax.training_report(params, "if4", model=None)
