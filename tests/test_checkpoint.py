@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-import textwrap
 import tracemalloc
 from pathlib import Path
 
@@ -119,8 +118,7 @@ def test_a_reader_needs_the_file_alone(tmp_path):
     """Decodes by what BUILD.md says of the layout, in numpy, from the record in the file."""
     from safetensors import safe_open
 
-    x = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
-    q = ifjax.quantize(x, "if4")
+    q = packed("if4", (4, 64))
     path = ifjax.save_file({"w": q}, tmp_path / "m.safetensors")
     with safe_open(path, framework="numpy") as file:
         own = json.loads(file.metadata()["ifjax"])
@@ -143,6 +141,7 @@ def test_a_reader_needs_the_file_alone(tmp_path):
     decoded = (values * scale * amax / (peak * 448)).reshape(4, 64)
     # Four float32 operations there, one rounding here.
     np.testing.assert_allclose(decoded, np.asarray(q.dequantize()), rtol=4 * 2.0**-24)
+    assert np.isnan(decoded).any()  # 0x7F and 0xFF are among the bytes
 
 
 # A file of layout 1 with an IF4 tensor w and an array b. If this test fails, the layout has changed: give it a number.
@@ -496,50 +495,49 @@ import numpy as np
 import ifjax
 from pathlib import Path
 
-path, sharded = Path(sys.argv[1]), sys.argv[2] == "sharded"
-options = {"max_shard_bytes": 70_000} if sharded else {}
 
 def tree(version):
     return {f"l{i}": np.full(16_000, version, np.int32) for i in range(4)}
 
 def version():
-    loaded = ifjax.load_file(path)
+    loaded = dict(ifjax.open_file(path))  # as they are in the file: no device is started, so fork is harmless
     versions = {int(v) for a in loaded.values() for v in np.unique(a)}
     assert len(versions) == 1 and len(loaded) == 4, versions
     return versions.pop()
 
-ifjax.load_file = lambda path: dict(ifjax.open_file(path))  # arrays as they are: no device, so that fork is harmless
-started = time.perf_counter()
-for i in range(5):
-    ifjax.save_file(tree(0), path, **options)
-usual = (time.perf_counter() - started) / 5
-rng, seen, cut = random.Random(0), set(), 0
-for attempt in range(50):
-    before, now = version(), attempt + 1
-    child = os.fork()
-    if child == 0:
-        ifjax.save_file(tree(now), path, **options)
-        os._exit(0)
-    time.sleep(rng.uniform(0, 1.5 * usual))
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    cut += os.WIFSIGNALED(status)
-    after = version()
-    assert after in (before, now), (before, after, now)
-    seen.add(after == now)
-print(len(seen), cut)
+for kind, options in ("single", {}), ("sharded", {"max_shard_bytes": 70_000}):
+    path = Path(sys.argv[1]) / f"{kind}.safetensors"
+    started = time.perf_counter()
+    for i in range(5):
+        ifjax.save_file(tree(0), path, **options)
+    usual = (time.perf_counter() - started) / 5
+    rng, seen, cut = random.Random(0), set(), 0
+    for attempt in range(50):
+        before, now = version(), attempt + 1
+        child = os.fork()
+        if child == 0:
+            ifjax.save_file(tree(now), path, **options)
+            os._exit(0)
+        time.sleep(rng.uniform(0, 1.5 * usual))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        cut += os.WIFSIGNALED(status)
+        after = version()
+        assert after in (before, now), (before, after, now)
+        seen.add(after == now)
+    print(kind, len(seen), cut)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("how", ["single", "sharded"])
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new(how, tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "m.safetensors"), how]
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    seen, cut = map(int, ran.stdout.split())
-    # Some of the 50 writers were killed before the new file was there, and most at work.
-    assert seen == 2 and cut >= 10, ran.stdout
+    for line in ran.stdout.splitlines():
+        _, seen, cut = line.split()
+        # Some of the 50 writers were killed before the new checkpoint was there, some after, and many at work.
+        assert int(seen) == 2 and int(cut) >= 10, ran.stdout
 
 
 @contextlib.contextmanager
@@ -722,7 +720,8 @@ def record(**fields):
         tensor(shape=[]), tensor(axis=0), tensor(axis=-3), tensor(axis=True), tensor(axis="last"), tensor(headroom=0),
         tensor(headroom="x"), tensor(headroom=float("nan")), tensor(dtype="object"), tensor(dtype=["float32"]),
         tensor(block_2d=1), tensor(fmt="none"), tensor(fmt=[]), tensor(names=3), record(block=0), record(block=2**60),
-        record(block="x"), record(scale="mine"), record(candidates=[]), record(candidates=3), record(peak=-1), record(name=None),
+        record(block="x"), record(scale="mine"), record(candidates=[]), record(candidates=3), record(peak=-1),
+        record(name=None),
         lying(lambda own, arrays: own.pop("layout")), lying(lambda own, arrays: own.update(tensors=[])),
         lying(lambda own, arrays: own.update(formats=None)), lying(lambda own, arrays: own["crc32"].pop("scale")),
         lying(lambda own, arrays: own["crc32"].update(scale="zz")), lying(lambda own, arrays: own.update(layout="1")),
