@@ -1,0 +1,207 @@
+"""What does it cost to convert, store and load packed checkpoints? Against copying and reading the file.
+
+    python benchmarks/checkpoint.py [FILE ...] [--synthetic 4] [--dtypes F32 BF16] [--rounds 3] [--folder DIR]
+
+For each FILE, and for a checkpoint in shards of that many GB that is made up (matrices of a transformer and an
+embedding) and removed afterwards:
+
+- the rate of `ifjax quantize --embeddings`, if4 round to nearest, with and without measuring errors, against a plain
+  copy of the file plus reading all of its tensors to memory as float32. The copy is not synced to the disk, and the
+  conversion is. All are repeated in turn in one process, after a conversion of a small file that compiles, and a
+  figure is the median over rounds;
+- of the whole command in a process of its own, which also starts Python and compiles, seconds and peak memory;
+- size on disk, against 4.5 bits for each value that is quantized;
+- the time of `ifjax.load_file` of the packed file and of the original.
+
+All files are in the page cache, if they fit, when they are read. Writes the tables to stdout as Markdown.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import ifjax
+from ifjax import _files, convert
+from ifjax._pieces import as_float32
+
+RULES = ifjax.Rule(".*", "if4", optional=True)
+TARGET = 3.0
+
+COMMAND = """
+import resource, sys
+from ifjax import cli
+code = cli.main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    parser.add_argument("--synthetic", type=float, default=0, metavar="GB")
+    parser.add_argument("--dtypes", nargs="+", default=["F32", "BF16"], help="of the checkpoint that is made up")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="for temporary files; they are removed")
+    args = parser.parse_args()
+    load = os.getloadavg()[0]
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        warm_up(Path(folder))
+        for path in args.files:
+            rows.append(measure(path.name, path, Path(folder), args.rounds))
+        for dtype in args.dtypes if args.synthetic else ():
+            path = make_up(Path(folder), args.synthetic, dtype)
+            rows.append(measure(f"made up, {args.synthetic:g} GB of {dtype}", path, Path(folder), args.rounds))
+            for file in {*ifjax.open_file(path).files, path}:
+                file.unlink()
+    print_tables(rows, load)
+
+
+def warm_up(folder: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((64, 64), np.float32)
+    small = ifjax.save_file({"w": x}, folder / "small.safetensors")
+    for measured in (False, True):
+        convert.quantize_file(small, folder / "small-packed.safetensors", RULES, measured=measured)
+    convert.dequantize_file(folder / "small-packed.safetensors", folder / "small-back.safetensors")
+
+
+def make_up(folder: Path, gigabytes: float, dtype: str) -> Path:
+    """Shards of 1 GB: an embedding of 128 MB in BF16, and layers until the size is reached. No tensor is in memory."""
+    item = _files.numpy_dtype(dtype).itemsize
+    shapes, left = {"embed_tokens.weight": (16_384, 4096)}, gigabytes * 1e9 - 16_384 * 4096 * item
+    inner = {"q_proj": (4096, 4096), "up_proj": (11_008, 4096), "down_proj": (4096, 11_008)}
+    for i in range(1000):
+        for name, shape in inner.items():
+            if left > 0:
+                shapes[f"layers.{i}.{name}.weight"] = shape
+                left -= math.prod(shape) * item
+    some = np.random.default_rng(0).standard_normal(2**22, np.float32).astype(_files.numpy_dtype(dtype))
+
+    def item_of(name, shape):
+        def fill(write):
+            size = math.prod(shape)
+            for start in range(0, size, some.size):
+                write(name, some[: min(some.size, size - start)])
+
+        slot = _files.Slot(name, dtype, shape)
+        return ifjax.checkpoint.Item(name, (slot,), None, fill)
+
+    items = [item_of(name, shape) for name, shape in shapes.items()]
+    return ifjax.checkpoint.write_items(folder / f"{dtype}.safetensors", items, max_shard_bytes=10**9)
+
+
+def measure(name: str, path: Path, folder: Path, rounds: int) -> dict:
+    source = ifjax.open_file(path, check=False)
+    packed, copy = folder / "packed.safetensors", folder / "copy.bin"
+    nbytes = sum(entry.nbytes for entry in source.entries.values())
+    largest = max(entry.nbytes for entry in source.entries.values())
+
+    def plain_copy():
+        for file in source.files:
+            with file.open("rb") as old, copy.open("wb") as new:
+                while chunk := old.read(2**22):
+                    new.write(chunk)
+
+    def read():
+        for name in source:
+            with source.reader(name) as reader:
+                as_float32(reader.values(0, math.prod(source.entries[name].shape)))
+
+    runs: dict[str, Callable] = {
+        "copy": plain_copy, "read": read,
+        "quantize": lambda: convert.quantize_file(source, packed, RULES, measured=False),
+        "measured": lambda: convert.quantize_file(source, packed, RULES),
+    }  # fmt: skip
+    times = alternate(runs, rounds)
+    copy.unlink()
+    base = [a + b for a, b in zip(times["copy"], times["read"], strict=True)]
+    ratios = {run: statistics.median(a / b for a, b in zip(times[run], base, strict=True)) for run in
+              ("quantize", "measured")}  # fmt: skip
+    print(f"{name}: {ratios}", file=sys.stderr)
+
+    report = convert.contents(ifjax.open_file(packed))
+    ideal = sum(4.5 * e.values / 8 for e in report.quantized) + sum(e.bytes_after for e in report.others)
+    loading = {"packed": packed, "original": path}
+    loads = alternate({k: lambda p=p: jax.block_until_ready(ifjax.load_file(p)) for k, p in loading.items()}, rounds)
+    back = folder / "back.safetensors"
+    others = alternate({"verify": lambda: list(convert.verify(ifjax.open_file(packed))),
+                        "against": lambda: list(convert.verify(ifjax.open_file(packed), source)),
+                        "dequantize": lambda: convert.dequantize_file(packed, back)}, 1)  # fmt: skip
+    back.unlink()
+    size = packed.stat().st_size
+    packed.unlink()
+    command = [sys.executable, "-c", COMMAND, "quantize", os.fspath(path), os.fspath(packed), "--embeddings", "--json"]
+    started = time.perf_counter()
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - started
+    packed.unlink()
+    return {
+        "name": name, "nbytes": nbytes, "largest": largest, "size": size, "over": size / ideal - 1,
+        "median": {run: statistics.median(t) for run, t in times.items()}, "ratios": ratios,
+        "load": {run: statistics.median(t) for run, t in loads.items()},
+        "others": {run: t[0] for run, t in others.items()}, "seconds": seconds,
+        "peak": int(ran.stderr.split()[-1]), "sqnr": json.loads(ran.stdout)["entries"][0]["sqnr_db"],
+        "bits": report.totals.quantized_bits_per_value,
+    }  # fmt: skip
+
+
+def alternate(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def print_tables(rows: list[dict], load: float) -> None:
+    today = datetime.date.today()
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "numpy", "safetensors"))
+    print(f"# checkpoint.py on a {os.cpu_count()}-core CPU, {today}\n")
+    print(
+        f"date {today}, processor {platform.processor() or platform.machine()}, cores {os.cpu_count()}, system "
+        f"{platform.system()}, python {platform.python_version()}, ifjax {ifjax.__version__}, {versions}, load average "
+        f"before {load:.2f}, after {os.getloadavg()[0]:.2f}\n"
+    )
+    print("Conversion in a warm process; x: of the time of copy + read. Target: at most 3 without errors measured.\n")
+    print("| checkpoint | copy | read as float32 | quantize | x | target | with errors | x |")
+    print("|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        m, x = r["median"], r["ratios"]
+        rate = {run: f"{t:.2f} s, {r['nbytes'] / 1e6 / t:.0f} MB/s" for run, t in m.items()}
+        met = "met" if x["quantize"] <= TARGET else "MISSED"
+        print(f"| {r['name']} | {rate['copy']} | {rate['read']} | {rate['quantize']} | {x['quantize']:.2f} | {met} | "
+              f"{rate['measured']} | {x['measured']:.2f} |")  # fmt: skip
+    print("\nThe whole command, with the start of Python, compilation and errors measured.\n")
+    print("| checkpoint | size | largest tensor | seconds | peak memory |")
+    print("|---|---|---|---|---|")
+    for r in rows:
+        print(f"| {r['name']} | {r['nbytes'] / 1e6:.0f} MB | {r['largest'] / 1e6:.0f} MB | {r['seconds']:.1f} | "
+              f"{r['peak'] / 1e6:.0f} MB |")  # fmt: skip
+    print("\nOn disk and back. Over: beyond 4.5 bits for each quantized value and the bytes of what stays.\n")
+    print("| checkpoint | packed | bits a value | over | load packed | load original | verify | verify --against | "
+          "dequantize |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        seconds = " | ".join(f"{t:.2f} s" for t in (*r["load"].values(), *r["others"].values()))
+        print(f"| {r['name']} | {r['size'] / 1e6:.1f} MB | {r['bits']:.4f} | {100 * r['over']:.2f}% | {seconds} |")
+
+
+if __name__ == "__main__":
+    main()
