@@ -41,7 +41,7 @@ from ifjax._xla import divide
 from ifjax.formats import Format, get_format
 from ifjax.grids import E2M1
 from ifjax.layouts import TILE, unswizzle_scales
-from ifjax.packing import pack
+from ifjax.packing import pack, packed_length
 from ifjax.qtensor import DTYPES, QTensor
 
 Tool = Literal["compressed-tensors", "modelopt"]
@@ -587,7 +587,7 @@ def _read_fouroversix(parts: dict[str, np.ndarray], fmt: Format, swap: bool) -> 
         )
     scales = scale_factors.view(np.uint8)
     if swizzled:
-        scales = np.asarray(unswizzle_scales(scales.reshape(-1), tall, wide // fmt.block))
+        scales = np.asarray(_unswizzle(scales.reshape(-1), tall, wide // fmt.block))
     scales = scales.reshape(tall, wide // fmt.block)
     packed = values.reshape(tall, wide // per_byte)
     packed = _swapped(packed) if swap and per_byte == 2 else packed
@@ -602,7 +602,10 @@ def _read_fouroversix(parts: dict[str, np.ndarray], fmt: Format, swap: bool) -> 
             "swizzle or the format is another than stated"
         )
     scales = np.ascontiguousarray(scales[:rows, :blocks])
-    packed = np.asarray(_pack(codes[:rows, : blocks * fmt.block], fmt.bits))
+    if per_byte == 2:
+        packed = np.ascontiguousarray(packed[:rows, : packed_length(blocks * fmt.block, fmt.bits)])
+    else:
+        packed = np.asarray(_pack(codes[:rows, : blocks * fmt.block], fmt.bits))
     _check_scales(scales, fmt)
     if fmt.has_flag and (scales == 0x80).any():
         raise ValueError(f"a zero scale is marked as integers, which {fmt.name} never has: the format is another")
@@ -614,9 +617,9 @@ def _read_fouroversix(parts: dict[str, np.ndarray], fmt: Format, swap: bool) -> 
     return _Matrix(packed, scales, amax.reshape(()), fmt, columns)
 
 
-@jax.jit(static_argnames="bits")
-def _pack(codes, bits):
-    return pack(codes, bits)
+# One program for each shape, not one for each operation.
+_unswizzle = jax.jit(unswizzle_scales, static_argnums=(1, 2))
+_pack = jax.jit(pack, static_argnums=1)
 
 
 # --- which tool ------------------------------------------------------------------------------------------------------
@@ -880,16 +883,25 @@ def from_ml_dtypes(
             raise ValueError(f"{fmt.name} has no tensor scale: leave factor out")
         amax = None
     else:
-        factor = jnp.asarray(1.0 if factor is None else factor, jnp.float32)
-        guess = factor * largest
-        amax = guess
-        for other in (jnp.float32(jnp.inf), jnp.float32(0)):
-            near = jnp.nextafter(guess, jnp.broadcast_to(other, guess.shape))
-            amax = jnp.where((divide(near, largest) == factor) & (divide(amax, largest) != factor), near, amax)
+        amax = _amax_that_gives(jnp.asarray(1.0 if factor is None else factor, jnp.float32), largest)
+    return QTensor(_packed(elements, axis), scales, amax, fmt, headroom, axis, length, np.dtype(dtype), False)
+
+
+@jax.jit
+def _amax_that_gives(factor, largest):
+    """The float32 for which amax / K is `factor`, or the nearest."""
+    amax = guess = factor * largest
+    for direction in (np.float32(np.inf), np.float32(0)):
+        near = jnp.nextafter(guess, jnp.full_like(guess, direction))
+        amax = jnp.where((divide(near, largest) == factor) & (divide(amax, largest) != factor), near, amax)
+    return amax
+
+
+@jax.jit(static_argnums=1)
+def _packed(elements, axis):
     pairs = jnp.moveaxis(elements, axis, -1)
-    pairs = pairs.reshape(*pairs.shape[:-1], stored // 2, 2)
-    codes = jnp.moveaxis(lax.bitcast_convert_type(pairs, jnp.uint8), -1, axis)
-    return QTensor(codes, scales, amax, fmt, headroom, axis, length, np.dtype(dtype), False)
+    pairs = pairs.reshape(*pairs.shape[:-1], pairs.shape[-1] // 2, 2)
+    return jnp.moveaxis(lax.bitcast_convert_type(pairs, jnp.uint8), -1, axis)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

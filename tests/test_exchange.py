@@ -140,14 +140,17 @@ def test_a_tensor_without_amax_has_the_factor_one():
 
 
 def test_zeros_get_a_factor_that_is_a_number():
-    q = ifjax.quantize(jnp.zeros((4, 32)), "nvfp4")
-    assert q.amax == 0
+    q = dataclasses.replace(tensor("nvfp4", scales=0, amax=0.0), codes=jnp.zeros((6, 32), jnp.uint8))
     for tool in exchange.TOOLS:
         arrays = exchange.export_tensor(q, tool)
         *_, factor = arrays.values()
         assert factor == 1 and not values_read(arrays).any()
         (back,) = exchange.import_tensors(arrays, tool).values()
-        assert not np.asarray(back.dequantize()).any()
+        assert not np.asarray(back.codes).any() and not np.asarray(back.scales).any()
+        # A factor that is no number does no harm to zeros either.
+        arrays = arrays | {list(arrays)[-1]: np.float32(np.inf)}
+        (back,) = exchange.import_tensors(arrays, tool).values()
+        assert back.amax == 0
 
 
 FLAGGED = Format("nvfp4", ifjax.FORMATS["if4"].candidates, 16)
@@ -544,7 +547,10 @@ def fouroversix_state(codes, scales, amax, *, block, swizzled, padded=None, bits
 
 
 def unpacked(q):
-    return np.asarray(q.unpacked_codes()), np.asarray(q.scale_bytes())
+    if q.fmt.bits != 4:
+        return np.asarray(q.unpacked_codes()), np.asarray(q.scales).view(np.uint8)
+    codes = np.moveaxis(codes_in(np.moveaxis(np.asarray(q.codes), q.axis, -1))[..., : q.length], -1, q.axis)
+    return codes, np.asarray(q.scales).view(np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -815,17 +821,168 @@ def test_a_bare_file_has_to_decide_by_its_names(tmp_path):
 # --- the tools' own readers ------------------------------------------------------------------------------------------
 
 READERS = Path(__file__).with_name("exchange_readers.py")
-NEEDED = ("torch", "compressed_tensors", "torchao")
 
 
-def read_by(reader, folder):
+def needs(*packages):
+    """Marks a test that runs these packages, apart from torch and compressed-tensors, which all of them run."""
+    missing = [name for name in ("torch", "compressed_tensors", *packages) if importlib.util.find_spec(name) is None]
+    reason = f"needs {', '.join(missing)}: pip install 'ifjax[exchange]'"
+    return [pytest.mark.exchange, pytest.mark.skipif(bool(missing), reason=reason)]
+
+
+def run(name, folder):
     """The arrays that a tool's own code makes of a folder, by name. In its own process, without jax."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}: pip install 'ifjax[exchange]'")
-    result = folder / f"{reader}.npz"
+    result = folder.with_name(f"{folder.name}-{name}.npz")
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, READERS, reader, folder, result]
+    command = [sys.executable, READERS, name, folder, result]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return np.load(result)
+
+
+def ulps_apart(a, b):
+    """How many float32 numbers lie between, zeros of both signs being one."""
+    places = [np.asarray(x, np.float32).view(np.int32).astype(np.int64) for x in (a, b)]
+    ours, theirs = (np.where(p < 0, -(p & 0x7FFFFFFF), p) for p in places)
+    return np.abs(ours - theirs)
+
+
+def every_byte(fmt, axis, amax, headroom=1.0):
+    """Each byte of codes under each scale that has a meaning, in values that are normal numbers."""
+    scales = np.arange(2, 253) if fmt == "mxfp4" else np.arange(0x7F)
+    q = tensor(fmt, (len(scales), 512), amax=amax, scales=scales[:, None], headroom=headroom)
+    q = dataclasses.replace(q, codes=jnp.asarray(np.tile(np.arange(256, dtype=np.uint8), (len(scales), 1))))
+    return q if axis == -1 else dataclasses.replace(q, codes=q.codes.T, scales=q.scales.T, axis=-2)
+
+
+def models(kind):
+    """QTensors of every kind that has this layout, and one that was really quantized."""
+    if kind == "mxfp4":
+        return {f"l{-axis}.weight": every_byte(kind, axis, None) for axis in (-1, -2)}
+    rng, params = np.random.default_rng(0), {}
+    for i, amax in enumerate(rng.lognormal(0, 6, 12).astype(np.float32)):
+        fmt = ("nvfp4", "fouroversix", "nvfp4_static4")[i % 3]
+        params[f"{fmt}{i}.kernel"] = every_byte(fmt, -1 - i % 2, amax, (1, 16 / 17)[i % 4 == 3])
+    params["normal.kernel"] = ifjax.quantize(jnp.asarray(rng.normal(size=(64, 24)).astype(np.float32)), "nvfp4", axis=0)
+    return params
+
+
+def stored_way_round(q, array):
+    return np.asarray(array) if q.axis == -1 else np.asarray(array).T
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize(
+    "reader, tool",
+    [
+        pytest.param("compressed_tensors", "compressed-tensors", marks=needs()),
+        pytest.param("torchao", "modelopt", marks=needs("torchao")),
+        pytest.param("modelopt", "modelopt", marks=needs("modelopt", "requests")),
+    ],
+)
+def test_the_tools_read_our_codes_and_scales_and_decode_our_values(tmp_path, reader, tool, kind):
+    """Elements and scale bytes exactly, values within 2 float32 units in the last place; MXFP4 exactly."""
+    params = models(kind)
+    exchange.save(params, tmp_path / "model", tool)
+    read = run(reader, tmp_path / "model")
+    for name, q in params.items():
+        module = name.rpartition(".")[0]
+        codes, scales = (stored_way_round(q, a) for a in (q.unpacked_codes(), q.scale_bytes()))
+        if f"{module}.elements" in read:
+            elements = read[f"{module}.elements"]
+            assert_array_equal(elements, E2M1_VALUES[codes])
+            assert_array_equal(np.signbit(elements), codes >= 8)
+            assert_array_equal(read[f"{module}.scale_bytes"], scales)
+        ours = stored_way_round(q, q.dequantize(jnp.float32))
+        assert ulps_apart(read[f"{module}.float32"], ours).max() <= (0 if kind == "mxfp4" else 2), name
+        if f"{module}.bfloat16" in read:  # the same, rounded: 2^-9, and what 2 units add to it
+            np.testing.assert_allclose(read[f"{module}.bfloat16"], ours, rtol=2.0**-8)
+
+
+@pytest.mark.parametrize("converter", [pytest.param("converter", marks=needs())])
+def test_modelopts_names_convert_to_our_compressed_tensors(tmp_path, converter):
+    """By compressed-tensors' own converter, whose 1 / weight_scale_2 is rounded once more than K / amax."""
+    params = models("nvfp4")
+    exchange.save(params, tmp_path / "model", "modelopt")
+    converted = run(converter, tmp_path / "model")
+    arrays, _ = exchange.export_tensors(params, "compressed-tensors")
+    assert set(converted.files) == arrays.keys()
+    for name, array in arrays.items():
+        if name.endswith("weight_global_scale"):
+            assert ulps_apart(converted[name], array).max() <= 2
+        else:
+            assert_array_equal(converted[name], array.view(np.uint8))
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 32,
+    "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+LINEARS = {
+    "self_attn.q_proj": (64, 64), "self_attn.k_proj": (64, 64), "self_attn.v_proj": (64, 64),
+    "self_attn.o_proj": (64, 64), "mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", [pytest.param(name, marks=needs("transformers")) for name in ("fouroversix", "mxfp4")])
+def test_transformers_loads_a_whole_model_of_ours(tmp_path, fmt):
+    """By config.json alone: which layers are quantized, how, and what is left as it is."""
+    rng = np.random.default_rng(0)
+    dense = {"model.embed_tokens.weight": (32, 64), "lm_head.weight": (32, 64)}
+    params = {name: rng.normal(size=shape).astype(ml_dtypes.bfloat16) for name, shape in dense.items()}
+    for name in ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"):
+        params[f"{name}.weight"] = np.ones(64, ml_dtypes.bfloat16)
+    for i, (name, shape) in enumerate(LINEARS.items()):
+        params[f"model.layers.0.{name}.weight"] = tensor(fmt, shape, amax=0.1 + i, seed=i)
+    exchange.save(params, tmp_path / "model", "compressed-tensors", config=LLAMA)
+    read = run("transformers", tmp_path / "model")
+    assert params.keys() <= set(read.files) and np.isfinite(read["logits"]).all()
+    for name, value in params.items():
+        if isinstance(value, ifjax.QTensor):
+            # Rounded to bfloat16 from what differs in the last bits of float32: nowhere by more than one of its steps.
+            np.testing.assert_allclose(read[name], value.dequantize(), rtol=0 if fmt == "mxfp4" else 2.0**-8)
+        else:
+            assert_array_equal(read[name], value.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "writer",
+    [
+        pytest.param("write_nvfp4", marks=needs()),
+        pytest.param("write_mxfp4", marks=needs()),
+        pytest.param("write_modelopt", marks=needs("modelopt", "requests")),
+    ],
+)
+def test_what_the_tools_write_comes_in(tmp_path, writer):
+    """Their bytes, the values that they decode, and the same bytes out again but for the last bit of some factors."""
+    folder = tmp_path / "theirs"
+    read = run(writer, folder)
+    model = exchange.load(folder)
+    assert len(model) >= 3 and all(isinstance(q, ifjax.QTensor) for q in model.values())
+    for name, q in model.items():
+        theirs = read[f"{name.removesuffix('.weight')}.float32"]
+        assert ulps_apart(q.dequantize(), theirs).max() <= (0 if writer == "write_mxfp4" else 2), name
+    tool = "modelopt" if writer == "write_modelopt" else "compressed-tensors"
+    again, config = exchange.export_tensors(model, tool)
+    from safetensors import deserialize
+
+    stored = dict(deserialize((folder / "model.safetensors").read_bytes()))
+    assert stored.keys() == again.keys()
+    for name, array in again.items():
+        data = np.frombuffer(bytes(stored[name]["data"]), array.dtype).reshape(stored[name]["shape"])
+        assert data.shape == array.shape
+        if name.endswith("weight_global_scale"):  # torch multiplies by 1 / amax: not all of that is some K / amax
+            assert ulps_apart(data, array).max() <= 1
+        else:
+            assert data.tobytes() == array.tobytes(), name
+    assert_within(config, json.loads((folder / "config.json").read_text())["quantization_config"])
+
+
+def assert_within(ours, theirs):
+    """Every field of ours is in theirs, with the same value."""
+    for name, value in ours.items():
+        if isinstance(value, dict):
+            assert_within(value, theirs[name])
+        else:
+            assert theirs[name] == value, name
