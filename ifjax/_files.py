@@ -48,16 +48,17 @@ def numpy_dtype(code: str) -> np.dtype | None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Any]:
+def replacing(path: str | os.PathLike, *, follow: bool = True) -> Iterator[Any]:
     """A new binary file, unbuffered, that takes the place of `path` once the block has ended without an error.
 
     Until then it has a name of its own in the same folder, `.NAME.*.tmp`, and is removed if anything goes wrong. Data
-    and folder are synced, so that a crash leaves the old file or the new one. A link stays one: its target is replaced.
+    and folder are synced, so that a crash leaves the old file or the new one. A link stays one, and its target is
+    replaced, unless `follow` is false.
 
     Raises:
         OSError: it cannot be written, or `path` is no file.
     """
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path) if follow else path)
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "is not a folder: create it first", str(path.parent))
     if path.exists() and not path.is_file():
@@ -89,9 +90,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike, text: str, *, follow: bool = True) -> None:
     """The file appears whole or stays as it was."""
-    with replacing(path) as file:
+    with replacing(path, follow=follow) as file:
         _write_all(file, text.encode())
 
 
@@ -383,7 +384,8 @@ def write_index(path: Path, shards: Mapping[str, Path], total: int) -> None:
         old = set(read_index(index).values())
     weight_map = {name: file.name for name, file in shards.items()}
     fields = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(index, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+    # Not through a link: the files that it names are beside it.
+    write_text(index, json.dumps(fields, indent=1, ensure_ascii=False) + "\n", follow=False)
     if path.is_file():  # readers would prefer it
         path.unlink()
     for name in old - set(weight_map.values()):

@@ -8,6 +8,7 @@ of formats, and checksums of every array and of the header. Nothing is ever unpi
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -324,9 +325,8 @@ def write_items(
     if not sharded:
         _write_one(path, items, metadata or {})
         return path
-    path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
-        raise FileNotFoundError(2, "is not a folder: create it first", str(path.parent))
+        raise FileNotFoundError(errno.ENOENT, "is not a folder: create it first", str(path.parent))
     groups = _groups(items, max_shard_bytes or SHARD_BYTES)
     shards = _files.shard_paths(path, len(groups))
     written = []
@@ -656,8 +656,7 @@ def save_orbax(params: Any, folder: str | os.PathLike) -> None:
         ...     load_orbax(f"{folder}/1")["w"]
         QTensor(mxfp4, 32x64 float32, axis=-1, 4.250 bits a value)
     """
-    import orbax.checkpoint as ocp
-
+    ocp = _orbax()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path(folder).resolve(), params, custom_metadata={_META: describe(params)})
 
@@ -673,8 +672,7 @@ def load_orbax(folder: str | os.PathLike, like: Any = None) -> Any:
     Raises:
         ValueError: the checkpoint is not like `like`, or has no description of its QTensors.
     """
-    import orbax.checkpoint as ocp
-
+    ocp = _orbax()
     folder = Path(folder).resolve()
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -741,3 +739,11 @@ def rebuild(tree: Any, description: Mapping[str, Any]) -> Any:
     if left:
         raise ValueError(f"the tree lacks {', '.join(map(repr, sorted(left)[:10]))} of the description")
     return built
+
+
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint
+    except ImportError:
+        raise ImportError("this needs orbax-checkpoint: pip install 'ifjax[flax]' brings it") from None
+    return orbax.checkpoint

@@ -50,12 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (analysis.FileError, OSError) as error:
+    except (analysis.FileError, OSError, _Misused) as error:
         print(f"ifjax: error: {_sentence(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, _Misused) else 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+class _Misused(Exception):
+    """Options that do not go together."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -293,7 +297,7 @@ def _bytes(text: str) -> int:
 
 def _quantize(options: argparse.Namespace) -> None:
     if str(options.target) == "-" and options.json and not options.dry_run:
-        raise analysis.FileError("OUT and --json both ask for stdout: write the report by --report FILE")
+        raise _Misused("OUT and --json both ask for stdout: write the report by --report FILE")
     started = time.perf_counter()
     with _files_of(options) as (source, target):
         with _as_file_error():
@@ -332,7 +336,7 @@ def _quantize(options: argparse.Namespace) -> None:
 def _rules(options: argparse.Namespace):
     if options.rules is not None:
         if options.embeddings:
-            raise analysis.FileError("--rules say themselves what becomes of embeddings: leave out --embeddings")
+            raise _Misused("--rules say themselves what becomes of embeddings: leave out --embeddings")
         rules = load_rules(options.rules)
     elif options.embeddings:
         rules = default_rules(options.fmt or "if4")[-1:]
@@ -348,7 +352,7 @@ def _rules(options: argparse.Namespace):
 
 def _dequantize(options: argparse.Namespace) -> None:
     if str(options.target) == "-" and options.json:
-        raise analysis.FileError("OUT and --json both ask for stdout: leave out --json")
+        raise _Misused("OUT and --json both ask for stdout: leave out --json")
     started = time.perf_counter()
     with _files_of(options) as (source, target), _progress(rate=True) as progress, _as_file_error():
         opened = checkpoint.open_file(source)
@@ -374,9 +378,9 @@ def _files_of(options: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
         to_stdout = str(target) == "-"
         if to_stdout:
             if sys.stdout.isatty():
-                raise analysis.FileError("OUT is -, and stdout is a terminal: name a file, or pipe it into one")
+                raise _Misused("OUT is -, and stdout is a terminal: name a file, or pipe it into one")
             if options.shard_size is not None:
-                raise analysis.FileError("OUT is -, which is one file: leave out --shard-size")
+                raise _Misused("OUT is -, which is one file: leave out --shard-size")
             target = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "out.safetensors"
         elif not getattr(options, "dry_run", False):
             _check_target(source, target, options.force)
@@ -426,7 +430,7 @@ def _as_file_error() -> Iterator[None]:
     """Rules and settings that do not fit the file: a sentence, not a traceback."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise error if isinstance(error, analysis.FileError) else analysis.FileError(str(error)) from error
 
 
@@ -522,7 +526,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     if options.min_sqnr is not None and options.against is None:
-        raise analysis.FileError("--min-sqnr is measured against the original: give --against ORIGINAL, too")
+        raise _Misused("--min-sqnr is measured against the original: give --against ORIGINAL, too")
     with _input(options.file) as path, _progress(rate=True) as progress:
         opened = checkpoint.open_file(path)
         against = None if options.against is None else checkpoint.open_file(options.against)

@@ -401,13 +401,16 @@ def _values(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick) -> Itera
     p, parts = source.packed[name], source.parts(name)
     for stored in parts.values():
         source.check(stored)
+    if not math.prod(p.shape):
+        yield np.zeros(p.shape, dtype)
+        return
     amax = source.array(parts["amax"]) if "amax" in parts else None
     at = len(p.shape) + p.axis
     last = max((i + 1 for i, n in enumerate(() if amax is None else amax.shape) if n > 1), default=0)
     inner = math.prod(p.shape[at + 1 :])
     # float64 is decoded in float32, in which every value was computed.
     device = np.dtype(np.float32) if dtype == np.float64 else dtype
-    if last > at or not math.prod(p.shape):  # an amax for each of the axes after the blocked one: not by pieces
+    if last > at:  # an amax for each of the axes after the blocked one: not by pieces
         q: Any = source[name]
         yield np.asarray(q.dequantize(device)).astype(dtype)
         return

@@ -600,6 +600,13 @@ def test_links_stay_links_and_devices_are_not_replaced(tmp_path):
     ifjax.save_file({"a": packed()}, link)
     assert link.is_symlink() and list(ifjax.open_file(path)) == ["a"]
     assert path.stat().st_mode & 0o777 == 0o600
+    # But an index is put beside its files, and what a linked one named is left alone.
+    (tmp_path / "other").mkdir()
+    index = ifjax.save_file({"b": packed()}, tmp_path / "other" / "link.safetensors.index.json")
+    (tmp_path / "link.safetensors.index.json").symlink_to(index)
+    ifjax.save_file({"c": packed()}, tmp_path / "link.safetensors.index.json")
+    assert list(ifjax.open_file(index)) == ["b"]
+    assert list(ifjax.open_file(tmp_path / "link.safetensors.index.json")) == ["c"]
     fifo = tmp_path / "fifo.safetensors"
     os.mkfifo(fifo)
     with pytest.raises(OSError, match="no plain file"):

@@ -236,13 +236,27 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(capsys, source, target, tmp_
         (["quantize", source, source, "--force"], "is IN: name another"),
         (["quantize", source, target, "--rules", rules], "matches nothing"),
         (["quantize", source, target, "--rules", tmp_path / "no.json"], "No such file"),
-        (["quantize", source, target, "--rules", rules, "--embeddings"], "leave out --embeddings"),
         (["dequantize", source, target], "nothing to dequantize"),
-        (["verify", source, "--min-sqnr", 3], "give --against"),
         (["inspect", tmp_path / "none"], "No such file"),
     ):
         assert message in fails(capsys, *arguments), arguments
         assert sorted(tmp_path.iterdir()) == before, arguments
+
+
+def test_options_that_do_not_go_together_exit_with_2(capsys, source, target, tmp_path):
+    rules = tmp_path / "rules.json"
+    ifjax.save_rules([ifjax.Rule(".*")], rules)
+    for arguments, message in (
+        (["quantize", source, target, "--rules", rules, "--embeddings"], "leave out --embeddings"),
+        (["quantize", source, "-", "--json"], "both ask for stdout"),
+        (["dequantize", source, "-", "--json"], "both ask for stdout"),
+        (["quantize", source, "-", "--shard-size", "1GB"], "leave out --shard-size"),
+        (["verify", source, "--min-sqnr", 3], "give --against"),
+    ):
+        assert run(*arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and message in err and err.count("\n") == 1
+    assert not target.exists()
 
 
 def test_out_is_replaced_only_by_force(capsys, source, target):

@@ -265,15 +265,12 @@ def test_what_is_packed_or_empty_cannot_be_quantized_and_what_is_not_not_dequant
 
 
 def test_what_stays_is_the_same_to_the_byte_whatever_its_dtype(tmp_path):
-    from safetensors import TensorSpec, serialize_file
-
     data = np.arange(64, dtype=np.uint8)
-    kinds = {"U8": ("uint8", 64), "I64": ("int64", 8), "C64": ("complex64", 8), "w": ("float32", 16)}
-    tensors = {
-        name: TensorSpec(dtype=dtype, shape=(2, size // 2), data_ptr=data.ctypes.data, data_len=64)
-        for name, (dtype, size) in kinds.items()
-    }
-    serialize_file(tensors, os.fspath(tmp_path / "model.safetensors"), {"format": "pt"})
+    slots = [_files.Slot("U8", "U8", (2, 32)), _files.Slot("I64", "I64", (2, 4)), _files.Slot("w", "F32", (2, 8))]
+    slots.append(_files.Foreign("C64", "C64", (2, 4), 64))
+    with _files.safetensors_writer(tmp_path / "model.safetensors", slots, lambda sums: {"format": "pt"}) as write_:
+        for slot in slots:
+            write_(slot.name, data)
     quantize_file(tmp_path / "model.safetensors", tmp_path / "q.safetensors", Rule("w", "mxfp4", block=8))
     file = ifjax.open_file(tmp_path / "q.safetensors")
     assert file.metadata == {"format": "pt"}
