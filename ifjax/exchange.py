@@ -22,8 +22,8 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ifjax import _files
 from ifjax._xla import divide
-from ifjax.formats import Format, get_format
+from ifjax.formats import FORMATS, Format, get_format
 from ifjax.grids import E2M1
 from ifjax.layouts import TILE, unswizzle_scales
 from ifjax.packing import pack, packed_length
@@ -211,7 +211,10 @@ def export_tensors(
             )
         if twice := new.keys() & arrays.keys():
             raise ValueError(f"{sorted(twice)} would be there twice: {name!r} and another array give that name")
-        arrays |= {name: np.asarray(array) for name, array in new.items()}
+        new = {name: np.asarray(array) for name, array in new.items()}
+        if any(array.dtype == object for array in new.values()):
+            raise TypeError(f"{name!r} is a {type(value).__name__}: needs arrays and QTensors")
+        arrays |= new
     kinds = set(layouts.values())
     if len(kinds) != 1:
         found = sorted(layout.algorithm for layout in kinds) or "nothing"
@@ -362,8 +365,8 @@ def import_tensors(
         tool: "compressed-tensors", "modelopt" or "fouroversix", or the model's `quantization_config`. None: by the
             names, if they decide it.
         fmt: the format to read them as: nvfp4 and mxfp4 unless stated. The fouroversix package's tensors do not say
-            theirs, so for them it is needed: "fouroversix" for nvfp4 with an adaptive rule (its default), "nvfp4" for
-            static_6, "nvfp4_static4", "if4", and so on.
+            theirs, so without its configuration it is needed: "fouroversix" for nvfp4 with an adaptive rule (its
+            default), "nvfp4" for static_6, "nvfp4_static4", "if4", and so on.
         nibbles: where the earlier code of a byte lies, if not as the tool declares it ("low_first", for all three).
         axis: -1 for [out, in] as stored; -2 for the transposed matrix [in, out] with blocks along -2, a Flax kernel.
         dtype: what the QTensors stand for.
@@ -384,7 +387,8 @@ def import_tensors(
     """
     arrays = {name: np.asarray(array) for name, array in tensors.items()}
     if isinstance(tool, Mapping):
-        tool = _declared_tool(tool)
+        tool, declared = _declared(tool)
+        fmt = declared if fmt is None else fmt
     if tool is None:
         tool = _tool_by_names(arrays, nibbles)
     if tool not in (*TOOLS, "fouroversix"):
@@ -645,31 +649,61 @@ def _tool_by_names(arrays: Mapping[str, np.ndarray], nibbles: Nibbles | None) ->
     )
 
 
-def _declared_tool(config: Mapping[str, Any]) -> Source:
-    """The tool whose `quantization_config` (for ModelOpt also hf_quant_config.json) this is, if the layout is known."""
-    inner = config.get("quantization", config)
-    method = str(config.get("quant_method", "modelopt" if "quant_algo" in inner else None))
-    if method == "fouroversix":
-        return "fouroversix"
-    # modelopt_fp4 is what servers call it.
-    tool = "modelopt" if method.startswith("modelopt") else method
-    known = {layout.algorithm: layout.block for layout in LAYOUTS if layout.tool == tool}
-    if tool == "modelopt":
-        known["W4A16_NVFP4"] = known["NVFP4"]
-    algorithm = inner.get("quant_algo" if tool == "modelopt" else "format")
+def _declared(config: Mapping[str, Any]) -> tuple[Source, str | None]:
+    """The tool whose `quantization_config` this is (for ModelOpt also hf_quant_config.json), and the format if it says.
+
+    Raises:
+        ValueError: it declares something else than a known layout.
+    """
+    try:
+        inner = config.get("quantization", config)
+        method = str(config.get("quant_method", "modelopt" if "quant_algo" in inner else None))
+        if method == "fouroversix":
+            return "fouroversix", _fouroversix_format(config)
+        # Servers call it modelopt_fp4.
+        tool = "modelopt" if method.startswith("modelopt") else method
+        known = {layout.algorithm: layout.block for layout in LAYOUTS if layout.tool == tool}
+        algorithm = str(inner.get("quant_algo" if tool == "modelopt" else "format"))
+        if tool == "modelopt":
+            known["W4A16_NVFP4"] = known["NVFP4"]
+            algorithm = algorithm.upper()
+        groups = (config.get("config_groups") or {}).values()
+        sizes = {(group.get("weights") or {}).get("group_size") for group in groups} | {inner.get("group_size")}
+        rotated = bool((config.get("transform_config") or {}).get("config_groups"))
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"not a quantization_config, nor an hf_quant_config.json: {config!r:.200}") from error
     if algorithm not in known:
         raise ValueError(
             f"quantization by {method!r} in {algorithm!r} is not known here, only "
             f"{', '.join(f'{lay.tool} {lay.algorithm}' for lay in LAYOUTS)}: others give the same names and bytes "
             "another meaning"
         )
-    groups = config.get("config_groups") or {}
-    sizes = {(group.get("weights") or {}).get("group_size") for group in groups.values()} | {inner.get("group_size")}
     if sizes - {None, known[algorithm]}:
         raise ValueError(f"{algorithm} has blocks of {known[algorithm]}, and the configuration says {sizes - {None}}")
-    if (config.get("transform_config") or {}).get("config_groups"):
+    if rotated:
         raise ValueError("its weights are stored rotated (transform_config), which is not undone here")
-    return tool  # type: ignore[return-value]
+    return ("modelopt" if tool == "modelopt" else "compressed-tensors"), None
+
+
+# The fouroversix package's scale rules, for what its weights' type is: adaptive ones unless listed.
+_FOUROVERSIX_RULES = {
+    ("nvfp4", "static_6"): "nvfp4",
+    ("nvfp4", "static_4"): "nvfp4_static4",
+    ("mxfp4", "static_4"): "mxfp4_static4",
+    ("nvfp4_bs8", "static_6"): "nvfp4_bs8",
+}
+_FOUROVERSIX_TYPES = {"nvfp4": "fouroversix", "nvfp4_bs8": "fouroversix_bs8"}
+
+
+def _fouroversix_format(config: Mapping[str, Any]) -> str | None:
+    """Of the weights, where the configuration has one for all of them."""
+    dtype = config.get("weight_dtype") or config.get("dtype") or "nvfp4"
+    rule = config.get("weight_scale_rule") or config.get("scale_rule") or "mse"
+    rounding = config.get("weight_round_style") or config.get("round_style") or "nearest"
+    if config.get("module_config_overrides") or rounding == "stochastic_unbiased":
+        return None
+    name = _FOUROVERSIX_RULES.get((dtype, rule), _FOUROVERSIX_TYPES.get(dtype, dtype))
+    return None if name not in FORMATS or (rule == "static_4" and "static4" not in name) else name
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -723,9 +757,9 @@ def save(
         raise FileExistsError(errno.EEXIST, "holds something already: name a new folder", str(path))
     text = json.dumps({**(config or {}), "quantization_config": quantization}, indent=2)
     path = Path(os.path.realpath(path))
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:80]}.", suffix=".tmp", dir=path.parent))
+    temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
     try:
-        temporary.chmod(0o777 & ~_umask())
         _write(temporary / "model.safetensors", arrays, metadata)
         _files.write_text(temporary / "config.json", text + "\n")
         os.replace(temporary, path)
@@ -782,12 +816,6 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str
     with _files.safetensors_writer(path, slots, lambda sums: metadata) as write:
         for name, array in arrays.items():
             write(name, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _declared_config(folder: Path, in_metadata: str | None) -> Mapping[str, Any] | None:

@@ -230,6 +230,8 @@ def test_arguments_of_other_types_are_refused():
         exchange.export_tensor(np.zeros((4, 16)), "modelopt")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'compressed-tensors', 'modelopt'"):
         exchange.export_tensor(tensor("nvfp4"), "gguf")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="is a object: needs arrays"):
+        exchange.export_tensors({"a": object()}, "modelopt")  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="flatten"):
         exchange.export_tensors({"layer": {"kernel": tensor("nvfp4")}}, "modelopt")  # type: ignore[dict-item]
 
@@ -426,7 +428,8 @@ def test_the_other_order_of_nibbles_has_to_be_stated():
     arrays = exchange.export_tensor(q, "modelopt")
     with pytest.raises(ValueError, match="both orders of nibbles"):
         exchange.import_tensors(arrays)
-    for settings in ({"tool": "modelopt"}, {"nibbles": "low_first"}, {"tool": {"quant_algo": "NVFP4"}}):
+    declared = {"quant_method": "modelopt_fp4", "quant_algo": "nvfp4"}
+    for settings in ({"tool": "modelopt"}, {"nibbles": "low_first"}, {"tool": declared}):
         (back,) = exchange.import_tensors(arrays, **settings).values()
         assert_array_equal(back.codes, q.codes)
     (back,) = exchange.import_tensors(arrays, nibbles="high_first").values()
@@ -499,6 +502,9 @@ def test_files_that_contradict_themselves_are_refused(arrays, message):
         ({"tool": {"quant_method": "compressed-tensors", "format": "mixfp4-pack-quantized"}}, ValueError, "mixfp4"),
         ({"tool": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, ValueError, "pack-quantized"),
         ({"tool": {"quant_algo": "NVFP4_AWQ"}}, ValueError, "NVFP4_AWQ"),
+        ({"tool": {"quantization": [1]}}, ValueError, "not a quantization_config"),
+        ({"tool": {"quant_algo": "NVFP4", "config_groups": [1]}}, ValueError, "not a quantization_config"),
+        ({"tool": {"quant_algo": ["NVFP4"]}}, ValueError, "not known here"),
         ({"tool": {"quantization": {"quant_algo": "NVFP4", "group_size": 32}}}, ValueError, "blocks of 16"),
         (
             {"tool": {"quant_algo": "NVFP4", "config_groups": {"g": {"weights": {"group_size": 8}}}}},
@@ -648,6 +654,37 @@ def swapped(packed):
 def test_buffers_that_contradict_what_is_stated_are_refused(given, settings, message):
     with pytest.raises(ValueError, match=message):
         exchange.import_tensors(given, "fouroversix", **({"fmt": "fouroversix"} | settings))
+
+
+@pytest.mark.parametrize(
+    "declared, fmt",
+    [
+        ({}, "fouroversix"),
+        ({"scale_rule": "abs_max"}, "fouroversix"),
+        ({"scale_rule": "static_6"}, "nvfp4"),
+        ({"scale_rule": "static_4"}, "nvfp4_static4"),
+        ({"dtype": "mxfp4", "weight_dtype": "nvfp4", "weight_scale_rule": "static_6", "scale_rule": "mse"}, "nvfp4"),
+        ({"dtype": "if4"}, "if4"),
+    ],
+)
+def test_the_packages_configuration_says_the_format(declared, fmt):
+    config = {"quant_method": "fouroversix"} | declared
+    assert exchange.import_tensors(GOOD, config)["up.weight"].fmt.name == fmt
+    assert exchange.import_tensors(GOOD, config, fmt="nvint4")["up.weight"].fmt.name == "nvint4"
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"module_config_overrides": {"up": {"dtype": "if4"}}},
+        {"round_style": "stochastic_unbiased"},
+        {"dtype": "nvfp2"},
+        {"dtype": "nvint4", "scale_rule": "static_4"},
+    ],
+)
+def test_a_configuration_of_several_formats_leaves_it_to_be_stated(declared):
+    with pytest.raises(ValueError, match="do not say their format"):
+        exchange.import_tensors(GOOD, {"quant_method": "fouroversix"} | declared)
 
 
 def test_buffers_in_the_other_order_of_nibbles():
