@@ -69,7 +69,7 @@ def expected(x, fmt, axis, block_2d=False):
         ("mxfp4", -2, (200, 5), np.float32),  # the last rows are fewer
         pytest.param("if3", -1, (13, 100), np.float32, marks=pytest.mark.slow),
         pytest.param("if3", -2, (100, 13), ml_dtypes.bfloat16, marks=pytest.mark.slow),
-        pytest.param("if6", -1, (13, 100), np.float32, marks=pytest.mark.slow),
+        pytest.param("if6_e2m3", -1, (13, 100), np.float32, marks=pytest.mark.slow),
         pytest.param("fouroversix", -1, (13, 100), np.float32, marks=pytest.mark.slow),
     ],
 )
