@@ -114,6 +114,20 @@ def dot_general(
     Raises:
         ValueError: the axes do not match, or the forced `impl` cannot take this product; the message says why.
     """
+    return dot_general_like(
+        None, lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding, impl, target
+    )
+
+
+def dot_general_like(
+    like, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None, impl=None,
+    target=None,
+):  # fmt: skip
+    """`dot_general`, where a QTensor lhs is sharded as `like` is, the array that was quantized.
+
+    Else the sharding of codes reaches what is decoded from them late in XLA's propagation. That of the result comes
+    first, and for the gradient of FSDP's weights activations are gathered instead of sums reduced.
+    """
     if not (_is_packed(lhs) or _is_packed(rhs)):
         lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
         dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
@@ -141,7 +155,7 @@ def dot_general(
     lhs = lhs if isinstance(lhs, QTensor) else lhs.unpack()
     if impl is None and _explain(lhs, rhs, dims, dtype, device_kind(target)).path == "scaled_matmul":
         by_xla = functools.partial(
-            dot_general, dimension_numbers=dims.numbers, precision=precision, impl="xla",
+            dot_general_like, like, dimension_numbers=dims.numbers, precision=precision, impl="xla",
             preferred_element_type=settings.out_dtype,
         )  # fmt: skip
         by_scales = functools.partial(_scaled_product, dtype=settings.out_dtype)
@@ -151,6 +165,8 @@ def dot_general(
         return _planned_product(lhs.dequantize(dtype), rhs, settings, impl, target)
     out_dtype, settings = settings.out_dtype, settings._replace(out_dtype=_accumulator(settings.out_dtype))
     values, units = _multiples(lhs, dtype)
+    if like is not None and like.shape == values.shape and jax.device_count() > 1:
+        values = jnp.where(like != like, jnp.nan, values)  # changes nothing: where one is NaN, the other is
     y = _planned_product(values, rhs, settings, impl, target)
     return (y * divide(1 if lhs.amax is None else factor_of(lhs), units)).astype(out_dtype)
 

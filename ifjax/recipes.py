@@ -26,7 +26,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ifjax import codec
 from ifjax._hadamard import SIZES, hadamard, random_signs
-from ifjax._matmul import DimensionNumbers, _as_varying, dot_general
+from ifjax._matmul import DimensionNumbers, _as_varying, dot_general_like
 from ifjax._mseden import check_format, ms_eden
 from ifjax.formats import FORMATS, Format, get_format
 from ifjax.qtensor import QTensor, quantize
@@ -464,7 +464,10 @@ def _product_bwd(settings, residuals, g):
     dx = _multiply(left, right, -1, -1, settings.dtype, settings.x_dtype, settings.precision)
     left = _operand(for_wgrad, "wgrad", "lhs", -2, key, settings)
     right = _operand(g, "wgrad", "rhs", -2, key, settings)
-    dw = _multiply(left, right, -2, -2, settings.dtype, settings.w_dtype, settings.precision)
+    like = None
+    if isinstance(left, QTensor) and not isinstance(for_wgrad, QTensor):
+        like = codec.pad_axis(for_wgrad, left.shape[-2], -2)
+    dw = _multiply(left, right, -2, -2, settings.dtype, settings.w_dtype, settings.precision, like)
     return dx, dw, None
 
 
@@ -522,15 +525,17 @@ def _check_key(key, recipe):
 
 
 @jax.jit(static_argnums=(2, 3, 4, 5, 6))  # outside of a jit, compiled once for all recipes
-def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision):
-    """The product along these axes: [batch, what is left of a, what is left of b]."""
+def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
+    """The product along these axes: [batch, what is left of a, what is left of b]. `like`: as a is sharded."""
     batch = (tuple(range(a.ndim - 2)),) * 2
     numbers = ((a.ndim + a_axis,), (b.ndim + b_axis,)), batch
 
-    def product(a, b, dtype=dtype):
-        return dot_general(a.astype(dtype), b.astype(dtype), numbers, precision, out_dtype)
+    def product(a, b, like, dtype=dtype):
+        return dot_general_like(like, a.astype(dtype), b.astype(dtype), numbers, precision, out_dtype)
 
     if dtype.itemsize != 2 or not (isinstance(a, QTensor) or isinstance(b, QTensor)):
-        return product(a, b)
+        return product(a, b, like)
     # XLA:CPU multiplies 16-bit matrices no faster, and in float32 operands are not rounded another time.
-    return lax.platform_dependent(a, b, cpu=functools.partial(product, dtype=np.dtype(np.float32)), default=product)
+    return lax.platform_dependent(
+        a, b, like, cpu=functools.partial(product, dtype=np.dtype(np.float32)), default=product
+    )
