@@ -60,7 +60,7 @@ def bert_file() -> Path:
 VARIANTS = {
     "if6_e3m2", "nvfp6_e3m2", "nvint3", "nvint6", "mxfp6_e3m2", "nvfp4_static4", "mxfp4_static4", "if3_bs8",
     "nvfp4_bs8", "fouroversix_bs8", "nvfp3_bs8", "nvint3_bs8", "nvint4_bs8", "mxfp3_bs8", "mxfp4_bs8",
-    "nvfp6_e2m3", "mxfp3",
+    "nvfp6_e2m3", "mxfp3", "if4_bs8", "if6", "nvfp3", "mxfp6_e2m3",
 }  # fmt: skip
 
 

@@ -403,7 +403,8 @@ class Everything(nn.Module):
         return table.attend(nn.BatchNorm(use_running_average=True)(h))
 
 
-@pytest.mark.parametrize("axis", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(-1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", [0, 1, -1])
 def test_scan_remat_attention_conv_and_tied_embeddings_together(axis):
     model, tokens = Everything(axis), jnp.array([[0, 3, 11], [5, 5, 1]])
     variables = model.init(jax.random.key(1), tokens)
@@ -432,6 +433,7 @@ class Heads(nn.Module):
         return heads(8)(x)
 
 
+@pytest.mark.slow
 def test_layers_that_vmap_stacked_keep_an_amax_each():
     model, x = Heads(), normal(3, 5, 16)
     variables = model.init(jax.random.key(1), x)
