@@ -1,7 +1,7 @@
 """What does a training recipe cost, in gradient error and in time? Every recipe against the products of floats.
 
     python benchmarks/recipes.py [--rows 512] [--width 1024] [--keys 16] [--seed 0] [--json FILE]
-                                 [--only rounding gradients time] [--recipes NAME ...] [--size 4096] [--pairs 5]
+                                 [--only rounding gradients residuals time] [--recipes NAME ...] [--size 4096] [--pairs 5]
 
 rounding   normal numbers rounded by MS-EDEN, stochastically and to nearest: squared error, and misalignment, which is
            what is missing along the input, 1 - <x, q> / <x, x>; beside Quartet II's figures (arXiv 2601.22813).
@@ -11,11 +11,14 @@ gradients  one layer of `width`: y, dx and dw of a recipe against those of float
            where it drowns in the noise. The layers: activations after a normalization, with a few channels 20 times as
            large, with weights of 1 / sqrt(width) and gradients whose rows differ in size by three binades; and an MLP's
            second layer, whose input is half zeros.
+residuals  what a Dense of `width` keeps for its backward pass, in bits a value of activations and of weights, both in
+           bfloat16; with residuals="float" and, where a recipe allows it, "packed". Read off the traced program.
 time       forward, and forward and backward, of a Dense of size x size at 512 tokens in bfloat16, in turn with the
            recipe bf16: median of the ratios within a round, wall time and processor time.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -28,9 +31,9 @@ from codec import alternate, machine
 
 import ifjax
 from ifjax._mseden import ms_eden
-from ifjax.recipes import RECIPES, quantized_dot_general
+from ifjax.recipes import RECIPES, get_recipe, quantized_dot_general
 
-SECTIONS = ("rounding", "gradients", "time")
+SECTIONS = ("rounding", "gradients", "residuals", "time")
 MATRICES = (((1,), (0,)), ((), ()))
 # Of Quartet II's notebook, x 1e-3 and as is; None where it states none. Its misalignment of rounding to nearest is that
 # of MS-EDEN's own, smaller scales (see tests/test_ms_eden.py); with E4M3's full range it is .0045.
@@ -104,6 +107,32 @@ def gradients(args) -> list[dict]:
     return rows
 
 
+def residuals(args) -> list[dict]:
+    """One row for each recipe and kind of residuals."""
+    n, rows = args.width, []
+
+    def kept(recipe, tokens, features):
+        def backward(x, w, key):
+            return jax.vjp(lambda x, w: quantized_dot_general(x, w, MATRICES, recipe, key), x, w)[1]
+
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((tokens, n), (n, features))]
+        leaves = jax.tree.leaves(jax.eval_shape(backward, *arrays, jax.random.key(0)))
+        return sum(8 * a.size * a.dtype.itemsize for a in leaves)
+
+    for name in args.recipes:
+        recipe = get_recipe(name)
+        for residuals in ("float", "packed"):
+            try:
+                recipe = dataclasses.replace(recipe, residuals=residuals)
+            except ValueError:  # nothing of it is packed
+                continue
+            least = kept(recipe, 512, 512)
+            of_x, of_w = (kept(recipe, *lengths) - least for lengths in ((1024, 512), (512, 1024)))
+            rows.append({"recipe": name, "residuals": residuals})
+            rows[-1] |= {"bits an activation": of_x / 512 / n, "bits a weight": of_w / 512 / n}
+    return rows
+
+
 def time(args) -> list[dict]:
     """One row for each recipe: its time over that of bf16."""
     keys = jax.random.split(jax.random.key(args.seed), 4)
@@ -155,7 +184,7 @@ def main():
     described, results = machine(), {}
     print(f"{described}\n")
     for section in args.only:
-        results[section] = {"rounding": rounding, "gradients": gradients, "time": time}[section](args)
+        results[section] = {"rounding": rounding, "gradients": gradients, "residuals": residuals, "time": time}[section](args)
         print(f"## {section}\n\n{table(results[section])}", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"machine": described, **results}, indent=1))
