@@ -37,7 +37,6 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from ifjax import _files
-from ifjax._xla import divide
 from ifjax.formats import FORMATS, Format, get_format
 from ifjax.grids import E2M1
 from ifjax.layouts import TILE, unswizzle_scales
@@ -514,19 +513,19 @@ def _amax_of(stored: np.ndarray, scales: np.ndarray, layout: Layout, largest: np
     factor = np.asarray(stored)
     if factor.size != 1 or not jnp.issubdtype(factor.dtype, jnp.floating):
         raise ValueError(f"{layout.factor} must be one float, got {factor.dtype} {factor.shape}")
-    factor = factor.reshape(()).astype(np.float32)[()]
+    with np.errstate(over="ignore"):
+        factor = factor.reshape(()).astype(np.float32)[()]
     if not 0 < factor < np.inf:
         if not scales.any():
             return np.float32(0)  # zeros, whatever they are multiplied by
         raise ValueError(f"{layout.factor} must be finite and > 0, got {factor}")
+    # Going back and forth once more changes nothing: of all amax with this factor, if there are any, this is one
+    # (checked for each mantissa and the K of each named format).
     with np.errstate(all="ignore"):
-        guess = largest / factor if layout.reciprocal else factor * largest
-    if not np.finfo(np.float32).tiny <= guess < np.inf:
-        raise ValueError(f"{layout.factor} {factor} makes amax {guess}, which is no normal float32 number")
-    for amax in (guess, np.nextafter(guess, np.float32(np.inf)), np.nextafter(guess, np.float32(0))):
-        if (_divided(largest, amax) if layout.reciprocal else _divided(amax, largest)) == factor:
-            return np.float32(amax)
-    return np.float32(guess)
+        amax = np.float32(largest / factor if layout.reciprocal else factor * largest)
+    if not np.finfo(np.float32).tiny <= amax < np.inf:
+        raise ValueError(f"{layout.factor} {factor} makes amax {amax}, which is no normal float32 number")
+    return amax
 
 
 _PARTS = ("values", "scale_factors", "amax", "metadata")
@@ -911,18 +910,8 @@ def from_ml_dtypes(
             raise ValueError(f"{fmt.name} has no tensor scale: leave factor out")
         amax = None
     else:
-        amax = _amax_that_gives(jnp.asarray(1.0 if factor is None else factor, jnp.float32), largest)
+        amax = jnp.asarray(1.0 if factor is None else factor, jnp.float32) * largest
     return QTensor(_packed(elements, axis), scales, amax, fmt, headroom, axis, length, np.dtype(dtype), False)
-
-
-@jax.jit
-def _amax_that_gives(factor, largest):
-    """The float32 for which amax / K is `factor`, or the nearest."""
-    amax = guess = factor * largest
-    for direction in (np.float32(np.inf), np.float32(0)):
-        near = jnp.nextafter(guess, jnp.full_like(guess, direction))
-        amax = jnp.where((divide(near, largest) == factor) & (divide(amax, largest) != factor), near, amax)
-    return amax
 
 
 @jax.jit(static_argnums=1)
