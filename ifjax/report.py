@@ -224,7 +224,9 @@ class Report:
 
     def __str__(self) -> str:
         file = io.StringIO()
-        console = Console(file=file, width=_WIDTH, color_system=None, markup=False, highlight=False, emoji=False)
+        console = Console(
+            file=file, width=_WIDTH, color_system=None, markup=False, highlight=False, emoji=False, force_jupyter=False,
+        )  # fmt: skip
         console.print(self)
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 

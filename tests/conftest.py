@@ -3,6 +3,7 @@
 The platform is left alone, so that on a machine with a GPU the same tests, the golden ones among them, run on it.
 """
 
+import collections
 import importlib.util
 import os
 from pathlib import Path
@@ -66,12 +67,18 @@ VARIANTS = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases: collections.Counter[str] = collections.Counter()
     for item in items:
         values = getattr(item, "callspec", None)
         names = {getattr(value, "name", value) for value in (values.params.values() if values else ())
                  if isinstance(value, str) or hasattr(value, "candidates")}
         if names & VARIANTS:
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
+            function = item.nodeid.partition("[")[0]
+            if cases[function] % 3:
+                item.add_marker(pytest.mark.slow)
+            cases[function] += 1
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

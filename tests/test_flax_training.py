@@ -83,6 +83,7 @@ def gradient(model, variables, x, rules, **options):
     return jax.jit(jax.grad(lambda v: (apply(v, x, **options) ** 2).sum()))(variables)["params"]
 
 
+@pytest.mark.slow
 def test_noise_is_of_the_key_and_the_layer():
     x = normal(32, 16)
     pair = nn.Sequential([nn.Dense(16, use_bias=False, kernel_init=nn.initializers.orthogonal()) for _ in range(2)])

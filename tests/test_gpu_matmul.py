@@ -151,6 +151,7 @@ def test_the_reference_is_the_formula(decoding):
 # The layout.
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n, k", [(1, 16), (64, 128), (100, 300), (128, 256), (129, 272), (300, 512)])
 def test_unpack_is_the_inverse_of_pack(n, k):
     decoding = DECODINGS["if4"]

@@ -275,6 +275,7 @@ def test_wrong_signs_are_refused(signs, message):
 # --- transformations
 
 
+@pytest.mark.sampled
 @each_direction
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("size, dtype", [(16, np.float32), (128, jnp.bfloat16)])

@@ -69,6 +69,7 @@ def golden_segments(golden, unit, kind):
     return segments, expected
 
 
+@pytest.mark.sampled
 @each_way
 @pytest.mark.parametrize("kind", ["svh", "random"])
 @each_unit
@@ -142,6 +143,7 @@ def test_the_model_meets_the_published_vectors(golden):
             assert_array_equal(bits(model(unit, *segments)), expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("beats", LENGTHS)
 @each_unit
 def test_random_segments_of_any_length_are_the_models(unit, beats):

@@ -53,6 +53,7 @@ def gathered(text):
     return re.findall(r"= (\S+ (?:all-gather|all-to-all|collective-permute))(?:-start)?\(", text)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("rows", [3, 64], ids=["few rows", "many rows"])
 @pytest.mark.parametrize(("n", "k"), PLACEMENTS.values(), ids=PLACEMENTS)
 def test_sharded_weights_give_the_same_product_and_stay_where_they_are(mesh, weights, n, k, rows):
@@ -66,6 +67,7 @@ def test_sharded_weights_give_the_same_product_and_stay_where_they_are(mesh, wei
     np.testing.assert_allclose(compiled(x_placed, q), product(x, weights), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("n", "k"), PLACEMENTS.values(), ids=PLACEMENTS)
 def test_the_gradient_gathers_no_weights(mesh, weights, n, k):
     x, g = normal(64, K), normal(64, N, seed=2)
@@ -80,6 +82,7 @@ def test_the_gradient_gathers_no_weights(mesh, weights, n, k):
     np.testing.assert_allclose(compiled(x_placed, q, g_placed), pull(x, weights, g), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("n", "k"), PLACEMENTS.values(), ids=PLACEMENTS)
 def test_under_shard_map(mesh, weights, n, k):
     x = normal(5, K)

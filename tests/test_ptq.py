@@ -175,6 +175,7 @@ def test_the_first_rule_that_matches_decides():
     }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "options",
     [
@@ -222,6 +223,7 @@ def test_what_is_too_short_for_a_block_is_an_error_unless_the_rule_is_optional()
     assert "length 6 is below the block of 8" in entry.reason and entry.expected
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("rules", "fmt"), [(None, "if4"), ("nvfp4", "nvfp4"), (ifjax.FORMATS["if3"], "if3")])
 def test_a_format_stands_for_the_default_rules(rules, fmt):
     nn = pytest.importorskip("flax.linen")
@@ -402,6 +404,7 @@ def scanned(axis, names=None):
     return Model()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_layers_stacked_along_any_axis_are_packed_one_by_one(axis):
     model, x = scanned(axis), normal(4, 8, seed=1)
@@ -419,6 +422,7 @@ def test_layers_stacked_along_any_axis_are_packed_one_by_one(axis):
     np.testing.assert_array_equal(model.apply(packed, x), model.apply(faked, x))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("axis", [0, 1, 2])  # with -1, nn.Partitioned of flax 0.12.8 puts its own names in disorder
 def test_stacked_layers_keep_consistent_names(axis):
     nn = pytest.importorskip("flax.linen")

@@ -341,6 +341,7 @@ def arranged(request):
     return q, values_of(q), axes
 
 
+@pytest.mark.sampled
 def test_indexing_picks_what_indexing_the_values_picks(arranged):
     q, values, axes = arranged
     several = list(indices(q.shape, axes))
@@ -349,6 +350,7 @@ def test_indexing_picks_what_indexing_the_values_picks(arranged):
         np.testing.assert_array_equal(values_of(part), values[index], err_msg=str(index))
 
 
+@pytest.mark.sampled
 def test_take_picks_what_take_of_the_values_picks(arranged):
     q, values, axes = arranged
     indices = (1, -1, np.array([2, 0, -2]), np.array([[0, 1, 2]]), np.array([1, 99, -99]))
@@ -437,6 +439,7 @@ def test_iteration_gives_the_entries_of_the_first_axis():
 # --- transposition ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("shape", "fmt", "axis"),
     [

@@ -184,6 +184,7 @@ def along_last(x, axis):
     return x.reshape(-1, x.shape[-1])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
 def test_every_axis_of_every_rank_follows_the_specification(rank):
     shape = (5, 3, 6, 2, 4)[:rank]
@@ -211,6 +212,7 @@ def test_every_axis_of_every_rank_follows_the_specification(rank):
         np.testing.assert_array_equal(along_last(values, axis), expected.deq[:, :length])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_choices_follow_the_axis(axis):
     x = normal(9, 10, 11, seed=5)
@@ -222,6 +224,7 @@ def test_choices_follow_the_axis(axis):
     np.testing.assert_array_equal(along_last(q.dequantize(), axis), expected.deq[:, : rows.shape[1]])
 
 
+@pytest.mark.slow
 def test_every_length_is_padded_inside_and_cropped_outside():
     x = normal(40, seed=6)
     for name in ("nvfp4", "nvint3"):
@@ -243,6 +246,7 @@ def test_blocks_may_hold_a_single_value(name):
     np.testing.assert_array_equal(q.dequantize(), expected.deq)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("shape", [(0,), (0, 8), (8, 0), (0, 0), (2, 0, 3)], ids=str)
 def test_empty_arrays_give_empty_results(fmt, shape):
@@ -267,6 +271,7 @@ def test_an_empty_array_keeps_the_amax_axes_it_has():
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("fmt", [IF4, MXFP4], ids=["if4", "mxfp4"])
 def test_narrow_input_gives_the_bytes_of_the_same_numbers_in_float32(dtype, fmt):
@@ -287,6 +292,7 @@ def test_numpy_arrays_and_lists_are_input():
         np.testing.assert_array_equal(ifjax.fake_quantize(same, IF4), ifjax.fake_quantize(x, IF4))
 
 
+@pytest.mark.slow
 def test_float64_is_computed_in_float32():
     wide = np.random.default_rng(9).standard_normal((4, 8))
     noise = np.random.default_rng(9).random((4, 8)) * 1e-12
@@ -365,6 +371,7 @@ SEPARATE = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("shape", "settings"), SEPARATE.values(), ids=SEPARATE)
 def test_amax_axes_are_vmap(shape, settings):
     x = normal(*shape, seed=13)
@@ -403,6 +410,7 @@ CASES = {
 NOISY = [("if4", "stochastic"), ("nvfp3", "stochastic_unbiased"), ("mxfp4", "stochastic_unbiased")]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "rounding"), [(name, "nearest") for name in EACH_KIND] + NOISY)
 def test_fake_quantize_is_quantize_and_dequantize(name, rounding):
     x = normal(3, 10, seed=14)
@@ -420,6 +428,7 @@ def test_fake_quantize_is_quantize_and_dequantize_for_every_record(name, roundin
     np.testing.assert_array_equal(ifjax.fake_quantize(x, name, **random(rounding)), q.dequantize())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_fake_quantize_is_quantize_and_dequantize_for_every_argument(settings):
     x = normal(6, 9, seed=15)
@@ -439,6 +448,7 @@ def test_fake_quantize_poisons_the_block_of_a_nan_only():
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("settings", [{}, random("stochastic"), {"search": "fast"}], ids=["nearest", "noise", "search"])
 def test_the_straight_through_gradient_is_the_incoming_one(settings, dtype):
@@ -459,6 +469,7 @@ def largest_value(q):
     return oracle.dequantize(top, scales, amax, name, headroom=q.headroom, block=q.fmt.block)[:, : q.shape[1]]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["if4", "nvfp4", "fouroversix", "if3", "mxfp4"])
 @pytest.mark.parametrize("amax", [None, 1.0], ids=["own amax", "amax 1"])
 def test_the_clipped_gradient_is_zero_exactly_beyond_the_blocks_largest_value(name, amax):
@@ -528,6 +539,7 @@ def test_no_gradient_reaches_a_given_amax():
 # --- stochastic rounding ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_noise_is_reproducible_from_the_key():
     x = normal(4, 3, 8, seed=25)
     keys = jax.random.split(jax.random.key(1), 4)
@@ -622,6 +634,7 @@ WITHOUT = [(name, "stochastic") for name in SINGLE if ifjax.FORMATS[name].scale.
 FEW = [(name, "stochastic_unbiased") for name in ("nvfp4", "nvint4", "nvfp3", "nvfp6_e3m2")] + [("mxfp4", "stochastic")]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "rounding"), FEW)
 def test_formats_of_one_candidate_are_unbiased(name, rounding):
     beyond = assert_unbiased(normal(8, 16, seed=26), short(name), rounding, 2048)
@@ -677,6 +690,7 @@ def assert_bias_is_the_stated_one(name, rounding, count):
     assert abs(bias - BIAS[name, rounding]) < 4 * deviation + 0.0002, f"{bias:+.5f} +- {deviation:.5f}"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "rounding"), QUICK)
 def test_the_bias_is_the_stated_one(name, rounding):
     assert_bias_is_the_stated_one(name, rounding, 1 << 18)
@@ -694,6 +708,7 @@ def test_the_error_of_stochastic_nvfp4_on_normal_data(rounding, expected):
     assert misalignment("nvfp4", rounding, 1 << 19)[2] == pytest.approx(expected, rel=0.007)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["nvfp4", "if4", "if3"])
 def test_noise_makes_no_error_larger_than_the_gap_between_values(name):
     """Both neighbours of a value are within one gap; a value on the grid stays where it is."""

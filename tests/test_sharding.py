@@ -102,6 +102,7 @@ def test_an_amax_for_each_shard_needs_no_communication_at_all(mesh):
     assert_same(quantize(placed), ifjax.quantize(x, IF4, amax_axes=(0,)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("spec", "settings"),
     [
@@ -155,6 +156,7 @@ def test_meshes_with_explicit_axes_work_alike(fmt):
 # --- device_put and shardings -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("settings", "spec", "amax_spec"),
     [
@@ -294,6 +296,7 @@ def test_shard_map_without_an_amax_takes_each_shards_own(mesh):
     assert_same(q, each)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("settings", [{"search": "fast"}, {"block_2d": True}, {"rounding": "stochastic"}], ids=str)
 def test_everything_runs_inside_shard_map(mesh, settings):
     x = normal(16, 8)

@@ -112,6 +112,7 @@ def checked():
 # Decoding
 
 
+@pytest.mark.sampled
 @each_arithmetic
 def test_every_code_with_every_scale_byte_is_the_formula_rounded_once(monkeypatch, decoding, dtype, arithmetic):
     """x is the identity, so that the product shows each weight alone; only a NaN spreads, over its row of W."""
@@ -152,6 +153,7 @@ def test_the_curves_of_if4_are_those_of_the_module_docstring():
 # Layout
 
 
+@pytest.mark.sampled
 @each_decoding
 @pytest.mark.parametrize(("n", "blocks"), [(3, 40), (257, 65)])
 def test_unpack_undoes_pack_to_the_bit(decoding, n, blocks):
@@ -203,6 +205,7 @@ products = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "dtype", "m", "n", "k"), products)
 def test_ragged_products_meet_float64_without_races_and_garbage(name, dtype, m, n, k):
     rng, decoding = np.random.default_rng(m), DECODINGS[name]
