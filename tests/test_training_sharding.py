@@ -41,8 +41,8 @@ class Model(nn.Module):
 
 
 MODEL = Model()
-# Where tokens and the two kernels [layer, in, out] lie. There are more tokens than features, so that sums of gradients are
-# cheaper to move than activations.
+# Where tokens and the two kernels [layer, in, out] lie. There are more tokens than features, so that sums of gradients
+# are cheaper to move than activations.
 PLACEMENTS = {
     "data x tensor": ((4, 2), ("data", "tensor"), P("data"), P(None, None, "tensor"), P(None, "tensor")),
     "fsdp": ((8,), ("data",), P("data"), P(None, "data"), P(None, "data")),
