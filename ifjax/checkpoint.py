@@ -62,8 +62,8 @@ class Item(NamedTuple):
 def save_file(params: Any, path: str | os.PathLike, *, max_shard_bytes: int | None = None) -> Path:
     """Write a tree of QTensors and arrays as a safetensors file, which appears whole or not at all.
 
-    Tensors are named by their '/'-joined path in the tree. Arrays go to the host one tensor at a time. Where `path`
-    exists it is replaced; a crash at any moment leaves the old checkpoint or the new one.
+    Tensors are named by their '/'-joined path in the tree. Arrays of devices come to the host in their turn.
+    Where `path` exists it is replaced; a crash at any moment leaves the old checkpoint or the new one.
 
     Args:
         params: nested dictionaries, lists, an NNX state, Flax's boxes; any pytree whose leaves have names.
@@ -417,16 +417,17 @@ def _item(name: str, value: Any) -> Item:
     if isinstance(value, Prepacked):
         raise TypeError(f"{name!r} is arranged for one kernel, and files hold the plain layout: save {name}.unpack()")
     if not isinstance(value, QTensor):
-        array = _on_host(name, value)
-        code = _files.CODES.get(array.dtype.name)
+        _check_array(name, value)
+        code = _files.CODES.get(value.dtype.name)
         if code is None:
-            raise TypeError(f"{name!r} is {array.dtype}, and files hold only {', '.join(_files.CODES)}")
-        return Item(name, (Slot(name, code, array.shape),), None, lambda write: write(name, _on_host(name, value)))
+            hint = ": save jax.random.key_data of it" if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else ""
+            raise TypeError(f"{name!r} is {value.dtype}, and files hold only {', '.join(_files.CODES)}{hint}")
+        return Item(name, (Slot(name, code, value.shape),), None, lambda write: write(name, np.asarray(value)))
     q = value
     arrays = {f"{name}.codes": q.codes, f"{name}.scales": q.scales, f"{name}.amax": q.amax}
     for stored, a in arrays.items():
-        if not (a is None or isinstance(a, jax.Array | np.ndarray | np.generic)) or isinstance(a, Tracer):
-            raise TypeError(f"{stored!r} must be an array to be saved, got {type(a).__name__}")
+        if a is not None:
+            _check_array(stored, a)
     slots = packed_slots(name, q.fmt, q.codes.shape, q.scales.shape, None if q.amax is None else q.amax.shape)
     packed = _record_of(q)
     q.fmt.to_dict()  # refuses a scale that is code, before anything is written
@@ -435,7 +436,7 @@ def _item(name: str, value: Any) -> Item:
 
     def fill(write):
         for slot in slots:
-            write(slot.name, _on_host(slot.name, arrays[slot.name]))
+            write(slot.name, np.asarray(arrays[slot.name]))
 
     return Item(name, slots, packed, fill)
 
@@ -444,16 +445,11 @@ def _record_of(q: QTensor) -> Packed:
     return Packed(q.fmt, q.headroom, q.axis, q.shape, np.dtype(q.dtype), q.block_2d, q.names)
 
 
-def _on_host(name: str, value: Any) -> np.ndarray:
-    if isinstance(value, Tracer | jax.ShapeDtypeStruct):
+def _check_array(name: str, value: Any) -> None:
+    if isinstance(value, Tracer) or not isinstance(value, jax.Array | np.ndarray | np.generic):
         raise TypeError(f"{name!r} must be an array to be saved, got {type(value).__name__}")
     if not getattr(value, "is_fully_addressable", True):
-        raise ValueError(f"{name!r} is spread over several hosts: save such trees with `ifjax.checkpoint.save_orbax`")
-    try:
-        array = np.asarray(value)
-    except TypeError as error:
-        raise TypeError(f"{name!r} must be an array (of random keys, jax.random.key_data): {error}") from None
-    return array
+        raise ValueError(f"{name!r} is spread over several hosts: save such trees by ifjax.checkpoint.save_orbax")
 
 
 def _check_names(names: Iterable[str]) -> None:

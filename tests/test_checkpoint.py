@@ -229,7 +229,7 @@ def test_lists_are_numbered_and_like_gives_them_back(tmp_path):
         ({"__metadata__": np.ones(1)}, ValueError, "rename it"),
         ({"\ud800": np.ones(1)}, ValueError, "UTF-8"),
         ({"a": np.array([object()])}, TypeError, "'a' is object, and files hold only"),
-        ({"a": "text"}, TypeError, "files hold only"),
+        ({"a": "text"}, TypeError, "files hold only"), ({"a": jax.random.key(0)}, TypeError, r"jax\.random\.key_data"),
         ({"a": jax.ShapeDtypeStruct((2,), np.float32)}, TypeError, "must be an array to be saved"),
         ({"a": dataclasses.replace(packed(), codes=jax.ShapeDtypeStruct((6, 24), np.uint8))}, TypeError, "codes' must"),
         ({"a": dataclasses.replace(packed(), scales=packed().scales[:, :2])}, ValueError, "'a': "),
