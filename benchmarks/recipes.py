@@ -184,7 +184,8 @@ def main():
     described, results = machine(), {}
     print(f"{described}\n")
     for section in args.only:
-        results[section] = {"rounding": rounding, "gradients": gradients, "residuals": residuals, "time": time}[section](args)
+        measure = {"rounding": rounding, "gradients": gradients, "residuals": residuals, "time": time}[section]
+        results[section] = measure(args)
         print(f"## {section}\n\n{table(results[section])}", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"machine": described, **results}, indent=1))

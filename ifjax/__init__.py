@@ -10,7 +10,7 @@ Flax:        quantized, interceptors, calibrate, PackedParam, with_recipes (thes
 Rotate:      hadamard, inverse_hadamard, random_signs
 Place:       device_put, shardings
 Store:       save_file, load_file, open_file (safetensors; checkpoint has Orbax's, convert works file to file)
-Exchange:    to_ml_dtypes, swizzle_scales, unswizzle_scales
+Exchange:    exchange, to_ml_dtypes, swizzle_scales, unswizzle_scales
 Hardware:    mac (IF4 and NVFP4 multiply-accumulate units)
 """
 
