@@ -1,7 +1,8 @@
 """What does a training recipe cost, in gradient error and in time? Every recipe against the products of floats.
 
     python benchmarks/recipes.py [--rows 512] [--width 1024] [--keys 16] [--seed 0] [--json FILE]
-                                 [--only rounding gradients residuals time] [--recipes NAME ...] [--size 4096] [--pairs 5]
+                                 [--only rounding gradients residuals time] [--recipes NAME ...] [--size 4096]
+                                 [--pairs 5]
 
 rounding   normal numbers rounded by MS-EDEN, stochastically and to nearest: squared error, and misalignment, which is
            what is missing along the input, 1 - <x, q> / <x, x>; beside Quartet II's figures (arXiv 2601.22813).
