@@ -124,11 +124,12 @@ def training_report(
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
         >>> import ifjax
-        >>> model, x = nn.Sequential([nn.Dense(64), nn.Dense(10, name="head")]), jnp.ones((4, 32))
+        >>> model, x = nn.Sequential([nn.Dense(64), nn.Dense(10)]), jnp.ones((4, 32))
         >>> params = jax.eval_shape(model.init, jax.random.key(0), x)
-        >>> report = ifjax.training_report(params, "nvfp4", model=model, sample=x)
+        >>> rules = [ifjax.Rule("layers_1", None), ifjax.Rule(".*", recipe="nvfp4")]
+        >>> report = ifjax.training_report(params, rules, model=model, sample=x)
         >>> [(entry.path, entry.fmt or entry.reason) for entry in report.entries if "kernel" in entry.path]
-        [('head/kernel', "the rule '(.*/)?(...)' excludes it"), ('layers_0/kernel', 'nvfp4')]
+        [('layers_0/kernel', 'nvfp4'), ('layers_1/kernel', "the rule 'layers_1' excludes it")]
     """
     rules = training_rules(rules)
     if model is None:

@@ -280,7 +280,10 @@ def walked(make):
 def kernel_of(parameter, module, axes, stacked=(), reason=None):
     path = parameter.rpartition("/")[0]
     unfit = "NNX modules multiply by themselves: only linen modules can be intercepted"
-    return Kernel(parameter, path, module, axes, stacked, unfit_for=unfit, reason=reason)
+    training = None
+    if module in ("Einsum", "Conv", "ConvTranspose", "Embed"):
+        training = f"nnx.{module} has no place for another product, only Linear and LinearGeneral have"
+    return Kernel(parameter, path, module, axes, stacked, unfit_for=unfit, reason=reason, training=training)
 
 
 MODULES = [
