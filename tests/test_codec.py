@@ -26,6 +26,8 @@ from ifjax.grids import E2M1, E2M3, INT4
 from ifjax.packing import pack
 from ifjax.scales import E8M0
 
+pytestmark = pytest.mark.sampled
+
 NAMED = {name: fmt for name, fmt in ifjax.FORMATS.items() if name == fmt.name}
 each_format = pytest.mark.parametrize("fmt", NAMED.values(), ids=NAMED)
 few_examples = hypothesis.settings(max_examples=8)  # of 14 tensors each
@@ -100,12 +102,14 @@ def magnitudes(seed=0):
     return normal(seed) * np.exp2(np.arange(-60, 66, 9, dtype=np.float32))[:, None, None]
 
 
+@pytest.mark.sampled
 @each_format
 def test_tensors_of_any_size_are_encoded_as_the_oracle_says(fmt):
     x = magnitudes()
     assert_is_the_oracles(x, quantized(x, fmt), fmt, fmt.name)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("loss", ["mae", "abs_max"])
 @pytest.mark.parametrize(
     "name",
@@ -120,6 +124,7 @@ def test_every_loss_selects_as_the_oracle_says(name, loss):
     assert_is_the_oracles(x, quantized(x, NAMED[name], loss=loss), NAMED[name], name, loss)
 
 
+@pytest.mark.sampled
 @each_format
 @few_examples
 @each_input

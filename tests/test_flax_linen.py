@@ -14,6 +14,8 @@ from ifjax import Rule
 from ifjax.flax.linen import walk
 from ifjax.rules import OPERANDS
 
+pytestmark = pytest.mark.sampled
+
 FMT = "nvfp4"  # one candidate: cheap to compile; which format it is makes no difference here
 EVERYWHERE = Rule(".*", FMT)
 

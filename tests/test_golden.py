@@ -22,6 +22,8 @@ import ifjax
 from ifjax import codec
 from ifjax.packing import pack
 
+pytestmark = pytest.mark.sampled
+
 OURS = Path(__file__).parent / "golden"
 FIRST = {"static_6", "mse", "static"}  # the rules that are tested in every way without `-m slow`
 

@@ -124,6 +124,7 @@ def decode_unit(words, scale_words, decoding, dtype) -> np.ndarray:
     return unit
 
 
+@pytest.mark.sampled
 @each_dtype
 @each_decoding
 def test_every_code_with_every_scale_byte_is_decoded(decoding, dtype):
@@ -301,6 +302,7 @@ def test_a_result_has_no_single_eight_of_rows_if_tiles_are_higher(m, height, row
     assert gpu_matmul._rows_of_result(m, Tiles(height)) == rows
 
 
+@pytest.mark.sampled
 @each_dtype
 @pytest.mark.parametrize("cut", [FEW, MANY, None], ids=["few rows", "many rows", "of the table"])
 def test_lowers_for_a_gpu_without_one(dtype, cut):

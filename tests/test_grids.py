@@ -70,6 +70,7 @@ def nearest(y, grid):
 # --- rounding
 
 
+@pytest.mark.sampled
 @each_named
 def test_named_grids_round_to_the_nearest_value(grid):
     y = dense(grid.magnitudes)
@@ -80,6 +81,7 @@ def test_named_grids_round_to_the_nearest_value(grid):
         assert_array_equal(run(grid.decode)(codes), values)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("sign", "ties", "zero"), WRITINGS)
 @each_magnitudes
 def test_any_grid_rounds_to_the_nearest_value_by_its_rules(magnitudes, sign, ties, zero):
@@ -114,6 +116,7 @@ def test_random_grids_round_to_the_nearest_value(scale):
         assert_array_equal(grid.round(y), values)
 
 
+@pytest.mark.sampled
 @each_magnitudes
 @pytest.mark.parametrize("ties", ["even", "down"])
 def test_every_code_decodes_and_is_encoded_again(magnitudes, ties):
@@ -153,6 +156,7 @@ def each_noise(count):
     return ((np.arange(count) + 0.5) / count - 0.5).astype(np.float32)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "grid", [*NAMED, *(Grid(name, MAGNITUDES[name], ties="away") for name in ("nf4", "thirds", "scaled"))],
     ids=lambda grid: grid.name,
@@ -176,6 +180,7 @@ def test_noise_rounds_to_the_two_adjacent_values_with_probability_by_distance(gr
     assert_array_equal(grid.decode(jax.jit(grid.encode)(ys, rs)), values)
 
 
+@pytest.mark.sampled
 @each_named
 def test_noise_moves_no_value_of_the_grid_and_none_past_its_end(grid):
     m, noise = np.float32(grid.magnitudes), each_noise(256)
@@ -299,6 +304,7 @@ def test_e8m0_decodes_every_byte_and_zero_means_zero():
         assert_array_equal(run(scales.E8M0.decode)(every), want)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("scale", scales.SCALES.values(), ids=lambda scale: scale.name)
 def test_a_scale_keeps_its_own_bytes(scale):
     finite = np.arange(scale.top + 1)

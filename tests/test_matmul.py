@@ -14,6 +14,8 @@ from jax import lax
 
 import ifjax
 
+pytestmark = pytest.mark.sampled
+
 # Blocks of 4 go through the same code as those of 16 and compile in a fraction of the time.
 IF4 = dataclasses.replace(ifjax.FORMATS["if4"], name="if4_bs4", block=4)
 NVFP4 = dataclasses.replace(ifjax.FORMATS["nvfp4"], name="nvfp4_bs4", block=4)

@@ -14,6 +14,8 @@ from ifjax import codec
 from ifjax._hadamard import FIXED_SIGNS
 from ifjax._mseden import ms_eden
 
+pytestmark = pytest.mark.sampled
+
 KEY = jax.random.key(0)
 F32 = np.float32
 E4M3 = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(F32)  # ascending

@@ -22,6 +22,8 @@ from ifjax.optim import (
     quantized_moments,
 )
 
+pytestmark = pytest.mark.sampled
+
 
 @pytest.fixture(autouse=True)
 def _promotion():

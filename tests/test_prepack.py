@@ -15,6 +15,8 @@ from jax import export
 import ifjax
 from pallas_kernels import tpu_matmul
 
+pytestmark = pytest.mark.sampled
+
 FOUR_BITS = ["if4", "nvfp4", "fouroversix", "nvint4"]
 TARGETS = ["H200", "TPU v6e"]
 

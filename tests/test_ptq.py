@@ -129,6 +129,7 @@ def test_what_is_no_float_stays():
         ifjax.quantize_params(params, [Rule("ids", axis=-2), RULE])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_arrays_of_numpy_and_of_all_float_dtypes_are_packed(dtype):
     x = normal(8, 6, dtype=dtype)

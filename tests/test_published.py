@@ -78,6 +78,7 @@ def assert_close(figure: Figure, stated: float, digit: float, samples: int = 1):
 # --- papers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fmt", ["nvfp4", "nvint4", "if4"])
 def test_gaussian_table_of_the_if4_paper(fmt):
     (published, _) = analysis.PUBLISHED["normal", fmt]
@@ -179,6 +180,7 @@ INDEPENDENT = [
 SLOW = ("_bs8", "_bs32", "_e3m2")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "distribution, fmt, number",
     [
@@ -195,6 +197,7 @@ def test_numbers_of_an_independent_program(distribution, fmt, number):
         assert_close(second, number.second_share, digit=1e-3, samples=2)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "fmt, loss, mse, share",
     [

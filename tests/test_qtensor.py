@@ -172,6 +172,7 @@ SIZES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("shape", "settings", "nbytes"), SIZES.values(), ids=SIZES)
 def test_size_is_that_of_all_arrays(shape, settings, nbytes):
     q = described(shape, jnp.bfloat16, **settings)
@@ -487,6 +488,7 @@ def test_only_square_blocks_transpose():
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_dequantize_rounds_once_to_the_dtype(dtype):
     x = normal(4, 6)

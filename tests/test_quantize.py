@@ -236,6 +236,7 @@ def test_every_length_is_padded_inside_and_cropped_outside():
             np.testing.assert_array_equal(result, oracle.quantize(rows, f"{name}_bs8").deq[0, :length])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["nvfp4", "nvint3", "mxfp4", "if4"])
 def test_blocks_may_hold_a_single_value(name):
     x = normal(3, 7, seed=7)
@@ -317,6 +318,7 @@ def test_float64_is_computed_in_float32():
 # --- amax -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["nvfp4", "if4", "fouroversix", "nvint6"])
 def test_a_given_amax_follows_the_specification(name):
     x = normal(4, 32, seed=10)

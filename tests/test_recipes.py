@@ -19,6 +19,8 @@ import ifjax
 from ifjax._mseden import ms_eden
 from ifjax.recipes import RECIPES, Operand, Product, Recipe, get_recipe, quantized_dot_general
 
+pytestmark = pytest.mark.sampled
+
 KEY = jax.random.key(0)
 MATRICES = (((1,), (0,)), ((), ()))
 each_recipe = pytest.mark.parametrize("name", RECIPES)

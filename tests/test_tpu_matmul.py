@@ -257,6 +257,7 @@ def test_vmap_over_everything_is_a_stack_of_products():
     assert compiled.trace(x, nibbles, scales, factors).lower(lowering_platforms=("tpu",))
 
 
+@pytest.mark.sampled
 @each_decoding
 def test_the_reference_is_the_formula(decoding):
     rng = np.random.default_rng(0)
@@ -268,6 +269,7 @@ def test_the_reference_is_the_formula(decoding):
 # What is taken and what is not
 
 
+@pytest.mark.sampled
 @each_decoding
 @pytest.mark.parametrize(("dtype", "m"), [("bfloat16", 1), pytest.param("float32", 300, marks=pytest.mark.slow)])
 def test_it_lowers_for_a_tpu_where_there_is_none(decoding, dtype, m):

@@ -46,6 +46,7 @@ each_run = pytest.mark.parametrize(
 # --- divide
 
 
+@pytest.mark.sampled
 @each_run
 @pytest.mark.parametrize("columns", [1, A.shape[1]], ids=["broadcast", "full"])
 def test_every_quotient_is_the_nearest_float32(run, columns):
