@@ -4,6 +4,7 @@ The platform is left alone, so that on a machine with a GPU the same tests, the 
 """
 
 import collections
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -34,6 +35,13 @@ def _forget_programs():
     """Thousands of compiled programs take gigabytes and slow down compiling more of them."""
     yield
     jax.clear_caches()
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes many objects: collecting garbage among millions of older ones takes a tenth of the time or more."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
