@@ -510,7 +510,7 @@ for kind, options in ("single", {}), ("sharded", {"max_shard_bytes": 70_000}):
     started = time.perf_counter()
     for i in range(5):
         ifjax.save_file(tree(0), path, **options)
-    usual = (time.perf_counter() - started) / 5
+    longest = 1.5 * (time.perf_counter() - started) / 5
     rng, seen, cut = random.Random(0), set(), 0
     for attempt in range(50):
         before, now = version(), attempt + 1
@@ -518,13 +518,15 @@ for kind, options in ("single", {}), ("sharded", {"max_shard_bytes": 70_000}):
         if child == 0:
             ifjax.save_file(tree(now), path, **options)
             os._exit(0)
-        time.sleep(rng.uniform(0, 1.5 * usual))
+        time.sleep(rng.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         cut += os.WIFSIGNALED(status)
         after = version()
         assert after in (before, now), (before, after, now)
         seen.add(after == now)
+        # However busy the machine is, about half of the writers are killed at work.
+        longest *= 0.8 if after == now else 1.25
     print(kind, len(seen), cut)
 """
 
