@@ -120,9 +120,9 @@ def dot_general(
 
 
 def dot_general_like(
-    like, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None, impl=None,
-    target=None,
-):  # fmt: skip
+    like: jax.Array | None, lhs: Any, rhs: Any, dimension_numbers: Any, precision: Any = None,
+    preferred_element_type: Any = None, out_sharding: Any = None, impl: Any = None, target: str | None = None,
+) -> jax.Array:  # fmt: skip
     """`dot_general`, where a QTensor lhs is sharded as `like` is, the array that was quantized.
 
     Else the sharding of codes reaches what is decoded from them late in XLA's propagation. That of the result comes

@@ -215,7 +215,7 @@ def with_recipes(
         known = {s.path for s in seen}
         others = [(path, name) for path, name in found.modules.items() if path not in known]
         check_used(rules, [*seen, *(Seen(path, name, False, f"{name} has no matmul") for path, name in others)])
-    modules = {join_path(map(str, path)): module for path, module in nnx.iter_modules(copy)}
+    modules: dict[str, Any] = {join_path(map(str, path)): module for path, module in nnx.iter_modules(copy)}
     for module in modules.values():
         if isinstance(getattr(module, "dot_general", None), RecipeProduct):
             module.dot_general = nnx.static(lax.dot_general)
