@@ -17,11 +17,9 @@ All files are in the page cache, if they fit, when they are read. Writes the tab
 """
 
 import argparse
-import datetime
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,6 +31,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from codec import machine
 
 import ifjax
 from ifjax import _files, convert
@@ -58,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="for temporary files; they are removed")
     args = parser.parse_args()
-    load = os.getloadavg()[0]
+    about = machine()
     rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         warm_up(Path(folder))
@@ -69,7 +68,7 @@ def main() -> None:
             rows.append(measure(f"made up, {args.synthetic:g} GB of {dtype}", path, Path(folder), args.rounds))
             for file in {*ifjax.open_file(path).files, path}:
                 file.unlink()
-    print_tables(rows, load)
+    print_tables(rows, about)
 
 
 def warm_up(folder: Path) -> None:
@@ -176,15 +175,10 @@ def medians(times: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
     return {run: statistics.median(seconds for seconds, _ in t) for run, t in times.items()}
 
 
-def print_tables(rows: list[dict], load: float) -> None:
-    today = datetime.date.today()
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "numpy", "safetensors"))
-    print(f"# checkpoint.py on a {os.cpu_count()}-core CPU, {today}\n")
-    print(
-        f"date {today}, processor {platform.processor() or platform.machine()}, cores {os.cpu_count()}, system "
-        f"{platform.system()}, python {platform.python_version()}, ifjax {ifjax.__version__}, {versions}, load average "
-        f"before {load:.2f}, after {os.getloadavg()[0]:.2f}\n"
-    )
+def print_tables(rows: list[dict], about: dict) -> None:
+    about = about | {"safetensors": metadata.version("safetensors"), "load average after": os.getloadavg()[0]}
+    print(f"# checkpoint.py on a {about['cores']}-core CPU, {about['date']}\n")
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
     print("Conversion in a warm process. x: of the time of copy + read; processor: of its processor time. Target: x at")
     print("most 3 without errors measured.\n")
     print("| checkpoint | copy | read as float32 | quantize | x | processor | target | with errors | x | processor |")

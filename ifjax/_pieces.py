@@ -58,16 +58,6 @@ class Encoded(NamedTuple):
     noise: float
 
 
-def packed_shapes(shape: tuple[int, ...], fmt: Format, axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the codes and scales of a QTensor of this shape, `axis` negative."""
-    at = len(shape) + axis
-    blocks = -(-shape[at] // fmt.block)
-    codes, scales = (
-        (*shape[:at], length, *shape[at + 1 :]) for length in (packed_length(blocks * fmt.block, fmt.bits), blocks)
-    )
-    return codes, scales
-
-
 def amax_of(read: Read, size: int) -> np.float32:
     """The largest finite magnitude in float32, as `ifjax.quantize` takes it."""
     top = np.float32(0)

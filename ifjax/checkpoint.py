@@ -27,9 +27,8 @@ from ifjax._files import Contents, Foreign, Reader, Slot, Write
 from ifjax._kernels import Prepacked
 from ifjax.analysis import Entry, FileError, _natural
 from ifjax.formats import Format
-from ifjax.packing import packed_length
 from ifjax.ptq import _is_leaf, _rebuilt, _value
-from ifjax.qtensor import DTYPES, QTensor, shardings
+from ifjax.qtensor import DTYPES, QTensor, packed_shapes, shardings
 from ifjax.rules import join_path
 
 LAYOUT = 1
@@ -548,11 +547,8 @@ def _packed_of(fields: Mapping[str, Any], formats: Mapping[str, Format]) -> Pack
 
 def _fault_of(p: Packed, codes, scales, amax=()) -> str | None:
     """Why arrays of these shapes do not make a tensor; None if they do."""
-    at = len(p.shape) + p.axis
-    blocks = -(-p.shape[at] // p.fmt.block)
-    packed = packed_length(blocks * p.fmt.block, p.fmt.bits)
-    for what, shape, length in (("codes", codes, packed), ("scales", scales, blocks)):
-        needed = (*p.shape[:at], length, *p.shape[at + 1 :])
+    wanted = packed_shapes(p.shape, p.fmt, p.axis)
+    for what, shape, needed in zip(("codes", "scales"), (codes, scales), wanted, strict=True):
         if tuple(shape) != needed:
             return f"{what} of {p.shape} in {p.fmt.name} along axis {p.axis} are {needed}, got {tuple(shape)}"
     if p.fmt.scale.largest is None:

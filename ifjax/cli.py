@@ -34,7 +34,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ifjax import __version__, analysis, checkpoint, convert
+from ifjax import __version__, _files, analysis, checkpoint, convert
 from ifjax.formats import get_format
 from ifjax.qtensor import DTYPES
 from ifjax.rules import default_rules, load_rules
@@ -74,28 +74,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _command(commands, name: str, run, summary: str, description: str, *examples: str) -> argparse.ArgumentParser:
+    """A parser for `ifjax NAME`, whose options go to `run`. Description and examples keep their lines."""
+    parser = commands.add_parser(
+        name, help=summary, description=description, epilog="\n  ".join(["examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_json(parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _add_search(parser) -> None:
+    parser.add_argument(
+        "--search", choices=("fast", "exhaustive"), help="try several scales for each block: less error, more time"
+    )
+
+
 # --- compare ---------------------------------------------------------------------------------------------------------
 
 
 def _add_compare(commands) -> None:
-    parser = commands.add_parser(
-        "compare",
-        help="what each format costs, on the weights of a file or on samples",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=(
-            "Quantize the weights of a safetensors file to each format, one tensor at a time, and report bits a\n"
-            "value, size, SQNR, relative error and the share of blocks that took integers.\n\n"
-            "Without FILE: the errors of random samples beside the published ones, and a small sample of\n"
-            "pretrained weights that comes with ifjax."
-        ),
-        epilog=(
-            "examples:\n"
-            "  ifjax compare\n"
-            "  ifjax compare model.safetensors\n"
-            "  ifjax compare model.safetensors --formats if4 nvfp4 --out plots\n"
-            "  ifjax compare gpt2.safetensors --axis -2 --json > report.json"
-        ),
-    )
+    parser = _command(
+        commands, "compare", _compare, "what each format costs, on the weights of a file or on samples",
+        "Quantize the weights of a safetensors file to each format, one tensor at a time, and report bits a\n"
+        "value, size, SQNR, relative error and the share of blocks that took integers.\n"
+        "\n"
+        "Without FILE: the errors of random samples beside the published ones, and a small sample of\n"
+        "pretrained weights that comes with ifjax.",
+        "ifjax compare",
+        "ifjax compare model.safetensors",
+        "ifjax compare model.safetensors --formats if4 nvfp4 --out plots",
+        "ifjax compare gpt2.safetensors --axis -2 --json > report.json",
+    )  # fmt: skip
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a safetensors file")
     parser.add_argument(
         "--formats", nargs="+", type=_formats, metavar="FORMAT", default=[list(analysis.DEFAULT_FORMATS)],
@@ -107,12 +121,9 @@ def _add_compare(commands) -> None:
         "does; -2 for [in, out])",
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="quantize biases, norms and other vectors too")
-    parser.add_argument(
-        "--search", choices=("fast", "exhaustive"), help="try several scales for each block: less error, more time"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _add_search(parser)
+    _add_json(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write errors.png and choices.png there")
-    parser.set_defaults(run=_compare)
 
 
 def _formats(text: str) -> list[str]:
@@ -210,25 +221,18 @@ _OUT = "the file to write, *.safetensors, or - for stdout; *.safetensors.index.j
 
 
 def _add_quantize(commands) -> None:
-    parser = commands.add_parser(
-        "quantize",
-        help="write a packed copy of a checkpoint",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=(
-            "Write a packed copy of a safetensors checkpoint, one tensor after the other and each in pieces: memory\n"
-            "does not grow with the file. Biases, norms and other vectors stay as they are, and so do embeddings and\n"
-            "output heads unless --embeddings or --rules say otherwise. OUT appears whole or not at all."
-        ),
-        epilog=(
-            "examples:\n"
-            "  ifjax quantize model.safetensors packed.safetensors\n"
-            "  ifjax quantize model.safetensors packed.safetensors --fmt if6 --embeddings --dry-run\n"
-            "  ifjax quantize llama/ packed.safetensors --rules rules.yaml --dtype bfloat16 --json > report.json\n"
-            "  ifjax quantize flax.safetensors packed.safetensors --axis -2 --search fast\n"
-            "  curl -L https://example.org/model.safetensors | ifjax quantize - packed.safetensors\n\n"
-            "Rules match a tensor's name with '.' written as '/', without 'weight' or 'kernel' at its end."
-        ),
-    )
+    parser = _command(
+        commands, "quantize", _quantize, "write a packed copy of a checkpoint",
+        "Write a packed copy of a safetensors checkpoint, one tensor after the other and each in pieces: memory\n"
+        "does not grow with the file. Biases, norms and other vectors stay as they are, and so do embeddings and\n"
+        "output heads unless --embeddings or --rules say otherwise. OUT appears whole or not at all.",
+        "ifjax quantize model.safetensors packed.safetensors",
+        "ifjax quantize model.safetensors packed.safetensors --fmt if6 --embeddings --dry-run",
+        "ifjax quantize llama/ packed.safetensors --rules rules.yaml --dtype bfloat16 --json > report.json",
+        "ifjax quantize flax.safetensors packed.safetensors --axis -2 --search fast",
+        "curl -L https://example.org/model.safetensors | ifjax quantize - packed.safetensors\n\n"
+        "Rules match a tensor's name with '.' written as '/', without 'weight' or 'kernel' at its end.",
+    )  # fmt: skip
     parser.add_argument("source", type=Path, metavar="IN", help=_IN)
     parser.add_argument("target", type=Path, metavar="OUT", help=_OUT)
     which = parser.add_mutually_exclusive_group()
@@ -240,9 +244,7 @@ def _add_quantize(commands) -> None:
         help="the axis that blocks lie along, where no rule says: the contraction of weights stored [out, in] "
         "(default: -1), or [in, out] (-2)",
     )  # fmt: skip
-    parser.add_argument(
-        "--search", choices=("fast", "exhaustive"), help="try several scales for each block: less error, more time"
-    )
+    _add_search(parser)
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of what stays in floats, and what packed tensors decode to (default: as it is)"
     )
@@ -250,26 +252,19 @@ def _add_quantize(commands) -> None:
     parser.add_argument("--dry-run", action="store_true", help="write nothing; report what would be done")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON there, too")
     _add_output(parser)
-    parser.set_defaults(run=_quantize)
 
 
 def _add_dequantize(commands) -> None:
-    parser = commands.add_parser(
-        "dequantize",
-        help="write a copy of a packed checkpoint in floats",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Write a copy of a packed checkpoint in floats, for programs that know no packed ones.",
-        epilog=(
-            "examples:\n"
-            "  ifjax dequantize packed.safetensors floats.safetensors\n"
-            "  ifjax dequantize packed.safetensors floats.safetensors --dtype bfloat16 --shard-size 5GB"
-        ),
-    )
+    parser = _command(
+        commands, "dequantize", _dequantize, "write a copy of a packed checkpoint in floats",
+        "Write a copy of a packed checkpoint in floats, for programs that know no packed ones.",
+        "ifjax dequantize packed.safetensors floats.safetensors",
+        "ifjax dequantize packed.safetensors floats.safetensors --dtype bfloat16 --shard-size 5GB",
+    )  # fmt: skip
     parser.add_argument("source", type=Path, metavar="IN", help=_IN)
     parser.add_argument("target", type=Path, metavar="OUT", help=_OUT)
     parser.add_argument("--dtype", choices=DTYPES, help="of what was packed (default: what it was)")
     _add_output(parser)
-    parser.set_defaults(run=_dequantize)
 
 
 def _add_output(parser) -> None:
@@ -277,7 +272,7 @@ def _add_output(parser) -> None:
         "--shard-size", type=_bytes, metavar="SIZE", help="of more than this write several files and an index, as 5GB"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _add_json(parser)
 
 
 def _format(text: str) -> str:
@@ -317,7 +312,7 @@ def _quantize(options: argparse.Namespace) -> None:
     }  # fmt: skip
     result = json.dumps(about | json.loads(report.to_json()), indent=1) + "\n"
     if options.report is not None and not options.dry_run:
-        _write_report(options.report, result)
+        _files.write_text(options.report, result)
     if options.json:
         print(result, end="")
     else:
@@ -419,9 +414,7 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
 
 
 def _sources(source: Path) -> list[Path]:
-    from ifjax._files import resolve
-
-    index, files, _ = resolve(source)
+    index, files, _ = _files.resolve(source)
     return files if index is None else [index, *files]
 
 
@@ -453,12 +446,6 @@ def _ended_by_signal() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _write_report(path: Path, text: str) -> None:
-    from ifjax._files import write_text
-
-    write_text(path, text)
-
-
 def _ticks(progress: Progress, total: int):
     task = progress.add_task("", total=total)
 
@@ -472,37 +459,29 @@ def _ticks(progress: Progress, total: int):
 
 
 def _add_inspect(commands) -> None:
-    parser = commands.add_parser(
-        "inspect",
-        help="what a checkpoint holds",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="List the tensors of a checkpoint, packed or not, with formats, bits a value and totals, from its\n"
+    parser = _command(
+        commands, "inspect", _inspect, "what a checkpoint holds",
+        "List the tensors of a checkpoint, packed or not, with formats, bits a value and totals, from its\n"
         "headers, which are checked. `ifjax verify` checks the rest.",
-        epilog="examples:\n  ifjax inspect packed.safetensors\n  ifjax inspect packed.safetensors --json | jq .totals",
-    )
+        "ifjax inspect packed.safetensors",
+        "ifjax inspect packed.safetensors --json | jq .totals",
+    )  # fmt: skip
     parser.add_argument("file", type=Path, metavar="FILE", help=_IN)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.set_defaults(run=_inspect)
+    _add_json(parser)
 
 
 def _add_verify(commands) -> None:
-    parser = commands.add_parser(
-        "verify",
-        help="check a packed checkpoint, and compare it with the original",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Compare every checksum of a checkpoint and, with --against, its values with those of the\n"
+    parser = _command(
+        commands, "verify", _verify, "check a packed checkpoint, and compare it with the original",
+        "Compare every checksum of a checkpoint and, with --against, its values with those of the\n"
         "original. Exits with 1 if anything is wrong.",
-        epilog=(
-            "examples:\n"
-            "  ifjax verify packed.safetensors\n"
-            "  ifjax verify packed.safetensors --against model.safetensors --min-sqnr 18"
-        ),
-    )
+        "ifjax verify packed.safetensors",
+        "ifjax verify packed.safetensors --against model.safetensors --min-sqnr 18",
+    )  # fmt: skip
     parser.add_argument("file", type=Path, metavar="FILE", help=_IN)
     parser.add_argument("--against", type=Path, metavar="ORIGINAL", help="the checkpoint that it was made of")
     parser.add_argument("--min-sqnr", type=float, metavar="DB", help="of packed tensors, with --against")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.set_defaults(run=_verify)
+    _add_json(parser)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -22,12 +22,12 @@ from jax.typing import DTypeLike
 
 from ifjax import _files
 from ifjax._files import Foreign, Slot
-from ifjax._pieces import PIECE, Encoding, amax_of, as_float32, decode, encode, packed_shapes
+from ifjax._pieces import PIECE, Encoding, amax_of, as_float32, decode, encode
 from ifjax.analysis import Entry as Stored
 from ifjax.analysis import FileError, keep_reason
 from ifjax.checkpoint import Checkpoint, Item, Packed, open_file, packed_slots, write_items
 from ifjax.ptq import Rules, _decibels
-from ifjax.qtensor import DTYPES, QTensor
+from ifjax.qtensor import DTYPES, QTensor, packed_shapes
 from ifjax.report import Entry, Report
 from ifjax.rules import Rule, Seen, as_rules, check_used, first_match, reason_against
 

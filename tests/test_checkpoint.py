@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import ifjax
 from ifjax import FORMATS, QTensor, _files, checkpoint
-from ifjax._pieces import packed_shapes
 from ifjax.analysis import FileError
+from ifjax.qtensor import packed_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 

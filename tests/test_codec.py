@@ -102,14 +102,12 @@ def magnitudes(seed=0):
     return normal(seed) * np.exp2(np.arange(-60, 66, 9, dtype=np.float32))[:, None, None]
 
 
-@pytest.mark.sampled
 @each_format
 def test_tensors_of_any_size_are_encoded_as_the_oracle_says(fmt):
     x = magnitudes()
     assert_is_the_oracles(x, quantized(x, fmt), fmt, fmt.name)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("loss", ["mae", "abs_max"])
 @pytest.mark.parametrize(
     "name",
@@ -124,7 +122,6 @@ def test_every_loss_selects_as_the_oracle_says(name, loss):
     assert_is_the_oracles(x, quantized(x, NAMED[name], loss=loss), NAMED[name], name, loss)
 
 
-@pytest.mark.sampled
 @each_format
 @few_examples
 @each_input

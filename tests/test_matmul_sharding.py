@@ -1,12 +1,7 @@
 """Products of sharded packed weights: what one device computes, and no weights on the move. On eight devices."""
 
 import functools
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -141,19 +136,6 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(ifjax.__file__).parents[1])}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, address, str(i)], env=environment, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    for worker in workers:
-        out, error = worker.communicate(timeout=300)
-        assert worker.returncode == 0, error
+def test_two_processes_do_what_one_does(two_processes):
+    for out in two_processes(WORKER):
         assert out.strip().endswith("equal")

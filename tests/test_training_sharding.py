@@ -6,11 +6,7 @@ On eight devices of one process, and on two processes with four each.
 import collections
 import functools
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import flax.linen as nn
@@ -146,22 +142,8 @@ def work(address, process):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    folders = [Path(ifjax.__file__).parents[1], Path(__file__).parent]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, folders))}
+def test_two_processes_train_as_one(two_processes):
     code = f"import {Path(__file__).stem} as test; import sys; test.work(sys.argv[1], int(sys.argv[2]))"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, address, str(i)], env=environment, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    for worker in workers:
-        out, error = worker.communicate(timeout=900)
-        assert worker.returncode == 0, error
+    for out in two_processes(code, timeout=900):
         for placement, found in json.loads(out.splitlines()[-1]).items():
             np.testing.assert_allclose(found, of_one_device("nvfp4"), rtol=1e-5, err_msg=placement)

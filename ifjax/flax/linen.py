@@ -21,7 +21,7 @@ from opt_einsum.parser import parse_einsum_input
 
 from ifjax._matmul import dot_general, einsum, einsum_of_two, no_gradient
 from ifjax.qtensor import QTensor, straight_through
-from ifjax.rules import OPERANDS, Kernel, Rule, Seen, Walk, check_used, innermost, join_path
+from ifjax.rules import OPERANDS, Kernel, Rule, Seen, Walk, check_used, innermost, join_path, without_matmul
 
 
 class Layer(NamedTuple):
@@ -263,9 +263,7 @@ class Watcher:
                 value = leaf if isinstance(leaf, QTensor) else meta.unbox(leaf)
                 shape = None if isinstance(leaf, QTensor) else jnp.shape(value)
                 seen.append(Seen(path, module, raw_shape=shape))
-        known = {s.path for s in seen}
-        seen += [Seen(p, name, False, f"{name} has no matmul of its own") for p, name in self.modules.items()
-                 if p not in known]
+        seen += without_matmul(self.modules, seen)
         seen += [Seen(p) for p in sorted(uncalled - self.modules.keys())]
         lenient = [
             dataclasses.replace(rule, optional=True) if uncalled and rule.module is not None else rule for rule in rules

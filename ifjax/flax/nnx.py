@@ -17,13 +17,13 @@ from ifjax.recipes import Recipe, get_recipe, quantized_dot_general
 from ifjax.rules import (
     Kernel,
     Rule,
-    Seen,
     Walk,
     check_used,
     first_match,
     join_path,
     seen_in_training,
     training_rules,
+    without_matmul,
 )  # fmt: skip
 
 M = TypeVar("M", bound=nnx.Module)
@@ -212,9 +212,7 @@ def with_recipes(
     found, copy = walk(model), nnx.clone(model)
     if rules:
         seen = [seen_in_training(kernel) for kernel in found.kernels.values()]
-        known = {s.path for s in seen}
-        others = [(path, name) for path, name in found.modules.items() if path not in known]
-        check_used(rules, [*seen, *(Seen(path, name, False, f"{name} has no matmul") for path, name in others)])
+        check_used(rules, seen + without_matmul(found.modules, seen))
     modules: dict[str, Any] = {join_path(map(str, path)): module for path, module in nnx.iter_modules(copy)}
     for module in modules.values():
         if isinstance(getattr(module, "dot_general", None), RecipeProduct):
