@@ -68,6 +68,24 @@ def correct_quotient(a: jax.Array, b: jax.Array, q: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def opaque(f, *args):
+    """f(*args) as one operation for whatever transforms the program around it; vmap still reaches f.
+
+    Partial evaluation, which Flax's scan does beforehand and JAX's reverse mode inside of any, goes through all of a
+    program in Python, and twice through each branch of a conditional. The codec nests conditionals, and two layers
+    took half a minute.
+    """
+    call = custom_vmap(f)
+
+    @call.def_vmap
+    def batched(axis_size, in_batched, *args):
+        in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
+        result = opaque(jax.vmap(f, in_axes, axis_size=axis_size), *args)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return call(*args)
+
+
 def stage(f, *args):
     """f(*args), one array; on CPU, computed once and kept, instead of being fused into whatever reads it.
 

@@ -1,6 +1,7 @@
 """QTensor: packed codes, scales and amax as one array-like pytree; and the functions that make and read it."""
 
 import dataclasses
+import functools
 import json
 import math
 import operator
@@ -17,7 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from ifjax import codec
-from ifjax._xla import divide
+from ifjax._xla import divide, opaque
 from ifjax.formats import Format, get_format
 from ifjax.grids import E2M1
 from ifjax.packing import group_of, pack, packed_length, unpack
@@ -601,7 +602,7 @@ _static = ("fmt", "axis", "lead", "loss", "rounding", "block_2d", "search")
 @jax.jit(static_argnames=_static)
 def _quantize(x, key, amax, **settings):
     fmt, axis, block_2d = settings["fmt"], settings["axis"], settings["block_2d"]
-    codes, scales, amax = _quantize_arrays(x, key, amax, **settings)
+    codes, scales, amax = opaque(functools.partial(_quantize_arrays, **settings), x, key, amax)
     codes = codec.merge_blocks(codes, axis)
     if block_2d:
         other = -3 - axis
@@ -622,7 +623,7 @@ def _quantize(x, key, amax, **settings):
 @jax.jit(static_argnames=(*_static, "clipped"))
 def _fake_quantize(x, key, amax, *, clipped, **settings):
     fmt, axis, headroom = settings["fmt"], settings["axis"], _headroom(settings["rounding"])
-    codes, scales, amax = _quantize_arrays(x, key, amax, **settings)
+    codes, scales, amax = opaque(functools.partial(_quantize_arrays, **settings), x, key, amax)
     scales = jnp.expand_dims(scales, axis)
 
     def values_of(codes):
