@@ -1,6 +1,7 @@
 """Linen models on packed parameters: without an interceptor, under one, and what the compiled program holds."""
 
 import functools
+import importlib.util
 import re
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 
 import ifjax
 from ifjax import Rule
@@ -468,6 +470,14 @@ def test_calibration_combines_batches(statistic, of):
         model.apply, variables, batches, STATIC, statistic=statistic, percentile=90, progress=False
     )
     assert found.amax == {"": pytest.approx(float(of(batches)), rel=1e-6)} and found.hessians == {}
+
+
+def test_progress_in_a_notebook_without_widgets_is_not_shown_rather_than_warned_about(monkeypatch):
+    if importlib.util.find_spec("ipywidgets") is not None:
+        pytest.skip("there are widgets")
+    monkeypatch.setattr("rich._console", rich.console.Console(force_jupyter=True))
+    model, variables, x = build("Dense")
+    assert ifjax.calibrate(model.apply, variables, [x], STATIC).amax
 
 
 @pytest.mark.slow

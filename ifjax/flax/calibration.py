@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -100,9 +101,12 @@ def _wants_amax(rule):
 
 
 def _tracked(batches):
+    from rich import get_console
     from rich.progress import track
 
-    return track(batches, description="calibrating", transient=True)
+    # In notebooks rich draws by ipywidgets, and warns where there are none.
+    hidden = get_console().is_jupyter and importlib.util.find_spec("ipywidgets") is None
+    return track(batches, description="calibrating", transient=True, disable=hidden)
 
 
 class _Collector(Watcher):
