@@ -12,6 +12,7 @@ Place:       device_put, shardings
 Store:       save_file, load_file, open_file (safetensors; checkpoint has Orbax's, convert works file to file)
 Exchange:    exchange, to_ml_dtypes, swizzle_scales, unswizzle_scales
 Hardware:    mac (IF4 and NVFP4 multiply-accumulate units)
+Look:        analysis, plots (imports matplotlib)
 """
 
 import importlib

@@ -63,7 +63,15 @@ class _Misused(Exception):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ifjax", description="Adaptive block-scaled number formats for JAX.")
+    parser = argparse.ArgumentParser(
+        prog="ifjax", description="Adaptive block-scaled number formats for JAX.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="where to begin:\n"
+        "  ifjax compare                      what each format costs, on samples\n"
+        "  ifjax quantize IN OUT --dry-run    what would be packed in a checkpoint, and why not the rest\n"
+        "  ifjax COMMAND --help               options and examples\n"
+        "  python -m pydoc ifjax              what to call from Python, such as ifjax.quantize(x, fmt='if4')",
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"ifjax {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_compare(commands)

@@ -20,6 +20,7 @@ from ifjax.qtensor import DTYPES, QTensor, quantize
 from ifjax.recipes import Recipe, get_recipe
 from ifjax.report import Entry, Report
 from ifjax.rules import (
+    LOOKUP,
     Kernel,
     Rule,
     Seen,
@@ -306,7 +307,7 @@ def _entry_in_training(p: _Parameter) -> Entry:
     return Entry(
         p.path, p.module, tuple(p.value.shape), str(p.value.dtype), recipe.name if recipe and not reason else None,
         None, bits, _nbytes(p.value), _nbytes(p.value), rule=None if p.rule is None else p.rule.path, reason=reason,
-        expected=p.kernel is None or p.seen.quantizable or recipe is None,
+        expected=p.kernel is None or p.seen.quantizable or recipe is None or reason == LOOKUP,
     )  # fmt: skip
 
 

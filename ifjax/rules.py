@@ -299,6 +299,9 @@ def default_rules(weight_fmt: str | Format = "if4", act_fmt: str | Format | None
     return head, embedding, table, Rule(".*", weight_fmt, act_fmt, optional=True)
 
 
+LOOKUP = "it looks rows up and multiplies nothing"
+
+
 class Kernel(NamedTuple):
     """A parameter that a model multiplies by, as a walk over the model found it.
 

@@ -74,6 +74,13 @@ def test_help_has_examples(capsys):
     assert "ifjax compare model.safetensors --formats if4 nvfp4 --out plots" in out
 
 
+def test_help_leads_somewhere(capsys):
+    code, out, _ = leave(capsys, "--help")
+    assert code == 0 and "where to begin" in out
+    for command in ("compare", "quantize", "dequantize", "inspect", "verify"):
+        assert f"    {command}" in out and leave(capsys, command, "--help")[0] == 0
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

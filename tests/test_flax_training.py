@@ -178,7 +178,7 @@ def test_the_report_says_which_kernel_takes_which_recipe_and_why_others_do_not()
     class Mixed(nn.Module):
         @nn.compact
         def __call__(self, x):
-            x = nn.Conv(16, (3,), name="conv")(x)
+            x = nn.Conv(16, (3,), name="conv")(x) + nn.Embed(8, 16, name="table")(jnp.arange(8, dtype=jnp.int32))[None]
             x = nn.Dense(64, name="up")(x)
             x = nn.Dense(16, name="own", dot_general=jax.lax.dot_general)(x)
             x = nn.LayerNorm(name="norm")(x)
@@ -194,6 +194,7 @@ def test_the_report_says_which_kernel_takes_which_recipe_and_why_others_do_not()
         "up/bias": "a bias is added", "own/kernel": "the module has a dot_general of its own",
         "own/bias": "a bias is added", "norm/scale": "it is no matrix", "norm/bias": "it is no matrix",
         "head/kernel": "the rule 'head' has no recipe", "head/bias": "a bias is added",
+        "table/embedding": "it looks rows up and multiplies nothing",
     }  # fmt: skip
     assert {entry.path for entry in report.entries if not entry.expected} == {"conv/kernel", "own/kernel"}
     with pytest.raises(ValueError, match="conv/kernel"):

@@ -21,7 +21,7 @@ from opt_einsum.parser import parse_einsum_input
 
 from ifjax._matmul import dot_general, einsum, einsum_of_two, no_gradient
 from ifjax.qtensor import QTensor, straight_through
-from ifjax.rules import OPERANDS, Kernel, Rule, Seen, Walk, check_used, innermost, join_path, without_matmul
+from ifjax.rules import LOOKUP, OPERANDS, Kernel, Rule, Seen, Walk, check_used, innermost, join_path, without_matmul
 
 
 class Layer(NamedTuple):
@@ -316,7 +316,7 @@ _LAYERS: Mapping[Callable, Layer] = {
         nn.Einsum.__call__: Layer("kernel", _einsum_axes, _run_einsum),
         _Conv.__call__: Layer("kernel", _last_but_one, _run_conv, training="it is a convolution"),
         nn.ConvTranspose.__call__: Layer("kernel", _transpose_axes, _run_conv, training="it is a convolution"),
-        nn.Embed.__call__: Layer("embedding", _last, _run_lookup, training="it looks rows up and multiplies nothing"),
+        nn.Embed.__call__: Layer("embedding", _last, _run_lookup, training=LOOKUP),
         nn.Embed.attend: Layer("embedding", _last, _run_attend),
         DenseParams.__call__: Layer("kernel", _last_but_one, _run_parameters, *[_OUT_OF_REACH] * 2),
         nn.MultiHeadDotProductAttention.__call__: Layer(
