@@ -331,15 +331,19 @@ def _summary(report: Report) -> str:
     if not totals.parameters:
         return "No parameters"
     before, after = _size(totals.bytes_before), _size(totals.bytes_after)
-    factor = f", {totals.bytes_before / totals.bytes_after:.2f} times less" if totals.bytes_after else ""
-    head = f"{totals.quantized} of {totals.parameters} parameters are quantized: {before} -> {after}{factor}"
-    if not totals.quantized:
-        return head
     share = totals.quantized_values / totals.values if totals.values else math.nan
-    text = (
-        f"{head}\n{share:.1%} of {totals.values} values at {totals.quantized_bits_per_value:.3f} bits; over all "
-        f"{totals.bits_per_value:.3f} bits a value"
-    )
+    some = f"{totals.quantized} of {totals.parameters} parameters"
+    if totals.quantized and totals.bytes_before == totals.bytes_after:
+        text = f"{some}, {share:.1%} of {totals.values} values, are quantized, and stored as they were: {before}"
+    else:
+        factor = f", {totals.bytes_before / totals.bytes_after:.2f} times less" if totals.bytes_after else ""
+        text = f"{some} are quantized: {before} -> {after}{factor}"
+        if not totals.quantized:
+            return text
+        text += (
+            f"\n{share:.1%} of {totals.values} values at {totals.quantized_bits_per_value:.3f} bits; over all "
+            f"{totals.bits_per_value:.3f} bits a value"
+        )
     rules = collections.Counter(repr(entry.rule) for entry in report.quantized if entry.rule is not None)
     if not rules:
         return text

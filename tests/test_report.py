@@ -171,6 +171,13 @@ def lines_with(report, text):
     return [line for line in str(report).splitlines() if text in line]
 
 
+def test_the_table_says_where_nothing_was_packed():
+    report = Report((quantized(bits_per_value=32.0, bytes_after=8192), kept()))
+    first, second = str(report).splitlines()[:2]
+    assert first == "1 of 2 parameters, 98.5% of 2080 values, are quantized, and stored as they were: 8.32 kB"
+    assert second == "by the rule '.*' 1"
+
+
 def test_the_table_tells_each_parameter():
     text = str(REPORT)
     assert text.startswith("3 of 5 parameters are quantized: 16.64 kB -> 2.57 kB, 6.47 times less\n")
