@@ -636,6 +636,7 @@ def test_flags_and_strings_are_arguments_too():
     assert list(found.amax) == ["first"]
 
 
+@pytest.mark.slow
 def test_one_list_of_rules_serves_all():
     model, x = Flagged(), normal(3, 16)
     variables = model.init(jax.random.key(0), x)

@@ -93,7 +93,7 @@ def products(draw):
     return spec, dims, operands
 
 
-@settings(max_examples=15)  # each compiles a program of its own
+@settings(max_examples=8)  # each compiles a program of its own
 @given(products())
 def test_any_axes_may_be_contracted_batched_and_blocked(case):
     spec, dims, descriptions = case
@@ -123,6 +123,7 @@ def test_sixteen_bits_accumulate_in_float32(dtype, magnitude):
     assert_product(got, "mk,nk->mn", x, q, dtype)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["if4", "nvfp4", "fouroversix", "nvint4"])
 @pytest.mark.parametrize("rows", [1, 96], ids=["few rows", "many rows"])
 def test_float16_holds_4_bit_weights_exactly(name, rows):
@@ -179,6 +180,7 @@ def test_empty_products(m, n, k):
 # --- few rows, which XLA:CPU multiplies without writing the decoded weights -------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("rows", [(), (2, 2), (5,)])
 @pytest.mark.parametrize(("axis", "name"), [(1, "if4"), (0, "if4"), (0, "mxfp4"), (1, "nvfp4_bs8")])
 def test_few_rows(rows, axis, name):
@@ -296,6 +298,7 @@ def test_ragged_dot_gives_each_group_its_expert(settings):
 # --- gradients and transformations ------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("spec", "left", "right", "axis"),
     [("mk,nk->mn", (3, 8), (4, 8), 1), ("mk,kn->mn", (3, 8), (8, 4), 0), ("abk,kcd->abcd", (2, 3, 8), (8, 4, 5), 0),

@@ -79,6 +79,7 @@ def assert_trees_equal(a, b):
 # --- what is packed --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_large_moments_are_packed_and_the_rest_is_untouched():
     optimizer = quantized_moments(optax.adamw(1e-3), "if6", min_size=1024)
     params = parameters() | {"stack": normal(2, 16, 32, seed=1)}

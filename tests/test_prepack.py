@@ -151,6 +151,7 @@ def test_a_forced_kernel_refuses_what_it_cannot_take():
 # --- prepacking -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("name", "shape", "axis"),

@@ -177,6 +177,7 @@ def test_the_first_rule_that_matches_decides():
 
 
 @pytest.mark.sampled
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "options",
     [
