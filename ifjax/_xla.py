@@ -1,4 +1,4 @@
-"""Two operations that keep XLA from changing what was written: exact division, and a stage boundary.
+"""What keeps XLA from changing what was written, exact division and a stage boundary, and JAX from reading it again.
 
 XLA is free to rewrite floating-point programs, and does. `x / c` with a scalar c becomes `x * (1 / c)`, which
 differs in the last bit for almost half of all x; `1 / (c / a)` becomes `a * (1 / c)`; XLA:GPU's own float32
