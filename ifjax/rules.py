@@ -276,6 +276,13 @@ _HEADS = (
     "lm_head", "generator_lm_head", "head", "output_head", "classification_head", "classifier", "cls", "logits",
     "logits_dense", "logitdense", "output_layer", "vocab_projector", "qa_outputs", "score",
 )  # fmt: skip
+_HEAD = rf"(?:.*/)?(?:{'|'.join(_HEADS)})(?:/.*)?"
+_EMBEDDING = r"(?:.*/)?(?:[^/]*(?i:embed)[^/]*|wte|wpe)(?:/.*)?"
+_BY_DEFAULT = {  # what a report says of them, instead of such patterns
+    (_HEAD, None): "output heads stay, by default",
+    (_EMBEDDING, None): "embeddings stay, by default",
+    (".*", "Embed"): "a rule excludes modules of class Embed",
+}
 
 
 def default_rules(weight_fmt: str | Format = "if4", act_fmt: str | Format | None = None) -> tuple[Rule, ...]:
@@ -293,10 +300,8 @@ def default_rules(weight_fmt: str | Format = "if4", act_fmt: str | Format | None
     All are optional: parameters shorter than a block, and matrices of `self.param`, stay as they are. Of the matrices
     `Report.check` asks for a decision: a rule with their axis, or one that excludes them.
     """
-    head = Rule(rf"(?:.*/)?(?:{'|'.join(_HEADS)})(?:/.*)?", None, optional=True)
-    embedding = Rule(r"(?:.*/)?(?:[^/]*(?i:embed)[^/]*|wte|wpe)(?:/.*)?", None, optional=True)
-    table = Rule(".*", None, module="Embed", optional=True)
-    return head, embedding, table, Rule(".*", weight_fmt, act_fmt, optional=True)
+    excluded = (Rule(path, None, module=module, optional=True) for path, module in _BY_DEFAULT)
+    return *excluded, Rule(".*", weight_fmt, act_fmt, optional=True)
 
 
 LOOKUP = "it looks rows up and multiplies nothing"
@@ -407,7 +412,7 @@ def seen_in_training(kernel: Kernel) -> Seen:
 def reason_against(rule: Rule, seen: Seen) -> str | None:
     """Why the rule leaves the kernel of what it matches alone; None if it quantizes it."""
     if rule.weight_fmt is None:
-        return f"the rule {rule.path!r} excludes it"
+        return _BY_DEFAULT.get((rule.path, rule.module)) or f"the rule {rule.path!r} excludes it"
     return _unfit(rule, seen) or _too_short(rule, seen)
 
 

@@ -217,7 +217,8 @@ def test_a_formats_name_leaves_embeddings_heads_and_what_is_no_matrix(tmp_path):
     }  # fmt: skip
     reasons = {name: task.reason for name, task in by_name.items() if task.how is None}
     assert reasons["layers.0.q_proj.bias"] == "a bias" and reasons["norm.weight"] == "a norm"
-    assert "excludes it" in reasons["embed_tokens.weight"] and "excludes it" in reasons["lm_head.weight"]
+    assert reasons["embed_tokens.weight"] == "embeddings stay, by default"
+    assert reasons["lm_head.weight"] == "output heads stay, by default"
     assert "I64 is not quantized" in reasons["ids"] and "below the block of 32" in reasons["short.weight"]
 
 

@@ -243,7 +243,7 @@ def test_a_format_stands_for_the_default_rules(rules, fmt):
     assert packed["params"]["up"]["kernel"].axis == -2
     reasons = {entry.path: entry.reason for entry in report.others}
     assert reasons["down/kernel"] == f"its contraction length 8 is below the block of 16 of {fmt}"
-    assert "excludes it" in reasons["head/kernel"] and reasons["up/bias"] == "a bias is added"
+    assert reasons["head/kernel"] == "output heads stay, by default" and reasons["up/bias"] == "a bias is added"
 
 
 def test_rules_of_no_use_are_errors_with_the_closest_path():
