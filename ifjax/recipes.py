@@ -372,7 +372,7 @@ def quantized_dot_general(
         >>> x, w = jnp.ones((8, 32)), jnp.eye(32)
         >>> def loss(w, key):
         ...     return quantized_dot_general(x, w, (((1,), (0,)), ((), ())), "if4", key).sum()
-        >>> jax.grad(loss)(w, jax.random.key(0)).shape
+        >>> jax.jit(jax.grad(loss))(w, jax.random.key(0)).shape
         (32, 32)
     """
     recipe = get_recipe(recipe)

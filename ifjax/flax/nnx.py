@@ -204,7 +204,7 @@ def with_recipes(
         >>> import ifjax
         >>> model = nnx.Sequential(nnx.Linear(32, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 4, rngs=nnx.Rngs(1)))
         >>> trained = ifjax.with_recipes(model, "nvfp4", rngs=nnx.Rngs(quantize=2))
-        >>> grads = nnx.grad(lambda model, x: model(x).sum())(trained, jnp.ones((8, 32)))
+        >>> grads = nnx.jit(nnx.grad(lambda model, x: model(x).sum()))(trained, jnp.ones((8, 32)))
         >>> grads.layers[0].kernel.shape
         (32, 64)
     """
