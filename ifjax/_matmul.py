@@ -31,7 +31,7 @@ from ifjax._kernels import (
     kernel_product,
     module_of,
 )  # fmt: skip
-from ifjax._xla import divide, stage
+from ifjax._xla import divide, in_axes, stage
 from ifjax.grids import E2M1
 from ifjax.qtensor import QTensor, to_ml_dtypes, unscaled_values
 
@@ -468,8 +468,7 @@ def _rows_product(rows, q, settings):
 
         if settings.kernel is not None:
             return lax.map(one, jnp.arange(axis_size)), True
-        in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, (rows_batched, q_batched))
-        return jax.vmap(by_xla, in_axes)(rows, q), True
+        return jax.vmap(by_xla, in_axes(in_batched))(rows, q), True
 
     return product(rows, q)
 

@@ -68,6 +68,11 @@ def correct_quotient(a: jax.Array, b: jax.Array, q: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def in_axes(in_batched):
+    """For jax.vmap, of what a rule of custom_vmap is told about its arguments."""
+    return jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
+
+
 def opaque(f, *args):
     """f(*args) as one operation for whatever transforms the program around it; vmap still reaches f.
 
@@ -79,8 +84,7 @@ def opaque(f, *args):
 
     @call.def_vmap
     def batched(axis_size, in_batched, *args):
-        in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
-        result = opaque(jax.vmap(f, in_axes, axis_size=axis_size), *args)
+        result = opaque(jax.vmap(f, in_axes(in_batched), axis_size=axis_size), *args)
         return result, jax.tree.map(lambda _: True, result)
 
     return call(*args)
@@ -112,7 +116,6 @@ def _stage_on_cpu(f, *args):
 
     @staged.def_vmap
     def batched(axis_size, in_batched, *args):
-        in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
-        return _stage_on_cpu(jax.jit(jax.vmap(f, in_axes, axis_size=axis_size)), *args), True
+        return _stage_on_cpu(jax.jit(jax.vmap(f, in_axes(in_batched), axis_size=axis_size)), *args), True
 
     return staged(*args)
