@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ CODES = {
 NAMES = {code: name for name, code in CODES.items()}
 
 INDEX = ".index.json"
+SEAL = "ifjax.checksum"  # in the metadata of every checkpoint file that this library writes
 _HEADER_LIMIT = 100_000_000  # safetensors reads no longer one; an index is held to it, too
 
 Write = Callable[[str, Any], None]
@@ -285,12 +286,28 @@ def resolve(path: str | os.PathLike) -> tuple[Path | None, list[Path], dict[str,
 
 
 def _in_folder(folder: Path) -> Path:
-    for pattern in ("model.safetensors" + INDEX, "model.safetensors", "*.safetensors" + INDEX, "*.safetensors"):
-        found = sorted(folder.glob(pattern))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise FileError(f"{folder} holds {len(found)} files {pattern}: name one of them, such as {found[0].name}")
+    """The one checkpoint of a folder: the standard name before others, an index before the shards it lists."""
+    found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
+    indices = {path.name: path for path in sorted(folder.glob("*.safetensors" + INDEX))}
+    standard = "model.safetensors"
+    if standard in found and standard + INDEX in indices:
+        raise FileError(
+            f"{folder} holds two checkpoints, {standard} and {standard + INDEX}: name the file to read, and remove the "
+            "other one"
+        )
+    for name, candidates in ((standard, found), (standard + INDEX, indices)):
+        if name in candidates:
+            return candidates[name]
+    listed = {name for index in indices.values() for name in read_index(index).values()}
+    whole = [path for name, path in found.items() if name not in listed]
+    candidates = [*indices.values(), *whole]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise FileError(
+            f"{folder} holds {len(candidates)} checkpoints ({', '.join(path.name for path in candidates[:3])}"
+            f"{', ...' if len(candidates) > 3 else ''}): name one of them"
+        )
     raise FileError(f"{folder} holds no safetensors file: name the file")
 
 
@@ -373,21 +390,81 @@ def shard_paths(path: Path, count: int) -> list[Path]:
     return paths
 
 
-def write_index(path: Path, shards: Mapping[str, Path], total: int) -> None:
-    """`path` is that of the file that the index stands for. From here on readers find the new checkpoint.
+def replaced_by_file(path: Path) -> list[Path]:
+    """The index of an older checkpoint and its shards, which a single file at `path` takes the place of.
 
-    Files of an index that this one replaces are removed afterwards.
+    Only files that this library wrote; [] where there is no index. They are for `remove`, once the new file is there.
+
+    Raises:
+        FileExistsError: the index is broken, or of another writer, so that it cannot be removed.
     """
     index = path.with_name(path.name + INDEX)
-    old = set()
-    with contextlib.suppress(OSError, FileError):
-        old = set(read_index(index).values())
+    if not os.path.lexists(index):
+        return []
+    try:
+        return [index, *_own_shards(index)]
+    except FileError as error:
+        raise FileExistsError(
+            errno.EEXIST, f"would stand beside another checkpoint, whose index is broken ({error}): remove the index",
+            str(path),
+        ) from None  # fmt: skip
+
+
+def replaced_by_index(path: Path, *, named: bool) -> list[Path]:
+    """Files of an older checkpoint that an index for `path` takes the place of: shards, and `path` itself.
+
+    Args:
+        named: whether `path` is the file that was asked for; else (its index was) a file there is not ours to remove.
+
+    Raises:
+        FileExistsError: files of another writer are in the way.
+    """
+    index = path.with_name(path.name + INDEX)
+    if path.is_file() and not named:
+        raise FileExistsError(
+            errno.EEXIST, f"is a checkpoint of its own, and {index.name} would be a second one beside it: remove it, or "
+            f"save to {path.name} to replace it", str(path),
+        )  # fmt: skip
+    old = []
+    if os.path.lexists(index):
+        with contextlib.suppress(FileError):  # a broken index lists nothing, and is replaced
+            old = _own_shards(index)
+    return old + [path] * path.is_file()
+
+
+def remove(files: Iterable[Path]) -> None:
+    """Remove files, in this order, which nothing refers to any longer."""
+    folders = {file.parent for file in files}
+    for file in files:
+        file.unlink(missing_ok=True)
+    for folder in folders:
+        sync_folder(folder)
+
+
+def _own_shards(index: Path) -> list[Path]:
+    """The shards beside an index, if this library wrote all of them: by their names and by their metadata."""
+    stem = re.escape(index.name.removesuffix(".safetensors" + INDEX))
+    shards = [index.with_name(name) for name in dict.fromkeys(read_index(index).values())]
+    shards = [shard for shard in shards if os.path.lexists(shard)]
+    for shard in shards:
+        own = re.fullmatch(rf"{stem}(-[0-9a-f]{{8}})?-\d{{5,}}-of-\d{{5,}}\.safetensors", shard.name) is not None
+        if own:
+            try:
+                own = SEAL in read_contents(shard).metadata
+            except (FileError, OSError):
+                own = False
+        if not own:
+            raise FileExistsError(
+                errno.EEXIST, f"lists {shard.name}, which ifjax has not written: save to another name, or remove that "
+                "checkpoint first", str(index),
+            )  # fmt: skip
+    return shards
+
+
+def write_index(path: Path, shards: Mapping[str, Path], total: int) -> None:
+    """`path` is that of the file that the index stands for. From here on readers find the new checkpoint."""
+    index = path.with_name(path.name + INDEX)
     weight_map = {name: file.name for name, file in shards.items()}
     fields = {"metadata": {"total_size": total}, "weight_map": weight_map}
     # Not through a link: the files that it names are beside it.
     write_text(index, json.dumps(fields, indent=1, ensure_ascii=False) + "\n", follow=False)
-    if path.is_file():  # readers would prefer it
-        path.unlink()
-    for name in old - set(weight_map.values()):
-        path.with_name(name).unlink(missing_ok=True)
-    sync_folder(index.parent)

@@ -34,7 +34,7 @@ from ifjax.rules import join_path
 LAYOUT = 1
 SHARD_BYTES = 5_000_000_000  # where a path asks for an index and nothing says how long its files may be
 
-_META, _SEAL = "ifjax", "ifjax.checksum"
+_META, _SEAL = "ifjax", _files.SEAL
 
 
 class Packed(NamedTuple):
@@ -62,7 +62,8 @@ def save_file(params: Any, path: str | os.PathLike, *, max_shard_bytes: int | No
     """Write a tree of QTensors and arrays as a safetensors file, which appears whole or not at all.
 
     Tensors are named by their '/'-joined path in the tree. Arrays of devices come to the host in their turn.
-    Where `path` exists it is replaced; a crash at any moment leaves the old checkpoint or the new one.
+    Where `path` exists it is replaced, and so is an older checkpoint of this name that `save_file` wrote in another
+    number of files: what was saved last is what loads. A crash at any moment leaves the old checkpoint or the new one.
 
     Args:
         params: nested dictionaries, lists, an NNX state, Flax's boxes; any pytree whose leaves have names.
@@ -76,6 +77,7 @@ def save_file(params: Any, path: str | os.PathLike, *, max_shard_bytes: int | No
     Raises:
         ValueError: names that cannot be told apart, or a path of another kind.
         TypeError: a leaf that is no array.
+        FileExistsError: files that `save_file` did not write are in the way; nothing of them is removed.
         OSError: it cannot be written. What was there is as it was.
 
     Example:
@@ -314,18 +316,21 @@ def write_items(
     path = Path(path)
     if path.name.endswith(_files.INDEX):
         path = path.with_name(path.name.removesuffix(_files.INDEX))
-        max_shard_bytes, sharded = max_shard_bytes or SHARD_BYTES, True
+        max_shard_bytes, sharded, named = max_shard_bytes or SHARD_BYTES, True, False
     else:
-        sharded = max_shard_bytes is not None and file_bytes(items) > max_shard_bytes
+        sharded, named = max_shard_bytes is not None and file_bytes(items) > max_shard_bytes, True
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors (or .safetensors.index.json, for several files)")
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     if not sharded:
+        old = _files.replaced_by_file(path)
         _write_one(path, items, metadata or {})
+        _files.remove(old)  # else a reader of the folder would find the old index
         return path
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "is not a folder: create it first", str(path.parent))
+    old = _files.replaced_by_index(path, named=named)
     groups = _groups(items, max_shard_bytes or SHARD_BYTES)
     shards = _files.shard_paths(path, len(groups))
     written = []
@@ -340,6 +345,7 @@ def write_items(
         for shard in written:  # no index names them
             shard.unlink(missing_ok=True)
         raise
+    _files.remove(old)
     return path.with_name(path.name + _files.INDEX)
 
 

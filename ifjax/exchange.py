@@ -750,7 +750,9 @@ def save(
     if path.suffix == ".safetensors":
         if config is not None:
             raise ValueError(f"{path} is a file, and config is for a folder's config.json: name a folder")
+        old = _files.replaced_by_file(path)
         _write(path, arrays, metadata | {"quantization_config": json.dumps(quantization)})
+        _files.remove(old)
         return
     if path.is_dir() and any(path.iterdir()):
         raise FileExistsError(errno.EEXIST, "holds something already: name a new folder", str(path))

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -431,8 +432,89 @@ def test_a_folder_with_several_checkpoints_does_not_tell_which(tmp_path):
         ifjax.load_file(tmp_path)
     for name in "ab":
         ifjax.save_file(some_tree(), tmp_path / f"{name}.safetensors")
-    with pytest.raises(FileError, match=r"holds 2 files \*.safetensors: name one of them, such as a.safetensors"):
+    with pytest.raises(FileError, match=r"holds 2 checkpoints \(a.safetensors, b.safetensors\): name one of them"):
         ifjax.load_file(tmp_path)
+    (tmp_path / "b.safetensors").unlink()
+    ifjax.save_file(some_tree(), tmp_path / "c.safetensors", max_shard_bytes=1)
+    with pytest.raises(FileError, match="holds 2 checkpoints"):  # an index and a file that it does not list
+        ifjax.load_file(tmp_path)
+
+
+def two_tensors(seed):
+    return {"a": packed(seed=seed), "b": packed(seed=seed + 1)}
+
+
+ONE, SHARDS = {}, {"max_shard_bytes": 1}
+
+
+@pytest.mark.parametrize("name", ["model", "other"])
+@pytest.mark.parametrize("saves", list(itertools.product(["one", "shards", "index"], repeat=3)), ids="-".join)
+def test_what_was_saved_last_is_what_loads(saves, name, tmp_path):
+    path = tmp_path / f"{name}.safetensors"
+    for seed, how in enumerate(saves):
+        if how == "index" and path.exists():  # only the file itself was asked to be replaced
+            with pytest.raises(FileExistsError, match="a checkpoint of its own"):
+                ifjax.save_file(two_tensors(seed), f"{path}.index.json")
+            path.unlink()
+        target = f"{path}.index.json" if how == "index" else path
+        saved = ifjax.save_file(two_tensors(seed), target, max_shard_bytes=1 if how == "shards" else None)
+        for source in (tmp_path, path, saved):
+            assert_same(ifjax.load_file(source), two_tensors(seed))
+        files = {"one": 1, "shards": 3, "index": 2}[how]
+        assert len(list(tmp_path.iterdir())) == files  # nothing of the older ones is left
+
+
+def test_a_folder_of_two_standard_checkpoints_is_refused(tmp_path):
+    ifjax.save_file(two_tensors(0), tmp_path / "model.safetensors", max_shard_bytes=1)
+    ifjax.save_file(two_tensors(4), tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").rename(tmp_path / "model.safetensors")  # as a crash before the removal leaves it
+    with pytest.raises(FileError, match=r"two checkpoints, model.safetensors and model.safetensors.index.json"):
+        ifjax.load_file(tmp_path)
+    assert_same(ifjax.load_file(tmp_path / "model.safetensors"), two_tensors(4))
+
+
+def foreign(folder, *names):
+    """Files of another writer, with an index that lists them."""
+    from safetensors.numpy import save_file
+
+    weight_map = {}
+    for i, name in enumerate(names):
+        save_file({f"t{i}": np.full(3, i, np.float32)}, folder / name, {"format": "pt"})
+        weight_map[f"t{i}"] = name
+    (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("target", ["m.safetensors", "m.safetensors.index.json"])
+@pytest.mark.parametrize("names", [
+    ("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"), ("m.safetensors",), ("thesis.safetensors",),
+    ("m-00001-of-00001.safetensors", "thesis.safetensors"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", [ONE, SHARDS], ids=str)
+def test_files_of_other_writers_are_not_removed(names, target, options, tmp_path):
+    before = foreign(tmp_path, *names)
+    with pytest.raises(FileExistsError, match=r"which ifjax has not written|a checkpoint of its own"):
+        ifjax.save_file(two_tensors(0), tmp_path / target, **options)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_index_of_ours_that_lists_other_files_removes_none_of_them(tmp_path):
+    index = ifjax.save_file(two_tensors(0), tmp_path / "m.safetensors", max_shard_bytes=1)
+    ifjax.save_file({"c": packed()}, tmp_path / "mine.safetensors")  # ours, but no shard
+    listed = json.loads(index.read_text())
+    listed["weight_map"]["c.codes"] = "mine.safetensors"
+    index.write_text(json.dumps(listed))
+    for target in (index, tmp_path / "m.safetensors"):
+        with pytest.raises(FileExistsError, match="mine.safetensors"):
+            ifjax.save_file(two_tensors(2), target)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_file_beside_a_broken_index_is_refused(tmp_path):
+    (tmp_path / "m.safetensors.index.json").write_text("{")
+    with pytest.raises(FileExistsError, match="index is broken"):
+        ifjax.save_file(two_tensors(0), tmp_path / "m.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors.index.json"]
 
 
 @pytest.mark.parametrize(
@@ -602,6 +684,7 @@ def test_links_stay_links_and_devices_are_not_replaced(tmp_path):
     ifjax.save_file({"a": packed()}, link)
     assert link.is_symlink() and list(ifjax.open_file(path)) == ["a"]
     assert path.stat().st_mode & 0o777 == 0o600
+    link.unlink()
     # But an index is put beside its files, and what a linked one named is left alone.
     (tmp_path / "other").mkdir()
     index = ifjax.save_file({"b": packed()}, tmp_path / "other" / "link.safetensors.index.json")
