@@ -422,8 +422,8 @@ def replaced_by_index(path: Path, *, named: bool) -> list[Path]:
     index = path.with_name(path.name + INDEX)
     if path.is_file() and not named:
         raise FileExistsError(
-            errno.EEXIST, f"is a checkpoint of its own, and {index.name} would be a second one beside it: remove it, or "
-            f"save to {path.name} to replace it", str(path),
+            errno.EEXIST, f"is a checkpoint of its own, and {index.name} would be a second one beside it: remove it, "
+            f"or save to {path.name} to replace it", str(path),
         )  # fmt: skip
     old = []
     if os.path.lexists(index):

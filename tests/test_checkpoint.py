@@ -505,7 +505,7 @@ def test_an_index_of_ours_that_lists_other_files_removes_none_of_them(tmp_path):
     listed["weight_map"]["c.codes"] = "mine.safetensors"
     index.write_text(json.dumps(listed))
     for target in (index, tmp_path / "m.safetensors"):
-        with pytest.raises(FileExistsError, match="mine.safetensors"):
+        with pytest.raises(FileExistsError, match=r"mine\.safetensors"):
             ifjax.save_file(two_tensors(2), target)
     assert len(list(tmp_path.iterdir())) == 4
 
