@@ -34,8 +34,9 @@ import numpy as np
 from codec import machine
 
 import ifjax
-from ifjax import _files, convert
-from ifjax._pieces import as_float32
+from ifjax.files import convert
+from ifjax.files import safetensors as _files
+from ifjax.files.pieces import as_float32
 
 RULES = ifjax.Rule(".*", "if4", optional=True)
 TARGET = 3.0

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from codec import machine
 
-from ifjax.optim import quantized_moments
+from ifjax.training.optim import quantized_moments
 
 
 def stepper(optimizer, params, grads):

@@ -31,13 +31,13 @@ import numpy as np
 from codec import alternate, machine
 
 import ifjax
-from ifjax._mseden import ms_eden
-from ifjax.recipes import RECIPES, get_recipe, quantized_dot_general
+from ifjax.arrays.ms_eden import ms_eden
+from ifjax.training.recipes import RECIPES, get_recipe, quantized_dot_general
 
 SECTIONS = ("rounding", "gradients", "residuals", "time")
 MATRICES = (((1,), (0,)), ((), ()))
 # Of Quartet II's notebook, x 1e-3 and as is; None where it states none. Its misalignment of rounding to nearest is that
-# of MS-EDEN's own, smaller scales (see tests/test_ms_eden.py); with E4M3's full range it is .0045.
+# of MS-EDEN's own, smaller scales (see tests/arrays/test_ms_eden.py); with E4M3's full range it is .0045.
 PUBLISHED = {
     "nearest nvfp4": (9.0, 0.0079), "nearest fouroversix": (7.6, None), "stochastic nvfp4": (23.5, None),
     "ms_eden nvfp4": (9.8, 0.00056), "ms_eden if4": (None, None), "nearest if4": (None, None),

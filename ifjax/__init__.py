@@ -18,29 +18,30 @@ Look:        analysis, plots (imports matplotlib)
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ifjax import mac, recipes
-from ifjax._gptq import gptq
-from ifjax._hadamard import hadamard, inverse_hadamard, random_signs
-from ifjax._kernels import Prepacked, prepack
-from ifjax._matmul import dot_general, einsum, explain_matmul, matmul, ragged_dot
-from ifjax._mseden import ms_eden
-from ifjax.checkpoint import load_file, open_file, save_file
+from ifjax.arrays.gptq import gptq
+from ifjax.arrays.ms_eden import ms_eden
+from ifjax.arrays.qtensor import QTensor, dequantize, device_put, fake_quantize, quantize, shardings, to_ml_dtypes
+from ifjax.exchange.swizzle import swizzle_scales, unswizzle_scales
+from ifjax.files.checkpoint import load_file, open_file, save_file
 from ifjax.formats import FORMATS, Candidate, Format, get_format
-from ifjax.grids import Grid
-from ifjax.layouts import swizzle_scales, unswizzle_scales
-from ifjax.ptq import fake_quantize_params, quantize_params, trainable_mask, training_report
-from ifjax.qtensor import QTensor, dequantize, device_put, fake_quantize, quantize, shardings, to_ml_dtypes
-from ifjax.recipes import quantized_dot_general
-from ifjax.report import Report
-from ifjax.rules import Rule, default_rules, load_rules, save_rules
-from ifjax.scales import Scale
+from ifjax.formats.grids import Grid
+from ifjax.formats.scales import Scale
+from ifjax.measure import mac
+from ifjax.models.ptq import fake_quantize_params, quantize_params, trainable_mask, training_report
+from ifjax.models.report import Report
+from ifjax.models.rules import Rule, default_rules, load_rules, save_rules
+from ifjax.numerics.hadamard import hadamard, inverse_hadamard, random_signs
+from ifjax.products.dot_general import dot_general, einsum, explain_matmul, matmul, ragged_dot
+from ifjax.products.kernels import Prepacked, prepack
+from ifjax.training import recipes
+from ifjax.training.recipes import quantized_dot_general
 
 if TYPE_CHECKING:
-    from ifjax import optim
-    from ifjax.flax import interceptors
-    from ifjax.flax.calibration import Calibration, calibrate
-    from ifjax.flax.interceptors import quantized
-    from ifjax.flax.nnx import PackedParam, with_recipes
+    from ifjax.models.flax import interceptors
+    from ifjax.models.flax.calibration import Calibration, calibrate
+    from ifjax.models.flax.interceptors import quantized
+    from ifjax.models.flax.nnx import PackedParam, with_recipes
+    from ifjax.training import optim
 
 __version__ = "0.1.0"
 
@@ -97,13 +98,13 @@ __all__ = [
 ]
 
 _IN_FLAX = {
-    "optim": "ifjax.optim",
-    "interceptors": "ifjax.flax.interceptors",
-    "quantized": "ifjax.flax.interceptors",
-    "calibrate": "ifjax.flax.calibration",
-    "Calibration": "ifjax.flax.calibration",
-    "PackedParam": "ifjax.flax.nnx",
-    "with_recipes": "ifjax.flax.nnx",
+    "optim": "ifjax.training.optim",
+    "interceptors": "ifjax.models.flax.interceptors",
+    "quantized": "ifjax.models.flax.interceptors",
+    "calibrate": "ifjax.models.flax.calibration",
+    "Calibration": "ifjax.models.flax.calibration",
+    "PackedParam": "ifjax.models.flax.nnx",
+    "with_recipes": "ifjax.models.flax.nnx",
 }
 
 

@@ -81,7 +81,8 @@ def two_processes() -> Callable[..., list[str]]:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
         tests = Path(__file__).resolve().parent
-        folders = os.pathsep.join([str(tests.parent), str(tests)])
+        rooms = [str(folder) for folder in tests.iterdir() if folder.is_dir()]
+        folders = os.pathsep.join([str(tests.parent), str(tests), *rooms])
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": folders}
         workers = [
             subprocess.Popen(

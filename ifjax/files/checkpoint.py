@@ -1,0 +1,747 @@
+"""Packed checkpoints: trees of QTensors and arrays in safetensors files, single or in shards, and in Orbax's folders.
+
+The layout is in BUILD.md. A packed tensor w is three arrays, `w.codes` and `w.scales` (uint8) and `w.amax` (float32,
+not in MX formats). The metadata hold the rest, the format's record by content among it, so that a reader needs no table
+of formats, and checksums of every array and of the header. Nothing is ever unpickled.
+
+    tree -> names -> items -> file          file -> header, checked -> arrays, mapped and checked one by one -> tree
+"""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from ifjax.arrays.qtensor import DTYPES, QTensor, packed_shapes, shardings
+from ifjax.files import safetensors as _files
+from ifjax.files.safetensors import Contents, Foreign, Reader, Slot, Write
+from ifjax.formats import Format
+from ifjax.measure.errors import Entry, FileError, _natural
+from ifjax.models.ptq import _is_leaf, _rebuilt, _value
+from ifjax.models.rules import join_path
+from ifjax.products.kernels import Prepacked
+
+LAYOUT = 1
+SHARD_BYTES = 5_000_000_000  # where a path asks for an index and nothing says how long its files may be
+
+_META, _SEAL = "ifjax", _files.SEAL
+
+
+class Packed(NamedTuple):
+    """What a file says of a packed tensor besides its arrays. All but `shape` as in QTensor; `shape` as it was."""
+
+    fmt: Format
+    headroom: float
+    axis: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    block_2d: bool = False
+    names: tuple[Any, ...] | None = None
+
+
+class Item(NamedTuple):
+    """A tensor to be written: its arrays, and what hands their bytes to a `Write`, some at a time and in order."""
+
+    name: str
+    slots: tuple[Slot | Foreign, ...]
+    packed: Packed | None
+    fill: Callable[[Write], None]
+
+
+def save_file(params: Any, path: str | os.PathLike, *, max_shard_bytes: int | None = None) -> Path:
+    """Write a tree of QTensors and arrays as a safetensors file, which appears whole or not at all.
+
+    Tensors are named by their '/'-joined path in the tree. Arrays of devices come to the host in their turn.
+    Where `path` exists it is replaced, and so is an older checkpoint of this name that `save_file` wrote in another
+    number of files: what was saved last is what loads. A crash at any moment leaves the old checkpoint or the new one.
+
+    Args:
+        params: nested dictionaries, lists, an NNX state, Flax's boxes; any pytree whose leaves have names.
+        path: of the file, `*.safetensors`; or of an index, `*.safetensors.index.json`, which asks for shards.
+        max_shard_bytes: of more than these several files are made, and an index beside them, `path` + ".index.json".
+            A tensor is never divided.
+
+    Returns:
+        The path to load from: the file's, or the index's.
+
+    Raises:
+        ValueError: names that cannot be told apart, or a path of another kind.
+        TypeError: a leaf that is no array.
+        FileExistsError: files that `save_file` did not write are in the way; nothing of them is removed.
+        OSError: it cannot be written. What was there is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> import ifjax
+        >>> params = {"mlp": {"kernel": ifjax.quantize(jnp.ones((64, 32)), "if4", axis=-2), "bias": jnp.zeros(32)}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = ifjax.save_file(params, f"{folder}/model.safetensors")
+        ...     loaded = ifjax.load_file(path)
+        >>> loaded["mlp"]["kernel"]
+        QTensor(if4, 64x32 float32, axis=-2, 4.516 bits a value)
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
+    items = [_item(join_path(keys), _value(leaf)) for keys, leaf in leaves]
+    _check_names(item.name for item in items)
+    return write_items(path, items, max_shard_bytes=max_shard_bytes)
+
+
+def load_file(path: str | os.PathLike, like: Any = None, *, check: bool = True) -> Any:
+    """Read a checkpoint that `save_file` or `ifjax quantize` has written, or any other safetensors file.
+
+    Files are mapped to memory and read one tensor after the other, straight to where it is to be. `open_file` reads
+    single tensors.
+
+    Args:
+        path: of a file, an index, the file that an index stands for, or a folder with one checkpoint.
+        like: a tree of the structure that is wanted, of arrays, QTensors or `jax.ShapeDtypeStruct`, such as
+            `jax.eval_shape` gives. Names, shapes, dtypes and formats must agree; a packed tensor may stand where an
+            array of its shape and dtype was. What has a sharding in it is put there: each device reads its own part.
+        check: compare checksums, and not only sizes.
+
+    Returns:
+        A tree as `like`; without it nested dictionaries, by the '/' in names. Leaves are QTensors and arrays of JAX;
+        numpy arrays where JAX has no such dtype (64 bits, unless `jax_enable_x64` is set).
+
+    Raises:
+        FileError: (a ValueError) broken files, or such as a newer layout.
+        ValueError: the checkpoint is not like `like`; the message lists what differs.
+        OSError: it cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> import jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> params = {"w": jnp.ones((4, 32)), "b": jnp.zeros(32)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     packed, _ = ifjax.quantize_params(params, ifjax.Rule("w", "if4", axis=-1))
+        ...     path = ifjax.save_file(packed, f"{folder}/model.safetensors")
+        ...     ifjax.load_file(path, like=jax.eval_shape(lambda: params))["w"]
+        QTensor(if4, 4x32 float32, axis=-1, 4.750 bits a value)
+    """
+    file = open_file(path, check=check)
+    if like is None:
+        return _nested({name: _placed(file[name], None) for name in file})
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_whole)
+    wanted = {join_path(keys): leaf for keys, leaf in leaves}
+    faults = list(_differences(file, wanted))
+    if faults:
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise ValueError(f"{path} is not like the given tree:\n  " + "\n  ".join(faults[:20]) + more)
+    return jax.tree_util.tree_unflatten(structure, [_like(leaf, file[name]) for name, leaf in wanted.items()])
+
+
+def open_file(path: str | os.PathLike, *, check: bool = True) -> "Checkpoint":
+    """A checkpoint as a read-only mapping from names to tensors, each of which is read when it is asked for.
+
+    Arguments and errors as for `load_file`; headers are read and checked at once.
+
+    Example:
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> import ifjax
+        >>> params = {"a": ifjax.quantize(jnp.ones((2, 32))), "b": jnp.ones(3)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = ifjax.open_file(ifjax.save_file(params, f"{folder}/model.safetensors"))
+        ...     list(file), file["a"].shape, type(file["a"].codes).__name__
+        (['a', 'b'], (2, 32), 'ndarray')
+    """
+    return Checkpoint(path, check=check)
+
+
+class Checkpoint(Mapping[str, Any]):
+    """An open checkpoint, made by `open_file`: QTensors and arrays by name, whose bytes are the file's, mapped.
+
+    Attributes:
+        path: of the file or the index.
+        files: all files, in order.
+        entries: of each array in the files, by its name there.
+        packed: of each packed tensor.
+        metadata: what else the files say of themselves, as text.
+        sums: CRC-32 of each array, by its name in the file; {} for files without checksums.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, check: bool = True):
+        index, files, weight_map = _files.resolve(path)
+        self.path = files[0] if index is None else index
+        self.files = tuple(files)
+        self.entries: dict[str, Entry] = {}
+        self.packed: dict[str, Packed] = {}
+        self.metadata: dict[str, str] = {}
+        self.sums: dict[str, int] = {}
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            contents = _files.read_contents(file)
+            if index is not None:
+                _check_shard(index, contents, weight_map)
+            packed, sums = _read_metadata(contents)
+            self.entries |= contents.entries
+            self.packed |= packed
+            self.sums |= sums
+            self.metadata |= {k: v for k, v in contents.metadata.items() if k not in (_META, _SEAL)}
+            self._file_of |= dict.fromkeys(contents.entries, file)
+        inside = {part for name, p in self.packed.items() for part in _parts(name, p.fmt)}
+        names = [*self.packed, *(name for name in self.entries if name not in inside)]
+        self._names = dict.fromkeys(sorted(names, key=_natural))
+        self._check = check
+        self._checked: set[str] = set()
+        self._maps: dict[Path, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> QTensor | np.ndarray:
+        if name not in self:
+            raise KeyError(name)
+        if name not in self.packed:
+            return self.array(name)
+        p = self.packed[name]
+        arrays = {part: self.array(stored) for part, stored in self.parts(name).items()}
+        return _qtensor(p, arrays["codes"], arrays["scales"].view(p.fmt.scale.dtype), arrays.get("amax"))
+
+    def parts(self, name: str) -> dict[str, str]:
+        """The names in the files of a packed tensor's arrays, by "codes", "scales" and "amax"; {"": name} of others."""
+        if name not in self.packed:
+            return {"": name}
+        return {part.rpartition(".")[2]: part for part in _parts(name, self.packed[name].fmt)}
+
+    def abstract(self, name: str) -> Any:
+        """The tensor without its bytes: a QTensor of `jax.ShapeDtypeStruct`, or one of these. Reads nothing.
+
+        Raises:
+            FileError: its dtype is none that numpy has.
+        """
+        if name not in self.packed:
+            return jax.ShapeDtypeStruct(self.entries[name].shape, self._dtype(name))
+        p, parts = self.packed[name], self.parts(name)
+        codes, scales = (self.entries[parts[part]].shape for part in ("codes", "scales"))
+        amax = None
+        if "amax" in parts:
+            amax = jax.ShapeDtypeStruct(self.entries[parts["amax"]].shape, np.float32)
+        scales = jax.ShapeDtypeStruct(scales, p.fmt.scale.dtype)
+        return _qtensor(p, jax.ShapeDtypeStruct(codes, np.uint8), scales, amax)
+
+    def array(self, stored: str) -> np.ndarray:
+        """An array by its name in the file: read-only, and read from the disk where it is looked at.
+
+        Raises:
+            FileError: its checksum is another one, or its dtype none that numpy has.
+        """
+        entry, dtype = self.entries[stored], self._dtype(stored)
+        if self._check:
+            self.check(stored)
+        try:
+            return self._bytes(stored).view(dtype).reshape(entry.shape)
+        except ValueError as error:  # a shape without elements that is too long for numpy
+            raise FileError(f"{self._file_of[stored]}: {stored!r} cannot be of shape {entry.shape}: {error}") from None
+
+    def reader(self, stored: str) -> Reader:
+        """What reads an array by parts, and does not check it."""
+        return Reader(self._file_of[stored], self.entries[stored])
+
+    def check(self, stored: str) -> None:
+        """Compare an array's bytes with its checksum, once; what has no checksum passes.
+
+        Raises:
+            FileError: they do not agree.
+        """
+        if stored in self._checked or stored not in self.sums:
+            return
+        found = 0
+        with self.reader(stored) as reader:
+            for chunk in reader.chunks():
+                found = zlib.crc32(chunk.data, found)
+        if found != self.sums[stored]:
+            raise FileError(
+                f"{self._file_of[stored]}: {stored!r} is damaged: its checksum is {found:08x}, and it was written with "
+                f"{self.sums[stored]:08x}. Take another copy of the file"
+            )
+        self._checked.add(stored)
+
+    def _dtype(self, stored: str) -> np.dtype:
+        code = self.entries[stored].dtype
+        dtype = _files.numpy_dtype(code)
+        if dtype is None:
+            raise FileError(f"{self._file_of[stored]}: {stored!r} is of dtype {code}, which numpy lacks")
+        return dtype
+
+    def _bytes(self, stored: str) -> np.ndarray:
+        path, entry = self._file_of[stored], self.entries[stored]
+        if path not in self._maps:
+            self._maps[path] = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        data = self._maps[path][entry.start : entry.start + entry.nbytes]
+        if data.size != entry.nbytes:
+            raise FileError(f"{path} ends within {stored!r}: it has been changed since it was opened")
+        return data
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors, {len(self.packed)} of them packed)"
+
+
+def _qtensor(p: Packed, codes, scales, amax) -> QTensor:
+    return QTensor(codes, scales, amax, p.fmt, p.headroom, p.axis, p.shape[p.axis], p.dtype, p.block_2d, p.names)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_items(
+    path: str | os.PathLike,
+    items: Sequence[Item],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    max_shard_bytes: int | None = None,
+) -> Path:
+    """Write a checkpoint of tensors that need not be in memory; see `save_file`, whose `path` this takes.
+
+    `metadata` is added to the file's own. Items are filled in their order.
+    """
+    path = Path(path)
+    if path.name.endswith(_files.INDEX):
+        path = path.with_name(path.name.removesuffix(_files.INDEX))
+        max_shard_bytes, sharded, named = max_shard_bytes or SHARD_BYTES, True, False
+    else:
+        sharded, named = max_shard_bytes is not None and file_bytes(items) > max_shard_bytes, True
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors (or .safetensors.index.json, for several files)")
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    if not sharded:
+        old = _files.replaced_by_file(path)
+        _write_one(path, items, metadata or {})
+        _files.remove(old)  # else a reader of the folder would find the old index
+        return path
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "is not a folder: create it first", str(path.parent))
+    old = _files.replaced_by_index(path, named=named)
+    groups = _groups(items, max_shard_bytes or SHARD_BYTES)
+    shards = _files.shard_paths(path, len(groups))
+    written = []
+    try:
+        for shard, group in zip(shards, groups, strict=True):
+            _write_one(shard, group, metadata or {})
+            written.append(shard)
+        pairs = zip(shards, groups, strict=True)
+        places = {slot.name: shard for shard, group in pairs for item in group for slot in item.slots}
+        _files.write_index(path, places, file_bytes(items))
+    except BaseException:
+        for shard in written:  # no index names them
+            shard.unlink(missing_ok=True)
+        raise
+    _files.remove(old)
+    return path.with_name(path.name + _files.INDEX)
+
+
+def file_bytes(items: Iterable[Item]) -> int:
+    """Of all arrays, headers aside."""
+    return sum(slot.nbytes for item in items for slot in item.slots)
+
+
+def packed_slots(name: str, fmt: Format, codes, scales, amax) -> tuple[Slot, ...]:
+    """A packed tensor's arrays, by their shapes; `amax` is ignored by formats without one."""
+    shapes = {"codes": ("U8", codes), "scales": ("U8", scales), "amax": ("F32", amax)}
+    return tuple(Slot(part, *shapes[part.rpartition(".")[2]]) for part in _parts(name, fmt))
+
+
+def _parts(name: str, fmt: Format) -> tuple[str, ...]:
+    parts = ("codes", "scales") if fmt.scale.largest is None else ("codes", "scales", "amax")
+    return tuple(f"{name}.{part}" for part in parts)
+
+
+def _groups(items: Sequence[Item], limit: int) -> list[list[Item]]:
+    groups, size = [], math.inf
+    for item in items:
+        size += file_bytes([item])
+        if size > limit:
+            groups.append([])
+            size = file_bytes([item])
+        groups[-1].append(item)
+    return groups or [[]]
+
+
+def _write_one(path: Path, items: Sequence[Item], metadata: Mapping[str, str]) -> None:
+    slots = [slot for item in items for slot in item.slots]
+    with _files.safetensors_writer(path, slots, _metadata_of(items, slots, metadata)) as write:
+        for item in items:
+            item.fill(write)
+
+
+def _metadata_of(items, slots, metadata) -> Callable[[Mapping[str, str]], dict[str, str]]:
+    own = _description({name: packed for name, _, packed, _ in items if packed is not None})
+    shapes = {slot.name: (slot.dtype, slot.shape) for slot in slots}
+
+    def make(sums):
+        fields = dict(metadata) | {_META: json.dumps(own | {"crc32": dict(sums)}, separators=(",", ":"))}
+        return fields | {_SEAL: _seal(shapes, fields)}
+
+    return make
+
+
+def _description(packed: Mapping[str, Packed]) -> dict[str, Any]:
+    """The records of packed tensors as plain JSON values; a format that several share is written once."""
+    formats: dict[Format, str] = {}
+    tensors = {}
+    for name, p in packed.items():
+        if p.fmt not in formats:  # records of one name may differ
+            taken = sum(fmt.name == p.fmt.name for fmt in formats)
+            formats[p.fmt] = f"{p.fmt.name}#{taken + 1}" if taken else p.fmt.name
+        fields = p._asdict() | {"fmt": formats[p.fmt], "dtype": p.dtype.name}
+        tensors[name] = {key: value for key, value in fields.items() if key != "names" or value is not None}
+    return {"layout": LAYOUT, "formats": {key: fmt.to_dict() for fmt, key in formats.items()}, "tensors": tensors}
+
+
+def _seal(shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> str:
+    """A checksum of what the header says, however it is written down."""
+    arrays = [[name, dtype, list(shape)] for name, (dtype, shape) in sorted(shapes.items())]
+    text = json.dumps([arrays, sorted(metadata.items())], separators=(",", ":"))
+    return f"crc32:{zlib.crc32(text.encode()):08x}"
+
+
+def _is_whole(leaf: Any) -> bool:
+    return isinstance(leaf, QTensor | Prepacked) or _is_leaf(leaf)
+
+
+def _item(name: str, value: Any) -> Item:
+    if isinstance(value, Prepacked):
+        raise TypeError(f"{name!r} is arranged for one kernel, and files hold the plain layout: save {name}.unpack()")
+    if not isinstance(value, QTensor):
+        _check_array(name, value)
+        code = _files.CODES.get(value.dtype.name)
+        if code is None:
+            hint = ": save jax.random.key_data of it" if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else ""
+            raise TypeError(f"{name!r} is {value.dtype}, and files hold only {', '.join(_files.CODES)}{hint}")
+        return Item(name, (Slot(name, code, value.shape),), None, lambda write: write(name, np.asarray(value)))
+    q = value
+    arrays = {f"{name}.codes": q.codes, f"{name}.scales": q.scales, f"{name}.amax": q.amax}
+    for stored, a in arrays.items():
+        if a is not None:
+            _check_array(stored, a)
+    slots = packed_slots(name, q.fmt, q.codes.shape, q.scales.shape, None if q.amax is None else q.amax.shape)
+    packed = _record_of(q)
+    q.fmt.to_dict()  # refuses a scale that is code, before anything is written
+    if (fault := _fault_of(packed, *(slot.shape for slot in slots))) is not None:
+        raise ValueError(f"{name!r}: {fault}")
+
+    def fill(write):
+        for slot in slots:
+            write(slot.name, np.asarray(arrays[slot.name]))
+
+    return Item(name, slots, packed, fill)
+
+
+def _record_of(q: QTensor) -> Packed:
+    return Packed(q.fmt, q.headroom, q.axis, q.shape, np.dtype(q.dtype), q.block_2d, q.names)
+
+
+def _check_array(name: str, value: Any) -> None:
+    if isinstance(value, Tracer) or not isinstance(value, jax.Array | np.ndarray | np.generic):
+        raise TypeError(f"{name!r} must be an array to be saved, got {type(value).__name__}")
+    if not getattr(value, "is_fully_addressable", True):
+        raise ValueError(f"{name!r} is spread over several hosts: save such trees by ifjax.checkpoint.save_orbax")
+
+
+def _check_names(names: Iterable[str]) -> None:
+    seen = set()
+    for name in names:
+        if not name:
+            raise ValueError("params must be a tree whose leaves have names, such as {'w': q}, got a single leaf")
+        if name in seen:
+            raise ValueError(f"two leaves of the tree are named {name!r}: names are paths joined by '/'")
+        seen.add(name)
+    for name in seen:
+        at = [i for i, letter in enumerate(name) if letter == "/"]
+        clash = next((name[:i] for i in at if name[:i] in seen), None)
+        if clash is not None:
+            raise ValueError(f"{clash!r} is a leaf of the tree, and {name!r} lies within it: rename one")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _check_shard(index: Path, contents: Contents, weight_map: Mapping[str, str]) -> None:
+    mapped = {name for name, file in weight_map.items() if file == contents.path.name}
+    found = set(contents.entries)
+    for names, what in ((mapped - found, "lacks"), (found - mapped, "also holds")):
+        if names:
+            listed = ", ".join(map(repr, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
+            raise FileError(f"{index} and its file {contents.path.name} do not agree: the file {what} {listed}")
+
+
+def _read_metadata(contents: Contents) -> tuple[dict[str, Packed], dict[str, int]]:
+    """The packed tensors and checksums of a file; nothing, if it is an ordinary one. Everything is checked."""
+    path, entries, metadata = contents
+    if _META not in metadata and _SEAL not in metadata:
+        return {}, {}
+
+    def fault(text):
+        return FileError(f"{path}: its header is damaged: {text}. Take another copy of the file")
+
+    if _META not in metadata or _SEAL not in metadata:
+        raise fault(f"of the metadata {_META!r} and {_SEAL!r} one is missing")
+    fields = {key: value for key, value in metadata.items() if key != _SEAL}
+    seal = _seal({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, fields)
+    if seal != metadata[_SEAL]:
+        raise fault(f"its checksum is {seal}, and it was written with {metadata[_SEAL]}")
+    try:
+        own = json.loads(metadata[_META])
+        packed = _described(own, str(path))
+        sums = {str(name): int(digits, 16) for name, digits in own["crc32"].items()}
+    except FileError:
+        raise
+    except _MALFORMED as error:
+        raise fault(f"the metadata {_META!r} are not of layout {LAYOUT}: {error!r}") from None
+    if set(sums) != set(entries):
+        raise fault("arrays and checksums are not of the same names")
+    for name, p in packed.items():
+        parts = [entries.get(part) for part in _parts(name, p.fmt)]
+        dtypes = [None if part is None else part.dtype for part in parts]
+        if name in entries or dtypes != ["U8", "U8", "F32"][: len(parts)]:
+            raise fault(f"{name!r} needs arrays {', '.join(_parts(name, p.fmt))} of U8, U8 and F32, got {dtypes}")
+        if (text := _fault_of(p, *(part.shape for part in parts if part is not None))) is not None:
+            raise fault(f"{name!r}: {text}")
+    return packed, sums
+
+
+_MALFORMED = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
+
+
+def _described(description: Any, source: str) -> dict[str, Packed]:
+    """The inverse of `_description`. Raises one of _MALFORMED for anything else, FileError for a newer layout."""
+    layout = description["layout"]
+    if layout != LAYOUT:
+        raise FileError(f"{source} is of layout {layout!r}, and this ifjax reads {LAYOUT}: install what wrote it")
+    formats = {key: Format.from_dict(record) for key, record in description["formats"].items()}
+    if not all(isinstance(fmt.name, str) for fmt in formats.values()):
+        raise TypeError("a format's name must be text")
+    return {name: _packed_of(fields, formats) for name, fields in description["tensors"].items()}
+
+
+def _packed_of(fields: Mapping[str, Any], formats: Mapping[str, Format]) -> Packed:
+    shape = tuple(fields["shape"])
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
+        raise ValueError(f"the shape must be of integers, got {shape}")
+    axis, headroom, dtype, block_2d = (fields[key] for key in ("axis", "headroom", "dtype", "block_2d"))
+    if not isinstance(axis, int) or not -len(shape) <= axis < 0:
+        raise ValueError(f"the axis must be negative and one of {shape}, got {axis!r}")
+    if not isinstance(headroom, float | int) or not 0 < headroom <= 1:
+        raise ValueError(f"the headroom must be a number in (0, 1], got {headroom!r}")
+    if dtype not in DTYPES or not isinstance(block_2d, bool):
+        raise ValueError(f"dtype must be one of {DTYPES}, block_2d true or false, got {dtype!r} and {block_2d!r}")
+    if block_2d and axis < -2:
+        raise ValueError(f"blocks of two dimensions lie in the last two axes, got axis {axis}")
+    names = fields.get("names")
+    names = None if names is None else tuple(tuple(n) if isinstance(n, list) else n for n in names)
+    return Packed(formats[fields["fmt"]], float(headroom), axis, shape, jnp.dtype(dtype), block_2d, names)
+
+
+def _fault_of(p: Packed, codes, scales, amax=()) -> str | None:
+    """Why arrays of these shapes do not make a tensor; None if they do."""
+    wanted = packed_shapes(p.shape, p.fmt, p.axis)
+    for what, shape, needed in zip(("codes", "scales"), (codes, scales), wanted, strict=True):
+        if tuple(shape) != needed:
+            return f"{what} of {p.shape} in {p.fmt.name} along axis {p.axis} are {needed}, got {tuple(shape)}"
+    if p.fmt.scale.largest is None:
+        return None
+    fits = len(amax) <= len(p.shape) and all(a in (1, n) for a, n in zip(amax, p.shape, strict=False))
+    return None if fits else f"amax of {p.shape} keeps leading axes or has 1 in their place, got {tuple(amax)}"
+
+
+def _nested(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        *parents, last = name.split("/")
+        inner = tree
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise FileError(f"{name!r} lies within another tensor of that name: read it with ifjax.open_file")
+        if last in inner:
+            raise FileError(f"{name!r} is a tensor and holds others: read it with ifjax.open_file")
+        inner[last] = tensor
+    return tree
+
+
+def _differences(file: Checkpoint, wanted: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"{name!r} is not in the file" for name in wanted if name not in file)
+    yield from (f"{name!r} of the file is not in the tree" for name in file if name not in wanted)
+    for name, leaf in wanted.items():
+        if name in file and (fault := _difference(file.abstract(name), _value(leaf))) is not None:
+            yield f"{name!r} {fault}"
+
+
+def _difference(found: Any, value: Any) -> str | None:
+    if isinstance(value, QTensor):
+        if not isinstance(found, QTensor):
+            return f"is not packed: {found.dtype} {found.shape}; quantize it after loading"
+        for field in ("fmt", "shape", "axis", "dtype", "headroom", "block_2d"):
+            ours, theirs = getattr(found, field), getattr(value, field)
+            if ours != theirs:
+                ours, theirs = (getattr(x, "name", x) for x in (ours, theirs))
+                return f"has {field} {ours}, and the tree has {theirs}"
+        if found.amax is not None and (value.amax is None or found.amax.shape != value.amax.shape):
+            return f"has amax of {found.amax.shape}, and the tree {value.amax}"
+        return None
+    if tuple(found.shape) != tuple(value.shape) or found.dtype != value.dtype:
+        return f"is {found.dtype} {tuple(found.shape)}, and in the tree {value.dtype} {tuple(value.shape)}"
+    return None
+
+
+def _like(leaf: Any, tensor: Any) -> Any:
+    value = _value(leaf)
+    if not isinstance(tensor, QTensor):
+        return _rebuilt(leaf, _placed(tensor, getattr(value, "sharding", None)))
+    if isinstance(value, QTensor):
+        place = jax.tree.map(lambda a: getattr(a, "sharding", None), value)
+        names = value.names
+    else:
+        sharding = getattr(value, "sharding", None)
+        place = None if sharding is None else shardings(tensor, sharding)
+        names = getattr(leaf, "names", None)
+    tensor = _placed(tensor, place)
+    return _rebuilt(leaf, tensor if names is None else dataclasses.replace(tensor, names=names))
+
+
+def _placed(tensor: Any, place: Any) -> Any:
+    """On a device, or on those of a sharding (of a QTensor, one of them for each array)."""
+    if isinstance(tensor, QTensor):
+        arrays = {f: None if place is None else getattr(place, f) for f in ("codes", "scales", "amax")}
+        placed = {f: None if getattr(tensor, f) is None else _placed(getattr(tensor, f), s) for f, s in arrays.items()}
+        return dataclasses.replace(tensor, **placed)
+    if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
+        return np.array(tensor)
+    if place is None:
+        return jnp.array(tensor)  # a copy: the file may change
+    return jax.make_array_from_callback(tensor.shape, place, lambda index: np.array(tensor[index]))
+
+
+# --- Orbax -----------------------------------------------------------------------------------------------------------
+
+
+def save_orbax(params: Any, folder: str | os.PathLike) -> None:
+    """Write a tree as an Orbax checkpoint, which several hosts may share; wait until it is there.
+
+    Orbax saves QTensors by itself, but restores them only into a tree that says what they are. This adds `describe`, as
+    the checkpoint's custom metadata; for a CheckpointManager pass these yourself. Needs orbax-checkpoint.
+
+    Raises:
+        ValueError: the folder exists.
+        TypeError: what is arranged for one kernel; save what its `unpack()` gives.
+
+    Example:
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> import ifjax
+        >>> from ifjax.files.checkpoint import load_orbax, save_orbax
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_orbax({"w": ifjax.quantize(jnp.ones((32, 64)), "mxfp4"), "b": jnp.zeros(3)}, f"{folder}/1")
+        ...     load_orbax(f"{folder}/1")["w"]
+        QTensor(mxfp4, 32x64 float32, axis=-1, 4.250 bits a value)
+    """
+    ocp = _orbax()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(folder).resolve(), params, custom_metadata={_META: describe(params)})
+
+
+def load_orbax(folder: str | os.PathLike, like: Any = None) -> Any:
+    """Read what `save_orbax` has written.
+
+    Args:
+        folder: of the checkpoint.
+        like: a tree of arrays, QTensors or `jax.ShapeDtypeStruct` of the same structure; what has a sharding in it is
+            put there, the rest on the first device. Without it nested dictionaries and lists come back.
+
+    Raises:
+        ValueError: the checkpoint is not like `like`, or has no description of its QTensors.
+    """
+    ocp = _orbax()
+    folder = Path(folder).resolve()
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def wanted(a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None) or device)
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata: Any = checkpointer.metadata(folder)
+        description = (metadata.custom_metadata or {}).get(_META)
+        if description is None:
+            raise ValueError(f"{folder} has no description of QTensors: save it by ifjax.checkpoint.save_orbax")
+        if like is None:
+            stored = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), metadata.item_metadata.tree)
+            return rebuild(checkpointer.restore(folder, jax.tree.map(wanted, stored)), description)
+        # Orbax looks at arrays alone: the bytes of one format would pass for those of another.
+        ours, theirs = (
+            {name: p._replace(names=None) for name, p in _described(d, str(folder)).items()}
+            for d in (describe(like), description)
+        )
+        faults = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if faults:
+            raise ValueError(
+                f"{folder} is not like the given tree: {', '.join(map(repr, faults[:10]))} differ in format, shape, "
+                "axis or dtype, or are packed in one of them only"
+            )
+        return checkpointer.restore(folder, jax.tree.map(wanted, like))
+
+
+def describe(params: Any) -> dict[str, Any]:
+    """What makes QTensors of the arrays of a tree, as plain JSON values, by '/'-joined names. `rebuild` reads it."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
+    values = {join_path(keys): _value(leaf) for keys, leaf in leaves}
+    for name, value in values.items():
+        if isinstance(value, Prepacked):
+            raise TypeError(f"{name!r} is arranged for one kernel: save {name}.unpack(), in the plain layout")
+    # Through JSON, so that it equals what was read from a file.
+    packed = {name: _record_of(value) for name, value in values.items() if isinstance(value, QTensor)}
+    return json.loads(json.dumps(_description(packed)))
+
+
+def rebuild(tree: Any, description: Mapping[str, Any]) -> Any:
+    """The tree with QTensors where it has dictionaries of their arrays, as Orbax restores them without a target.
+
+    Raises:
+        ValueError: the description is none, or is of another tree.
+    """
+    try:
+        packed = _described(description, "the description")
+    except _MALFORMED as error:
+        raise error if isinstance(error, FileError) else ValueError(f"not a description: {error!r}") from None
+    left = set(packed)
+
+    def build(name, node):
+        if name in packed:
+            left.discard(name)
+            return _qtensor(packed[name], node["codes"], node["scales"], node.get("amax"))
+        if isinstance(node, Mapping):
+            return {key: build(f"{name}/{key}" if name else str(key), child) for key, child in node.items()}
+        if isinstance(node, list | tuple):
+            return [build(f"{name}/{i}" if name else str(i), child) for i, child in enumerate(node)]
+        return node
+
+    built = build("", tree)
+    if left:
+        raise ValueError(f"the tree lacks {', '.join(map(repr, sorted(left)[:10]))} of the description")
+    return built
+
+
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint
+    except ImportError:
+        raise ImportError("this needs orbax-checkpoint: pip install 'ifjax[flax]' brings it") from None
+    return orbax.checkpoint

@@ -1,0 +1,470 @@
+"""Files that appear whole or not at all; safetensors, written at their places and read with distrust; shards.
+
+A safetensors file is a length (8 bytes), a header (JSON: a place for each array, and metadata, which is text) and the
+arrays' bytes. Here the header is known beforehand but for checksums of a fixed width, so arrays can be written piece by
+piece, in any order, and none needs to be in memory.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from ifjax.measure.errors import Entry, FileError, read_header
+
+# The names of dtypes in safetensors files.
+CODES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+}  # fmt: skip
+NAMES = {code: name for name, code in CODES.items()}
+
+INDEX = ".index.json"
+SEAL = "ifjax.checksum"  # in the metadata of every checkpoint file that this library writes
+_HEADER_LIMIT = 100_000_000  # safetensors reads no longer one; an index is held to it, too
+
+Write = Callable[[str, Any], None]
+
+
+def numpy_dtype(code: str) -> np.dtype | None:
+    """The dtype of that name in a file; None for those that numpy and ml_dtypes lack."""
+    name = NAMES.get(code)
+    return None if name is None else np.dtype(getattr(ml_dtypes, name, None) or name)
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, *, follow: bool = True) -> Iterator[Any]:
+    """A new binary file, unbuffered, that takes the place of `path` once the block has ended without an error.
+
+    Until then it has a name of its own in the same folder, `.NAME.*.tmp`, and is removed if anything goes wrong. Data
+    and folder are synced, so that a crash leaves the old file or the new one. A link stays one, and its target is
+    replaced, unless `follow` is false.
+
+    Raises:
+        OSError: it cannot be written, or `path` is no file.
+    """
+    path = Path(os.path.realpath(path) if follow else path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "is not a folder: create it first", str(path.parent))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no plain file, and only those are replaced", str(path))
+    temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
+    # Closed before it is renamed.
+    file = open(temporary, "x+b", buffering=0)  # noqa: SIM115
+    try:
+        with file:
+            yield file
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in it last through a crash."""
+    if os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike, text: str, *, follow: bool = True) -> None:
+    """The file appears whole or stays as it was."""
+    with replacing(path, follow=follow) as file:
+        _write_all(file, text.encode())
+
+
+def as_bytes(a: np.ndarray) -> np.ndarray:
+    """uint8 [nbytes]: what a holds, in C order. Buffers know neither bfloat16 nor arrays without elements."""
+    return np.ascontiguousarray(a).reshape(-1).view(np.uint8)
+
+
+def _write_all(file, data) -> None:
+    view = memoryview(data)
+    while len(view):  # a full disk takes a part before it refuses the rest
+        view = view[file.write(view) :]
+
+
+# --- writing safetensors ---------------------------------------------------------------------------------------------
+
+
+class Slot(NamedTuple):
+    """An array of a file to be written: `dtype` is safetensors' name for it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole array."""
+        dtype = numpy_dtype(self.dtype)
+        assert dtype is not None
+        return math.prod(self.shape) * dtype.itemsize
+
+
+class Foreign(NamedTuple):
+    """A slot of a dtype that numpy lacks: it is only copied."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@contextlib.contextmanager
+def safetensors_writer(
+    path: str | os.PathLike, slots: Sequence[Slot | Foreign], metadata: Callable[[Mapping[str, str]], dict[str, str]]
+) -> Iterator[Write]:
+    """What takes (name, bytes) of the slots, each slot's bytes in order; the file appears when the block has ended.
+
+    Wider elements come first, so that all are aligned, and else the slots' own order is kept.
+
+    Args:
+        metadata: makes the file's metadata from checksums by name, eight hexadecimal digits each. It is called with
+            zeros first, and the length of what it gives must not depend on the digits.
+
+    Raises:
+        ValueError: names or a header that safetensors cannot hold.
+        OSError: it cannot be written; there is room for all of it or the error comes at once.
+    """
+    slots = sorted(slots, key=lambda slot: -_item_bytes(slot))
+    sums = {slot.name: 0 for slot in slots}
+    if len(sums) < len(slots):
+        names = [slot.name for slot in slots]
+        raise ValueError(f"names must be unique, and these are not: {sorted({n for n in names if names.count(n) > 1})}")
+    start = len(_header(slots, metadata(_digits(sums))))
+    ends = np.cumsum([start, *[slot.nbytes for slot in slots]]).tolist()
+    at = {slot.name: first for slot, first in zip(slots, ends, strict=False)}
+    last = {slot.name: end for slot, end in zip(slots, ends[1:], strict=True)}
+
+    with replacing(path) as file:
+        _reserve(file, ends[-1])
+
+        def write(name, data):
+            data = as_bytes(np.asarray(data))
+            if at[name] + data.size > last[name]:
+                raise RuntimeError(f"{name} got more bytes than its shape holds")
+            file.seek(at[name])
+            _write_all(file, data)
+            sums[name] = zlib.crc32(data.data, sums[name])
+            at[name] += data.size
+
+        yield write
+        missing = [name for name in at if at[name] != last[name]]
+        if missing:
+            raise RuntimeError(f"{missing} were not written whole")
+        file.seek(0)
+        header = _header(slots, metadata(_digits(sums)))
+        assert len(header) == start
+        _write_all(file, header)
+
+
+def _item_bytes(slot):
+    count = math.prod(slot.shape)
+    return slot.nbytes // count if count else 1
+
+
+def _digits(sums: Mapping[str, int]) -> dict[str, str]:
+    return {name: f"{value:08x}" for name, value in sums.items()}
+
+
+def _header(slots, metadata) -> bytes:
+    """The length and the JSON, filled up with spaces to whole words of 8 bytes."""
+    fields: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    start = 0
+    for slot in slots:
+        if slot.name == "__metadata__":
+            raise ValueError("'__metadata__' is no name for an array in a safetensors file: rename it")
+        end = start + slot.nbytes
+        fields[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [start, end]}
+        start = end
+    try:
+        text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"names and metadata must be text that UTF-8 can hold: {error}") from None
+    text += b" " * (-len(text) % 8)
+    if len(text) > _HEADER_LIMIT:
+        raise ValueError(
+            f"the header would take {len(text)} bytes, and safetensors allows {_HEADER_LIMIT}: write several files"
+        )
+    return len(text).to_bytes(8, "little") + text
+
+
+def _reserve(file, size: int) -> None:
+    """Room for all of it, so that a full disk is found out before the work."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                reason = f"{os.strerror(error.errno or 0)} ({size} bytes are needed)"
+                raise OSError(error.errno, reason, os.fspath(file.name)) from None
+    file.truncate(size)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Contents(NamedTuple):
+    """What a safetensors file holds."""
+
+    path: Path
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def read_contents(path: str | os.PathLike) -> Contents:
+    """Names, places and metadata; reads no array.
+
+    Raises:
+        FileError: not a whole safetensors file.
+        OSError: it cannot be opened.
+    """
+    from safetensors import safe_open
+
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise FileError(f"{path} is no plain file: only those can be read")
+    try:
+        entries = {entry.name: entry for entry in read_header(path)}
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except FileError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise FileError(f"{path} is not a whole safetensors file: {error}") from error
+    return Contents(path, entries, metadata)
+
+
+def resolve(path: str | os.PathLike) -> tuple[Path | None, list[Path], dict[str, str]]:
+    """(index, files, file name by array name) of a checkpoint; without an index None, the file and {}.
+
+    `path` is a safetensors file, an index (`*.index.json`), the file that the index would stand for, or a folder that
+    holds one checkpoint.
+
+    Raises:
+        FileError: a broken index, or a folder that does not tell which checkpoint is meant.
+        OSError: nothing is there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _in_folder(path)
+    if path.suffix == ".json":
+        weight_map = read_index(path)
+        return path, [path.parent / name for name in dict.fromkeys(weight_map.values())], weight_map
+    index = path.with_name(path.name + INDEX)
+    if not path.exists() and index.exists():
+        return resolve(index)
+    return None, [path], {}
+
+
+def _in_folder(folder: Path) -> Path:
+    """The one checkpoint of a folder: the standard name before others, an index before the shards it lists."""
+    found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
+    indices = {path.name: path for path in sorted(folder.glob("*.safetensors" + INDEX))}
+    standard = "model.safetensors"
+    if standard in found and standard + INDEX in indices:
+        raise FileError(
+            f"{folder} holds two checkpoints, {standard} and {standard + INDEX}: name the file to read, and remove the "
+            "other one"
+        )
+    for name, candidates in ((standard, found), (standard + INDEX, indices)):
+        if name in candidates:
+            return candidates[name]
+    listed = {name for index in indices.values() for name in read_index(index).values()}
+    whole = [path for name, path in found.items() if name not in listed]
+    candidates = [*indices.values(), *whole]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise FileError(
+            f"{folder} holds {len(candidates)} checkpoints ({', '.join(path.name for path in candidates[:3])}"
+            f"{', ...' if len(candidates) > 3 else ''}): name one of them"
+        )
+    raise FileError(f"{folder} holds no safetensors file: name the file")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """File names by array names. All are plain names, in the index's own folder.
+
+    Raises:
+        FileError: a broken index.
+        OSError: it cannot be read.
+    """
+    if path.stat().st_size > _HEADER_LIMIT:
+        raise FileError(f"{path} is too long for an index: {path.stat().st_size} bytes")
+    try:
+        index = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is not JSON: {error}") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileError(f'{path} is no index of safetensors files: it has no "weight_map" of names to files')
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _is_plain_name(file):
+            raise FileError(
+                f"{path} says that {name!r} is in {file!r}: an index names files of its own folder, such as "
+                "'model-00001-of-00002.safetensors', without a path"
+            )
+    return weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    return re.fullmatch(r"[^/\\:\0]+\.safetensors", name) is not None and name.isprintable()
+
+
+class Reader:
+    """Reads elements of one array of a file, without mapping it: what was read does not count as memory in use."""
+
+    def __init__(self, path: Path, entry: Entry):
+        self.path, self.entry = path, entry
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._file.close()
+
+    def values(self, start: int, count: int) -> np.ndarray:
+        """Elements [start, start + count) of the array laid flat, in its dtype, in memory of their own."""
+        dtype = numpy_dtype(self.entry.dtype)
+        assert dtype is not None
+        return self.bytes(start * dtype.itemsize, count * dtype.itemsize).view(dtype)
+
+    def bytes(self, start: int, count: int) -> np.ndarray:
+        """uint8 [count], from byte `start` of the array on."""
+        data = np.empty(count, np.uint8)
+        self._file.seek(self.entry.start + start)
+        done = 0
+        while done < count:
+            got = self._file.readinto(data.data[done:])
+            if not got:
+                raise FileError(f"{self.path} ends within {self.entry.name!r}: it has been changed since it was opened")
+            done += got
+        return data
+
+    def chunks(self, size: int = 2**22) -> Iterator[np.ndarray]:
+        """All of the array's bytes, some at a time."""
+        for start in range(0, self.entry.nbytes, size):
+            yield self.bytes(start, min(size, self.entry.nbytes - start))
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def shard_paths(path: Path, count: int) -> list[Path]:
+    """Names for the files of a checkpoint that are not taken, so that an old one stays whole while they are written."""
+    stem = path.name.removesuffix(".safetensors")
+    for mark in ("", f"-{secrets.token_hex(4)}"):
+        paths = [path.with_name(f"{stem}{mark}-{i + 1:05}-of-{count:05}.safetensors") for i in range(count)]
+        if not any(os.path.lexists(p) for p in paths):
+            break
+    return paths
+
+
+def replaced_by_file(path: Path) -> list[Path]:
+    """The index of an older checkpoint and its shards, which a single file at `path` takes the place of.
+
+    Only files that this library wrote; [] where there is no index. They are for `remove`, once the new file is there.
+
+    Raises:
+        FileExistsError: the index is broken, or of another writer, so that it cannot be removed.
+    """
+    index = path.with_name(path.name + INDEX)
+    if not os.path.lexists(index):
+        return []
+    try:
+        return [index, *_own_shards(index)]
+    except FileError as error:
+        raise FileExistsError(
+            errno.EEXIST, f"would stand beside another checkpoint, whose index is broken ({error}): remove the index",
+            str(path),
+        ) from None  # fmt: skip
+
+
+def replaced_by_index(path: Path, *, named: bool) -> list[Path]:
+    """Files of an older checkpoint that an index for `path` takes the place of: shards, and `path` itself.
+
+    Args:
+        named: whether `path` is the file that was asked for; else (its index was) a file there is not ours to remove.
+
+    Raises:
+        FileExistsError: files of another writer are in the way.
+    """
+    index = path.with_name(path.name + INDEX)
+    if path.is_file() and not named:
+        raise FileExistsError(
+            errno.EEXIST, f"is a checkpoint of its own, and {index.name} would be a second one beside it: remove it, "
+            f"or save to {path.name} to replace it", str(path),
+        )  # fmt: skip
+    old = []
+    if os.path.lexists(index):
+        with contextlib.suppress(FileError):  # a broken index lists nothing, and is replaced
+            old = _own_shards(index)
+    return old + [path] * path.is_file()
+
+
+def remove(files: Iterable[Path]) -> None:
+    """Remove files, in this order, which nothing refers to any longer."""
+    folders = {file.parent for file in files}
+    for file in files:
+        file.unlink(missing_ok=True)
+    for folder in folders:
+        sync_folder(folder)
+
+
+def _own_shards(index: Path) -> list[Path]:
+    """The shards beside an index, if this library wrote all of them: by their names and by their metadata."""
+    stem = re.escape(index.name.removesuffix(".safetensors" + INDEX))
+    shards = [index.with_name(name) for name in dict.fromkeys(read_index(index).values())]
+    shards = [shard for shard in shards if os.path.lexists(shard)]
+    for shard in shards:
+        own = re.fullmatch(rf"{stem}(-[0-9a-f]{{8}})?-\d{{5,}}-of-\d{{5,}}\.safetensors", shard.name) is not None
+        if own:
+            try:
+                own = SEAL in read_contents(shard).metadata
+            except (FileError, OSError):
+                own = False
+        if not own:
+            raise FileExistsError(
+                errno.EEXIST, f"lists {shard.name}, which ifjax has not written: save to another name, or remove that "
+                "checkpoint first", str(index),
+            )  # fmt: skip
+    return shards
+
+
+def write_index(path: Path, shards: Mapping[str, Path], total: int) -> None:
+    """`path` is that of the file that the index stands for. From here on readers find the new checkpoint."""
+    index = path.with_name(path.name + INDEX)
+    weight_map = {name: file.name for name, file in shards.items()}
+    fields = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    # Not through a link: the files that it names are beside it.
+    write_text(index, json.dumps(fields, indent=1, ensure_ascii=False) + "\n", follow=False)

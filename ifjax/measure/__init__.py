@@ -1,0 +1,1 @@
+"""Errors, published figures, plots, hardware models."""

@@ -1,0 +1,592 @@
+"""Pictures of formats, of what they do to arrays, and of reports. Needs matplotlib (the extra `viz`).
+
+Formats: plot_grid, plot_block, plot_bytes. Arrays: plot_error_by_magnitude, plot_choices_by_peak. Reports:
+plot_errors and plot_choices of an `ifjax.analysis.Report`, plot_report of `ifjax.Report`s. Anything: plot_curves.
+
+What differs, differs in shape and in grey value, so that pictures survive a printer. Figures are made without pyplot:
+nothing global changes, no display is needed, and `figure.savefig` works anywhere. A notebook shows the figure that a
+cell ends with, after `%matplotlib inline`.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from ifjax import codec
+from ifjax.arrays.qtensor import QTensor, quantize
+from ifjax.formats import Candidate, Format, get_format
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MARKERS = "osD^vPX*<>hd"
+# From dark to light; neighbours differ in grey value.
+_COLOURS = ("black", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "0.6")
+_DASHES = ("-", "--", "-.", ":")
+_MOST_KINDS = 100  # rows of the map: a name a line is all that a page can hold
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+def plot_grid(*formats: str | Format) -> "Figure":
+    """The values that a block can hold, in units of its maximum, and how far from them a number in between can lie.
+
+    A line for each candidate of each format: marks are its values, the area above them the distance to the nearest
+    one, all to one scale; on the right the largest such distance. Scales are taken as exact. Values beyond the block's
+    maximum, such as 1.5 for a candidate that puts the maximum at 4 of 6, are not drawn.
+
+    Raises:
+        ValueError: no format is given, or one is unknown.
+    """
+    if not formats:
+        raise ValueError("plot_grid needs formats, as in plot_grid('nvfp4', 'if4')")
+    rows = [(fmt, candidate) for fmt in map(get_format, formats) for candidate in fmt.candidates]
+    grids = [_values_in_block(fmt, candidate) for fmt, candidate in rows]
+    figure = _figure(8.5, 1.2 + 0.62 * len(rows))
+    axes = figure.subplots()
+    z = np.linspace(-1, 1, 4201)
+    distances = [np.min(np.abs(z[:, None] - values), axis=1) for values in grids]
+    height = 0.72 / max(float(d.max()) for d in distances)
+    for y, (row, values, distance) in enumerate(zip(rows, grids, distances, strict=True)):
+        _, candidate = row
+        first = row[0].candidates[0] is candidate
+        colour = _COLOURS[0 if first else 1]
+        axes.fill_between(z, -y, distance * height - y, color=colour, alpha=0.3 if first else 0.45, linewidth=0)
+        axes.axhline(-y, color="0.7", linewidth=0.8, zorder=1)
+        used = values[np.abs(values) <= 1 + 1e-6]
+        marker = "o" if first else "s"
+        axes.plot(used, np.full(len(used), -y), marker, color=colour, markersize=4.5, zorder=3)
+        axes.annotate(f"{100 * distance.max():.2g} %", (1.09, -y + 0.1), fontsize=8, annotation_clip=False)
+    axes.annotate("largest\nerror, % of\nmaximum", (1.09, 0.5), fontsize=8, annotation_clip=False, va="bottom")
+    axes.set_yticks(range(0, -len(rows), -1), [_candidate_name(fmt, c) for fmt, c in rows], fontsize=9)
+    axes.set_ylim(-len(rows) + 0.6, 0.95)
+    axes.set_xlim(-1.06, 1.06)
+    axes.set_xlabel("value / block maximum")
+    axes.set_title("Values in a block, and the distance to the nearest one", fontsize=10)
+    _only_bottom(axes)
+    return figure
+
+
+def plot_block(
+    x: Float[ArrayLike, "n"], fmt: str | Format = "if4", *, amax: float | None = None, loss: str = "mse"
+) -> "Figure":
+    """One block: its numbers, what each candidate makes of them, and which candidate is kept.
+
+    Lines are the values that a candidate offers at the block's scale; the kept one's title says so. Its numbers are
+    those of `ifjax.quantize(x, fmt, amax=amax, loss=loss)`.
+
+    Args:
+        x: at most a block of finite numbers; a shorter one is filled up with zeros, which are not drawn.
+        amax: the maximum of the tensor that the block is from; x's own unless given.
+        loss: "mse", "mae" or "abs_max".
+
+    Raises:
+        ValueError: x is not one block, or is not finite.
+    """
+    fmt = get_format(fmt)
+    x = np.asarray(x, np.float32)
+    if x.ndim != 1 or not 1 <= x.size <= fmt.block:
+        raise ValueError(f"x must be one block of {fmt.name}, of 1 to {fmt.block} numbers, got shape {x.shape}")
+    if not np.all(np.isfinite(x)):
+        raise ValueError("x must be finite")
+    trials = _trials_of(x, fmt, amax, loss)
+    kept = min(range(len(trials)), key=lambda i: trials[i].loss)
+    figure = _figure(9, 1.0 + 2.5 * len(trials))
+    rows = np.atleast_1d(figure.subplots(len(trials), sharex=True))
+    for i, (axes, trial) in enumerate(zip(rows, trials, strict=True)):
+        for value in trial.offered:
+            axes.axhline(value, color="0.88", linewidth=0.7, zorder=0)
+        places = np.arange(x.size)
+        axes.vlines(places, x, trial.decoded, color="0.35", linewidth=2.2, zorder=2)
+        axes.plot(places, x, "o", color="white", markeredgecolor="black", markersize=6, zorder=3, label="number")
+        axes.plot(places, trial.decoded, "x", color="black", markersize=7, zorder=4, label="decoded")
+        margin = 1.12 * max(float(np.abs(x).max()), float(np.abs(trial.decoded).max()), 1e-30)
+        axes.set_ylim(-margin, margin)
+        axes.set_ylabel("value")
+        name, verdict = _candidate_name(fmt, fmt.candidates[i]), "   kept" if i == kept and len(trials) > 1 else ""
+        title = f"{name}   scale {trial.scale:.4g}, {_LOSSES[loss]} {trial.loss:.4g}{verdict}"
+        axes.set_title(title, fontsize=10, loc="left", fontweight="bold" if verdict else "normal")
+        axes.margins(x=0.03)
+    rows[-1].set_xticks(range(x.size))
+    rows[-1].set_xlabel("place in the block")
+    rows[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def plot_bytes(q: QTensor, block: int = 0) -> "Figure":
+    """The bits of one block of a QTensor as they are stored: the scale byte, then the bytes of its codes.
+
+    Bytes in memory order, each with its highest bit on the left; cells of codes that follow one another have different
+    greys, and each byte says which numbers its codes stand for, lowest bits first.
+
+    Args:
+        q: of one axis. Index a larger one first, as in `q[0]`.
+        block: which block.
+
+    Raises:
+        ValueError: q has more axes, or its codes of one block do not fill whole bytes.
+        IndexError: there is no such block.
+    """
+    if q.ndim != 1:
+        raise ValueError(f"plot_bytes draws a QTensor of one axis, got shape {q.shape}: index it first, as in q[0]")
+    fmt, bits = q.fmt, q.fmt.bits
+    if fmt.block * bits % 8:
+        raise ValueError(f"the codes of a block of {fmt.name} do not fill whole bytes")
+    if not 0 <= block < q.scales.shape[0]:
+        raise IndexError(f"block {block} of a QTensor of {q.scales.shape[0]} blocks")
+    scale, size = int(q.scale_bytes()[block]), fmt.block * bits // 8
+    codes = np.asarray(q.codes)[block * size : (block + 1) * size]
+    values = np.asarray(q.dequantize(np.float32))[block * fmt.block : (block + 1) * fmt.block]
+    per_row = 4 if bits != 3 else 3
+    rows = -(-size // per_row)
+    figure = _figure(2.45 * per_row + 0.3, 1.0 + 1.05 * (rows + 1))
+    axes = figure.subplots()
+
+    def draw(byte, x, y, shades, caption):
+        for place in range(8):
+            bit = 7 - place
+            axes.add_patch(_box(x + place, y, shades[bit]))
+            axes.text(x + place + 0.5, y + 0.5, str(byte >> bit & 1), ha="center", va="center", fontsize=10)
+        axes.text(x + 4, y - 0.12, caption, ha="center", va="top", fontsize=8)
+
+    has_sign = fmt.scale.largest is not None
+    shades = ["0.94"] * 7 + ["0.55" if fmt.has_flag else "0.94"]
+    which = f": decoded as {fmt.decodings[scale >> 7][0].name}" if fmt.has_flag else ""
+    caption = f"scale byte 0x{scale:02X}{which}"
+    draw(scale, 0, 0, shades, caption)
+    value = float(fmt.scale.decode(jnp.uint8(scale & (0x7F if has_sign else 0xFF))))
+    note = f"{fmt.scale.name} = {value:.4g}" + ("; the dark bit is the flag" if fmt.has_flag else "")
+    axes.text(8.5, 0.5, note, va="center", fontsize=9)
+    for i, byte in enumerate(codes.tolist()):
+        owners = [(8 * i + bit) // bits for bit in range(8)]
+        shades = ["0.97" if owner % 2 == 0 else "0.8" for owner in owners]
+        shown = [owner for owner in dict.fromkeys(owners) if owner < len(values)]
+        caption = ", ".join(f"{values[owner]:.3g}" for owner in reversed(shown))
+        draw(byte, 9 * (i % per_row), -1.9 * (1 + i // per_row), shades, caption)
+    axes.set_xlim(-0.2, 9 * per_row - 0.8)
+    axes.set_ylim(-1.9 * rows - 0.75, 1.3)
+    axes.set_axis_off()
+    total = 8 + bits * fmt.block
+    axes.set_title(
+        f"{fmt.name}: a block of {fmt.block} values in {total} bits, {total / fmt.block:g} a value", fontsize=10
+    )
+    return figure
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def plot_error_by_magnitude(
+    x: Float[ArrayLike, "... n"], formats: Sequence[str | Format] = ("nvfp4", "nvint4", "if4"), *, bins: int = 24
+) -> "Figure":
+    """Where in a block errors are made: above, error of numbers by their size; below, what they add to the whole.
+
+    Both against |x| over the maximum of x's own block, whose size is the format's. Above is the root mean squared
+    error, in percent of the block's maximum; below the squared error of a bin's numbers over the square of all
+    numbers, whose sum over the bins, the normalized error, stands in the legend.
+
+    Args:
+        x: finite numbers with blocks along the last axis, whose length every block size divides.
+
+    Raises:
+        ValueError: there is no format, no number, or blocks do not fit.
+    """
+    formats = _formats_for(x, formats, "plot_error_by_magnitude")
+    x = jnp.asarray(x, jnp.float32)
+    figure = _figure(8, 6)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
+    edges = np.linspace(0, 1, bins + 1)
+    middles = (edges[:-1] + edges[1:]) / 2
+    for i, fmt in enumerate(formats):
+        error = np.asarray(quantize(x, fmt).dequantize() - x, np.float64).reshape(-1, fmt.block)
+        size = np.abs(np.asarray(x, np.float64)).reshape(-1, fmt.block)
+        peak = size.max(axis=1, keepdims=True)
+        keep = np.broadcast_to(peak > 0, size.shape)
+        ratio = np.divide(size, peak, where=keep, out=np.zeros_like(size))[keep]
+        at = np.minimum((ratio * bins).astype(int), bins - 1)
+        relative = np.square(np.divide(error, peak, where=keep, out=np.zeros_like(error))[keep])
+        count = np.bincount(at, minlength=bins)
+        mean = np.bincount(at, relative, bins) / np.where(count, count, np.nan)
+        energy = np.bincount(at, np.square(error[keep]), bins)
+        part = energy / max(float(np.sum(np.square(size))), np.finfo(np.float64).tiny)
+        upper.plot(middles, 100 * np.sqrt(mean), label=fmt.name, **_style(i))
+        lower.plot(middles, 1e3 * part, label=f"{fmt.name}: {1e3 * part.sum():.3g}", **_style(i))
+    upper.set_ylabel("rms error,\n% of block maximum")
+    lower.set_ylabel("squared error /\nall squared, x 1e-3")
+    lower.set_xlabel("|x| / block maximum")
+    upper.set_title("Error by magnitude", fontsize=10)
+    for axes, title in ((upper, None), (lower, "sum x 1e-3")):
+        beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+        axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=8, **beside)
+        axes.set_ylim(bottom=0)
+        axes.grid(color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+    lower.set_xlim(0, 1)
+    return figure
+
+
+def plot_choices_by_peak(
+    x: Float[ArrayLike, "... n"] | Mapping[str, ArrayLike], fmt: str | Format = "if4", *, bins: int = 32
+) -> "Figure":
+    """Share of blocks that take the second decoding (in IF formats: integers), by how far their maximum stands out.
+
+    The abscissa is a block's maximum over its root mean square: 1 where all magnitudes are equal, and the root of the
+    block size where one number holds everything. Below, how many blocks there are. The legend gives where the share
+    falls through a half, for the first time after its largest value, by linear interpolation.
+
+    Args:
+        x: an array, or arrays by the names that the legend gives them, with blocks along their last axis.
+
+    Raises:
+        ValueError: the format has no choice to plot, or blocks do not fit.
+    """
+    fmt = get_format(fmt)
+    if not fmt.has_flag:
+        raise ValueError(f"{fmt.name} has one decoding: there is no choice to plot. if4 has two")
+    arrays = x if isinstance(x, Mapping) else {fmt.name: x}
+    figure = _figure(8, 5)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    edges = np.linspace(1, math.sqrt(fmt.block), bins + 1)
+    middles = (edges[:-1] + edges[1:]) / 2
+    for i, (name, array) in enumerate(arrays.items()):
+        _formats_for(array, [fmt], "plot_choices_by_peak")
+        ratio, second = _peaks_and_choices(array, fmt)
+        count, _ = np.histogram(ratio, edges)
+        # Fewer than 30 blocks say little about a share.
+        share = 100 * np.histogram(ratio[second], edges)[0] / np.where(count >= 30, count, np.nan)
+        half = _falls_through(middles, share, 50.0)
+        label = name if half is None else f"{name}: half at {half:.2f}"
+        upper.plot(middles, share, label=label, **_style(i))
+        lower.plot(middles, 100 * count / count.sum(), **_style(i))
+    upper.axhline(50, color="0.75", linewidth=0.8, zorder=0)
+    upper.set_ylim(-3, 103)
+    upper.set_ylabel(f"blocks that took {fmt.decodings[1][0].name}, %")
+    upper.set_title(f"{fmt.name}: choice by the block's maximum", fontsize=10)
+    upper.legend(frameon=False, fontsize=8)
+    lower.set_ylim(bottom=0)
+    lower.set_ylabel("all blocks, %")
+    lower.set_xlabel("block maximum / root mean square of the block")
+    for axes in (upper, lower):
+        axes.grid(color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+def plot_errors(report: Any) -> "Figure":
+    """Relative error by format: a dot for each quantized tensor, a black line with the figure for the total."""
+    figure = _figure(7.5, 1.3 + 0.42 * len(report.total))
+    axes = figure.subplots()
+    total = report.total
+    order = sorted(total, key=lambda name: -total[name].relative_error)
+    for y, name in enumerate(order):
+        errors = [100 * t.errors[name].relative_error for t in report.quantized]
+        axes.plot(errors, [y] * len(errors), "o", color="0.45", alpha=0.45, markersize=5, markeredgewidth=0)
+        x = 100 * total[name].relative_error
+        axes.plot([x, x], [y - 0.32, y + 0.32], color="black", linewidth=2)
+        axes.annotate(f"{x:.3g} %", (x, y + 0.34), ha="center", va="bottom", fontsize=8)
+    axes.set_yticks(range(len(order)), [f"{name}  ({total[name].bits_per_value:.3g} bits)" for name in order])
+    axes.set_ylim(-0.6, len(order) - 0.2)
+    if _positive(report):
+        axes.set_xscale("log")
+        _plain_ticks(axes.xaxis)
+    axes.set_xlabel("relative error (Frobenius norm), %: dots are tensors, bars the total")
+    axes.set_title(f"Error by format\n{report.source}", fontsize=10)
+    axes.grid(axis="x", which="both", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure
+
+
+def plot_choices(report: Any) -> "Figure":
+    """Share of blocks that took the second decoding (for IF formats: integers), by layer.
+
+    One line for each format that has a choice, with all weights of a layer together; below, for the first of them, a
+    map of kind of weight by layer. The layer is the first number in a tensor's name; tensors without one stand under
+    "other".
+
+    Raises:
+        ValueError: none of the formats has a choice.
+    """
+    names = [name for name, error in report.total.items() if error.second_share is not None]
+    if not names:
+        raise ValueError("no format of this report has two decodings, such as if4: there is no choice to plot")
+    parts = [_layer_and_kind(t.name) for t in report.quantized]
+    layers = sorted({layer for layer, _ in parts}, key=lambda layer: (layer is None, layer))
+    kinds = list(dict.fromkeys(kind for _, kind in parts))[:_MOST_KINDS]
+
+    def share(name, keep):
+        errors = [t.errors[name] for t, part in zip(report.quantized, parts, strict=True) if keep(*part)]
+        return 100 * sum(e.second for e in errors) / sum(e.blocks for e in errors) if errors else float("nan")
+
+    width = 4.6 + max(3.2, 0.42 * len(layers))
+    figure = _figure(width, 4.2 + 0.26 * len(kinds))
+    upper, lower = figure.add_gridspec(2, 1, height_ratios=(2.2, 0.4 + 0.26 * len(kinds)))
+    lines, grid = figure.add_subplot(upper), figure.add_subplot(lower)
+
+    for name, marker in zip(names, _MARKERS * len(names), strict=False):
+        grey = str(0.55 * names.index(name) / max(len(names) - 1, 1))
+        shares = [share(name, lambda layer, _, at=at: layer == at) for at in layers]
+        numbered = len([layer for layer in layers if layer is not None])
+        lines.plot(range(numbered), shares[:numbered], marker=marker, color=grey, label=name, linewidth=1.2)
+        lines.plot(range(numbered, len(layers)), shares[numbered:], marker=marker, color=grey)
+    lines.axhline(50, color="0.8", linewidth=0.8, zorder=0)
+    lines.set_ylim(0, 100)
+    lines.set_ylabel("blocks, %")
+    lines.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    lines.set_title(f"Blocks that took the second decoding (IF: integers), by layer\n{report.source}", fontsize=10)
+
+    values = [[share(names[0], lambda *part, at=(layer, kind): part == at) for layer in layers] for kind in kinds]
+    there = [value for row in values for value in row if value == value]
+    span = max(max(there) - min(there), 1)
+    # Light greys only, so that black numbers can be read; darker is more.
+    grid.imshow(values, cmap="Greys", vmin=min(there) - 0.2 * span, vmax=max(there) + span, aspect="auto")
+    if len(layers) <= 40:
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                if value == value:
+                    grid.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)
+    grid.set_yticks(range(len(kinds)), kinds, fontsize=7)
+    some = f" (the first {len(kinds)} kinds)" if len(kinds) == _MOST_KINDS else ""
+    grid.set_title(f"{names[0]} by kind of weight, %{some}", fontsize=9)
+    every = -(-len(layers) // 40)
+    ticks = range(0, len(layers), every)
+    for axes in (lines, grid):
+        axes.set_xticks(ticks, ["other" if layers[i] is None else str(layers[i]) for i in ticks], fontsize=8)
+        axes.set_xlim(-0.5, len(layers) - 0.5)
+    grid.set_xlabel("layer (the first number in a tensor's name)")
+    return figure
+
+
+def plot_report(reports: Any) -> "Figure":
+    """Models that `ifjax.quantize_params` has packed: how well their weights are kept, by layer, and what they take.
+
+    Above, SQNR in dB against the layer, the first number in a parameter's path ("other" where there is none): the mean
+    over the layer's quantized parameters, and a thin line from the least to the largest. Below, bytes of all
+    parameters before and after. `Report.plot` shows the parameters of one report one by one.
+
+    Args:
+        reports: an `ifjax.Report`, or several by name (a mapping) to compare them.
+
+    Raises:
+        ValueError: there is nothing to plot: no report, nothing quantized, or no SQNR measured.
+    """
+    named = reports if isinstance(reports, Mapping) else {"": reports}
+    layers_of = {name: _sqnr_by_layer(report) for name, report in named.items()}
+    if not named or not all(layers_of.values()):
+        empty = ", ".join(repr(name) for name, layers in layers_of.items() if not layers) or "all"
+        raise ValueError(f"no SQNR to plot in these reports: {empty}. Is anything quantized and measured?")
+    layers = sorted({layer for found in layers_of.values() for layer in found}, key=lambda n: (n is None, n))
+    figure = _figure(max(6.5, 2.5 + 0.5 * len(layers)), 4.4 + 0.26 * len(named))
+    upper, lower = figure.subplots(2, 1, height_ratios=(3.2, 0.5 + 0.26 * len(named)))
+    for i, (name, found) in enumerate(layers_of.items()):
+        shift = 0.12 * (i - (len(named) - 1) / 2)
+        at = [x + shift for x, layer in enumerate(layers) if layer in found]
+        values = [found[layer] for layer in layers if layer in found]
+        means = [sum(v) / len(v) for v in values]
+        numbered = len([layer for layer in layers if layer in found and layer is not None])
+        style = _style(i)
+        upper.plot(at[:numbered], means[:numbered], label=name or None, **style)
+        upper.plot(at[numbered:], means[numbered:], label=None if numbered else name or None, **style)
+        upper.vlines(at, [min(v) for v in values], [max(v) for v in values], color=style["color"], linewidth=0.9)
+    upper.set_xticks(range(len(layers)), ["other" if layer is None else str(layer) for layer in layers], fontsize=8)
+    upper.set_xlabel("layer (the first number in a parameter's path)")
+    upper.set_ylabel("SQNR, dB")
+    upper.set_title("Weights kept, by layer: mean, and from least to largest", fontsize=10)
+    upper.grid(axis="y", color="0.92", linewidth=0.6)
+    upper.set_axisbelow(True)
+    if any(named):
+        upper.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    first = next(iter(named.values()))
+    sizes = {"before": first.totals.bytes_before / 1e6}
+    sizes |= {name or "after": report.totals.bytes_after / 1e6 for name, report in named.items()}
+    lower.barh(list(sizes), list(sizes.values()), color=["0.8"] + ["0.45"] * len(named))
+    for y, value in enumerate(sizes.values()):
+        lower.annotate(f" {value:.3g}", (value, y), va="center", fontsize=8)
+    lower.set_ylim(len(sizes) - 0.4, -0.6)
+    lower.margins(x=0.12)
+    lower.tick_params(labelsize=8)
+    lower.set_xlabel(f"MB of all {first.totals.parameters} parameters")
+    return figure
+
+
+# --- anything --------------------------------------------------------------------------------------------------------
+
+
+def plot_curves(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, xlabel: str, ylabel: str, title: str = ""
+) -> "Figure":
+    """Lines by name, each an (x, y) of equal lengths, told apart by marker, dash and grey. Labels state units.
+
+    Raises:
+        ValueError: there are no curves.
+    """
+    if not curves:
+        raise ValueError("plot_curves needs curves: {name: (x, y)}")
+    figure = _figure(7.5, 4)
+    axes = figure.subplots()
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        x, y = np.asarray(x), np.asarray(y)
+        axes.plot(x, y, label=name, markevery=max(1, x.size // 12), **_style(i))
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.grid(color="0.92", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure
+
+
+# --- below the surface -----------------------------------------------------------------------------------------------
+
+_LOSSES = {"mse": "squared error", "mae": "absolute error", "abs_max": "largest error"}
+
+
+class _Trial(NamedTuple):
+    """A block as one candidate encodes it: its numbers, all that the scale offers, the scale in x's units, the loss."""
+
+    decoded: np.ndarray
+    offered: np.ndarray
+    scale: float
+    loss: float
+
+
+def _trials_of(x: np.ndarray, fmt: Format, amax: float | None, loss: str) -> list[_Trial]:
+    if loss not in _LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {loss!r}")
+    peak = jnp.max(jnp.abs(jnp.asarray(x)))
+    tensor, factor = None, 1.0
+    if fmt.scale.largest is not None:
+        tensor = codec.tensor_scale(peak if amax is None else jnp.float32(amax), 0)
+        factor = float(tensor.amax) / float(fmt.constants()[1]) / float(tensor.power)
+    trials = []
+    for candidate, byte in zip(fmt.candidates, codec._bytes_for_peak(peak, tensor, fmt, 1.0), strict=True):
+        scale = fmt.scale.decode(byte)
+        inverse = codec._inverse(scale, tensor, fmt, 1.0)
+        _, decoded = codec._decoded(x, None, inverse, scale, tensor, candidate, fmt, 1.0)
+        decoded = np.asarray(decoded) / np.float32(1 if tensor is None else tensor.power)
+        e = np.abs(decoded.astype(np.float64) - x)
+        total = {"mse": np.sum(e * e), "mae": np.sum(e), "abs_max": np.max(e)}[loss]
+        unit = float(scale) * factor
+        magnitudes = np.array(candidate.grid.magnitudes) * candidate.step * unit
+        trials.append(_Trial(decoded, np.concatenate([-magnitudes[1:], magnitudes]), unit, float(total)))
+    return trials
+
+
+def _values_in_block(fmt: Format, candidate: Candidate) -> np.ndarray:
+    """Both signs, over the block's maximum."""
+    peak = fmt.grid.max if fmt.peak is None else fmt.peak
+    magnitudes = np.array(candidate.grid.magnitudes) * candidate.step * candidate.stretch / peak
+    return np.concatenate([-magnitudes[:0:-1], magnitudes])
+
+
+def _candidate_name(fmt: Format, candidate: Candidate) -> str:
+    factors = {"step": candidate.step, "scale times": candidate.stretch}
+    notes = [f"{what} {_fraction(factor)}" for what, factor in factors.items() if factor != 1]
+    if fmt.peak is not None:
+        notes.append(f"maximum at {fmt.peak:g}")
+    return f"{fmt.name}: {candidate.grid.name}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _fraction(value: float) -> str:
+    near = Fraction(value).limit_denominator(64)
+    return str(near) if abs(float(near) - value) < 1e-6 else f"{value:.4g}"
+
+
+def _formats_for(x, formats, caller) -> list[Format]:
+    records = [get_format(fmt) for fmt in formats]
+    shape = np.shape(x)
+    if not records or not shape or not math.prod(shape):
+        raise ValueError(f"{caller} needs formats and numbers, got {len(records)} formats and shape {shape}")
+    for fmt in records:
+        if shape[-1] % fmt.block:
+            raise ValueError(f"{caller}: blocks of {fmt.block} ({fmt.name}) do not divide a last axis of {shape[-1]}")
+    return records
+
+
+def _peaks_and_choices(x, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
+    """Maximum over root mean square, and whether the second decoding was taken, of blocks that are not zero."""
+    blocks = np.asarray(x, np.float64).reshape(-1, fmt.block)
+    second = np.asarray(quantize(jnp.asarray(x, jnp.float32), fmt).choices()).reshape(-1)
+    peak = np.abs(blocks).max(axis=1)
+    keep = peak > 0
+    ratio = peak[keep] / np.sqrt(np.mean(np.square(blocks[keep]), axis=1))
+    return np.clip(ratio, 1, math.sqrt(fmt.block)), second[keep]
+
+
+def _falls_through(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
+    """Where y first falls below the level after its largest value; None if it does not."""
+    x, y = x[~np.isnan(y)], y[~np.isnan(y)]
+    start = int(np.argmax(y)) if y.size else 0
+    for i in range(start, y.size - 1):
+        if y[i] >= level > y[i + 1]:
+            return float(x[i] + (y[i] - level) / (y[i] - y[i + 1]) * (x[i + 1] - x[i]))
+    return None
+
+
+def _sqnr_by_layer(report: Any) -> dict[int | None, list[float]]:
+    found: dict[int | None, list[float]] = {}
+    for entry in report.quantized:
+        if entry.sqnr_db is not None and math.isfinite(entry.sqnr_db):
+            found.setdefault(_layer_and_kind(entry.path)[0], []).append(entry.sqnr_db)
+    return found
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4.5,
+        "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 1.4,
+    }  # fmt: skip
+
+
+def _only_bottom(axes) -> None:
+    for side in ("top", "left", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(left=False)
+
+
+def _box(x: float, y: float, shade: str):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), 1, 1, facecolor=shade, edgecolor="0.35", linewidth=0.7)
+
+
+def _figure(width, height):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _positive(report):
+    return all(e.relative_error > 0 for t in report.quantized for e in t.errors.values())
+
+
+def _plain_ticks(axis):
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else range(1, 10)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+
+
+def _layer_and_kind(name):
+    """"encoder.layer.3.attention.query.weight" -> (3, "attention.query"): what all layers have in common is cut."""
+    found = re.search(r"(?:^|[._/])(\d+)(?=[._/]|$)", name)
+    layer = int(found.group(1)) if found else None
+    kind = name[found.end() :] if found else name
+    # Further numbers, experts say, are taken together.
+    kind = re.sub(r"(?<=[._/])\d+(?=[._/]|$)", "*", kind.strip("._/"))
+    return layer, re.sub(r"[._/](weight|kernel)$", "", kind) or name

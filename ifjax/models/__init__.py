@@ -1,0 +1,1 @@
+"""Models: rules, reports, Flax."""

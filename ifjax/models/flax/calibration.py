@@ -1,0 +1,179 @@
+"""Calibration: what activations are like, collected while a model runs on example batches."""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ifjax.arrays.qtensor import QTensor
+from ifjax.formats import Format
+from ifjax.models.flax.linen import Operands, Watcher, as_arguments, inside, joined, layer_of, split_arrays
+from ifjax.models.rules import OPERANDS, Rule, Seen, as_rules, first_match, join_path
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """What `calibrate` found.
+
+    Attributes:
+        amax: of activations, by the path of the module they enter; for attention's operands "path:query" and so on.
+            Layers that nn.scan repeats share one.
+        hessians: sums of x x^T over all rows x [K] that enter a module, float32 [K, K], for rules with gptq. K counts
+            all contracted axes together.
+    """
+
+    amax: Mapping[str, float]
+    hessians: Mapping[str, np.ndarray]
+
+
+def calibrate(
+    apply: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    rules: Iterable[Rule] | Rule | str | Format | None = None,
+    *,
+    statistic: Literal["max", "mean", "percentile"] = "max",
+    percentile: float = 99.9,
+    progress: bool = True,
+) -> Calibration:
+    """Run a linen model on batches and collect what rules with act_amax="static" or gptq=True need.
+
+    Each batch is one call of the jitted model, whose parameters may be floats or packed; activations are not
+    quantized meanwhile. Statistics leave the program by callbacks, so the model may scan, remat and vmap. Layers on
+    which no result of `apply` depends are not seen.
+
+    Args:
+        apply: such as `model.apply`, jitted or not. One model: paths of two would mix.
+        params: its first argument.
+        batches: its other arguments: a tuple of positional ones, a mapping of keyword ones, or else the only one. What
+            is no array, such as a flag, is static. All of the same shapes compile once.
+        rules: as for `ifjax.quantize_params`.
+        statistic: "max": the largest magnitude of all batches; "mean": the mean of the batches' largest; "percentile":
+            the mean of the batches' percentiles of magnitudes.
+        percentile: in (0, 100].
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no rule asks for anything, there is no batch, or one that is not finite.
+    """
+    rules = as_rules(rules)
+    if statistic not in ("max", "mean", "percentile"):
+        raise ValueError(f"statistic must be 'max', 'mean' or 'percentile', got {statistic!r}")
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile must lie in (0, 100], got {percentile}")
+    if not any(_wants_amax(rule) or rule.gptq for rule in rules):
+        raise ValueError("no rule needs calibration: give one act_fmt with act_amax='static', or gptq=True")
+    collector = _Collector(rules, percentile if statistic == "percentile" else None)
+
+    key = object()  # in caches of functions that are jitted already, programs with callbacks are for this call alone
+
+    def run(params, arrays, static):
+        args, kwargs = joined(arrays, static)
+        with inside(key), nn.intercept_methods(collector):
+            return apply(params, *args, **kwargs)
+
+    run, count = jax.jit(run, static_argnums=2), 0
+    for batch in _tracked(batches) if progress else batches:
+        jax.block_until_ready(run(params, *split_arrays(as_arguments(batch))))
+        collector.end_batch()
+        count += 1
+    if not count:
+        raise ValueError("calibration needs at least one batch")
+    collector.check(rules)
+    combine = max if statistic == "max" else lambda values: sum(values) / len(values)
+    amax = {path: float(combine(values)) for path, values in collector.amax.items()}
+    wrong = [path for path, value in amax.items() if not np.isfinite(value)]
+    wrong += [path for path, hessian in collector.hessians.items() if not np.all(np.isfinite(hessian))]
+    if wrong:
+        raise ValueError(f"activations of {wrong[:3]} are not finite: look at the batches, and at the model's outputs")
+    return Calibration(amax, collector.hessians)
+
+
+def _wants_amax(rule):
+    formats = [rule.activation_format, *rule.operand_formats.values()]
+    return rule.act_amax == "static" and any(fmt is not None and fmt.scale.largest is not None for fmt in formats)
+
+
+def _tracked(batches):
+    from rich import get_console
+    from rich.progress import track
+
+    # In notebooks rich draws by ipywidgets, and warns where there are none.
+    hidden = get_console().is_jupyter and importlib.util.find_spec("ipywidgets") is None
+    return track(batches, description="calibrating", transient=True, disable=hidden)
+
+
+class _Collector(Watcher):
+    """The interceptor; multiplies as ever."""
+
+    def __init__(self, rules, percentile):
+        super().__init__()
+        self.rules, self.percentile = rules, percentile
+        self.amax: dict[str, list[float]] = {}
+        self.hessians: dict[str, np.ndarray] = {}
+        self._batch: dict[str, float] = {}
+
+    def __call__(self, next_fun, args, kwargs, context):
+        layer, module = layer_of(context), context.module
+        path, name = self.note(module)
+        if layer is None:
+            return next_fun(*args, **kwargs)
+        rule = first_match(self.rules, path, name)
+        if layer.kernel is None:
+            self.layers[path] = Seen(path, name, False, operands=OPERANDS)
+        else:
+            self.layers[join_path((*module.path, layer.kernel))] = Seen(path, name)
+        if rule is None or not (_wants_amax(rule) or rule.gptq):
+            return next_fun(*args, **kwargs)
+        kernel = None if layer.kernel is None else module.get_variable("params", layer.kernel)
+        formats = rule.operand_formats if layer.kernel is None else {"input": rule.activation_format}
+
+        def activation(x, axes, operand):
+            if _wants_amax(rule) and formats.get(operand) is not None:
+                magnitude = jnp.abs(jnp.asarray(x, jnp.float32))
+                peak = magnitude.max(initial=0)
+                if self.percentile is not None:
+                    peak = jnp.percentile(magnitude, self.percentile)
+                x = _noted(x, functools.partial(self._note_amax, value_name(path, operand)), peak)
+            if rule.gptq and operand == "input":
+                last = jnp.moveaxis(jnp.asarray(x, jnp.float32), axes, range(-len(axes), 0))
+                rows = last.reshape(-1, int(np.prod(last.shape[last.ndim - len(axes) :])))
+                hessian = jnp.matmul(rows.T, rows, precision="highest")
+                x = _noted(x, functools.partial(self._note_hessian, path), hessian)
+            return x
+
+        packed = kernel if isinstance(kernel, QTensor) else None
+        return layer.run(module, next_fun, args, kwargs, Operands(packed, activation))
+
+    def _note_amax(self, name, peak):
+        self._batch[name] = max(self._batch.get(name, 0.0), float(peak))
+
+    def _note_hessian(self, path, hessian):
+        self.hessians[path] = self.hessians.get(path, 0) + np.asarray(hessian)
+
+    def end_batch(self):
+        for name, peak in self._batch.items():
+            self.amax.setdefault(name, []).append(peak)
+        self._batch = {}
+
+
+def _noted(x, note, value):
+    """x, which now depends on the callback: nn.scan refuses those that nothing depends on (flax 0.12.12)."""
+
+    def call(value):
+        note(value)
+        return np.zeros((), np.float32)
+
+    done = jax.pure_callback(call, jax.ShapeDtypeStruct((), jnp.float32), value, vmap_method="sequential")
+    return jnp.where(done == 0, x, jnp.full_like(x, jnp.nan))
+
+
+def value_name(path: str, operand: str) -> str:
+    """The key of an amax."""
+    return path if operand == "input" else f"{path}:{operand}"

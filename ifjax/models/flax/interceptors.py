@@ -1,0 +1,295 @@
+"""Interceptors of Flax linen methods: modules run unchanged, and their products are quantized as rules say."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ifjax.arrays.qtensor import QTensor, quantize
+from ifjax.formats import Format
+from ifjax.models.flax.calibration import Calibration, value_name
+from ifjax.models.flax.linen import Layer, Operands, Watcher, attention_refusal, inside, layer_of, training_refusal
+from ifjax.models.rules import (
+    OPERANDS,
+    Rule,
+    Seen,
+    as_rules,
+    blocked_axis,
+    first_match,
+    join_path,
+    reason_against,
+    training_rules,
+)  # fmt: skip
+from ifjax.training.recipes import Recipe, get_recipe, quantized_dot_general
+
+
+def inference(
+    rules: Iterable[Rule] | Rule | str | Format | None = None, *, calibration: Calibration | None = None
+) -> Callable[..., Any]:
+    """An interceptor, for `with nn.intercept_methods(...)`, that multiplies as the rules say.
+
+    Packed parameters (of `ifjax.quantize_params`) go to `ifjax.dot_general` as they are, whatever the rules; look-ups
+    in packed embeddings decode the rows that are asked for; convolutions decode their kernel. Activations are
+    quantized on the way in where the rule that matches has an `act_fmt`, with a straight-through gradient. Parameters
+    that are still floats are quantized on the fly where a rule says so, which gives the same values, slowly, and has
+    no gradient for them. Bias, dtypes and precision are Flax's. A module's own `dot_general` is kept: it gets
+    dequantized operands. `module.init` is left alone.
+
+    amax="tensor" is that of the array at hand: a part of it under vmap and shard_map.
+
+    Enter the context inside the function that is jitted, or use `ifjax.quantized`, which does: programs that jax.jit
+    has compiled before know nothing of the context, and those that it compiles inside keep it for ever.
+
+    Args:
+        rules: as for `ifjax.quantize_params`, but None stands for no rules: packed parameters only.
+        calibration: from `ifjax.calibrate`, for rules with act_amax="static".
+
+    Raises:
+        ValueError: from the intercepted model: a rule asks for what its module cannot do.
+    """
+    return _Inference(() if rules is None else as_rules(rules), calibration)
+
+
+def training(rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantize") -> Callable[..., Any]:
+    """An interceptor, for `with nn.intercept_methods(...)`, whose products are quantized forward and backward.
+
+    Layers whose rule has a `recipe` multiply by `ifjax.quantized_dot_general`: Dense, DenseGeneral, Einsum and
+    Embed.attend. Convolutions, cells that multiply by themselves and modules with a `dot_general` of their own cannot:
+    a rule that asks for nothing else is an error, and others leave them as they are. Parameters stay floats, whatever
+    optimizer and checkpoint there are, and what was trained goes into `ifjax.quantize_params`.
+
+    Recipes with noise need an rng of the name `rng`: `model.apply(params, x, rngs={"quantize": key})` with a fresh key
+    each step, and "quantize" among the split_rngs of nn.scan and nn.vmap. Flax folds it by module path, so that each
+    layer has noise of its own, and the same in what nn.remat computes again.
+
+    Args:
+        rules: rules, of which some have a recipe; or a recipe, by name or record, which stands for `default_rules` with
+            it: all kernels but those of embeddings and of the output head. The papers leave the last blocks in high
+            precision, too: (Rule("layers_1[0-1]/.*", None), Rule(".*", recipe="if4")).
+        rng: the name of Flax's random stream.
+
+    Raises:
+        ValueError: no rule has a recipe; from the model: noise is needed and there is no such rng.
+    """
+    return _Training(training_rules(rules), rng)
+
+
+def quantized(
+    fn: Callable[..., Any], rules: Iterable[Rule] | Rule | Recipe | str | Format | None = None, *,
+    calibration: Calibration | None = None,
+) -> Callable[..., Any]:
+    """fn, whose Flax linen modules multiply as the rules say; before or after `jax.jit`.
+
+    For training (`ifjax.interceptors.training`) if it is given a recipe's record or rules with recipes, else for
+    inference.
+
+    It may be applied to jitted functions, or call some: jax.jit's caches tell calls inside from those outside.
+
+    Args:
+        fn: any function that applies linen modules, such as `model.apply`.
+        rules: as for `ifjax.interceptors.inference` or `training`. A string is a format's name.
+        calibration: as for inference.
+
+    Raises:
+        ValueError: when called: a rule, not optional, matches nothing in the model; no linen module was called (NNX
+            modules cannot be intercepted); inside another `quantized` function.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> model, x = nn.Dense(16), jnp.ones((2, 32))
+        >>> rules = ifjax.Rule(".*", "if4", act_fmt="if4")
+        >>> packed, report = ifjax.quantize_params(model.init(jax.random.key(0), x), rules, model=model, sample=x)
+        >>> jax.jit(ifjax.quantized(model.apply, rules))(packed, x).shape
+        (2, 16)
+    """
+    if isinstance(rules, Recipe):
+        rules = training_rules(rules)
+    rules = () if rules is None else as_rules(rules)
+    trains = any(rule.recipe is not None for rule in rules)
+    if trains and calibration is not None:
+        raise ValueError("calibration is for inference, and these rules have recipes: pass the ones without")
+    key = rules, calibration
+
+    @functools.wraps(fn)
+    def wrapped(*args, **kwargs):
+        if inside.value is not None:
+            raise ValueError("this is inside another ifjax.quantized function or ifjax.calibrate: quantize once")
+        interceptor = _Training(rules, "quantize") if trains else _Inference(rules, calibration)
+        with inside(key), nn.intercept_methods(interceptor):
+            result = fn(*args, **kwargs)
+        if interceptor.modules:
+            if rules and key not in _checked:
+                interceptor.check(rules)
+            _checked.add(key)
+        elif key not in _checked:  # else what was traced before, under jax.jit, has called some
+            raise ValueError(
+                "fn called no linen module, so nothing is quantized: pass a function that applies one. NNX modules "
+                "cannot be intercepted; they run on packed parameters as they are"
+            )
+        return result
+
+    return wrapped
+
+
+_checked: set[Any] = set()
+
+
+class _Inference(Watcher):
+    """Called for each method of each module, maybe several times: what it does depends on its arguments alone."""
+
+    def __init__(self, rules: tuple[Rule, ...], calibration: Calibration | None):
+        super().__init__()
+        self.rules, self.calibration = rules, calibration
+
+    def __call__(self, next_fun, args, kwargs, context):
+        layer, module = layer_of(context), context.module
+        if module.is_initializing():
+            return next_fun(*args, **kwargs)
+        path, name = self.note(module)
+        if layer is None:
+            return next_fun(*args, **kwargs)
+        rule = first_match(self.rules, path, name)
+        weights = self._weights(layer, module, args, kwargs, path, rule)
+        formats = self._formats(layer, rule, path)
+        if weights is None and not formats:
+            return next_fun(*args, **kwargs)
+
+        def activation(x, axes, operand):
+            fmt = formats.get(operand)
+            if fmt is None or rule is None:
+                return x
+            if operand in OPERANDS[:2] and x.shape[axes[0]] < fmt.block:
+                raise ValueError(
+                    f"{path!r}: the head size of {operand} is {x.shape[axes[0]]}, below the block of {fmt.block} of "
+                    f"{fmt.name}: take shorter blocks"
+                )
+            return quantized_activation(x, axes, fmt, rule, self._static_amax(rule, value_name(path, operand)))
+
+        return layer.run(module, next_fun, args, kwargs, Operands(weights, activation))
+
+    def _weights(self, layer: Layer, module, args, kwargs, path, rule) -> QTensor | None:
+        """The kernel, packed; None to leave alone what is there."""
+        name = type(module).__name__
+        if layer.kernel is None:
+            refusal = attention_refusal(module)
+            self.layers[path] = Seen(path, name, False, refusal, operands=() if refusal else OPERANDS)
+            return None
+        kernel: Any = module.get_variable("params", layer.kernel)
+        if kernel is None:
+            return None
+        packed = kernel if isinstance(kernel, QTensor) else None
+        kernel = kernel.unbox() if packed is None and hasattr(kernel, "unbox") else kernel
+        axes = layer.axes(module, args, kwargs, kernel.ndim)
+        seen = Seen(path, name, length=max(kernel.shape[a] for a in axes))
+        self.layers[join_path((*module.path, layer.kernel))] = seen
+        if packed is not None:
+            return packed
+        if rule is None or reason_against(rule, seen) is not None:
+            return None
+        if rule.gptq:
+            raise ValueError(f"{path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
+        fmt = rule.weight_format
+        axis = blocked_axis(axes, kernel.shape, fmt.block)
+        kernel = _without_gradient(kernel, path)
+        return quantize(kernel, fmt, axis=axis, loss=rule.loss, search=rule.search, block_2d=rule.block_2d)
+
+    def _formats(self, layer, rule, path) -> dict[str, Format]:
+        """Formats of the activations that the layer multiplies."""
+        if rule is None:
+            return {}
+        if layer.kernel is None:
+            refused = self.layers[path].reason is not None and rule.optional
+            return {} if refused else rule.operand_formats
+        seen = self.layers.get(join_path((path, layer.kernel) if path else (layer.kernel,)))
+        if rule.activation_format is None or seen is None or reason_against(rule, seen) is not None:
+            return {}
+        if layer.activations is not None:
+            return {}  # the report of quantize_params says so
+        return {"input": rule.activation_format}
+
+    def _static_amax(self, rule, name):
+        if rule.act_amax != "static":
+            return None
+        if self.calibration is None or name not in self.calibration.amax:
+            raise ValueError(
+                f"act_amax='static' needs the amax of {name!r} from calibration=ifjax.calibrate(...)"
+                + ("" if self.calibration is None else ", which has none: the calibrated function did "
+                   "not call the module, or no result of it depended on the module")
+            )
+        return self.calibration.amax[name]
+
+
+class _Training(Watcher):
+    """Called for each method of each module, maybe several times: what it does depends on its arguments alone."""
+
+    def __init__(self, rules: tuple[Rule, ...], rng: str):
+        super().__init__()
+        self.rules, self.rng = rules, rng
+
+    def __call__(self, next_fun, args, kwargs, context):
+        layer, module = layer_of(context), context.module
+        if module.is_initializing():
+            return next_fun(*args, **kwargs)
+        path, name = self.note(module)
+        if layer is None:
+            return next_fun(*args, **kwargs)
+        reason = training_refusal(module, layer)
+        parameter = join_path((*module.path, layer.kernel)) if layer.kernel else path
+        if parameter not in self.layers or reason is None:  # Embed looks up, too
+            self.layers[parameter] = Seen(path, name, reason is None, reason)
+        rule = first_match(self.rules, path, name)
+        if rule is None or rule.recipe is None or reason is not None:
+            return next_fun(*args, **kwargs)
+        if isinstance(module.get_variable("params", layer.kernel), QTensor):
+            raise ValueError(f"{path!r} is packed, and training needs floats: use ifjax.interceptors.inference")
+        recipe, key = get_recipe(rule.recipe), None
+        if recipe.needs_key and module.has_rng(self.rng):  # without one the backward pass says what is missing
+            key = module.make_rng(self.rng)
+
+        def product(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **options):
+            return quantized_dot_general(
+                lhs, rhs, dimension_numbers, recipe, key, precision=precision,
+                preferred_element_type=preferred_element_type, **options,
+            )  # fmt: skip
+
+        return layer.run(module, next_fun, args, kwargs, Operands(product=product))
+
+
+def _without_gradient(kernel, path):
+    """The kernel; differentiating it is an error."""
+
+    @jax.custom_jvp
+    def same(kernel):
+        return kernel
+
+    @same.defjvp
+    def refuse(primals, tangents):
+        raise ValueError(
+            f"{path!r}: a kernel that is quantized on the fly has no gradient. To train, give the rule a recipe, such "
+            "as 'weight_only_qat'; else differentiate other arguments only"
+        )
+
+    return same(kernel)
+
+
+def quantized_activation(x: jax.Array, axes: tuple[int, ...], fmt: Format, rule: Rule, amax: float | None) -> Any:
+    """x quantized along one of the contracted axes (which come in the kernel's order), with amax as the rule says."""
+    x = jnp.asarray(x)
+    axis = blocked_axis(axes, x.shape, fmt.block) % x.ndim - x.ndim
+    if fmt.scale.largest is None:
+        return quantize(x, fmt, axis=axis, loss=rule.act_loss)
+    if rule.act_amax != "token":
+        amax = None if amax is None else jnp.float32(amax)
+        return quantize(x, fmt, axis=axis, loss=rule.act_loss, amax=amax)
+    free = [i for i in range(x.ndim) if i - x.ndim not in {a % x.ndim - x.ndim for a in axes}]
+    if free == list(range(len(free))):
+        return quantize(x, fmt, axis=axis, loss=rule.act_loss, amax_axes=tuple(free))
+    # An amax of its own is for leading axes.
+    order, lead = [*free, *[i for i in range(x.ndim) if i not in free]], tuple(range(len(free)))
+    moved = order.index(x.ndim + axis) - x.ndim
+    q = quantize(x.transpose(order), fmt, axis=moved, loss=rule.act_loss, amax_axes=lead)
+    return jnp.moveaxis(q.dequantize(), lead, free)

@@ -1,0 +1,469 @@
+"""Flax linen: how its layers multiply, which parameters they multiply by, and what it takes to do it packed.
+
+A layer is known by the very function that multiplies, such as `nn.Dense.__call__`: a subclass that calls it is that
+layer, one that computes something else instead is not.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import DenyList, meta
+from flax.linen.linear import _Conv
+from flax.linen.recurrent import DenseParams
+from opt_einsum.parser import parse_einsum_input
+
+from ifjax.arrays.qtensor import QTensor, straight_through
+from ifjax.models.rules import (
+    LOOKUP,
+    OPERANDS,
+    Kernel,
+    Rule,
+    Seen,
+    Walk,
+    check_used,
+    innermost,
+    join_path,
+    without_matmul,
+)
+from ifjax.products.dot_general import dot_general, einsum, einsum_of_two, no_gradient
+
+
+class Layer(NamedTuple):
+    """How a linen method multiplies.
+
+    Attributes:
+        kernel: the parameter's name; None for attention, which multiplies activations with each other.
+        axes: (module, args, kwargs, rank of the kernel) to the kernel's contracted axes, negative.
+        run: calls the method (next_fun) with other operands: `Operands` says which.
+        activations: why they cannot be quantized; None if they can.
+        training: why no recipe applies; None if one does.
+    """
+
+    kernel: str | None
+    axes: Callable[..., tuple[int, ...]]
+    run: Callable[..., Any]
+    activations: str | None = None
+    training: str | None = None
+
+
+class Operands(NamedTuple):
+    """What a layer is to multiply.
+
+    Attributes:
+        weights: in place of the module's kernel; None to leave it alone.
+        activation: (x, contracted axes of x, name of the operand) to what is multiplied in place of x: an array or a
+            QTensor.
+        product: in place of `ifjax.dot_general`, of activations with the kernel.
+    """
+
+    weights: QTensor | None = None
+    activation: Callable[[jax.Array, tuple[int, ...], str], Any] = lambda x, axes, operand: x
+    product: Callable[..., jax.Array] = dot_general
+
+
+def layer_of(context: nn.module.InterceptorContext) -> Layer | None:
+    """The layer that an intercepted call is."""
+    return _LAYERS.get(inspect.unwrap(context.orig_method.func))
+
+
+# --- the layers ------------------------------------------------------------------------------------------------------
+
+
+def _run_dense(module, next_fun, args, kwargs, operands):
+    own = module.dot_general_cls() if module.dot_general_cls is not None else module.dot_general
+    promote = module.promote_dtype
+
+    def promoted(inputs, kernel, *rest, dtype, **options):
+        del kernel
+        stand_in = jnp.zeros((), operands.weights.dtype)
+        inputs, stand_in, *rest = promote(inputs, stand_in, *rest, dtype=dtype, **options)
+        weights = operands.weights.astype(stand_in.dtype)
+        return inputs, weights if own is None else weights.dequantize(), *rest
+
+    def product(lhs, rhs, dimension_numbers, *rest, **options):
+        axes = dimension_numbers[0][0]
+        if own is not None:
+            return own(_rounded(operands, lhs, axes), rhs, dimension_numbers, *rest, **options)
+        return _multiplied(
+            operands, lhs, rhs, axes, lambda x, w: operands.product(x, w, dimension_numbers, *rest, **options)
+        )
+
+    weights = {} if operands.weights is None else {"promote_dtype": promoted}
+    with _fields(module, dot_general_cls=lambda: product, **weights):
+        return next_fun(*args, **kwargs)
+
+
+def _run_einsum(module, next_fun, args, kwargs, operands):
+    inputs, spec = _einsum_arguments(module, *args, **kwargs)
+    axes = _einsum_axes(module, args, kwargs, None, of_inputs=True)
+    kernel, bias = (meta.unbox(module.get_variable("params", name)) for name in ("kernel", "bias"))
+    inputs, kernel, bias = module.promote_dtype(inputs, kernel, bias, dtype=module.dtype)
+    weights = kernel if operands.weights is None else operands.weights.astype(kernel.dtype)
+    product = functools.partial(
+        operands.product, precision=module.precision, preferred_element_type=module.preferred_element_type
+    )
+    y = _multiplied(operands, inputs, weights, axes, lambda x, w: einsum_of_two(spec, x, w, product))
+    if bias is None:
+        return y
+    _, shape = module._get_bias_shape(spec, inputs, kernel)
+    return y + bias.reshape(shape)
+
+
+def _einsum_arguments(module, inputs, einsum_str=None):
+    spec = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
+    return inputs, spec.replace(" ", "")
+
+
+def _einsum_axes(module, args, kwargs, ndim, of_inputs=False):
+    """In the kernel's order, either way."""
+    del ndim
+    inputs, spec = _einsum_arguments(module, *args, **kwargs)
+    left, out, _ = parse_einsum_input((spec, inputs.shape, tuple(module.shape)), shapes=True)
+    x_labels, labels = left.split(",")
+    axes_of = x_labels if of_inputs else labels
+    return tuple(axes_of.index(c) - len(axes_of) for c in labels if c in x_labels and c not in out)
+
+
+def _run_conv(module, next_fun, args, kwargs, operands):
+    promote = module.promote_dtype
+
+    def promoted(inputs, kernel, *rest, **options):
+        if operands.weights is not None:
+            kernel = operands.weights.dequantize(kernel.dtype)
+            kernel = kernel if module.mask is None else kernel * module.mask
+        inputs, *rest = promote(inputs, kernel, *rest, **options)
+        return _rounded(operands, inputs, (-1,)), *rest
+
+    with _fields(module, promote_dtype=promoted):
+        return next_fun(*args, **kwargs)
+
+
+def _run_lookup(module, next_fun, args, kwargs, operands):
+    table = operands.weights
+    if table is None:
+        return next_fun(*args, **kwargs)
+    inputs = args[0] if args else kwargs["inputs"]
+    if not jnp.issubdtype(inputs.dtype, jnp.integer) or module.num_embeddings == 1:
+        return next_fun(*args, **kwargs)  # an error, or a table of one row, which is Flax's own affair
+    (stand_in,) = module.promote_dtype(jnp.zeros((), table.dtype), dtype=module.dtype, inexact=False)
+    return table.take(inputs, axis=0).dequantize(stand_in.dtype)
+
+
+def _run_attend(module, next_fun, args, kwargs, operands):
+    table, query = operands.weights, args[0] if args else kwargs["query"]
+    if table is None:
+        query, table = module.promote_dtype(query, module.embedding, dtype=module.dtype)
+    else:
+        query, stand_in = module.promote_dtype(query, jnp.zeros((), table.dtype), dtype=module.dtype)
+        table = table.astype(stand_in.dtype)
+    numbers = ((query.ndim - 1,), (1,)), ((), ())
+    return _multiplied(operands, query, table, (-1,), lambda x, w: operands.product(x, w, numbers))
+
+
+def _run_parameters(module, next_fun, args, kwargs, operands):
+    del module
+    kernel, bias = next_fun(*args, **kwargs)
+    return kernel if operands.weights is None else operands.weights.dequantize(kernel.dtype), bias
+
+
+def _run_attention(module, next_fun, args, kwargs, operands):
+    def product(names):
+        def of_two(spec, *arrays, **options):
+            left, out, _ = parse_einsum_input((spec, *(a.shape for a in arrays)), shapes=True)
+            ready = []
+            for labels, array, name in zip(left.split(","), arrays, names, strict=True):
+                axes = tuple(i - len(labels) for i, c in enumerate(labels) if c not in out)
+                ready.append(_rounded(operands, array, axes, name))
+            return einsum(spec, *ready, **options)
+
+        return lambda: of_two
+
+    reason = attention_refusal(module)
+    if reason is not None:
+        raise ValueError(f"{join_path(module.path)!r}: attention's products cannot be quantized: {reason}")
+    pairs = {"qk_attn_weights_einsum_cls": OPERANDS[:2], "attn_weights_value_einsum_cls": OPERANDS[2:]}
+    with _fields(module, **{field: product(names) for field, names in pairs.items()}):
+        return next_fun(*args, **kwargs)
+
+
+def attention_refusal(module: Any) -> str | None:
+    """Why Flax has no place for other products in this attention; None if it has."""
+    names = ("qk_attn_weights_einsum", "attn_weights_value_einsum")
+    taken = [f"{name}_cls" for name in names if getattr(module, f"{name}_cls") is not None]
+    if taken:
+        return f"the module sets {' and '.join(taken)} itself"
+    if module.precision is not None:
+        return f"the module sets precision={module.precision}, which Flax takes for its own products only"
+    if not set(names) <= set(inspect.signature(module.attention_fn).parameters):
+        return f"its attention_fn has no arguments {' and '.join(names)}"
+    return None
+
+
+def has_own_product(module: Any) -> bool:
+    """Whether the module was given a dot_general."""
+    return any(getattr(module, name, None) is not None for name in ("dot_general_cls", "dot_general"))
+
+
+def training_refusal(module: Any, layer: Layer) -> str | None:
+    """Why no recipe applies to this layer; None if one does."""
+    return "the module has a dot_general of its own" if has_own_product(module) else layer.training
+
+
+def _rounded(operands, x, axes, operand="input"):
+    """The activation as an array, with a straight-through gradient."""
+    q = operands.activation(x, axes, operand)
+    return straight_through(x, q.dequantize(), None) if isinstance(q, QTensor) else q
+
+
+def _multiplied(operands, x, w, axes, product):
+    """product(activation, w), linear in its first operand, with a straight-through gradient for x."""
+    x = jnp.asarray(x)
+    kind = jax.eval_shape(lambda x: operands.activation(x, axes, "input"), x)
+    if not isinstance(kind, QTensor):
+        return product(operands.activation(x, axes, "input"), w)
+
+    @jax.custom_vjp
+    def multiply(x, w):
+        return product(operands.activation(x, axes, "input"), w)
+
+    def forward(x, w):
+        return multiply(x, w), w
+
+    def backward(w, g):
+        _, pull = jax.vjp(lambda x: product(x, w), jnp.zeros(x.shape, x.dtype))
+        return *pull(g), no_gradient(w)
+
+    multiply.defvjp(forward, backward)
+    return multiply(x, w)
+
+
+class Watcher:
+    """Notes what an interceptor sees, to tell rules that are of use from others."""
+
+    def __init__(self):
+        self.layers: dict[str, Seen] = {}  # by the kernel's path, or the module's
+        self.modules: dict[str, str] = {}
+        self.parameters: dict[str, Any] = {}
+
+    def note(self, module: nn.Module) -> tuple[str, str]:
+        """Path and class of a module that is called."""
+        path, name = join_path(module.path), type(module).__name__
+        self.modules.setdefault(path, name)
+        if module.path == ():
+            params = module.variables.get("params", {})
+            leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda a: hasattr(a, "unbox"))
+            self.parameters |= {join_path(keys): leaf for keys, leaf in leaves}
+        return path, name
+
+    def check(self, rules: tuple[Rule, ...]) -> None:
+        """Raise if a rule is of no use, as `quantize_params` would; other methods may call other modules, though."""
+        seen, uncalled = list(self.layers.values()), set()
+        for path, leaf in self.parameters.items():
+            owner = path.rpartition("/")[0]
+            if owner not in self.modules:
+                uncalled |= {owner[:i] for i, c in enumerate(owner) if c == "/"} | {owner}
+            if path not in self.layers:
+                module = innermost(path, self.modules)
+                value = leaf if isinstance(leaf, QTensor) else meta.unbox(leaf)
+                shape = None if isinstance(leaf, QTensor) else jnp.shape(value)
+                seen.append(Seen(path, module, raw_shape=shape))
+        seen += without_matmul(self.modules, seen)
+        seen += [Seen(p) for p in sorted(uncalled - self.modules.keys())]
+        lenient = [
+            dataclasses.replace(rule, optional=True) if uncalled and rule.module is not None else rule for rule in rules
+        ]
+        check_used(lenient, seen)
+
+
+# Part of the key of jax.jit's caches, so that programs with and without an interceptor do not stand in for each other.
+inside = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def _fields(module, **values):
+    """The bound module with other fields for a while; modules are frozen, and rightly so for everyone else."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            object.__setattr__(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)
+
+
+def _last_but_one(module, args, kwargs, ndim):
+    return (-2,)
+
+
+def _last(module, args, kwargs, ndim):
+    return (-1,)
+
+
+def _general_axes(module, args, kwargs, ndim):
+    batch = len(module.batch_dims)
+    count = 1 if isinstance(module.axis, int) else len(module.axis)
+    return tuple(range(batch - ndim, batch + count - ndim))
+
+
+def _transpose_axes(module, args, kwargs, ndim):
+    return (-1,) if module.transpose_kernel else (-2,)
+
+
+_OUT_OF_REACH = "the cell around it multiplies by itself, out of reach"
+
+_LAYERS: Mapping[Callable, Layer] = {
+    inspect.unwrap(method): layer
+    for method, layer in {
+        nn.Dense.__call__: Layer("kernel", _last_but_one, _run_dense),
+        nn.DenseGeneral.__call__: Layer("kernel", _general_axes, _run_dense),
+        nn.Einsum.__call__: Layer("kernel", _einsum_axes, _run_einsum),
+        _Conv.__call__: Layer("kernel", _last_but_one, _run_conv, training="it is a convolution"),
+        nn.ConvTranspose.__call__: Layer("kernel", _transpose_axes, _run_conv, training="it is a convolution"),
+        nn.Embed.__call__: Layer("embedding", _last, _run_lookup, training=LOOKUP),
+        nn.Embed.attend: Layer("embedding", _last, _run_attend),
+        DenseParams.__call__: Layer("kernel", _last_but_one, _run_parameters, *[_OUT_OF_REACH] * 2),
+        nn.MultiHeadDotProductAttention.__call__: Layer(
+            None, lambda *_: (), _run_attention, training="it multiplies activations with each other"
+        ),
+    }.items()
+}
+
+
+# --- what a model multiplies by --------------------------------------------------------------------------------------
+
+
+class _Notes(dict):
+    """A dictionary that equals itself alone, so that it may be part of a tree's structure."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # pyright: ignore
+
+
+@meta.AxisMetadata.register
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["path", "ndim", "axes", "reached"]
+)
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    """A parameter that knows its path and which of its axes are left, through any of Flax's transformations."""
+
+    value: Any
+    path: str
+    ndim: int
+    axes: tuple[Any, ...]  # None for those that a transformation has added
+    reached: _Notes
+
+    def unbox(self, apply_constraint=True):
+        del apply_constraint
+        self.reached[self.path] = self.stacked
+        return self.value
+
+    @property
+    def stacked(self):
+        return tuple(a for a in range(-self.ndim, 0) if a not in self.axes)
+
+    def replace_boxed(self, val):
+        return dataclasses.replace(self, value=val)
+
+    def add_axis(self, index, params):
+        del params
+        at = index % (len(self.axes) + 1)
+        return dataclasses.replace(self, axes=(*self.axes[:at], None, *self.axes[at:]))
+
+    def remove_axis(self, index, params):
+        del params
+        at = index % len(self.axes)
+        return dataclasses.replace(self, axes=(*self.axes[:at], *self.axes[at + 1 :]))
+
+
+def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> Walk:
+    """Evaluate the model without numbers, and see which parameters its layers multiply by, along which axes."""
+    kernels, modules, reached, reasons = {}, {}, _Notes(), {}
+    is_box = lambda a: isinstance(a, meta.AxisMetadata)  # noqa: E731
+
+    def interceptor(next_fun, args, kwargs, context):
+        module, layer = context.module, layer_of(context)
+        path, name = join_path(module.path), type(module).__name__
+        modules.setdefault(path, name)
+        if layer is None:
+            return next_fun(*args, **kwargs)
+        if layer.kernel is None:
+            refusal = attention_refusal(module)
+            kernels.setdefault(path, Kernel(path, path, name, reason=refusal, operands=() if refusal else OPERANDS))
+            return next_fun(*args, **kwargs)
+        box = module.get_variable("params", layer.kernel)
+        if isinstance(box, _Probe):
+            reasons[f"{box.path.rpartition('/')[0]}/bias"] = "a bias is added"
+            axes = tuple(box.axes[a] for a in layer.axes(module, args, kwargs, len(box.axes)))
+            note = "weights are dequantized for the module's own dot_general" if has_own_product(module) else None
+            kernels.setdefault(box.path, Kernel(
+                box.path, path, name, axes, box.stacked, layer.activations, note=note,
+                training=training_refusal(module, layer),
+            ))  # fmt: skip
+        elif isinstance(box, QTensor):
+            parameter = join_path((*module.path, layer.kernel))
+            reasons[join_path((*module.path, "bias"))] = "a bias is added"
+            kernels.setdefault(parameter, Kernel(parameter, path, name, (box.axis,), training="it is packed"))
+        return next_fun(*args, **kwargs)
+
+    def evaluate(variables, args, kwargs):
+        params = jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: leaf if isinstance(leaf, QTensor) else _probe(keys, leaf, reached),
+            variables["params"], is_leaf=is_box,
+        )  # fmt: skip
+        with nn.intercept_methods(interceptor):
+            rngs = {"params": jax.random.key(0)}
+            return model.apply(
+                {**variables, "params": params}, *args, **kwargs, rngs=rngs, mutable=DenyList("params"), method=method
+            )
+
+    try:
+        arrays, static = split_arrays(as_arguments(sample))
+        jax.eval_shape(lambda variables, arrays: evaluate(variables, *joined(arrays, static)), variables, arrays)
+    except Exception as error:
+        error.add_note(
+            "This came up while ifjax evaluated the model without numbers, to find its kernels. Does "
+            "model.apply(params, *sample) work? A mapping as sample is keyword arguments, a tuple positional ones: a "
+            "single dictionary or list is written ({...},). nn.WeightNorm and nn.SpectralNorm rewrite parameters in a "
+            "way that takes no boxes: take ifjax.fake_quantize_params for such models, without model=."
+        )
+        raise
+    return Walk(kernels, modules, reached, reasons)
+
+
+def _probe(keys, leaf, reached):
+    value = leaf.unbox() if isinstance(leaf, meta.AxisMetadata) else leaf
+    return _Probe(value, join_path(keys), value.ndim, tuple(range(-value.ndim, 0)), reached)
+
+
+def split_arrays(arguments: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    """The arrays among the leaves, and the rest, hashable: flags and strings are not for tracing."""
+    leaves, tree = jax.tree.flatten(arguments)
+    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+    return arrays, (tree, tuple(None if _is_array(leaf) else (leaf,) for leaf in leaves))
+
+
+def joined(arrays: list[Any], static: tuple[Any, ...]) -> Any:
+    """What `split_arrays` took apart."""
+    tree, others = static
+    remaining = iter(arrays)
+    return jax.tree.unflatten(tree, [next(remaining) if other is None else other[0] for other in others])
+
+
+def _is_array(leaf):
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def as_arguments(sample: Any) -> tuple[tuple, dict[str, Any]]:
+    """A tuple is positional arguments, a mapping keyword arguments, anything else the only argument."""
+    if isinstance(sample, Mapping):
+        return (), dict(sample)
+    return (sample if isinstance(sample, tuple) else (sample,)), {}

@@ -1,0 +1,495 @@
+"""Post-training quantization of trees of parameters: rules in, packed tree and report out.
+
+    parameters -> kernels (found by evaluating the model, or named by rules) -> rules -> quantize each -> report
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from ifjax.arrays.gptq import gptq
+from ifjax.arrays.qtensor import DTYPES, QTensor, quantize
+from ifjax.formats import Format
+from ifjax.models.report import Entry, Report
+from ifjax.models.rules import (
+    LOOKUP,
+    Kernel,
+    Rule,
+    Seen,
+    Walk,
+    as_rules,
+    blocked_axis,
+    check_used,
+    first_match,
+    innermost,
+    join_path,
+    reason_against,
+    seen_in_training,
+    training_rules,
+    without_matmul,
+)  # fmt: skip
+from ifjax.training.recipes import Recipe, get_recipe
+
+Rules = Iterable[Rule] | Rule | str | Format | None
+
+
+def quantize_params(
+    params: Any,
+    rules: Rules = None,
+    *,
+    model: Any = None,
+    sample: Any = None,
+    method: Any = None,
+    calibration: Any = None,
+) -> tuple[Any, Report]:
+    """Replace by packed QTensors what the rules say, and tell what happened to every parameter.
+
+    A linen model applies on the result as it is: `model.apply(packed, x)`. With `ifjax.quantized` its products read
+    the packed bytes. The contraction axis of each kernel, along which blocks lie, is found by evaluating the model
+    without numbers; without a model, and for parameters that no layer of Flax multiplies by, it is the rule's `axis`.
+    Layers that nn.scan or nn.vmap stacked keep an amax each, and so do the matrices (of the last two axes) of a
+    parameter that no layer multiplies by, such as experts.
+
+    What is packed already stays as it is, so do arrays that are no floats. Works inside jax.eval_shape and jax.jit,
+    as in `jax.eval_shape(lambda p: ifjax.quantize_params(p, rules)[0], params)`; the report then has no errors.
+
+    Args:
+        params: a tree of arrays: nested dictionaries, linen variables (of which the collection "params" is quantized),
+            an NNX state (of which Param are quantized, and other variables stay and are not reported). Boxes such as
+            nn.Partitioned give their axis names to the QTensor.
+        rules: a list of `ifjax.Rule`, one of them, or a format's name, which stands for `default_rules` with it: all
+            kernels but those of embeddings and of the output head. None: "if4".
+        model: the linen module or NNX model that params belong to.
+        sample: of a linen model, arguments of its method: a tuple of positional ones, a mapping of keyword ones, or
+            else the only one. Shapes suffice (`jax.ShapeDtypeStruct`).
+        method: of a linen model; `__call__` unless given.
+        calibration: from `ifjax.calibrate`, for rules with gptq.
+
+    Returns:
+        The tree, of the same structure but for the QTensors, and an `ifjax.Report`.
+
+    Raises:
+        ValueError: a rule is of no use on these parameters; the message lists the closest paths.
+        TypeError: arguments of other types.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> params = {"mlp": {"kernel": jax.random.normal(jax.random.key(0), (64, 32)), "bias": jnp.zeros(32)}}
+        >>> packed, report = ifjax.quantize_params(params, ifjax.Rule(".*/kernel", "if4", axis=-2))
+        >>> packed["mlp"]["kernel"]
+        QTensor(if4, 64x32 float32, axis=-2, 4.516 bits a value)
+        >>> report.check().totals.quantized
+        1
+    """
+    return _quantize(params, rules, model, sample, method, calibration, fake=False)
+
+
+def fake_quantize_params(
+    params: Any,
+    rules: Rules = None,
+    *,
+    model: Any = None,
+    sample: Any = None,
+    method: Any = None,
+    calibration: Any = None,
+) -> tuple[Any, Report]:
+    """What `quantize_params` gives, dequantized: floats of the same dtype, in the same boxes.
+
+    For measuring what a format does to a model of any framework. Arguments and errors as for `quantize_params`.
+    """
+    return _quantize(params, rules, model, sample, method, calibration, fake=True)
+
+
+def training_report(
+    params: Any, rules: Iterable[Rule] | Rule | Recipe | str, *, model: Any, sample: Any = None, method: Any = None
+) -> Report:
+    """What `ifjax.interceptors.training` and `ifjax.with_recipes` will do: which kernels multiply by which recipe.
+
+    Nothing is computed. `fmt` of an entry is the recipe's name, and bytes are those of the floats that are trained.
+
+    Args:
+        params: the model's parameters, or their shapes; as for `quantize_params`.
+        rules: as for `ifjax.interceptors.training`.
+        model, sample, method: as for `quantize_params`.
+
+    Raises:
+        ValueError: a rule is of no use on these parameters; no rule has a recipe.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> model, x = nn.Sequential([nn.Dense(64), nn.Dense(10)]), jnp.ones((4, 32))
+        >>> params = jax.eval_shape(model.init, jax.random.key(0), x)
+        >>> rules = [ifjax.Rule("layers_1", None), ifjax.Rule(".*", recipe="nvfp4")]
+        >>> report = ifjax.training_report(params, rules, model=model, sample=x)
+        >>> [(entry.path, entry.fmt or entry.reason) for entry in report.entries if "kernel" in entry.path]
+        [('layers_0/kernel', 'nvfp4'), ('layers_1/kernel', "the rule 'layers_1' excludes it")]
+    """
+    rules = training_rules(rules)
+    if model is None:
+        raise TypeError("training_report needs model=: it says where the parameters are multiplied by")
+    inner, _ = _split(params)
+    walk = _walk(model, params, sample, method)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(inner, is_leaf=_is_leaf)
+    found = [p._replace(seen=_seen_in_training(p)) for p in _parameters(leaves, rules, walk)]
+    if found:
+        check_used(rules, [p.seen for p in found] + _others_seen(found, walk))
+    return Report(tuple(_entry_in_training(p) for p in found))
+
+
+def trainable_mask(params: Any) -> Any:
+    """A tree of booleans, False for packed parameters and for what is no float, for `optax.masked` and the like.
+
+    optax makes states for the arrays inside a QTensor, and updates for them, without a word: mask them, and
+    differentiate the other parameters alone (for the packed ones jax.grad has float0, which optax cannot add).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import ifjax
+        >>> ifjax.trainable_mask({"kernel": ifjax.quantize(jnp.ones((16, 16))), "lora": jnp.ones(16)})
+        {'kernel': False, 'lora': True}
+    """
+
+    def trains(leaf):
+        value = _value(leaf)
+        fixed = isinstance(value, QTensor) or not _is_parameter(leaf)
+        return not fixed and jnp.issubdtype(jnp.result_type(value), jnp.floating)
+
+    return jax.tree.map(trains, params, is_leaf=_is_leaf)
+
+
+_NOT_READ = "the model has not read it: the sample does not reach it, or it is of another model"
+
+# --- which parameters ------------------------------------------------------------------------------------------------
+
+
+class _Parameter(NamedTuple):
+    """A leaf of the tree, and what is known of it."""
+
+    path: str
+    leaf: Any
+    value: Any
+    kernel: Kernel | None
+    module: str | None
+    stacked: tuple[int, ...]
+    seen: Seen
+    rule: Rule | None
+
+
+def _quantize(params, rules, model, sample, method, calibration, *, fake):
+    rules = as_rules(rules)
+    inner, put_back = _split(params)
+    walk = _walk(model, params, sample, method)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(inner, is_leaf=_is_leaf)
+    found = _parameters(leaves, rules, walk)
+    if found:
+        check_used(rules, [p.seen for p in found] + _others_seen(found, walk))
+    done = [_one(p, calibration, fake) for p in found]
+    new = iter([leaf for leaf, _ in done])
+    tree = jax.tree_util.tree_unflatten(structure, [next(new) if _is_parameter(leaf) else leaf for _, leaf in leaves])
+    entries = [_entry(fields) for _, fields in done]
+    return put_back(tree), Report((*entries, *_products(rules, walk)))
+
+
+def _parameters(leaves, rules, walk) -> list[_Parameter]:
+    found = []
+    for keys, leaf in leaves:
+        if not _is_parameter(leaf):
+            continue
+        path, value = join_path(keys), _value(leaf)
+        kernel = walk.kernels.get(path) if walk else None
+        module = kernel.module if kernel else innermost(path, walk.modules) if walk else None
+        stacked = kernel.stacked if kernel else walk.reached.get(path, ()) if walk else ()
+        seen = _seen(path, value, kernel, module, stacked, walk)
+        rule = first_match(rules, seen.path, module)
+        found.append(_Parameter(path, leaf, value, kernel, module, stacked, seen, rule))
+    return found
+
+
+def _others_seen(found: list[_Parameter], walk: Walk | None) -> list[Seen]:
+    """What rules may name and has no parameter of its own."""
+    if walk is None:
+        return []
+    products = (k for k in walk.kernels.values() if not k.axes)
+    seen = [Seen(k.path, k.module, False, k.reason, operands=k.operands) for k in products]
+    return seen + without_matmul(walk.modules, [*(p.seen for p in found), *seen])
+
+
+def _products(rules, walk) -> Iterable[Entry]:
+    """One for each attention that rules give operands to."""
+    for kernel in walk.kernels.values() if walk is not None else ():
+        rule = first_match(rules, kernel.path, kernel.module)
+        if kernel.axes or rule is None or not rule.operands:
+            continue
+        formats = ", ".join(f"{name} in {fmt.name}" for name, fmt in rule.operand_formats.items())
+        reason = f"it has no weights; it multiplies {formats}" if kernel.reason is None else kernel.reason
+        yield Entry(
+            kernel.path, kernel.module, (0,), "", None, None, math.nan, 0, 0, rule=rule.path, reason=reason,
+            expected=kernel.reason is None,
+        )  # fmt: skip
+
+
+def _split(params):
+    """The tree of parameters, and a function that puts another one in its place."""
+    if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
+        def put_back(tree):
+            kind: Any = type(params)  # dict, FrozenDict
+            return kind({**params, "params": tree})
+
+        return params["params"], put_back
+    return params, lambda tree: tree
+
+
+def _walk(model, params, sample, method) -> Walk | None:
+    if model is None:
+        if sample is not None:
+            raise TypeError("sample= is for the model that it is an input of: pass model=, too")
+        return None
+    nnx, linen = (sys.modules.get(f"flax.{name}") for name in ("nnx", "linen"))
+    if nnx is not None and isinstance(model, nnx.Module):
+        if sample is not None or method is not None:
+            raise TypeError("NNX modules say themselves what they multiply by: leave out sample= and method=")
+        from ifjax.models.flax.nnx import walk
+
+        return walk(model)
+    if linen is None or not isinstance(model, linen.Module):
+        raise TypeError(f"model must be a flax.linen or flax.nnx Module, got {type(model).__name__}")
+    if sample is None:
+        raise TypeError("a linen model tells its kernels when it is evaluated: pass sample=, an input of it")
+    from ifjax.models.flax.linen import walk
+
+    if not isinstance(params, Mapping):
+        raise TypeError(f"parameters of a linen model are a dictionary, got {type(params).__name__}")
+    variables = params if isinstance(params.get("params"), Mapping) else {"params": params}
+    return walk(model, variables, sample, method)
+
+
+def _seen(path, value, kernel, module, stacked, walk) -> Seen:
+    shape = value.shape
+    if isinstance(value, QTensor):  # stays as it is, however long the rule's blocks
+        return Seen(path if kernel is None else kernel.path, module)
+    if kernel is not None:
+        return Seen(kernel.path, module, kernel.reason is None, kernel.reason, max(shape[a] for a in kernel.axes))
+    if value.dtype.name not in DTYPES:
+        return Seen(path, module, False, f"{value.dtype} is not quantized: {', '.join(DTYPES)} are")
+    if walk is not None and path in walk.reasons:
+        return Seen(path, module, False, walk.reasons[path])
+    if len(shape) - len(stacked) < 2:
+        return Seen(path, module, False, "it is no matrix")
+    if walk is not None and path not in walk.reached:
+        return Seen(path, module, False, _NOT_READ)
+    return Seen(path, module, raw_shape=shape)
+
+
+def _seen_in_training(p: _Parameter) -> Seen:
+    if p.kernel is not None:
+        return seen_in_training(p.kernel)
+    return Seen(p.seen.path, p.module, False, p.seen.reason or "no module tells where it is multiplied by")
+
+
+def _entry_in_training(p: _Parameter) -> Entry:
+    recipe = None if p.rule is None or p.rule.recipe is None else get_recipe(p.rule.recipe)
+    reason, bits = p.seen.reason, 8.0 * p.value.dtype.itemsize
+    if p.rule is None:
+        reason = reason or "no rule matches it"
+    elif p.rule.excludes:
+        reason = reason_against(p.rule, p.seen)
+    elif recipe is None:
+        reason = reason or f"the rule {p.rule.path!r} has no recipe"
+    return Entry(
+        p.path, p.module, tuple(p.value.shape), str(p.value.dtype), recipe.name if recipe and not reason else None,
+        None, bits, _nbytes(p.value), _nbytes(p.value), rule=None if p.rule is None else p.rule.path, reason=reason,
+        expected=p.kernel is None or p.seen.quantizable or recipe is None or reason == LOOKUP,
+    )  # fmt: skip
+
+
+# --- one parameter ---------------------------------------------------------------------------------------------------
+
+
+def _one(p: _Parameter, calibration, fake):
+    """The new leaf and the fields of its entry, in which numbers may still be on a device."""
+    before, rule = _nbytes(p.value), p.rule
+    about = {
+        "path": p.path, "module": p.module, "shape": tuple(p.value.shape), "dtype": str(p.value.dtype),
+        "bytes_before": before, "rule": None if rule is None else rule.path,
+    }  # fmt: skip
+    if isinstance(p.value, QTensor):
+        q, wanted = p.value, None if rule is None else rule.weight_format
+        other = wanted is not None and wanted != q.fmt
+        act_fmt = rule.activation_format if rule is not None and p.kernel is not None else None
+        return p.leaf, about | _measured(q, None) | {
+            "fmt": q.fmt.name, "act_fmt": None if act_fmt is None else act_fmt.name,
+            "bits_per_value": q.bits_per_value, "bytes_after": q.nbytes, "expected": not other,
+            "note": "was packed before" + (f", and the rule asks for {wanted.name}" if other and wanted else ""),
+        }  # fmt: skip
+    reason, expected = _left_alone(p, calibration)
+    if reason is not None:
+        bits = 8 * before / p.value.size if p.value.size else float("nan")
+        return p.leaf, about | {
+            "fmt": None, "act_fmt": None, "bits_per_value": bits, "bytes_after": before, "reason": reason,
+            "expected": expected,
+        }  # fmt: skip
+    assert rule is not None
+    q = _packed(p, rule, calibration)
+    notes, act_fmt = [], rule.activation_format
+    unfit = "no module tells where they enter" if p.kernel is None else p.kernel.unfit_for
+    if act_fmt is not None and unfit is not None:
+        notes.append(f"activations are not quantized: {unfit}")
+    if p.kernel is not None and p.kernel.note is not None:
+        notes.append(p.kernel.note)
+    entry = about | _measured(q, p.value) | {
+        "fmt": q.fmt.name, "act_fmt": act_fmt.name if act_fmt is not None and unfit is None else None,
+        "bits_per_value": q.bits_per_value, "bytes_after": q.nbytes, "note": "; ".join(notes) or None,
+        "expected": act_fmt is None or unfit is None,
+    }  # fmt: skip
+    if fake:
+        entry |= {"bytes_after": before, "bits_per_value": 8.0 * p.value.dtype.itemsize}
+        return _rebuilt(p.leaf, q.dequantize()), entry
+    return _rebuilt(p.leaf, q), entry
+
+
+def _left_alone(p: _Parameter, calibration) -> tuple[str | None, bool]:
+    """Why it is, or None, and whether that was to be expected."""
+    if p.rule is None:
+        return (p.seen.reason or "no rule matches it"), not p.seen.quantizable
+    reason = reason_against(p.rule, p.seen) or (_no_gptq(p, p.rule.weight_format, calibration) if p.rule.gptq else None)
+    if reason is None or p.rule.excludes:
+        return reason, True
+    if not p.seen.quantizable:
+        # What is no matrix, or is added, stays in floats as ever; a kernel that cannot be quantized is news.
+        return reason, p.kernel is None and p.seen.reason != _NOT_READ
+    # A rule that may match nothing may match what is too short for it, but leaves no matrix in floats silently.
+    return reason, p.rule.optional and (p.kernel is not None or p.rule.axis is not None)
+
+
+def _no_gptq(p: _Parameter, fmt: Format | None, calibration) -> str | None:
+    if p.kernel is None:
+        return "gptq needs a module that says what it is multiplied by"
+    if p.stacked:
+        return "gptq needs the inputs of each layer, and calibration sees stacked layers as one: leave gptq out"
+    axes, shape = p.kernel.axes, p.value.shape
+    neighbours = axes == tuple(range(axes[0], axes[0] + len(axes)))
+    if len(axes) > 1 and not (fmt and neighbours and shape[axes[-1]] % fmt.block == 0):
+        return f"gptq takes several contracted axes of {shape} only if they are neighbours and blocks fit the last"
+    hessian = None if calibration is None else calibration.hessians.get(p.seen.path)
+    if hessian is not None and len(hessian) != math.prod(shape[a] for a in axes):
+        return f"gptq needs one product of all inputs, and this takes its {len(hessian)} in groups: leave gptq out"
+    return None
+
+
+def _packed(p: _Parameter, rule: Rule, calibration) -> QTensor:
+    fmt, value, names = rule.weight_format, jnp.asarray(p.value), getattr(p.leaf, "names", None)
+    axis = rule.axis if p.kernel is None else blocked_axis(p.kernel.axes, value.shape, fmt.block)  # pyright: ignore
+    assert fmt is not None and axis is not None  # else there had been a reason to leave it alone
+    if rule.gptq:
+        q = _by_gptq(p, value, fmt, rule, calibration)
+    else:
+        if axis in p.stacked:
+            raise ValueError(f"{p.path!r}: layers are stacked along axis {axis} of {value.shape}: give another axis=")
+        own = p.stacked if p.kernel else sorted({*p.stacked, *range(-value.ndim, -2)} - {axis})
+        q = _by_layers(value, fmt, axis, () if fmt.scale.largest is None else [value.ndim + a for a in own], rule)
+    return dataclasses.replace(q, names=names)
+
+
+def _by_layers(value, fmt, axis, stacked, rule) -> QTensor:
+    """With an amax for each layer, along the `stacked` axes."""
+    options = {"loss": rule.loss, "search": rule.search, "block_2d": rule.block_2d}
+    lead = tuple(range(len(stacked)))
+    if tuple(stacked) == lead:
+        return quantize(value, fmt, axis=axis, amax_axes=lead, **options)
+    # An amax of its own is for leading axes: layers go to the front and back.
+    order = [*stacked, *[i for i in range(value.ndim) if i not in stacked]]
+    moved = order.index(value.ndim + axis) - value.ndim
+    q = quantize(value.transpose(order), fmt, axis=moved, amax_axes=lead, **options)
+    codes, scales = (a.transpose(np.argsort(order).tolist()) for a in (q.codes, q.scales))
+    shape = [value.shape[i] if i in stacked else 1 for i in range(max(stacked) + 1)]
+    assert q.amax is not None
+    return dataclasses.replace(q, codes=codes, scales=scales, amax=q.amax.reshape(shape), axis=axis)
+
+
+def _by_gptq(p: _Parameter, value, fmt, rule, calibration) -> QTensor:
+    hessian = None if calibration is None else calibration.hessians.get(p.seen.path)
+    if hessian is None:
+        raise ValueError(
+            f"{p.seen.path!r}: gptq needs calibration=ifjax.calibrate(...) with these rules"
+            + ("" if calibration is None else ", and this one has not seen the module")
+        )
+    assert p.kernel is not None
+    first, last = p.kernel.axes[0], p.kernel.axes[-1]
+    before, after = value.shape[:first], value.shape[value.ndim + last + 1 :]
+    rows = value.reshape(*before, -1, *after)
+    q = gptq(rows, hessian, fmt, axis=last, loss=rule.loss, search=rule.search)
+    codes, scales = (a.reshape(*value.shape[:last], -1, *after) for a in (q.codes, q.scales))
+    return dataclasses.replace(q, codes=codes, scales=scales, length=value.shape[last])
+
+
+@jax.jit
+def _powers(q, x):
+    """Of the signal and of the error."""
+    x = x.astype(jnp.float32)
+    return (x**2).sum(), ((x - q.dequantize(jnp.float32)) ** 2).sum()
+
+
+def _measured(q: QTensor, value) -> dict[str, Any]:
+    share = q.choices().mean() if q.fmt.has_flag else None
+    return {"int_share": share, "sqnr_db": None if value is None else _powers(q, value)}
+
+
+def _entry(fields: dict[str, Any]) -> Entry:
+    """With plain numbers, waited for only when all parameters are on their way; traced ones stay out."""
+    for name in ("int_share", "sqnr_db"):
+        value = fields.get(name)
+        if any(isinstance(a, Tracer) for a in jax.tree.leaves(value)):
+            fields[name] = None
+        elif value is not None:
+            fields[name] = _decibels(*map(float, value)) if name == "sqnr_db" else float(value)
+    return Entry(**fields)
+
+
+def _decibels(signal, noise):
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else math.nan if math.isnan(signal + noise) else -math.inf
+
+
+# --- leaves: arrays, QTensors, Flax's boxes, NNX variables -----------------------------------------------------------
+
+
+def _is_leaf(leaf):
+    return hasattr(leaf, "unbox") or hasattr(leaf, "get_raw_value")
+
+
+def _is_parameter(leaf):
+    """Not so of NNX variables of other kinds: statistics, caches, random states."""
+    if not hasattr(leaf, "get_raw_value"):
+        return True
+    from ifjax.models.flax.nnx import is_parameter
+
+    return is_parameter(leaf)
+
+
+def _value(leaf):
+    if isinstance(leaf, QTensor):
+        return leaf
+    value = leaf.get_raw_value() if hasattr(leaf, "get_raw_value") else leaf.unbox() if hasattr(leaf, "unbox") else leaf
+    return value if hasattr(value, "dtype") else np.asarray(value)
+
+
+def _rebuilt(leaf, new):
+    if hasattr(leaf, "get_raw_value"):
+        from ifjax.models.flax.nnx import PackedParam
+
+        return PackedParam.like(leaf, new) if isinstance(new, QTensor) else leaf.replace(new)
+    return leaf.replace_boxed(new) if hasattr(leaf, "unbox") and not isinstance(new, QTensor) else new
+
+
+def _nbytes(value):
+    return value.nbytes if isinstance(value, QTensor) else math.prod(value.shape) * value.dtype.itemsize

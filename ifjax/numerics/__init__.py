@@ -1,0 +1,1 @@
+"""Exact division, packing, rotation."""

@@ -1,0 +1,523 @@
+"""Rules match whole paths, the first one wins, files give back what was saved, and every error says what to write."""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ifjax.formats import FORMATS, Candidate, Format, get_format
+from ifjax.formats.grids import E2M1, INT4, Grid
+from ifjax.formats.scales import E4M3
+from ifjax.models import rules as rules_module
+from ifjax.models.rules import (
+    OPERANDS,
+    Rule,
+    RuleError,
+    Seen,
+    check_used,
+    default_rules,
+    first_match,
+    load_rules,
+    reason_against,
+    save_rules,
+)
+
+MINE = Format("mine", (Candidate(Grid("odd", (0.0, 0.1, 0.7, 3.0))), Candidate(Grid("even", (0, 1, 2, 3)))), 24)
+FAKE_IF4 = dataclasses.replace(FORMATS["if4"], block=4)  # a user's own, under a name that is taken
+
+PATHS = [
+    Seen("encoder/layer_0/mlp/Dense_0", "Dense", length=64),
+    Seen("encoder/layer_0/mlp/Dense_1", "Dense", length=256),
+    Seen("encoder/layer_0/LayerNorm_0", "LayerNorm", quantizable=False, reason="LayerNorm has no matmul"),
+    Seen("encoder/layer_0/attention", "MultiHeadDotProductAttention", False, "holds no kernel", operands=OPERANDS),
+    Seen("stem", "Conv", length=3),
+    Seen("moe/wi", raw_shape=(8, 64, 128)),
+    Seen("lm_head", "Dense", length=64),
+]
+
+
+# --- what matches
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "fits"),
+    [
+        ("Dense_0", "Dense_0", True),
+        ("Dense_0", "mlp/Dense_0", False),
+        ("mlp", "mlp/Dense_0", False),
+        ("Dense_0|mlp", "mlp/Dense_0", False),
+        (".*/Dense_[0-9]", "mlp/Dense_7", True),
+        (".*/Dense_[0-9]", "mlp/Dense_77", False),
+        ("", "", True),
+        ("", "a", False),
+        (".*", "", True),
+    ],
+)
+def test_a_path_matches_as_a_whole(pattern, path, fits):
+    assert Rule(pattern).matches(path) is fits
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fits"),
+    [
+        ("Dense", "Dense", True),
+        ("Dense", "DenseGeneral", False),
+        ("Dense", None, False),
+        (("Dense", "Einsum"), "Einsum", True),
+        (["Dense", "Einsum"], "Conv", False),
+        (None, "Anything", True),
+        (None, None, True),
+    ],
+)
+def test_a_class_matches_by_its_exact_name(module, name, fits):
+    assert Rule(".*", module=module).matches("a", name) is fits
+
+
+def test_the_first_match_wins():
+    head, dense, rest = rules = [Rule("head", None), Rule(".*", "nvfp4", module="Dense"), Rule(".*", "if4")]
+    assert first_match(rules, "head", "Dense") is head
+    assert first_match(rules, "body", "Dense") is dense
+    assert first_match(rules, "body", "Conv") is rest
+    assert first_match(rules[:2], "body", "Conv") is None
+    assert first_match([], "body") is None
+
+
+# --- what a rule is
+
+
+def test_rules_are_equal_however_they_are_given():
+    pairs = [
+        (Rule("a", FORMATS["if4"]), Rule("a", "if4")),
+        (Rule("a", "if6"), Rule("a", FORMATS["if6_e2m3"])),
+        (Rule("a", module=["Dense", "Conv"]), Rule("a", module=("Dense", "Conv"))),
+        (Rule("a", operands={"value": "if4", "query": "nvfp4"}),
+         Rule("a", operands=(("query", FORMATS["nvfp4"]), ("key", None), ("value", "if4")))),
+    ]  # fmt: skip
+    for one, other in pairs:
+        assert one == other and hash(one) == hash(other)
+    assert Rule("a", FAKE_IF4) != Rule("a", "if4")
+    assert Rule("a", FAKE_IF4).weight_format is FAKE_IF4
+
+
+def test_a_rule_is_a_static_argument_of_jit():
+    traces = []
+
+    @jax.jit(static_argnums=0)
+    def bits(rule, x):
+        traces.append(rule)
+        return x * rule.weight_format.bits
+
+    assert bits(Rule("a", "if4"), 1) == 4 and bits(Rule("a", FORMATS["if4"]), 1) == 4
+    assert len(traces) == 1
+    assert bits(Rule("a", "if3"), 1) == 3 and len(traces) == 2
+
+
+def test_a_rule_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Rule("a").path = "b"
+
+
+@pytest.mark.parametrize(
+    ("fmt", "block", "name"),
+    [
+        ("if4", 8, "if4_bs8"), ("if4_bs8", 16, "if4"), ("if4_bs8", 32, "if4_bs32"), ("mxfp4", 16, "mxfp4_bs16"),
+        ("if4", 16, "if4"), ("if4_bs8", 8, "if4_bs8"), ("if4", None, "if4"),
+    ],
+)  # fmt: skip
+def test_block_replaces_the_formats_block_and_names_it(fmt, block, name):
+    made = Rule("a", fmt, block=block).weight_format
+    assert made == dataclasses.replace(get_format(fmt), name=name, block=block or get_format(fmt).block)
+    assert name not in FORMATS or made == FORMATS[name]
+
+
+def test_block_leaves_other_formats_alone():
+    rule = Rule("a", MINE, "if4", block=8, operands={"key": MINE})
+    assert (rule.weight_format.name, rule.weight_format.block) == ("mine_bs8", 8)
+    assert rule.activation_format == FORMATS["if4"]
+    assert rule.operand_formats == {"key": MINE}
+
+
+def test_no_format_means_left_alone():
+    assert Rule("a", None).excludes and Rule("a", None).weight_format is None
+    assert not Rule("a").excludes and Rule("a").activation_format is None
+    assert not Rule("a", None, operands={"key": "if4"}).excludes
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "message"),
+    [
+        ("path", {"path": "enc(oder"},
+         "missing ), unterminated subpattern at position 3, before '(oder'. '.*' stands for anything"),
+        ("path", {"path": "*Dense"}, "nothing to repeat at position 0, before '*Dense'"),
+        ("path", {"path": "a{99999999999999}"}, "path is not a regular expression"),
+        ("path", {"path": 3}, "path must be a regular expression (a string), got 3"),
+        ("weight_fmt", {"weight_fmt": "if5"}, "weight_fmt: unknown format 'if5'; did you mean if6, if4, if3?"),
+        ("weight_fmt", {"weight_fmt": 4}, "weight_fmt: fmt must be a format's name or an ifjax.Format, got int"),
+        ("act_fmt", {"act_fmt": "nvpf4"}, "act_fmt: unknown format 'nvpf4'; did you mean nvfp4"),
+        ("module", {"module": "nn.Dense"}, "module must be the name of a class alone, such as 'Dense'"),
+        ("module", {"module": ()}, "module must be the name of a class alone"),
+        ("module", {"module": ("Dense", 3)}, "module must be the name of a class alone"),
+        ("module", {"module": int}, "module must be a class's name: write 'int'"),
+        ("loss", {"loss": "mes"}, "loss must be one of ['abs_max', 'mae', 'mse'] or a function, got 'mes'"),
+        ("act_loss", {"act_fmt": "if4", "act_loss": 2}, "act_loss must be one of"),
+        ("search", {"search": "slow"}, "search must be None, 'fast' or 'exhaustive', got 'slow'"),
+        ("block", {"block": 0}, "block must be an integer >= 1, or None for the format's own, got 0"),
+        ("block", {"block": True}, "block must be an integer >= 1"),
+        ("block", {"block": 8.0}, "block must be an integer >= 1"),
+        ("block_2d", {"block_2d": 1}, "block_2d must be True or False, got 1"),
+        ("optional", {"optional": None}, "optional must be True or False, got None"),
+        ("act_amax", {"act_fmt": "if4", "act_amax": "row"}, "act_amax must be 'tensor', 'token' or 'static', got"),
+        ("axis", {"axis": 0}, "axis must be an integer < 0, counted from the last axis (-2 for a matrix [in, out])"),
+        ("axis", {"axis": -3, "block_2d": True}, "axis must be -1 or -2, as block_2d takes squares"),
+        ("operands", {"operands": {"qeury": "if4"}}, "not 'qeury'; did you mean query"),
+        ("operands", {"operands": {"query": "if5"}}, "operands: unknown format 'if5'; did you mean if6, if4, if3?"),
+        ("operands", {"operands": "query"}, "operands must map names to formats, as in {'key': 'if4'}, got 'query'"),
+        ("loss", {"weight_fmt": None, "loss": "mae"}, "loss='mae' has no effect with weight_fmt=None"),
+        ("act_fmt", {"weight_fmt": None, "act_fmt": "if4"}, "act_fmt='if4' has no effect with weight_fmt=None"),
+        ("act_amax", {"act_amax": "token"}, "act_amax='token' has no effect without act_fmt"),
+        ("act_loss", {"act_loss": "mae"}, "act_loss='mae' has no effect without act_fmt"),
+        ("act_amax", {"act_fmt": "mxfp4", "act_amax": "static"}, "no effect on mxfp4, which has no tensor scale"),
+    ],
+)  # fmt: skip
+def test_a_rule_refuses(field, values, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        Rule(**{"path": ".*"} | values)
+    assert isinstance(caught.value, RuleError) and caught.value.field == field
+    assert str(caught.value).startswith(f"Rule({values.get('path', '.*')!r}): ")
+
+
+def test_activation_options_apply_to_operands():
+    rule = Rule("a", None, act_amax="token", act_loss="mae", operands={"key": "if4"})
+    assert (rule.act_amax, rule.act_loss) == ("token", "mae")
+
+
+# --- the default
+
+
+@pytest.mark.parametrize("path", [
+    "lm_head", "head", "head/Dense_0", "model/classifier", "cls/predictions/decoder", "logits",
+    "embeddings/word_embeddings", "transformer/wte", "wpe", "Embed_0", "PatchEmbedding_0/Conv_0", "embeddings_project",
+])  # fmt: skip
+def test_heads_and_embeddings_stay_in_high_precision(path):
+    assert first_match(default_rules(), path, "Dense").excludes
+
+
+@pytest.mark.parametrize("path", [
+    "", "Dense_0", "encoder/layer/0/attention/self/query", "attention/head_0/query", "decoder/layer_0/Dense_0",
+    "attention/output/dense", "pooler/dense", "overhead", "my_lm_head2", "heads/Dense_0",
+])  # fmt: skip
+def test_other_matmuls_are_quantized_by_default(path):
+    rule = first_match(default_rules("nvfp4", "if4"), path, "Dense")
+    assert (rule.weight_fmt, rule.act_fmt) == ("nvfp4", "if4")
+
+
+def test_a_table_by_any_name_is_an_embedding():
+    assert first_match(default_rules(), "tokens", "Embed").excludes
+
+
+# --- files
+
+names = st.text("abcXYZ_", min_size=1).filter(str.isidentifier)
+patterns = st.one_of(
+    st.text().map(re.escape), st.sampled_from([".*", "", "a|b", r"layer_\d+/.*", "(?i)head", "[a-c]+"])
+)
+formats = st.one_of(
+    st.sampled_from(sorted(FORMATS)),
+    st.sampled_from([*FORMATS.values(), MINE, FAKE_IF4]),
+    st.builds(
+        lambda name, step, block, peak: Format(name, (Candidate(E2M1), Candidate(INT4, step)), block, E4M3, peak),
+        st.text(min_size=1),
+        st.floats(1e-6, 1e6),
+        st.integers(1, 64),
+        st.none() | st.floats(1, 6),
+    ),
+)
+losses = st.sampled_from([None, "mse", "mae", "abs_max"])
+
+
+@st.composite
+def rules_of_all_kinds(draw):
+    values = {"optional": draw(st.booleans()), "module": draw(st.none() | names | st.lists(names, min_size=1))}
+    values["operands"] = draw(st.dictionaries(st.sampled_from(OPERANDS), st.none() | formats))
+    values["weight_fmt"] = draw(st.none() | formats)
+    if values["weight_fmt"] is not None:
+        values |= {"loss": draw(losses), "search": draw(st.sampled_from([None, "fast", "exhaustive"]))}
+        values |= {"block": draw(st.none() | st.integers(1, 64)), "block_2d": draw(st.booleans())}
+        values |= {"axis": draw(st.sampled_from([None, -1, -2])), "act_fmt": draw(st.none() | formats)}
+    inputs = [fmt for fmt in (values.get("act_fmt"), *values["operands"].values()) if fmt is not None]
+    if inputs:
+        values["act_loss"] = draw(losses)
+        if any(get_format(fmt).scale.largest is not None for fmt in inputs):
+            values["act_amax"] = draw(st.sampled_from(["tensor", "token", "static"]))
+    return Rule(draw(patterns), **values)
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json", ".YAML", ".Json"])
+@given(rules=st.lists(rules_of_all_kinds(), max_size=4))
+def test_files_give_back_the_rules(tmp_path_factory, suffix, rules):
+    file = tmp_path_factory.mktemp("rules") / f"rules{suffix}"
+    save_rules(rules, file)
+    assert load_rules(file) == tuple(rules)
+    assert os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_files_are_short_and_say_named_formats_by_name(tmp_path, suffix):
+    file = tmp_path / f"rules{suffix}"
+    save_rules([Rule("head", None), Rule(".*", FORMATS["if4"], MINE, block=8)], file)
+    text = file.read_text()
+    if suffix == ".yaml":
+        assert text.startswith("- path: head\n  weight_fmt: null\n- path: .*\n  weight_fmt: if4\n  act_fmt:\n")
+    else:
+        assert json.loads(text)[0] == {"path": "head", "weight_fmt": None}
+        assert json.loads(text)[1]["weight_fmt"] == "if4"
+    assert text.endswith("\n") and "magnitudes" in text and "loss" not in text
+
+
+def test_a_file_by_hand_may_use_all_of_yaml(tmp_path):
+    file = tmp_path / "rules.yaml"
+    record = json.dumps(MINE.to_dict())  # YAML's flow style
+    file.write_text(
+        "\ufeff# heads first\n"
+        "- {path: '.*head', weight_fmt: ~}\n"
+        f"- path: &any .*\n  module: [Dense, Conv]\n  act_fmt: &mine {record}\n"
+        "- path: *any\n  operands: {key: *mine, value: null}\n",
+        encoding="utf-8",
+    )
+    assert load_rules(file) == (
+        Rule(".*head", None),
+        Rule(".*", act_fmt=MINE, module=("Dense", "Conv")),
+        Rule(".*", operands={"key": MINE}),
+    )
+
+
+YAML_FAULTS = {
+    "unknown key": ("- path: a\n  weight_format: if4\n", 2, "'weight_format'; did you mean weight_fmt? The keys are"),
+    "far key": ("- path: a\n  zzz: 1\n", 2, "unknown key 'zzz'; the keys are path, weight_fmt, "),
+    "unknown format": ("- path: a\n- path: b\n  weight_fmt: if5\n", 3, "Rule('b'): weight_fmt: unknown format 'if5'"),
+    "wrong type": ("- path: a\n  block: '8'\n", 2, "block must be an integer >= 1"),
+    "bad value": ("# c\n\n- path: a\n  act_fmt: if4\n  search: slow\n", 5, "search must be None, 'fast'"),
+    "bad expression": ("- weight_fmt: if4\n  path: a(\n", 2, "path is not a regular expression"),
+    "no path": ("- path: a\n\n- block: 8\n", 3, "needs the key 'path'"),
+    "no effect": ("- path: a\n  weight_fmt: null\n  block: 8\n", 3, "block=8 has no effect"),
+    "duplicate key": ("- path: a\n  block: 8\n  block: 16\n", 3, "the key 'block' occurs twice"),
+    "duplicate on one line": ("- {path: a, path: b}\n", 1, "the key 'path' occurs twice"),
+    "duplicate inside": ("- path: a\n  operands:\n    key: if4\n    key: if3\n", 4, "the key 'key' occurs twice"),
+    "unknown operand": ("- path: a\n  operands:\n    kye: if4\n", 2, "not 'kye'; did you mean key"),
+    "merge key": ("- &a {path: a}\n- <<: *a\n", 2, "unknown key '<<'"),
+    "not a format": ("- path: a\n  weight_fmt: {name: x}\n", 2, "weight_fmt: not a format record"),
+    "no mapping": ("- path: a\n- Dense_0\n", 2, "a rule must be a mapping such as `path: .*`, got 'Dense_0'"),
+    "no list": ("path: a\n", 1, "needs a list of rules"),
+    "empty": ("# nothing\n", 1, "needs a list of rules"),
+    "syntax": ("- path: a\n- path: [a-z]+\n", 2, "but found '<scalar>'. Quote regular expressions"),
+    "glob": ("- path: a\n- path: *Dense\n", 2, "is not YAML: found undefined alias"),
+    "no date": ("- path: 2001-13-45\n", 1, "month must be in 1..12"),
+    "python object": ("- path: !!python/name:os.system\n", 1, "is not YAML: could not determine a constructor"),
+    "recursion": ("- path: a\n  operands: &a {key: *a}\n", 2, "is not YAML: found unconstructable recursive node"),
+    "control character": ("- path: a\n- path: '\x07'\n", 2, "is not YAML: special characters are not allowed"),
+    "two documents": ("- path: a\n---\n- path: b\n", 2, "is not YAML: but found another document"),
+}  # fmt: skip
+
+JSON_FAULTS = {
+    "unknown key": ('[\n {"path": "a",\n  "weight_format": "if4"}\n]', 3, "did you mean weight_fmt"),
+    "unknown format": ('[{"path": "a"},\n {"path": "b", "weight_fmt":\n "if5"}]', 2, "unknown format 'if5'"),
+    "wrong type": ('[{"path": "a",\n\n"block": [8]}]', 3, "block must be an integer >= 1"),
+    "bad expression": ('[{"block": 8,\n "path": "a("}]', 2, "path is not a regular expression"),
+    "no path": ('[{"path": "a"},\n {"block": 8}]', 2, "needs the key 'path'"),
+    "duplicate key": ('[{"path": "a",\n "block": 8,\n "block": 8}]', 3, "the key 'block' occurs twice"),
+    "duplicate inside": ('[{"path": "a",\n "operands":\n {"key": "if4", "key": "if4"}}]', 3, "'key' occurs twice"),
+    "no mapping": ('[{"path": "a"},\n "Dense_0"]', 2, "a rule must be a mapping such as"),
+    "no list": ('{"path": "a"}', 1, "needs a list of rules"),
+    "syntax": ('[{"path": "a"},\n {"path" "b"}]', 2, "is not JSON: Expecting ':' delimiter (column 10)"),
+    "empty": ("", 1, "is not JSON"),
+    "deep": ("[" * 100_000, 1, "is nested too deeply"),
+    "no number": (
+        '[\n{"path": "a", "weight_fmt": ' + json.dumps(MINE.to_dict()).replace('"step": 1.0', '"step": NaN') + "}]",
+        2,
+        "weight_fmt",
+    ),
+    "extra in a format": (
+        '[\n{"path": "a", "weight_fmt": ' + json.dumps(MINE.to_dict() | {"blocks": 8}) + "}]",
+        2,
+        "unknown keys ['blocks'] in a format record",
+    ),
+    "step is a string": (
+        '[\n{"path": "a", "act_fmt": '
+        + json.dumps(FAKE_IF4.to_dict()).replace(f'"step": {6 / 7!r}', '"step": "1e-5"')
+        + "}]",
+        2,
+        "step and stretch must be numbers > 0, such as 1.0e-5, got '1e-5'",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "line", "message"),
+    [pytest.param(".yaml", *fault, id=f"yaml: {name}") for name, fault in YAML_FAULTS.items()]
+    + [pytest.param(".json", *fault, id=f"json: {name}") for name, fault in JSON_FAULTS.items()],
+)
+def test_an_error_names_file_line_and_key(tmp_path, suffix, text, line, message):
+    file = tmp_path / f"rules{suffix}"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_rules(file)
+    assert str(caught.value).startswith(f"{file}:{line}: ")
+
+
+def test_a_file_must_be_text(tmp_path):
+    file = tmp_path / "rules.json"
+    file.write_bytes(b'[{"path":\n "\xff"}]')
+    with pytest.raises(ValueError, match=re.escape(f"{file}:2: is not UTF-8 text")):
+        load_rules(file)
+
+
+@pytest.mark.parametrize("call", [load_rules, lambda file: save_rules([], file)])
+def test_a_file_is_yaml_or_json(tmp_path, call):
+    with pytest.raises(ValueError, match=r"\.yaml, \.yml or \.json files, got the suffix '\.toml'"):
+        call(tmp_path / "rules.toml")
+
+
+def test_what_cannot_be_read_or_written_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_rules(tmp_path / "none.yaml")
+    with pytest.raises(FileNotFoundError, match="none is not a folder: create it first"):
+        save_rules([], tmp_path / "none" / "rules.yaml")
+
+
+def test_code_is_not_saved(tmp_path):
+    file = tmp_path / "rules.yaml"
+    with pytest.raises(ValueError, match=r"Rule\('a'\): loss is a function, and files hold no code"):
+        save_rules([Rule("a", loss=lambda x, y: abs(x - y).sum(-1))], file)
+    scale = dataclasses.replace(E4M3, name="mine")
+    with pytest.raises(ValueError, match="only the scales"):
+        save_rules([Rule("a", dataclasses.replace(MINE, scale=scale))], file)
+    with pytest.raises(TypeError, match=r"save_rules needs a list of ifjax\.Rule, got str in it"):
+        save_rules(["a"], file)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch, failing):
+    file = tmp_path / "rules.yaml"
+    save_rules([Rule("old")], file)
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(rules_module.os, failing, fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_rules([Rule("new")], file)
+    assert load_rules(file) == (Rule("old"),)
+    assert os.listdir(tmp_path) == ["rules.yaml"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and links of files")
+def test_a_file_keeps_its_mode_and_a_link_its_target(tmp_path):
+    file, link = tmp_path / "rules.yaml", tmp_path / "link.yaml"
+    save_rules([Rule("old")], file)
+    file.chmod(0o640)
+    link.symlink_to(file)
+    save_rules([Rule("new")], link)
+    assert link.is_symlink() and load_rules(file) == (Rule("new"),)
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def test_json_needs_no_yaml_and_yaml_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    save_rules([Rule("a")], tmp_path / "rules.json")
+    assert load_rules(tmp_path / "rules.json") == (Rule("a"),)
+    with pytest.raises(ImportError, match=r"pip install pyyaml .* or keep them as \.json"):
+        save_rules([Rule("a")], tmp_path / "rules.yaml")
+
+
+# --- use
+
+
+def test_rules_that_are_of_use_pass():
+    check_used([Rule("lm_head", None), Rule("stem", None), Rule("moe/wi", axis=-2), Rule(".*")], PATHS)
+    check_used(default_rules(), PATHS)
+    check_used([Rule(".*/attention", None, operands={"key": "if4"})], PATHS)
+    check_used([Rule(".*LayerNorm.*", None), *default_rules()], PATHS)
+    check_used(default_rules(), [])
+
+
+@pytest.mark.parametrize(
+    ("rules", "messages"),
+    [
+        ([Rule(".*/mpl/Dense_0")],
+         ["rule 1 ('.*/mpl/Dense_0') matches nothing: the closest paths are 'encoder/layer_0/mlp/Dense_0'"]),
+        ([Rule("Dense_9")], ["the closest paths are 'encoder/layer_0/mlp/Dense_0', 'encoder/layer_0/mlp/Dense_1', "]),
+        ([Rule("Dense_0")],
+         ["matches nothing: a rule matches whole paths, and this is a part of 'encoder/layer_0/mlp/Dense_0'. Write "
+          "'.*Dense_0'"]),
+        ([Rule("Dense_1|Dense_0")], ["Write '.*(?:Dense_1|Dense_0)'"]),
+        ([Rule("encoder")], ["'encoder/layer_0/LayerNorm_0' and 1 more. Write 'encoder.*'"]),
+        ([Rule("stem", module="Dense")],
+         ["('stem', module='Dense') matches nothing: the modules at such paths are of class 'Conv'. Write one"]),
+        ([Rule(".*"), Rule("lm_head", None)],
+         ["rule 2 ('lm_head') matches only what rule 1 ('.*') matched before it: move it to the front, or remove it"]),
+        ([Rule("encoder/.*/LayerNorm_0")],
+         ["matches only what cannot be quantized ('encoder/layer_0/LayerNorm_0': LayerNorm has no matmul): the closest "
+          "paths are 'encoder/layer_0/mlp/Dense"]),
+        ([Rule("moe/wi")], ["no module tells the contraction axis of its shape (8, 64, 128): give the rule axis=-2"]),
+        ([Rule("moe/wi", axis=-4)], ["its shape (8, 64, 128) has no axis -4: give the rule axis=-3 or above"]),
+        ([Rule("moe/wi", axis=-3)], ["'moe/wi': its contraction length 8 is below the block of 16 of if4"]),
+        ([Rule("stem"), Rule("lm_head")],
+         ["rule 1 ('stem') matches what is shorter than a block ('stem': its contraction length 3 is below the block "
+          "of 16 of if4). Take shorter blocks, or put Rule('stem', weight_fmt=None) in front"]),
+        ([Rule("lm_head", "if4", "if4", block=128)], ["64 is below the block of 128 of if4_bs128"]),
+        ([Rule("lm_head", "if4", dataclasses.replace(MINE, block=128))], ["64 is below the block of 128 of mine"]),
+        ([Rule("stem|lm_head")], ["the closest paths are 'lm_head'"]),
+        ([Rule("lm_head", operands={"key": "if4"})],
+         ["names operands ['key'] that nothing it matches multiplies: the closest paths are "
+          "'encoder/layer_0/attention'"]),
+        ([Rule("lm_head", None)], ["no rule quantizes anything", "'stem': no rule matches it", "Write Rule('.*')"]),
+        ([], ["no rule quantizes anything"]),
+        ([Rule("x" * 30), Rule("stem")], ["rule 1 (", "rule 2 ('stem')"]),
+    ],
+)  # fmt: skip
+def test_rules_of_no_use_are_an_error(rules, messages):
+    with pytest.raises(ValueError) as caught:
+        check_used(rules, PATHS)
+    for message in messages:
+        assert message in str(caught.value)
+
+
+def test_a_container_is_not_excluded_by_its_own_path():
+    seen = [Seen("head", "Head", False, "holds no kernel"), Seen("head/Dense_0", "Dense", length=64)]
+    with pytest.raises(
+        ValueError, match=re.escape("excludes 'head', but not what is inside: 'head/Dense_0'")
+    ) as caught:
+        check_used([Rule("head", None), Rule(".*")], seen)
+    assert str(caught.value).endswith("Write 'head/.*'")
+    check_used([Rule("head(/.*)?", None), Rule(".*")], [*seen, Seen("body", "Dense")])
+
+
+def test_an_optional_rule_may_be_of_no_use():
+    rule = Rule("nothing", None, optional=True)
+    check_used([rule, Rule(".*", optional=True)], PATHS)
+    with pytest.raises(ValueError, match="matches nothing"):
+        check_used([dataclasses.replace(rule, optional=False), Rule(".*", optional=True)], PATHS)
+    with pytest.raises(ValueError, match="no rule quantizes anything"):
+        check_used(default_rules(), [Seen("stem", "Conv", length=3)])
+
+
+def test_a_model_without_modules_has_no_closest_path():
+    with pytest.raises(ValueError, match="matches nothing: there is no other path"):
+        check_used([Rule(".*")], [])
+
+
+def test_the_reason_against_is_none_for_what_is_quantized():
+    assert reason_against(Rule(".*"), PATHS[0]) is None
+    assert reason_against(Rule(".*", axis=-2), PATHS[5]) is None
+    assert reason_against(Rule("lm_head", None), PATHS[6]) == "the rule 'lm_head' excludes it"
+    assert reason_against(Rule(".*"), PATHS[2]) == "LayerNorm has no matmul"
+    assert reason_against(Rule(".*"), Seen("a", "LSTMCell", quantizable=False)) == "LSTMCell cannot be quantized"
+    assert reason_against(Rule(".*", block=64), PATHS[0]) is None
+    assert "below the block" in str(reason_against(Rule(".*", block=65), PATHS[0]))
