@@ -34,7 +34,7 @@ import numpy as np
 from codec import machine
 
 import ifjax
-from ifjax.files import convert
+from ifjax.files import checkpoint, convert, verify
 from ifjax.files import safetensors as _files
 from ifjax.files.pieces import as_float32
 
@@ -100,10 +100,10 @@ def make_up(folder: Path, gigabytes: float, dtype: str) -> Path:
                 write(name, some[: min(some.size, size - start)])
 
         slot = _files.Slot(name, dtype, shape)
-        return ifjax.checkpoint.Item(name, (slot,), None, fill)
+        return checkpoint.Item(name, (slot,), None, fill)
 
     items = [item_of(name, shape) for name, shape in shapes.items()]
-    return ifjax.checkpoint.write_items(folder / f"{dtype}.safetensors", items, max_shard_bytes=10**9)
+    return checkpoint.write_items(folder / f"{dtype}.safetensors", items, max_shard_bytes=10**9)
 
 
 def measure(name: str, path: Path, folder: Path, rounds: int) -> dict:
@@ -142,8 +142,8 @@ def measure(name: str, path: Path, folder: Path, rounds: int) -> dict:
     loading = {"packed": packed, "original": path}
     loads = alternate({k: lambda p=p: jax.block_until_ready(ifjax.load_file(p)) for k, p in loading.items()}, rounds)
     back = folder / "back.safetensors"
-    others = alternate({"verify": lambda: list(convert.verify(ifjax.open_file(packed))),
-                        "against": lambda: list(convert.verify(ifjax.open_file(packed), source)),
+    others = alternate({"verify": lambda: list(verify.verify(ifjax.open_file(packed))),
+                        "against": lambda: list(verify.verify(ifjax.open_file(packed), source)),
                         "dequantize": lambda: convert.dequantize_file(packed, back)}, 1)  # fmt: skip
     back.unlink()
     size = packed.stat().st_size

@@ -32,7 +32,8 @@ from codec import alternate, machine
 
 import ifjax
 from ifjax.arrays.ms_eden import ms_eden
-from ifjax.training.recipes import RECIPES, get_recipe, quantized_dot_general
+from ifjax.training.product import quantized_dot_general
+from ifjax.training.recipes import RECIPES, get_recipe
 
 SECTIONS = ("rounding", "gradients", "residuals", "time")
 MATRICES = (((1,), (0,)), ((), ()))

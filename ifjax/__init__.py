@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ifjax.arrays.gptq import gptq
 from ifjax.arrays.ms_eden import ms_eden
-from ifjax.arrays.qtensor import QTensor, dequantize, device_put, fake_quantize, quantize, shardings, to_ml_dtypes
+from ifjax.arrays.qtensor import QTensor, dequantize, device_put, shardings, to_ml_dtypes
+from ifjax.arrays.quantize import fake_quantize, quantize
 from ifjax.exchange.swizzle import swizzle_scales, unswizzle_scales
 from ifjax.files.checkpoint import load_file, open_file, save_file
 from ifjax.formats import FORMATS, Candidate, Format, get_format
@@ -29,12 +30,16 @@ from ifjax.formats.scales import Scale
 from ifjax.measure import mac
 from ifjax.models.ptq import fake_quantize_params, quantize_params, trainable_mask, training_report
 from ifjax.models.report import Report
-from ifjax.models.rules import Rule, default_rules, load_rules, save_rules
+from ifjax.models.rule_files import load_rules, save_rules
+from ifjax.models.rules import Rule, default_rules
 from ifjax.numerics.hadamard import hadamard, inverse_hadamard, random_signs
-from ifjax.products.dot_general import dot_general, einsum, explain_matmul, matmul, ragged_dot
+from ifjax.products.dot_general import dot_general
+from ifjax.products.einsum import einsum, matmul
 from ifjax.products.kernels import Prepacked, prepack
+from ifjax.products.plan import explain_matmul
+from ifjax.products.ragged import ragged_dot
 from ifjax.training import recipes
-from ifjax.training.recipes import quantized_dot_general
+from ifjax.training.product import quantized_dot_general
 
 if TYPE_CHECKING:
     from ifjax.models.flax import interceptors

@@ -17,6 +17,10 @@ import hypothesis
 import jax
 import pytest
 
+# Tests may use helpers of other rooms' tests, run alone or together.
+ROOMS = [str(folder) for folder in Path(__file__).resolve().parent.iterdir() if folder.is_dir()]
+sys.path += ROOMS
+
 # A silent promotion is how a codec loses bits or a scale gets the wrong shape: here it is an error.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -81,8 +85,7 @@ def two_processes() -> Callable[..., list[str]]:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
         tests = Path(__file__).resolve().parent
-        rooms = [str(folder) for folder in tests.iterdir() if folder.is_dir()]
-        folders = os.pathsep.join([str(tests.parent), str(tests), *rooms])
+        folders = os.pathsep.join([str(tests.parent), str(tests), *ROOMS])
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": folders}
         workers = [
             subprocess.Popen(

@@ -27,7 +27,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from ifjax import codec
-from ifjax.arrays.qtensor import QTensor, Search, _checked, quantize
+from ifjax.arrays.qtensor import QTensor
+from ifjax.arrays.quantize import Search, _checked, quantize
 from ifjax.formats import Format, get_format
 from ifjax.numerics.packing import pack
 

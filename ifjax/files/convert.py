@@ -23,13 +23,15 @@ from jax.typing import DTypeLike
 from ifjax.arrays.qtensor import DTYPES, QTensor, packed_shapes
 from ifjax.files import safetensors as _files
 from ifjax.files.checkpoint import Checkpoint, Item, Packed, open_file, packed_slots, write_items
-from ifjax.files.pieces import PIECE, Encoding, amax_of, as_float32, decode, encode
+from ifjax.files.pieces import Encoding, amax_of, decode, encode
 from ifjax.files.safetensors import Foreign, Slot
 from ifjax.measure.errors import Entry as Stored
 from ifjax.measure.errors import FileError, keep_reason
 from ifjax.models.ptq import Rules, _decibels
 from ifjax.models.report import Entry, Report
-from ifjax.models.rules import Rule, Seen, as_rules, check_used, first_match, reason_against
+from ifjax.models.rule_checks import check_used, reason_against
+from ifjax.models.rules import Rule, as_rules, first_match
+from ifjax.models.sites import Seen
 
 # Called with a tensor's name and with bytes of it that have been dealt with.
 Tick = Callable[[str, int], None]
@@ -213,55 +215,9 @@ def dequantize_file(
     return write_items(target, items, metadata=source.metadata, max_shard_bytes=max_shard_bytes)
 
 
-class Verified(NamedTuple):
-    """One tensor that was verified.
-
-    Attributes:
-        name, fmt: the format's name; None for a tensor that is not packed.
-        values: how many.
-        signal, noise: sums of x^2 of the original and of the error's squares; NaN unless there is an original.
-        fault: what is wrong; None if nothing is.
-    """
-
-    name: str
-    fmt: str | None
-    values: int
-    signal: float
-    noise: float
-    fault: str | None
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """10 log10(signal / noise); None without an original."""
-        return None if math.isnan(self.signal) and self.fault is None else _decibels(self.signal, self.noise)
-
-
-def verify(
-    source: Checkpoint, against: Checkpoint | None = None, *, min_sqnr_db: float | None = None, tick: Tick | None = None
-) -> Iterator[Verified]:
-    """Compare every tensor's checksums, and its values with those of the original.
-
-    A tensor that is not packed must equal the original's, rounded to its dtype. Names and shapes must agree.
-
-    Args:
-        source: whose headers `ifjax.open_file` has checked.
-        against: the checkpoint that it was made of.
-        min_sqnr_db: a packed tensor with less of it is at fault.
-    """
-    tick = tick or _no_tick
-    for name in source:
-        yield _verified(source, against, name, min_sqnr_db, tick)
-    for name in against if against is not None else ():
-        if name not in source:
-            yield Verified(name, None, 0, math.nan, math.nan, "is in the original only")
-
-
 def contents(source: Checkpoint) -> Report:
     """What a checkpoint holds, as a report, from its headers; sizes before are those in its tensors' dtypes."""
     return Report(tuple(_held(source, name) for name in source))
-
-
-# --- the plan --------------------------------------------------------------------------------------------------------
 
 
 def _check_rules(rules: Iterable[Rule], axis: int) -> None:
@@ -325,9 +281,6 @@ def _held(source: Checkpoint, name: str) -> Entry:
     values = math.prod(p.shape)
     bits, before = 8 * nbytes / values if values else math.nan, values * p.dtype.itemsize
     return Entry(name, None, p.shape, p.dtype.name, p.fmt.name, None, bits, before, nbytes)
-
-
-# --- tensor by tensor ------------------------------------------------------------------------------------------------
 
 
 def _no_tick(name: str, count: int) -> None:
@@ -436,72 +389,3 @@ def _values(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick) -> Itera
 
 def _shifted(reader, first, start, count):
     return reader.values(first + start, count)
-
-
-def _verified(source: Checkpoint, against: Checkpoint | None, name: str, least: float | None, tick: Tick) -> Verified:
-    fmt = source.packed[name].fmt.name if name in source.packed else None
-    result = Verified(name, fmt, 0, math.nan, math.nan, None)
-    try:
-        for stored in source.parts(name).values():
-            source.check(stored)
-    except FileError as error:
-        return result._replace(fault=str(error))
-    if against is None:
-        tick(name, sum(source.entries[part].nbytes for part in source.parts(name).values()))
-        return result
-    try:
-        return _compared(source, against, name, least, tick, result)
-    except FileError as error:
-        return result._replace(fault=str(error))
-
-
-def _compared(source, against, name, least, tick, result: Verified) -> Verified:
-    if name not in against:
-        return result._replace(fault="is not in the original")
-    if name in against.packed:
-        return result._replace(fault="is packed in the original, too: compare with what it was made of")
-    stored, found = against.entries[name], source.packed.get(name) or source.entries[name]
-    if tuple(stored.shape) != tuple(found.shape):
-        return result._replace(fault=f"is {tuple(found.shape)}, and in the original {tuple(stored.shape)}")
-    if _files.numpy_dtype(stored.dtype) is None or name not in source.packed:
-        return _compared_plain(source, against, name, tick, result)
-    if _files.NAMES[stored.dtype] not in DTYPES:
-        return result._replace(fault=f"is packed, and in the original {stored.dtype}")
-    signal = noise = 0.0
-    start = 0
-    against.check(name)
-    with against.reader(name) as reader:
-        for values in _values(source, name, np.dtype(np.float32), tick):
-            x = as_float32(reader.values(start, values.size)).astype(np.float64)
-            start += values.size
-            signal += float(np.dot(x, x))
-            x -= values.reshape(-1)
-            noise += float(np.dot(x, x))
-    result = result._replace(values=start, signal=signal, noise=noise)
-    sqnr = _decibels(signal, noise)
-    if math.isnan(sqnr) or (least is not None and sqnr < least):
-        return result._replace(fault=f"has an SQNR of {sqnr:.4g} dB" + ("" if least is None else f", below {least:g}"))
-    return result
-
-
-def _compared_plain(source, against, name, tick, result: Verified) -> Verified:
-    """A tensor that was left alone: it must be the same, rounded to its dtype."""
-    ours, theirs = source.entries[name], against.entries[name]
-    dtype = _files.numpy_dtype(ours.dtype)
-    cast = ours.dtype != theirs.dtype
-    if cast and not {_files.NAMES.get(ours.dtype), _files.NAMES.get(theirs.dtype)} <= set(DTYPES):
-        return result._replace(fault=f"is {ours.dtype}, and in the original {theirs.dtype}")
-    against.check(name)
-    with source.reader(name) as a, against.reader(name) as b:
-        size = math.prod(ours.shape) if cast else ours.nbytes
-        for start in range(0, size, 4 * PIECE):
-            count = min(4 * PIECE, size - start)
-            if cast:
-                with np.errstate(over="ignore"):
-                    same = np.array_equal(a.values(start, count), b.values(start, count).astype(dtype), equal_nan=True)
-            else:
-                same = np.array_equal(a.bytes(start, count), b.bytes(start, count))
-            if not same:
-                return result._replace(fault="is not packed, and differs from the original")
-            tick(name, count)
-    return result._replace(values=math.prod(ours.shape))

@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from ifjax.arrays.qtensor import QTensor, Search, quantize
+from ifjax.arrays.qtensor import QTensor
+from ifjax.arrays.quantize import Search, quantize
 from ifjax.codec import Loss
 from ifjax.formats import Format
 from ifjax.measure.errors import _unit

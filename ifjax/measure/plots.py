@@ -20,7 +20,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from ifjax import codec
-from ifjax.arrays.qtensor import QTensor, quantize
+from ifjax.arrays.qtensor import QTensor
+from ifjax.arrays.quantize import quantize
 from ifjax.formats import Candidate, Format, get_format
 
 if TYPE_CHECKING:

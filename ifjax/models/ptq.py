@@ -15,26 +15,24 @@ import numpy as np
 from jax.core import Tracer
 
 from ifjax.arrays.gptq import gptq
-from ifjax.arrays.qtensor import DTYPES, QTensor, quantize
+from ifjax.arrays.qtensor import DTYPES, QTensor
+from ifjax.arrays.quantize import quantize
 from ifjax.formats import Format
+from ifjax.models.leaves import _is_leaf, _is_parameter, _nbytes, _rebuilt, _value
 from ifjax.models.report import Entry, Report
-from ifjax.models.rules import (
+from ifjax.models.rule_checks import check_used, reason_against
+from ifjax.models.rules import Rule, as_rules, first_match, training_rules
+from ifjax.models.sites import (
     LOOKUP,
     Kernel,
-    Rule,
     Seen,
     Walk,
-    as_rules,
     blocked_axis,
-    check_used,
-    first_match,
     innermost,
     join_path,
-    reason_against,
     seen_in_training,
-    training_rules,
     without_matmul,
-)  # fmt: skip
+)
 from ifjax.training.recipes import Recipe, get_recipe
 
 Rules = Iterable[Rule] | Rule | str | Format | None
@@ -167,8 +165,6 @@ def trainable_mask(params: Any) -> Any:
 
 
 _NOT_READ = "the model has not read it: the sample does not reach it, or it is of another model"
-
-# --- which parameters ------------------------------------------------------------------------------------------------
 
 
 class _Parameter(NamedTuple):
@@ -309,9 +305,6 @@ def _entry_in_training(p: _Parameter) -> Entry:
         None, bits, _nbytes(p.value), _nbytes(p.value), rule=None if p.rule is None else p.rule.path, reason=reason,
         expected=p.kernel is None or p.seen.quantizable or recipe is None or reason == LOOKUP,
     )  # fmt: skip
-
-
-# --- one parameter ---------------------------------------------------------------------------------------------------
 
 
 def _one(p: _Parameter, calibration, fake):
@@ -458,38 +451,3 @@ def _decibels(signal, noise):
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else math.nan if math.isnan(signal + noise) else -math.inf
-
-
-# --- leaves: arrays, QTensors, Flax's boxes, NNX variables -----------------------------------------------------------
-
-
-def _is_leaf(leaf):
-    return hasattr(leaf, "unbox") or hasattr(leaf, "get_raw_value")
-
-
-def _is_parameter(leaf):
-    """Not so of NNX variables of other kinds: statistics, caches, random states."""
-    if not hasattr(leaf, "get_raw_value"):
-        return True
-    from ifjax.models.flax.nnx import is_parameter
-
-    return is_parameter(leaf)
-
-
-def _value(leaf):
-    if isinstance(leaf, QTensor):
-        return leaf
-    value = leaf.get_raw_value() if hasattr(leaf, "get_raw_value") else leaf.unbox() if hasattr(leaf, "unbox") else leaf
-    return value if hasattr(value, "dtype") else np.asarray(value)
-
-
-def _rebuilt(leaf, new):
-    if hasattr(leaf, "get_raw_value"):
-        from ifjax.models.flax.nnx import PackedParam
-
-        return PackedParam.like(leaf, new) if isinstance(new, QTensor) else leaf.replace(new)
-    return leaf.replace_boxed(new) if hasattr(leaf, "unbox") and not isinstance(new, QTensor) else new
-
-
-def _nbytes(value):
-    return value.nbytes if isinstance(value, QTensor) else math.prod(value.shape) * value.dtype.itemsize

@@ -17,7 +17,7 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
-from ifjax.models.rules import _write_whole
+from ifjax.models.rule_files import _write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -28,7 +28,8 @@ import optax
 from jax import lax
 
 from ifjax import codec
-from ifjax.arrays.qtensor import QTensor, quantize
+from ifjax.arrays.qtensor import QTensor
+from ifjax.arrays.quantize import quantize
 from ifjax.formats import Format, get_format
 
 # Fields of optax's states that are averages or sums of squares. A name alone means the field of any state.

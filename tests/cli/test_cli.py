@@ -12,7 +12,7 @@ import pytest
 
 import ifjax
 from ifjax import cli
-from ifjax.measure import errors as analysis
+from ifjax import measure as analysis
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,6 +7,7 @@ here, and those of our own golden file too.
 import dataclasses
 import functools
 import itertools
+import sys
 
 import hypothesis
 import jax
@@ -644,7 +645,8 @@ def test_bytes_do_not_depend_on_how_the_program_is_built(name, loss):
 def encode_in_one_pass(blocks, fmt, **settings):
     """What `codec.encode` gives by the arrangement that it leaves to GPUs, for formats without a choice too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codec, "_encode_in_stages", lambda *a, square, search, **k: codec._encode_in_one_pass(*a, **k))
+        in_one_pass = lambda *a, square, search, **k: codec._encode_in_one_pass(*a, **k)  # noqa: E731
+        patch.setattr(sys.modules["ifjax.codec.encode"], "_encode_in_stages", in_one_pass)
         return codec.encode(blocks, fmt, **settings)
 
 

@@ -19,7 +19,8 @@ from ifjax import FORMATS, Rule
 from ifjax.files import convert
 from ifjax.files import pieces as _pieces
 from ifjax.files import safetensors as _files
-from ifjax.files.convert import Plan, dequantize_file, plan, quantize_file, verify
+from ifjax.files.convert import Plan, dequantize_file, plan, quantize_file
+from ifjax.files.verify import verify
 from ifjax.measure.errors import FileError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ifjax
-from ifjax.measure import errors as analysis
+from ifjax import measure as analysis
 
 N = 2**22
 SIGMAS = 4

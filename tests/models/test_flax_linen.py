@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import re
+import sys
 
 import flax.linen as nn
 import jax
@@ -545,13 +546,12 @@ def test_calibration_refuses(call, message):
 @pytest.mark.parametrize("platform, kind", [("tpu", "TPU v6e"), ("cuda", "H200")])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_no_dense_kernel_is_in_a_program_that_has_the_packed_one(platform, kind, dtype, monkeypatch):
-    from ifjax.products import dot_general as _matmul
 
     def lowered(fn):
         text = jax.jit(fn).trace(packed, x).lower(lowering_platforms=(platform,)).as_text()
         return re.findall(r"tensor<512x256x(?:f|bf)\d+>", text), "custom_call @" in text
 
-    monkeypatch.setattr(_matmul, "device_kind", lambda *_: kind)
+    monkeypatch.setattr(sys.modules["ifjax.products.plan"], "device_kind", lambda *_: kind)
     model, x = nn.Dense(256, dtype=dtype), jnp.ones((8, 512), dtype)
     variables = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), jax.eval_shape(model.init, jax.random.key(0), x))
     packed, _ = ifjax.quantize_params(variables, EVERYWHERE, model=model, sample=x)

@@ -12,7 +12,7 @@ optax = pytest.importorskip("optax")
 import ifjax  # noqa: E402
 from ifjax.arrays.qtensor import QTensor  # noqa: E402
 from ifjax.models.flax.nnx import PackedParam, walk  # noqa: E402
-from ifjax.models.rules import Kernel  # noqa: E402
+from ifjax.models.sites import Kernel  # noqa: E402
 
 X = jax.random.normal(jax.random.key(1), (2, 5, 32))
 

@@ -14,19 +14,10 @@ from hypothesis import strategies as st
 from ifjax.formats import FORMATS, Candidate, Format, get_format
 from ifjax.formats.grids import E2M1, INT4, Grid
 from ifjax.formats.scales import E4M3
-from ifjax.models import rules as rules_module
-from ifjax.models.rules import (
-    OPERANDS,
-    Rule,
-    RuleError,
-    Seen,
-    check_used,
-    default_rules,
-    first_match,
-    load_rules,
-    reason_against,
-    save_rules,
-)
+from ifjax.models.rule_checks import check_used, reason_against
+from ifjax.models.rule_files import load_rules, save_rules
+from ifjax.models.rules import OPERANDS, Rule, RuleError, default_rules, first_match
+from ifjax.models.sites import Seen
 
 MINE = Format("mine", (Candidate(Grid("odd", (0.0, 0.1, 0.7, 3.0))), Candidate(Grid("even", (0, 1, 2, 3)))), 24)
 FAKE_IF4 = dataclasses.replace(FORMATS["if4"], block=4)  # a user's own, under a name that is taken
@@ -410,7 +401,7 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch, faili
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(rules_module.os, failing, fail)
+    monkeypatch.setattr(os, failing, fail)
     with pytest.raises(OSError, match="no space left"):
         save_rules([Rule("new")], file)
     assert load_rules(file) == (Rule("old"),)

@@ -17,7 +17,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import ifjax
 from ifjax.arrays.ms_eden import ms_eden
-from ifjax.training.recipes import RECIPES, Operand, Product, Recipe, get_recipe, quantized_dot_general
+from ifjax.training.product import quantized_dot_general
+from ifjax.training.recipes import RECIPES, Operand, Product, Recipe, get_recipe
 
 pytestmark = pytest.mark.sampled
 

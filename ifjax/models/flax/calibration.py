@@ -14,7 +14,8 @@ import numpy as np
 from ifjax.arrays.qtensor import QTensor
 from ifjax.formats import Format
 from ifjax.models.flax.linen import Operands, Watcher, as_arguments, inside, joined, layer_of, split_arrays
-from ifjax.models.rules import OPERANDS, Rule, Seen, as_rules, first_match, join_path
+from ifjax.models.rules import OPERANDS, Rule, as_rules, first_match
+from ifjax.models.sites import Seen, join_path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

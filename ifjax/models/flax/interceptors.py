@@ -8,22 +8,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ifjax.arrays.qtensor import QTensor, quantize
+from ifjax.arrays.qtensor import QTensor
+from ifjax.arrays.quantize import quantize
 from ifjax.formats import Format
 from ifjax.models.flax.calibration import Calibration, value_name
 from ifjax.models.flax.linen import Layer, Operands, Watcher, attention_refusal, inside, layer_of, training_refusal
-from ifjax.models.rules import (
-    OPERANDS,
-    Rule,
-    Seen,
-    as_rules,
-    blocked_axis,
-    first_match,
-    join_path,
-    reason_against,
-    training_rules,
-)  # fmt: skip
-from ifjax.training.recipes import Recipe, get_recipe, quantized_dot_general
+from ifjax.models.rule_checks import reason_against
+from ifjax.models.rules import OPERANDS, Rule, as_rules, first_match, training_rules
+from ifjax.models.sites import Seen, blocked_axis, join_path
+from ifjax.training.product import quantized_dot_general
+from ifjax.training.recipes import Recipe, get_recipe
 
 
 def inference(

@@ -13,18 +13,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from ifjax.arrays.qtensor import QTensor, shardings
-from ifjax.models.rules import (
-    Kernel,
-    Rule,
-    Walk,
-    check_used,
-    first_match,
-    join_path,
-    seen_in_training,
-    training_rules,
-    without_matmul,
-)  # fmt: skip
-from ifjax.training.recipes import Recipe, get_recipe, quantized_dot_general
+from ifjax.models.rule_checks import check_used
+from ifjax.models.rules import Rule, first_match, training_rules
+from ifjax.models.sites import Kernel, Walk, join_path, seen_in_training, without_matmul
+from ifjax.training.product import quantized_dot_general
+from ifjax.training.recipes import Recipe, get_recipe
 
 M = TypeVar("M", bound=nnx.Module)
 

@@ -1,0 +1,130 @@
+"""What commands share: options, tables, progress, errors."""
+
+import argparse
+import contextlib
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from ifjax import measure as analysis
+
+
+class _Misused(Exception):
+    """Options that do not go together."""
+
+
+def _command(commands, name: str, run, summary: str, description: str, *examples: str) -> argparse.ArgumentParser:
+    """A parser for `ifjax NAME`, whose options go to `run`. Description and examples keep their lines."""
+    parser = commands.add_parser(
+        name, help=summary, description=description, epilog="\n  ".join(["examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_json(parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _add_search(parser) -> None:
+    parser.add_argument(
+        "--search", choices=("fast", "exhaustive"), help="try several scales for each block: less error, more time"
+    )
+
+
+def _without_infinities(value):
+    """JSON has no numbers for NaN and infinity: null instead."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def _input(path: Path) -> Iterator[Path]:
+    """The path itself, or that of a file that holds what stdin gave."""
+    if str(path) != "-":
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "stdin.safetensors"
+        with copy.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
+        yield copy
+
+
+@contextlib.contextmanager
+def _as_file_error() -> Iterator[None]:
+    """Rules and settings that do not fit the file: a sentence, not a traceback."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise error if isinstance(error, analysis.FileError) else analysis.FileError(str(error)) from error
+
+
+def _ticks(progress: Progress, total: int):
+    task = progress.add_task("", total=total)
+
+    def tick(name, count):
+        progress.update(task, description=name, advance=count)
+
+    return tick
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(first)
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.2f} kB"
+
+
+def _console() -> Console:
+    # Not a terminal: wide enough for the tables, whoever reads them.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110
+    return Console(width=width, markup=False, highlight=False)
+
+
+def _progress(rate: bool = False) -> Progress:
+    console = Console(stderr=True, markup=False)
+    times = (TransferSpeedColumn(), TimeRemainingColumn()) if rate else (TimeElapsedColumn(),)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), *times
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _tracked(progress: Progress, items: Iterator, sizes: Sequence[int], names: Sequence[str]) -> Iterator:
+    """The items, each shown while it is made."""
+    task = progress.add_task("", total=sum(sizes))
+    for size, name in zip(sizes, names, strict=True):
+        progress.update(task, description=name)
+        yield next(items)
+        progress.advance(task, size)
+    progress.remove_task(task)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)

@@ -1,0 +1,67 @@
+"""ragged_dot with packed experts."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from ifjax.arrays.qtensor import QTensor
+from ifjax.products.dot_general import _accumulator, _as_varying, no_gradient
+from ifjax.products.plan import Operand, _is_packed
+
+
+def ragged_dot(
+    lhs: ArrayLike,
+    rhs: Operand,
+    group_sizes: jax.Array,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    *,
+    group_offset: jax.Array | None = None,
+) -> jax.Array:
+    """`jax.lax.ragged_dot` with packed experts: each group of rows of lhs [m, k] times its own matrix of rhs [g, k, n].
+
+    rhs may be a QTensor, quantized along any axis, with one amax or (amax_axes=(0,)) one for each group; its matrices
+    are dequantized. The gradient reaches lhs only.
+    """
+    lhs = jnp.asarray(lhs)
+    if not _is_packed(rhs):
+        return lax.ragged_dot(
+            lhs, rhs, group_sizes, precision, preferred_element_type, group_offset=group_offset
+        )
+    rhs = rhs if isinstance(rhs, QTensor) else rhs.unpack()
+    dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+    out_dtype = dtype if preferred_element_type is None else np.dtype(preferred_element_type)
+    settings = (precision, lhs.dtype, dtype, out_dtype)
+    return _ragged(_as_varying(lhs, rhs), rhs, jnp.asarray(group_sizes), group_offset, settings)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ragged(x, q, group_sizes, group_offset, settings):
+    return _ragged_values(x, q, group_sizes, group_offset, settings)
+
+
+def _ragged_values(x, q, group_sizes, group_offset, settings):
+    precision, _, dtype, out_dtype = settings
+    y = lax.ragged_dot(
+        x.astype(dtype), q.dequantize(dtype), group_sizes, precision, _accumulator(dtype), group_offset=group_offset
+    )
+    return y.astype(out_dtype)
+
+
+def _ragged_fwd(x, q, group_sizes, group_offset, settings):
+    return _ragged_values(x, q, group_sizes, group_offset, settings), (q, group_sizes, group_offset)
+
+
+def _ragged_bwd(settings, kept, g):
+    q, group_sizes, group_offset = kept
+    x = jnp.zeros((g.shape[0], q.shape[-2]), settings[1])  # linear in x: any will do
+    _, pull = jax.vjp(lambda x: _ragged_values(x, q, group_sizes, group_offset, settings), x)
+    return *pull(g), no_gradient(q), *no_gradient((group_sizes, group_offset))
+
+
+_ragged.defvjp(_ragged_fwd, _ragged_bwd)

@@ -1,0 +1,230 @@
+"""A product with a quantized backward pass."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from ifjax import codec
+from ifjax.arrays.ms_eden import ms_eden
+from ifjax.arrays.qtensor import QTensor
+from ifjax.arrays.quantize import quantize
+from ifjax.numerics.hadamard import hadamard, random_signs
+from ifjax.products.dot_general import _as_varying, dot_general_like
+from ifjax.products.plan import DimensionNumbers
+from ifjax.training.recipes import Recipe, _is_packed_early, get_recipe
+
+
+def quantized_dot_general(
+    x: ArrayLike,
+    w: ArrayLike,
+    dimension_numbers: DimensionNumbers,
+    recipe: str | Recipe = "if4",
+    key: jax.Array | None = None,
+    *,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """`jax.lax.dot_general` of activations x and weights w, forward and backward quantized as the recipe says.
+
+    Several axes that a product contracts count as one, in the order given, and so do several tokens axes; the last
+    block of an odd length is filled up with zeros. An operand has one amax, batch axes included; under `jax.vmap` each
+    member has its own, and inside `jax.shard_map` each device. Values are multiplied and added up in float32 on CPUs,
+    elsewhere in the operands' type with float32 sums. Cotangents have the dtypes of x and w.
+
+    The same key gives the same result under jit, scan, remat and vmap, up to the order of sums; noise belongs to the
+    element, however many devices share the array. Members of a vmap that share a key share its noise.
+
+    Differentiable once, in reverse mode: rounding has no second derivative. A recipe that quantizes nothing, and a
+    product with an empty operand, are `jax.lax.dot_general` itself.
+
+    Args:
+        x: activations, of any rank.
+        w: weights, of any rank.
+        dimension_numbers, precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`.
+        recipe: a name in `ifjax.recipes.RECIPES` or a record.
+        key: a fresh one for each layer and step. Recipes without noise ignore it.
+
+    Raises:
+        ValueError: the recipe needs a key and has none; the second derivative was asked for.
+        TypeError: as `jax.lax.dot_general`, where axes do not match.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from ifjax.training.recipes import quantized_dot_general
+        >>> x, w = jnp.ones((8, 32)), jnp.eye(32)
+        >>> def loss(w, key):
+        ...     return quantized_dot_general(x, w, (((1,), (0,)), ((), ())), "if4", key).sum()
+        >>> jax.jit(jax.grad(loss))(w, jax.random.key(0)).shape
+        (32, 32)
+    """
+    recipe = get_recipe(recipe)
+    x, w = jnp.asarray(x), jnp.asarray(w)
+    (x_contracted, w_contracted), (x_batch, w_batch) = (
+        tuple(tuple(int(i) % a.ndim for i in axes) for axes, a in zip(pair, (x, w), strict=True))
+        for pair in dimension_numbers
+    )
+    numbers = (x_contracted, w_contracted), (x_batch, w_batch)
+    dtype = jnp.promote_types(x.dtype, w.dtype)
+    plain = functools.partial(
+        lax.dot_general, dimension_numbers=numbers, precision=precision, preferred_element_type=preferred_element_type
+    )
+    if not recipe.is_quantized or 0 in (*x.shape, *w.shape):
+        return plain(x.astype(dtype), w.astype(dtype), out_sharding=out_sharding)
+    result: Any = jax.eval_shape(plain, *(jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, w)))
+
+    settings = _Settings(recipe, precision, np.dtype(dtype), result.dtype, x.dtype, w.dtype)
+    x, w = _as_varying(x, w), _as_varying(w, x)
+    rows = _as_matrices(x, x_batch, _rest(x, x_batch, x_contracted), x_contracted)
+    columns = _as_matrices(w, w_batch, w_contracted, _rest(w, w_batch, w_contracted))
+    y: Any = _product(rows, columns, key, settings)
+    y = y.reshape(result.shape)
+    return y if out_sharding is None else jax.reshard(y, out_sharding)
+
+
+class _Settings(NamedTuple):
+    """What a product is compiled for; hashable."""
+
+    recipe: Recipe
+    precision: Any
+    dtype: np.dtype  # that operands are multiplied in
+    out_dtype: np.dtype
+    x_dtype: np.dtype
+    w_dtype: np.dtype
+
+
+def _rest(a, *taken):
+    return tuple(i for i in range(a.ndim) if all(i not in axes for axes in taken))
+
+
+def _as_matrices(a, batch, rows, columns):
+    """a as [rows, columns], or [batch, rows, columns] if there are batch axes; several axes become one."""
+    groups = [batch, rows, columns] if batch else [rows, columns]
+    a = jnp.transpose(a, [axis for group in groups for axis in group])
+    lengths, shape = iter(a.shape), []
+    for group in groups:
+        shape.append(math.prod(next(lengths) for _ in group))
+    return a.reshape(shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(x, w, key, settings: _Settings):
+    """x [tokens, K] times w [K, N], each with one leading batch axis or none."""
+    return _forward(x, w, key, settings)[0]
+
+
+def _forward(x, w, key, settings):
+    """y, and the operands that it is the product of."""
+    qx = _operand(x, "fprop", "lhs", -1, key, settings)
+    qw = _operand(w, "fprop", "rhs", -2, key, settings)
+    return _multiply(qx, qw, -1, -2, settings.dtype, settings.out_dtype, settings.precision), (qx, qw)
+
+
+def _product_fwd(x, w, key, settings):
+    recipe = settings.recipe
+    if recipe.needs_key:
+        _check_key(key, recipe)  # here, not only where the backward pass draws: nearer to what forgot it
+    y, (qx, qw) = _forward(x, w, key, settings)
+
+    def kept(a, forward, operand, product_name, side, axis):
+        if operand.reuse:
+            return forward
+        is_packed = recipe.residuals == "packed" and _is_packed_early(operand)
+        return _operand(a, product_name, side, axis, key, settings) if is_packed else a
+
+    for_dgrad = kept(w, qw, recipe.dgrad.rhs, "dgrad", "rhs", -1)
+    for_wgrad = kept(x, qx, recipe.wgrad.lhs, "wgrad", "lhs", -2)
+    # Nothing of x and of w, from which `_once` sees whether what is being differentiated depends on them.
+    nothing = [lax.slice_in_dim(a, 0, 0, axis=a.ndim - 1) for a in (x, w)]
+    return y, (for_dgrad, for_wgrad, nothing, key)
+
+
+def _product_bwd(settings, residuals, g):
+    for_dgrad, for_wgrad, nothing, key = residuals
+    g, _ = _once(g, nothing)
+    left = _operand(g, "dgrad", "lhs", -1, key, settings)
+    right = _operand(for_dgrad, "dgrad", "rhs", -1, key, settings)
+    dx = _multiply(left, right, -1, -1, settings.dtype, settings.x_dtype, settings.precision)
+    left = _operand(for_wgrad, "wgrad", "lhs", -2, key, settings)
+    right = _operand(g, "wgrad", "rhs", -2, key, settings)
+    like = None
+    if isinstance(left, QTensor) and not isinstance(for_wgrad, QTensor):
+        like = codec.pad_axis(for_wgrad, left.shape[-2], -2)
+    dw = _multiply(left, right, -2, -2, settings.dtype, settings.w_dtype, settings.precision, like)
+    return dx, dw, None
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+@jax.custom_jvp
+def _once(g, nothing):
+    return g, nothing
+
+
+@_once.defjvp
+def _once_jvp(primals, tangents):
+    raise ValueError(
+        "quantized_dot_general is differentiable once: rounding has no second derivative. Take second derivatives "
+        "with recipe='bf16', or stop them with jax.lax.stop_gradient"
+    )
+
+
+def _operand(a, product_name, side, axis, key, settings) -> Any:
+    """What the named product multiplies for a, of which it contracts `axis`: a QTensor, or an array."""
+    product = getattr(settings.recipe, product_name)
+    operand, size = getattr(product, side), product.hadamard
+    if isinstance(a, QTensor):
+        if not operand.reuse or not (operand.fmt or size):
+            return a  # quantized for this product already, or reused as it is
+        a = a.dequantize()
+    a = lax.stop_gradient(a)
+    if product.is_random:
+        _check_key(key, settings.recipe)
+        key = jax.random.fold_in(key, ("fprop", "dgrad", "wgrad").index(product_name))
+        for_lhs, for_rhs, for_signs = jax.random.split(key, 3)
+        key = for_lhs if side == "lhs" else for_rhs
+    if size:
+        a = codec.pad_axis(a, -(-a.shape[axis] // size) * size, axis)
+        signs = random_signs(for_signs, size) if product.signs == "fresh" else product.signs
+        if operand.rounding == "ms_eden":
+            return ms_eden(a, operand.fmt, key=key, axis=axis, size=size, signs=signs, amax=operand.amax)
+        a = hadamard(a, axis=axis, size=size, signs=signs)
+    if operand.fmt is None:
+        return a
+    return quantize(
+        a, operand.fmt, axis=axis, loss=operand.loss, rounding=operand.rounding, key=key if operand.is_random else None,
+        block_2d=operand.block_2d, amax=operand.amax,
+    )  # fmt: skip
+
+
+def _check_key(key, recipe):
+    if key is None:
+        raise ValueError(
+            f"recipe {recipe.name!r} draws noise: pass key=, a fresh one for each layer and step, such as "
+            "jax.random.fold_in(jax.random.key(0), step). For Flax modules: rngs={'quantize': key}, and 'quantize' "
+            "among the split_rngs of nn.scan and nn.vmap"
+        )
+
+
+@jax.jit(static_argnums=(2, 3, 4, 5, 6))  # outside of a jit, compiled once for all recipes
+def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
+    """The product along these axes: [batch, what is left of a, what is left of b]. `like`: as a is sharded."""
+    batch = (tuple(range(a.ndim - 2)),) * 2
+    numbers = ((a.ndim + a_axis,), (b.ndim + b_axis,)), batch
+
+    def product(a, b, like, dtype=dtype):
+        return dot_general_like(like, a.astype(dtype), b.astype(dtype), numbers, precision, out_dtype)
+
+    if dtype.itemsize != 2 or not (isinstance(a, QTensor) or isinstance(b, QTensor)):
+        return product(a, b, like)
+    # XLA:CPU multiplies 16-bit matrices no faster, and in float32 operands are not rounded another time.
+    return lax.platform_dependent(
+        a, b, like, cpu=functools.partial(product, dtype=np.dtype(np.float32)), default=product
+    )
