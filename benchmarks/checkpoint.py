@@ -142,8 +142,8 @@ def measure(name: str, path: Path, folder: Path, rounds: int) -> dict:
     loading = {"packed": packed, "original": path}
     loads = alternate({k: lambda p=p: jax.block_until_ready(ifjax.load_file(p)) for k, p in loading.items()}, rounds)
     back = folder / "back.safetensors"
-    others = alternate({"verify": lambda: list(verify.verify(ifjax.open_file(packed))),
-                        "against": lambda: list(verify.verify(ifjax.open_file(packed), source)),
+    others = alternate({"verify": lambda: list(verify(ifjax.open_file(packed))),
+                        "against": lambda: list(verify(ifjax.open_file(packed), source)),
                         "dequantize": lambda: convert.dequantize_file(packed, back)}, 1)  # fmt: skip
     back.unlink()
     size = packed.stat().st_size

@@ -239,7 +239,7 @@ def reference_rows(args, x):
         ours = quantizer(fmt)
         q, (codes, scales, _) = ours(x), theirs()
         same_codes = np.mean(np.asarray(q.codes) == codes.numpy())
-        same_scales = np.mean(np.asarray(q.scale_bytes()).ravel() == scales.view(torch.uint8).numpy().ravel())
+        same_scales = np.mean(np.asarray(q.scales).ravel() == scales.view(torch.uint8).numpy().ravel())
         times = alternate({"ours": lambda ours=ours: ours(x), "theirs": theirs}, 3)
         note = f"{version}; equal bytes: codes {same_codes:.7%}, scales {same_scales:.7%}"
         bound = -60 if fmt == "if4" else None

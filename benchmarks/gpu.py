@@ -231,7 +231,7 @@ def main() -> int:
         return 2
 
     failed = False
-    for what, error, bound in errors_of_kernels("mosaic_gpu"):
+    for what, error, bound in errors_of_kernels("hopper"):
         print(f"error {error:.1e} {what}", file=sys.stderr)
         if not error <= bound:
             failed = True
@@ -248,7 +248,7 @@ def main() -> int:
                 skipped.append(f"{m} x {n} x {k}")
                 continue
             start = time.monotonic()
-            found = cells(m, n, k, "mosaic_gpu")
+            found = cells(m, n, k, "hopper")
             longest = max(longest, time.monotonic() - start)
             results += found
             print(

@@ -31,9 +31,8 @@ import numpy as np
 from codec import alternate, machine
 
 import ifjax
-from ifjax.arrays.ms_eden import ms_eden
-from ifjax.training.product import quantized_dot_general
-from ifjax.training.recipes import RECIPES, get_recipe
+from ifjax.arrays import ms_eden
+from ifjax.training import RECIPES, get_recipe, quantized_dot_general
 
 SECTIONS = ("rounding", "gradients", "residuals", "time")
 MATRICES = (((1,), (0,)), ((), ()))

@@ -47,7 +47,8 @@ import numpy as np
 import optax
 
 import ifjax
-from ifjax.training.recipes import RECIPES, Recipe, get_recipe
+from ifjax.training import RECIPES, Recipe, get_recipe
+from ifjax.training.optim import quantized_moments
 
 DEFAULT_RECIPES = ("bf16", "nvfp4", "fouroversix", "nvint4", "if4", "if4_mseden", "nvfp4_mseden")
 BYTES = 256
@@ -304,10 +305,6 @@ def optimizer(settings: Settings, key: jax.Array | int = 0) -> optax.GradientTra
 
     adamw = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0 if s.ngpt else s.decay, mask=matrices)
     if s.moments:
-        try:
-            from ifjax.training.optim import quantized_moments
-        except ImportError:
-            raise SystemExit("--moments needs ifjax.optim, which this ifjax does not have: leave it out") from None
         adamw = quantized_moments(adamw, fmt=s.moments, seed=key)
     return optax.chain(optax.clip_by_global_norm(s.clip), adamw)
 

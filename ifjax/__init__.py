@@ -1,7 +1,7 @@
 """Adaptive block-scaled number formats for JAX.
 
 Quantize:    quantize, dequantize, fake_quantize, QTensor
-Formats:     FORMATS, get_format, Format, Candidate, Grid, Scale
+Formats:     FORMATS, get_format, Format, Candidate, Grid, Scale, TableScale
 Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
 Models:      quantize_params, fake_quantize_params, gptq, trainable_mask, Report
              Rule, default_rules, load_rules, save_rules
@@ -9,46 +9,49 @@ Training:    quantized_dot_general, recipes, ms_eden, training_report, optim
 Flax:        quantized, interceptors, calibrate, PackedParam, with_recipes (these import flax when first used)
 Rotate:      hadamard, inverse_hadamard, random_signs
 Place:       device_put, shardings
-Store:       save_file, load_file, open_file (safetensors; checkpoint has Orbax's, convert works file to file)
-Exchange:    exchange, to_ml_dtypes, swizzle_scales, unswizzle_scales
+Store:       save_file, load_file, open_file (safetensors), convert (file to file), checkpoint (Orbax, too)
+Exchange:    exchange (other tools' layouts)
+Look:        analysis (errors), plots (imports matplotlib)
 Hardware:    mac (IF4 and NVFP4 multiply-accumulate units)
-Look:        analysis, plots (imports matplotlib)
+
+The rooms that these come from, bottom to top: numerics, formats, codec, arrays, products, training, models, files,
+exchange, measure, cli.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ifjax.arrays.gptq import gptq
-from ifjax.arrays.ms_eden import ms_eden
-from ifjax.arrays.qtensor import QTensor, dequantize, device_put, shardings, to_ml_dtypes
-from ifjax.arrays.quantize import fake_quantize, quantize
-from ifjax.exchange.swizzle import swizzle_scales, unswizzle_scales
-from ifjax.files.checkpoint import load_file, open_file, save_file
-from ifjax.formats import FORMATS, Candidate, Format, get_format
-from ifjax.formats.grids import Grid
-from ifjax.formats.scales import Scale
-from ifjax.measure import mac
-from ifjax.models.ptq import fake_quantize_params, quantize_params, trainable_mask, training_report
-from ifjax.models.report import Report
-from ifjax.models.rule_files import load_rules, save_rules
-from ifjax.models.rules import Rule, default_rules
-from ifjax.numerics.hadamard import hadamard, inverse_hadamard, random_signs
-from ifjax.products.dot_general import dot_general
-from ifjax.products.einsum import einsum, matmul
-from ifjax.products.kernels import Prepacked, prepack
-from ifjax.products.plan import explain_matmul
-from ifjax.products.ragged import ragged_dot
-from ifjax.training import recipes
-from ifjax.training.product import quantized_dot_general
+from ifjax.arrays import QTensor, dequantize, device_put, fake_quantize, gptq, ms_eden, quantize, shardings
+from ifjax.files import load_file, open_file, save_file
+from ifjax.formats import FORMATS, Candidate, Format, Grid, Scale, TableScale, get_format
+from ifjax.models import (
+    Report,
+    Rule,
+    default_rules,
+    fake_quantize_params,
+    load_rules,
+    quantize_params,
+    save_rules,
+    trainable_mask,
+    training_report,
+)
+from ifjax.numerics import hadamard, inverse_hadamard, random_signs
+from ifjax.products import Prepacked, dot_general, einsum, explain_matmul, matmul, prepack, ragged_dot
+from ifjax.training import quantized_dot_general
+from ifjax.version import __version__
 
 if TYPE_CHECKING:
+    from ifjax import exchange
+    from ifjax import files as convert
+    from ifjax import measure as analysis
+    from ifjax import training as recipes
+    from ifjax.files import checkpoint
+    from ifjax.measure import mac, plots
     from ifjax.models.flax import interceptors
     from ifjax.models.flax.calibration import Calibration, calibrate
     from ifjax.models.flax.interceptors import quantized
     from ifjax.models.flax.nnx import PackedParam, with_recipes
     from ifjax.training import optim
-
-__version__ = "0.1.0"
 
 __all__ = [
     "FORMATS",
@@ -62,12 +65,18 @@ __all__ = [
     "Report",
     "Rule",
     "Scale",
+    "TableScale",
+    "__version__",
+    "analysis",
     "calibrate",
+    "checkpoint",
+    "convert",
     "default_rules",
     "dequantize",
     "device_put",
     "dot_general",
     "einsum",
+    "exchange",
     "explain_matmul",
     "fake_quantize",
     "fake_quantize_params",
@@ -83,6 +92,7 @@ __all__ = [
     "ms_eden",
     "open_file",
     "optim",
+    "plots",
     "prepack",
     "quantize",
     "quantize_params",
@@ -94,31 +104,41 @@ __all__ = [
     "save_file",
     "save_rules",
     "shardings",
-    "swizzle_scales",
-    "to_ml_dtypes",
     "trainable_mask",
     "training_report",
-    "unswizzle_scales",
     "with_recipes",
 ]
 
-_IN_FLAX = {
-    "optim": "ifjax.training.optim",
-    "interceptors": "ifjax.models.flax.interceptors",
-    "quantized": "ifjax.models.flax.interceptors",
-    "calibrate": "ifjax.models.flax.calibration",
+# What is imported when it is first asked for, and the extra that it needs.
+_LAZY_MODULES = {
+    "analysis": ("ifjax.measure", None),
+    "checkpoint": ("ifjax.files", None),
+    "convert": ("ifjax.files", None),
+    "exchange": ("ifjax.exchange", None),
+    "interceptors": ("ifjax.models.flax.interceptors", "flax"),
+    "mac": ("ifjax.measure.mac", None),
+    "optim": ("ifjax.training.optim", "flax"),
+    "plots": ("ifjax.measure.plots", None),
+    "recipes": ("ifjax.training", None),
+}
+_LAZY_NAMES = {
     "Calibration": "ifjax.models.flax.calibration",
     "PackedParam": "ifjax.models.flax.nnx",
+    "calibrate": "ifjax.models.flax.calibration",
+    "quantized": "ifjax.models.flax.interceptors",
     "with_recipes": "ifjax.models.flax.nnx",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """What imports flax, when it is asked for."""
-    if name not in _IN_FLAX:
+    """Import what is asked for, so that `import ifjax` is light and works without extras."""
+    if name not in _LAZY_MODULES and name not in _LAZY_NAMES:
         raise AttributeError(f"module 'ifjax' has no attribute {name!r}")
+    module, extra = _LAZY_MODULES.get(name) or (_LAZY_NAMES[name], "flax")
     try:
-        module = importlib.import_module(_IN_FLAX[name])
+        imported = importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"ifjax.{name} needs flax and optax: pip install 'ifjax[flax]'") from error
-    return module if name in ("interceptors", "optim") else getattr(module, name)
+        if extra is None:
+            raise
+        raise ImportError(f"ifjax.{name} needs flax and optax: pip install 'ifjax[{extra}]'") from error
+    return imported if name in _LAZY_MODULES else getattr(imported, name)

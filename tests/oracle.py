@@ -135,7 +135,8 @@ FORMATS = {
 
 
 class Result(NamedTuple):
-    """`ambiguous`: summation order, FMA or the flush of subnormals may choose the other candidate here."""
+    """`ambiguous`: summation order, FMA or the flush of subnormals may choose the other candidate here.
+    `lost`: in x's own units the float32 losses under- or overflow, so that the published code cannot choose here."""
 
     codes: np.ndarray  # u8 [r, n], one code a byte
     scales: np.ndarray  # u8 [r, n/B]
@@ -143,6 +144,7 @@ class Result(NamedTuple):
     deq: np.ndarray  # f32 [r, n]
     select: np.ndarray  # bool [r, n/B], the second candidate
     ambiguous: np.ndarray  # bool [r, n/B]
+    lost: np.ndarray  # bool [r, n/B]
 
 
 @np.errstate(all="ignore")
@@ -151,7 +153,8 @@ def quantize(x, fmt, *, loss="mse", block=None, block_2d=False, amax=None, headr
 
     `noise` holds one u in [0, 1) of x's shape for each candidate and makes E2M1 and INT4 stochastic, the only
     grids with such a path; `headroom` is 16/17 for `stochastic_unbiased`. `loss` is unused where there is one
-    candidate. Scaled values that are NaN, possible only for amax below 8e-36, get code 0.
+    candidate; it is taken in units of a power of two near amax. Scaled values that are NaN, possible only for amax
+    below 8e-36, get code 0.
     """
     fmt = _format(fmt, block)
     if np.ndim(x) != 2 or not np.isfinite(x).all():
@@ -166,12 +169,16 @@ def quantize(x, fmt, *, loss="mse", block=None, block_2d=False, amax=None, headr
     blocks = _cut(x, height, fmt.block)
     noises = [None] * 2 if noise is None else [_cut(np.asarray(u, F32), height, fmt.block) for u in noise]
     tries = [_encode(blocks, amax, fmt, i, headroom, noises[i]) for i in range(len(fmt.candidates))]
-    select, ambiguous = _select([deq - blocks for *_, deq in tries], loss)
+    errors = [deq - blocks for *_, deq in tries]
+    # A power of two changes no bit of what is in range.
+    power = F32(2.0 ** -np.floor(np.log2(amax))) if 2.0**-120 < amax < 2.0**120 else F32(1)
+    select, ambiguous = _select([e * power for e in errors], loss)
+    lost = _lost(errors, loss)
     pairs = zip(tries[0], tries[-1], strict=True)
     codes, byte, deq = (np.where(select[..., None], second, first) for first, second in pairs)
     codes, deq = (_paste(elements, height, fmt.block) for elements in (codes, deq))
-    scales, select, ambiguous = (np.repeat(a, height, axis=0) for a in (byte[..., 0], select, ambiguous))
-    return Result(codes, scales, amax, deq, select, ambiguous)
+    scales, *flags = (np.repeat(a, height, axis=0) for a in (byte[..., 0], select, ambiguous, lost))
+    return Result(codes, scales, amax, deq, *flags)
 
 
 @np.errstate(all="ignore")
@@ -342,6 +349,14 @@ def _select(errors, loss):
     first, second = (_sum(t) for t in terms)
     exact = [term(e.astype(np.float64)).sum(-1) for e in errors]
     return second < first, ~(terms[0] == terms[1]).all(-1) & _near(*exact, errors[0].shape[-1])
+
+
+def _lost(errors, loss):
+    """Where a square of an error, or their sum, leaves the range of normal float32."""
+    if len(errors) == 1 or loss != "mse":
+        return np.zeros(errors[0].shape[:-1], bool)
+    squares = [np.square(e.astype(np.float64)) for e in errors]
+    return sum((((s > 0) & (s < 2.0**-126)).any(-1) | (s.sum(-1) > FLT_MAX / 2)) for s in squares) > 0
 
 
 def _near(a, b, n):

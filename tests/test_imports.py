@@ -1,9 +1,11 @@
-"""The house stands on its floors: what each module may import, read from the sources with `ast`.
+"""The house stands on its rooms: what each file may import, read from the sources with `ast`.
 
-A module imports lower floors only. Within a floor the few arrows are listed one by one: a new one is a decision.
+One ordered list and no list of exceptions. A file imports its own room and lower ones; no name with a leading
+underscore leaves its file; no files import each other in a circle; a room's `__init__` lists what it shows.
 """
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,36 +16,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FLOORS = {
-    "_xla": -1,  # the ground: what the compiler must not be allowed to do
-    "grids": 0, "scales": 0, "packing": 0, "rounding": 0, "_hadamard": 0, "layouts": 0,
-    "formats": 1,
-    "codec": 2,
-    "qtensor": 3,
-    "_kernels": 4, "_matmul": 4,
-    "_gptq": 4, "_mseden": 4, "recipes": 5, "rules": 5, "report": 6, "ptq": 6,
-    "flax": 6, "optim": 6, "checkpoint": 6, "analysis": 6, "plots": 6, "mac": 6, "cli": 6, "__main__": 6,
-    "_files": 6, "_pieces": 6, "convert": 6, "exchange": 6,
-}  # fmt: skip
-SAME_FLOOR = {
-    ("scales", "grids"), ("rounding", "grids"),
-    ("_matmul", "_kernels"),
-    ("rules", "recipes"),
-    ("ptq", "report"), ("ptq", "flax"),  # what a Flax model says of its parameters
-    ("cli", "analysis"), ("cli", "plots"), ("__main__", "cli"),
-    # Checkpoints: bytes in files and matrices in pieces, then trees, then what goes from file to file.
-    ("_files", "analysis"), ("_pieces", "analysis"),
-    ("checkpoint", "_files"), ("checkpoint", "analysis"), ("checkpoint", "ptq"),
-    ("convert", "_files"), ("convert", "_pieces"), ("convert", "analysis"), ("convert", "checkpoint"),
-    ("convert", "ptq"), ("convert", "report"),
-    ("cli", "_files"), ("cli", "checkpoint"), ("cli", "convert"),
-    ("exchange", "_files"),
-}  # fmt: skip
-TOP = max(FLOORS.values())
+# From the ground up. The first three are single files.
+ROOMS = (
+    "version", "lookup", "atomic", "numerics", "formats", "codec", "arrays", "products", "training", "models", "files",
+    "exchange", "measure", "cli",
+)  # fmt: skip
+FLOORS = {room: floor for floor, room in enumerate(ROOMS)} | {"__main__": len(ROOMS), "__init__": len(ROOMS)}
 
 # Everything else is imported inside the function that needs it: `import ifjax` is light and works without extras.
 AT_MODULE_LEVEL = {"ifjax", "pallas_kernels", "jax", "jaxtyping", "ml_dtypes", "numpy", "opt_einsum", "rich"}
-ONLY_IN = {"flax": {"flax"}, "optax": {"flax", "optim"}, "pallas_kernels": {"_kernels"}}
+# Folders and files that may import these.
+ONLY_IN = {
+    "flax": ("ifjax/models/flax/",), "optax": ("ifjax/models/flax/", "ifjax/training/optim.py"),
+    "pallas_kernels": ("ifjax/products/",),
+}  # fmt: skip
 
 
 class Import(NamedTuple):
@@ -78,37 +64,55 @@ def read_imports(source: str, package: str) -> Iterator[Import]:
     return visit(ast.parse(source), True)
 
 
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def borrowed(source: str, package: str) -> Iterator[tuple[str, int]]:
+    """Names with a leading underscore that come from another file of ours, by import or as an attribute."""
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                modules.add((alias.asname or alias.name).split(".")[0])
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in modules:
+                yield f"{ast.unparse(node.value)}.{node.attr}", node.lineno
+    for name, line, _ in read_imports(source, package):
+        if name.split(".")[0] in PACKAGES and any(is_private(part) for part in name.split(".")):
+            yield name, line
+
+
 def find_faults(file: str, source: str) -> list[str]:
     """What is wrong with the imports of `file` (its path from the root), one sentence a fault."""
     package, *inner = Path(file).with_suffix("").parts
-    imports = list(read_imports(source, ".".join([package, *inner[:-1]])))
+    dotted = ".".join([package, *inner[:-1]])
+    imports = list(read_imports(source, dotted))
+    faults = [f"{file}:{line} uses {name}, which is private to its file" for name, line in borrowed(source, dotted)]
     if package == "pallas_kernels":
         allowed = {"jax", "pallas_kernels"} | sys.stdlib_module_names
-        return [
+        return faults + [
             f"{file}:{line} imports {name}: kernels import jax and the standard library only"
             for name, line, _ in imports
             if name.split(".")[0] not in allowed
         ]
+    if inner[0] not in FLOORS:
+        return [*faults, f"{file}: give {inner[0]} a place in ROOMS of {Path(__file__).name}"]
 
-    module = inner[0]
-    if module == "__init__":  # the shop window: it shows every floor
-        floor = TOP + 1
-    elif module in FLOORS:
-        floor = FLOORS[module]
-    else:
-        return [f"{file}: give {module} a floor in {Path(__file__).name}"]
-
-    faults = []
+    room = inner[0]
     for name, line, on_import in imports:
         first, *rest = name.split(".")
         if first == "ifjax":
-            # A name that is no module comes from ifjax/__init__, which imports the whole house.
+            # A name that is no room comes from ifjax/__init__, which imports the whole house.
             other = rest[0] if rest and rest[0] in FLOORS else "__init__"
-            below = FLOORS[other] < floor if other in FLOORS else floor >= TOP
-            if not (below or other == module or (module, other) in SAME_FLOOR):
-                faults.append(f"{file}:{line} imports {name}: {module} (floor {floor}) may import lower floors only")
-        elif first in ONLY_IN and module not in ONLY_IN[first]:
-            faults.append(f"{file}:{line} imports {name}: only {sorted(ONLY_IN[first])} may")
+            if FLOORS[other] > FLOORS[room]:
+                lower = ", ".join(ROOMS[: FLOORS[room]])
+                faults.append(f"{file}:{line} imports {name}: {room} may import {lower} only")
+        elif first in ONLY_IN and not file.startswith(ONLY_IN[first]):
+            faults.append(f"{file}:{line} imports {name}: only {', '.join(ONLY_IN[first])} may")
         elif first in ONLY_IN or first in AT_MODULE_LEVEL or first in sys.stdlib_module_names:
             pass
         elif on_import:
@@ -120,9 +124,56 @@ PACKAGES = ("ifjax", "pallas_kernels")
 FILES = sorted(path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 
 
+def test_rooms_are_those_on_disk():
+    paths = (ROOT / "ifjax").iterdir()
+    assert {path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").exists()} == set(FLOORS)
+
+
 @pytest.mark.parametrize("file", FILES)
-def test_each_module_imports_lower_floors_only(file):
+def test_each_file_imports_its_room_and_lower_ones(file):
     assert find_faults(file, (ROOT / file).read_text(encoding="utf-8")) == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    def module_of(file):
+        parts = Path(file).with_suffix("").parts
+        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+    modules = {module_of(file): file for file in FILES}
+    arrows = {}
+    for module, file in modules.items():
+        package = module if file.endswith("__init__.py") else module.rpartition(".")[0]
+        imported = read_imports((ROOT / file).read_text(encoding="utf-8"), package)
+        names = {name for i in imported if i.on_import for name in (i.name, i.name.rpartition(".")[0])}
+        arrows[module] = {name for name in names if name in modules and name != module}
+        # "from ifjax.x import y" where y is a file is an arrow to that file, not to the room's window.
+        arrows[module] -= {name for name in arrows[module] if any(n.startswith(f"{name}.") for n in arrows[module])}
+    state = {}
+
+    def visit(module, path):
+        assert state.get(module) != "open", " -> ".join([*path, module])
+        if module not in state:
+            state[module] = "open"
+            for other in arrows[module]:
+                visit(other, [*path, module])
+            state[module] = "done"
+
+    for module in modules:
+        visit(module, [])
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if (ROOT / "ifjax" / room).is_dir()])
+def test_a_room_lists_what_it_shows(room):
+    module = importlib.import_module(f"ifjax.{room}")
+    assert module.__doc__, f"ifjax.{room} needs a docstring"
+    shown = module.__all__
+    assert len(set(shown)) == len(shown) and not [name for name in shown if name.startswith("_")]
+    for name in shown:
+        assert getattr(module, name) is not None
+    source = (ROOT / "ifjax" / room / "__init__.py").read_text(encoding="utf-8")
+    names = [name for name, _, _ in read_imports(source, f"ifjax.{room}")]
+    imported = {name.rpartition(".")[2] for name in names if name.startswith("ifjax")}
+    assert imported <= set(shown), f"imported, but not in __all__: {sorted(imported - set(shown))}"
 
 
 def test_import_ifjax_leaves_the_extras_alone():
@@ -132,24 +183,27 @@ def test_import_ifjax_leaves_the_extras_alone():
     assert (ran.returncode, ran.stdout.strip()) == (0, "[]"), ran.stderr
 
 
-def test_arrows_within_a_floor_stay_on_it():
-    assert all(FLOORS[a] == FLOORS[b] for a, b in SAME_FLOOR)
+def test_what_the_package_shows_by_name_is_there():
+    import ifjax
+
+    for name in ifjax.__all__:
+        assert getattr(ifjax, name) is not None
 
 
 @pytest.mark.parametrize(
     "file, source",
     [
-        ("ifjax/codec.py", "from ifjax.formats import Format"),
-        ("ifjax/codec.py", "from . import grids, scales"),
-        ("ifjax/codec.py", "from .rounding import round_to_grid"),
-        ("ifjax/codec.py", "import functools\nimport jax.numpy as jnp\nfrom jaxtyping import Array"),
-        ("ifjax/cli.py", "import ifjax\nfrom ifjax import analysis"),
-        ("ifjax/cli.py", "def read():\n    from safetensors import safe_open"),
-        ("ifjax/plots.py", "def show():\n    import matplotlib.pyplot as plt"),
-        ("ifjax/plots.py", "if TYPE_CHECKING:\n    from matplotlib.figure import Figure"),
-        ("ifjax/_kernels.py", "from pallas_kernels import tiles"),
-        ("ifjax/flax/__init__.py", "from .linen import quantize_params"),
-        ("ifjax/flax/linen.py", "import flax.linen as nn\nimport optax\nfrom .. import rules\nfrom ..codec import x"),
+        ("ifjax/codec/encode.py", "from ifjax.formats import Format"),
+        ("ifjax/codec/encode.py", "from . import blocks, decode"),
+        ("ifjax/codec/encode.py", "from .rounding import NEAREST"),
+        ("ifjax/codec/encode.py", "import functools\nimport jax.numpy as jnp\nfrom jaxtyping import Array"),
+        ("ifjax/codec/encode.py", "class A:\n    def f(self):\n        return self._x + other._y"),
+        ("ifjax/cli/main.py", "from ifjax import measure"),
+        ("ifjax/files/orbax.py", "def read():\n    from safetensors import safe_open"),
+        ("ifjax/measure/plots.py", "def show():\n    import matplotlib.pyplot as plt"),
+        ("ifjax/measure/plots.py", "if TYPE_CHECKING:\n    from matplotlib.figure import Figure"),
+        ("ifjax/products/backends.py", "from pallas_kernels import tiles"),
+        ("ifjax/models/flax/linen.py", "import flax.linen as nn\nimport optax\nfrom ...codec import x"),
         ("ifjax/__init__.py", "from ifjax.cli import main\nfrom .codec import encode"),
         ("pallas_kernels/gpu_matmul.py", "import math\nfrom jax.experimental import pallas\nfrom . import tiles"),
     ],
@@ -161,28 +215,29 @@ def test_checker_accepts(file, source):
 @pytest.mark.parametrize(
     "file, source, fault",
     [
-        ("ifjax/tricks.py", "", "give tricks a floor"),
-        ("ifjax/grids.py", "from ifjax.codec import encode", "lower floors only"),
-        ("ifjax/grids.py", "from ifjax import codec", "lower floors only"),
-        ("ifjax/grids.py", "from . import codec", "lower floors only"),
-        ("ifjax/grids.py", "from .codec import encode", "lower floors only"),
-        ("ifjax/grids.py", "import ifjax.codec as c", "lower floors only"),
-        ("ifjax/grids.py", "def late():\n    from ifjax.codec import encode", "lower floors only"),
-        ("ifjax/grids.py", "try:\n    from ifjax import scales\nexcept ImportError:\n    pass", "lower floors only"),
-        ("ifjax/codec.py", "import ifjax", "lower floors only"),
-        ("ifjax/codec.py", "from ifjax import quantize", "lower floors only"),
-        ("ifjax/codec.py", "from ifjax import *", "lower floors only"),
-        ("ifjax/rules.py", "from .flax import linen", "lower floors only"),
-        ("ifjax/plots.py", "from ifjax import analysis", "lower floors only"),
-        ("ifjax/flax/linen.py", "from ..cli import main", "lower floors only"),
-        ("ifjax/ptq.py", "def late():\n    import flax", "only ['flax'] may"),
-        ("ifjax/recipes.py", "from optax import tree_utils", "only ['flax', 'optim'] may"),
-        ("ifjax/qtensor.py", "def late():\n    from pallas_kernels import tiles", "only ['_kernels'] may"),
-        ("ifjax/__init__.py", "import pallas_kernels", "only ['_kernels'] may"),
-        ("ifjax/plots.py", "import matplotlib.pyplot as plt", "at module level"),
-        ("ifjax/checkpoint.py", "if True:\n    from safetensors import safe_open", "at module level"),
-        ("ifjax/checkpoint.py", "class A:\n    import torch", "at module level"),
-        ("ifjax/cli.py", "import pandas", "at module level"),
+        ("ifjax/tricks.py", "", "give tricks a place"),
+        ("ifjax/formats/grids.py", "from ifjax.codec import encode", "formats may import"),
+        ("ifjax/formats/grids.py", "from ifjax import codec", "formats may import"),
+        ("ifjax/formats/grids.py", "from .. import codec", "formats may import"),
+        ("ifjax/formats/grids.py", "from ..codec import encode", "formats may import"),
+        ("ifjax/formats/grids.py", "import ifjax.codec as c", "formats may import"),
+        ("ifjax/formats/grids.py", "def late():\n    from ifjax.codec import encode", "formats may import"),
+        ("ifjax/formats/grids.py", "try:\n    from ifjax import arrays\nexcept ImportError:\n    pass", "may import"),
+        ("ifjax/codec/encode.py", "import ifjax", "codec may import"),
+        ("ifjax/codec/encode.py", "from ifjax import quantize", "codec may import"),
+        ("ifjax/codec/encode.py", "from ifjax import *", "codec may import"),
+        ("ifjax/codec/encode.py", "from ifjax.formats.grids import _hidden", "private to its file"),
+        ("ifjax/codec/encode.py", "from ifjax.codec import search\nsearch._word(1)", "private to its file"),
+        ("ifjax/models/rules.py", "from ifjax.measure import plots", "models may import"),
+        ("ifjax/models/flax/linen.py", "from ...cli import main", "models may import"),
+        ("ifjax/models/ptq.py", "def late():\n    import flax", "only ifjax/models/flax/ may"),
+        ("ifjax/training/recipes.py", "from optax import tree_utils", "ifjax/training/optim.py may"),
+        ("ifjax/arrays/qtensor.py", "def late():\n    from pallas_kernels import tiles", "only ifjax/products/ may"),
+        ("ifjax/__init__.py", "import pallas_kernels", "only ifjax/products/ may"),
+        ("ifjax/measure/plots.py", "import matplotlib.pyplot as plt", "at module level"),
+        ("ifjax/files/orbax.py", "if True:\n    from safetensors import safe_open", "at module level"),
+        ("ifjax/files/orbax.py", "class A:\n    import torch", "at module level"),
+        ("ifjax/cli/main.py", "import pandas", "at module level"),
         ("pallas_kernels/tiles.py", "def late():\n    import ifjax", "standard library only"),
         ("pallas_kernels/tiles.py", "import numpy", "standard library only"),
     ],

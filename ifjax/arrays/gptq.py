@@ -16,7 +16,6 @@ its first row is reached, by trying each on all of the block's rows with this fe
 r_k^2 (x_k - q_k)^2 is the error that the block adds.
 """
 
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,21 +25,26 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ifjax import codec
+from ifjax.arrays.blocking import Blocking
 from ifjax.arrays.qtensor import QTensor
-from ifjax.arrays.quantize import Search, _checked, quantize
-from ifjax.formats import Format, get_format
+from ifjax.arrays.quantize import checked, quantize
+from ifjax.codec import Encoding, Loss, Search
+from ifjax.codec.blocks import pad_axis, split_blocks
+from ifjax.codec.encode import amax_of
+from ifjax.codec.feedback import FeedbackBlock, encode_block, with_feedback
+from ifjax.codec.headers import TensorScale, header_bytes, normalized
+from ifjax.formats import Format
 from ifjax.numerics.packing import pack
 
 
 def gptq(
     w: Float[ArrayLike, "..."],
     hessian: Float[ArrayLike, "K K"],
-    fmt: str | Format = "if4",
+    fmt: str | Format | Encoding = "if4",
     *,
     axis: int = -2,
-    loss: codec.Loss | None = None,
-    search: Search | None = None,
+    loss: Loss | None = None,
+    search: str | Search | None = None,
     damping: float = 0.01,
 ) -> QTensor:
     """Quantize a weight for the inputs that it is multiplied by: later values make up for earlier ones' errors.
@@ -85,20 +89,24 @@ def gptq(
         >>> bool(jnp.linalg.norm(x @ (w - q.dequantize())) < 0.5 * jnp.linalg.norm(x @ (w - plain.dequantize())))
         True
     """
-    w, settings = _checked(w, fmt, axis, loss, "nearest", None, False, None, (), search)
-    fmt, axis = get_format(fmt), settings["axis"]
+    how = Encoding.of(fmt, loss=loss, search=search)
+    if how.block_2d:
+        raise ValueError("gptq feeds errors along one axis, and block_2d shares scales across: use one of them")
+    w, place = checked(w, how, axis)
+    axis = place["axis"]
     hessian = _checked_hessian(hessian, w.shape[axis])
     if not 0 <= damping < np.inf:
         raise ValueError(f"damping must be finite and not negative, got {damping}")
     if w.size == 0:
-        return quantize(w, fmt, axis=axis)
-    factor, order = _factor(hessian, jnp.float32(damping), fmt.block)
+        return quantize(w, how, axis=axis)
+    factor, order = _factor(hessian, jnp.float32(damping), how.fmt.block)
     if not isinstance(factor, Tracer) and not bool(jnp.isfinite(factor).all()):
         raise ValueError(
             f"hessian with damping={damping} has no Cholesky factor, so it is no sum of x^T x, or damping is too small "
             "for its rounding errors: write damping=0.01"
         )
-    return _gptq(lax.stop_gradient(w), factor, order, fmt=fmt, axis=axis, loss=loss, search=search)
+    own_loss = loss is None and not isinstance(fmt, Encoding)
+    return _gptq(lax.stop_gradient(w), factor, order, how=how, axis=axis, own_loss=own_loss)
 
 
 def _checked_hessian(hessian, k):
@@ -120,7 +128,7 @@ def _checked_hessian(hessian, k):
 def _factor(hessian, damping, block):
     """R [m B, m B] of the damped Hessian, filled up and its blocks put in order, and that order, int32 [m]."""
     k, length = len(hessian), -(-len(hessian) // block) * block
-    hessian = codec.pad_axis(codec.pad_axis(hessian, length, -1), length, -2)
+    hessian = pad_axis(pad_axis(hessian, length, -1), length, -2)
     largest = jnp.max(jnp.diagonal(hessian))
     hessian = jnp.where(largest > 0, hessian / largest, 0)
     diagonal = jnp.diagonal(hessian)
@@ -133,120 +141,38 @@ def _factor(hessian, damping, block):
     return lax.linalg.cholesky(hessian[::-1, ::-1], symmetrize_input=True)[::-1, ::-1], order
 
 
-class _Step(NamedTuple):
-    """What the feedback inside a block needs; columns N stand for all axes of w but the blocked one."""
-
-    x: jax.Array  # float32 [B, N]: the block with what earlier blocks left, in units of the tensor's power
-    w: jax.Array  # float32 [B, N]: the block itself, in the same units
-    within: jax.Array  # float32 [B, B]: L inside the block
-    weight: jax.Array  # float32 [B]: r^2 inside the block
-
-
-@jax.jit(static_argnames=("fmt", "axis", "loss", "search"))
-def _gptq(w, factor, order, *, fmt, axis, loss, search):
+@jax.jit(static_argnames=("how", "axis", "own_loss"))
+def _gptq(w, factor, order, *, how, axis, own_loss):
+    fmt = how.fmt
     block, k = fmt.block, w.shape[axis]
     columns = jnp.moveaxis(w, axis, 0).astype(jnp.float32)
-    blocks = codec.split_blocks(columns.reshape(k, -1), block, -2)[order]  # [m, B, N]
-    amax, tensor = None, None
-    if fmt.scale.largest is not None:
-        amax = jnp.max(jnp.where(jnp.isfinite(blocks), jnp.abs(blocks), 0))
-        power, scaled_amax = codec.tensor_scale(amax, 1)
+    blocks = split_blocks(columns.reshape(k, -1), block, -2)[order]  # [m, B, N]
+    amax = amax_of(jnp.where(jnp.isfinite(blocks), jnp.abs(blocks), 0), ())
+    power, normal = normalized(amax, 1)
+    unit, tensor = power.reshape(()), None
+    if fmt.has_tensor_scale:
         # From here on all is in units of the power, which then is 1.
-        blocks, tensor = blocks * power.reshape(()), codec.TensorScale(jnp.ones_like(power), scaled_amax)
+        blocks, unit, tensor = blocks * unit, jnp.float32(1), TensorScale(jnp.ones_like(power), normal)
 
     r = jnp.diagonal(factor)
     lower = (factor / r[None]).T.reshape(*blocks.shape[:2], len(factor))  # [m, B, m B]
     weights = (r * r).reshape(blocks.shape[:2])
 
-    def encode_block(errors, at):
+    def next_block(errors, at):
         """Errors w - q [m B, N] of the blocks before this one, and the number of this one."""
         feedback = jnp.dot(lower[at], errors, precision=lax.Precision.HIGHEST)
         within = lax.dynamic_slice_in_dim(lower[at], at * block, block, axis=1)
         # In units of the largest: equal weights are 1, and the losses those of `quantize`.
         weight = weights[at] / jnp.max(weights[at])
-        step = _Step(_add(blocks[at], feedback), blocks[at], within, weight)
-        word = _choose(step, tensor, fmt, loss, search)
-        codes, error = _encode(step, word, tensor, fmt)
-        errors = lax.dynamic_update_slice_in_dim(errors, error, at * block, axis=0)
-        return errors, (codes, (word & 0xFF).astype(jnp.uint8))
+        step = FeedbackBlock(with_feedback(blocks[at], feedback), blocks[at], within, weight, unit)
+        codes, header, error = encode_block(step, tensor, how, own_loss)
+        return lax.dynamic_update_slice_in_dim(errors, error, at * block, axis=0), (codes, header)
 
     errors = jnp.zeros((len(factor), blocks.shape[-1]), jnp.float32)
-    _, (codes, scales) = lax.scan(encode_block, errors, jnp.arange(len(blocks)))
-    codes, scales = codes[jnp.argsort(order)], scales[jnp.argsort(order)]
+    _, (codes, headers) = lax.scan(next_block, errors, jnp.arange(len(blocks)))
+    codes, headers = codes[jnp.argsort(order)], headers[jnp.argsort(order)]
     codes = jnp.moveaxis(codes.reshape(-1, *columns.shape[1:]), 0, axis)
-    scales = jnp.moveaxis(scales.reshape(-1, *columns.shape[1:]), 0, axis)
-    return QTensor(
-        codes=pack(codes, fmt.bits, axis),
-        scales=lax.bitcast_convert_type(scales, fmt.scale.dtype),
-        amax=amax,
-        fmt=fmt,
-        headroom=1.0,
-        axis=axis,
-        length=k,
-        dtype=w.dtype,
-        block_2d=False,
-    )
-
-
-def _choose(step, tensor, fmt, loss, search):
-    """int32 [N]: the scale byte of the best candidate, flag included, and the candidate's index << 8."""
-    peaks = codec._peaks(step.x, -2, None)
-    bytes_ = codec._bytes_for_peak(codec._as_float(codec._magnitude(peaks)), tensor, fmt, 1.0)
-    if loss is not None:
-        return codec._choose(step.x, peaks, tensor, None, fmt, -2, loss, 1.0, None, search)
-
-    def loss_of(i, byte):
-        terms = _round(step, byte, tensor, fmt, i)[1]
-        return codec._tree(jnp.add, codec._unstack(terms, 0))
-
-    trials = [(byte, loss_of(i, byte)) for i, byte in enumerate(bytes_)]
-    best = codec._better(trials[0], trials[1:], fmt, first=1)
-    if search is not None:
-        relative, window = codec._trials(search, fmt)
-
-        def try_next(best, code):
-            codes = [byte + code if relative else jnp.full_like(byte, code) for byte in bytes_]
-            codes = [jnp.clip(code, 1, fmt.scale.top) for code in codes]
-            return codec._better(best, [(byte, loss_of(i, byte)) for i, byte in enumerate(codes)], fmt), None
-
-        best, _ = lax.scan(try_next, best, window)
-    return jnp.where(peaks < 0, fmt.scale.nan, best[0])
-
-
-def _round(step, byte, tensor, fmt, i):
-    """Errors w - q and weighted losses [B, N] of candidate i with scale bytes [N], one row after the other."""
-    scale = fmt.scale.decode(byte)
-    inverse = codec._inverse(scale, tensor, fmt, 1.0)
-
-    def next_row(errors, at):
-        x = _add(step.x[at], jnp.dot(step.within[at], errors, precision=lax.Precision.HIGHEST))
-        x, decoded = codec._decoded(x, None, inverse, scale, tensor, fmt.candidates[i], fmt, 1.0)
-        errors = errors.at[at].set(_finite(step.w[at] - decoded))
-        return errors, codec._squared(decoded - x) * step.weight[at]
-
-    return lax.scan(next_row, jnp.zeros_like(step.x), jnp.arange(fmt.block))
-
-
-def _encode(step, word, tensor, fmt):
-    """uint8 codes [B, N] for the chosen scale bytes and candidates, and errors w - q [B, N] of what they decode to."""
-    byte, flag = word & 0xFF, (word & 0x80) >> 7
-    inverse = codec._inverse(codec._scale_value(byte, fmt), tensor, fmt, 1.0)
-    amax = None if tensor is None else tensor.amax.reshape(())
-
-    def next_row(errors, at):
-        x = _add(step.x[at], jnp.dot(step.within[at], errors, precision=lax.Precision.HIGHEST))
-        codes = codec._pick(flag, codec._codes(x, None, inverse, 1, codec._one_for_each_decoding(fmt), fmt))
-        decoded = codec.decode(codes, byte, fmt, amax=amax)
-        return errors.at[at].set(_finite(step.w[at] - decoded)), codes.astype(jnp.uint8)
-
-    errors, codes = lax.scan(next_row, jnp.zeros_like(step.x), jnp.arange(fmt.block))
-    return codes, errors
-
-
-def _add(w, feedback):
-    """w + feedback, and w itself where there is none: adding 0 would flush subnormals and drop the sign of -0."""
-    return jnp.where(feedback == 0, w, w + feedback)
-
-
-def _finite(error):
-    return jnp.where(jnp.isfinite(error), error, 0)
+    headers = jnp.moveaxis(headers.reshape(-1, *columns.shape[1:]), 0, axis)
+    scales = header_bytes(headers, fmt.scale.nbytes, axis)
+    amax = amax if fmt.has_tensor_scale else None
+    return QTensor(pack(codes, fmt.bits, axis), scales, amax, Blocking(fmt, axis, k, w.dtype))

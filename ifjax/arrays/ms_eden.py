@@ -14,11 +14,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
-from ifjax import codec
-from ifjax.formats import Candidate, Format, get_format
+from ifjax.codec import ROUNDINGS, Rounding
+from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks
+from ifjax.codec.headers import normalized
+from ifjax.formats import E4M3, Candidate, Format, get_format
 from ifjax.numerics.hadamard import SIZES, hadamard
 from ifjax.numerics.xla import divide
 
@@ -78,7 +79,7 @@ def ms_eden(
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     z = hadamard(x.astype(jnp.float32) if is_narrow else x, axis=axis, size=size, signs=signs)
     axis = axis % x.ndim - x.ndim
-    groups = codec.split_blocks(z.astype(jnp.float32), fmt.block, axis)
+    groups = split_blocks(z.astype(jnp.float32), fmt.block, axis)
     shape = tuple(n for i, n in enumerate(groups.shape) if i != groups.ndim + axis)
     if key is not None:
         noise = jax.random.uniform(key, shape, jnp.float32)
@@ -87,7 +88,7 @@ def ms_eden(
         raise ValueError(f"noise must have one number for each block, shape {shape}, got {noise.shape}")
     amax = None if amax is None else jnp.asarray(amax, jnp.float32)
     values = _rounded(groups, jnp.expand_dims(noise, axis), amax, fmt=fmt, axis=axis, size=size)
-    return codec.merge_blocks(values, axis).astype(x.dtype)
+    return merge_blocks(values, axis).astype(x.dtype)
 
 
 def check_format(fmt: str | Format, size: int) -> Format:
@@ -97,9 +98,9 @@ def check_format(fmt: str | Format, size: int) -> Format:
         ValueError: it does not; the message says why.
     """
     fmt = get_format(fmt)
-    if not fmt.scale.name.startswith("e4m3"):
+    if fmt.scale != E4M3 or not fmt.has_tensor_scale:
         raise ValueError(f"MS-EDEN corrects E4M3 scales, and {fmt.name} has {fmt.scale.name}: use nvfp4 or if4")
-    if any(c.stretch != 1 for c in fmt.candidates):
+    if any(c.scale_multiplier != 1 or c.peak is not None or c.offset for c in fmt.candidates):
         raise ValueError(
             f"MS-EDEN gives a block one scale, and {fmt.name} chooses between two: use nvfp4, as the published "
             "recipes do for backward passes beside a fouroversix forward pass"
@@ -115,7 +116,7 @@ def _rounded(z, noise, amax, *, fmt, axis, size):
     peaks = jnp.max(jnp.abs(z), axis, keepdims=True, initial=0)
     if amax is None:
         amax = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0), initial=0)
-    power, amax = codec.tensor_scale(amax, z.ndim)  # keeps `unit` from being subnormal
+    power, amax = normalized(amax, z.ndim)  # keeps `unit` from being subnormal
     peak = np.float32(fmt.grid.max / _PEAK_OVER)
     unit = jnp.where(amax > 0, divide(divide(amax, np.float32(_LARGEST_SCALE)), peak), 1)
     byte = fmt.scale.encode(divide(divide(peaks * power, peak), unit))
@@ -133,12 +134,12 @@ def _rounded(z, noise, amax, *, fmt, axis, size):
 
     # One factor for each vector of the rotation, which holds size / B groups.
     def of_vectors(a):
-        runs = codec.split_blocks(jnp.squeeze(_sum(a, axis), axis), size // fmt.block, axis)
+        runs = split_blocks(jnp.squeeze(_sum(a, axis), axis), size // fmt.block, axis)
         return jnp.broadcast_to(_sum(runs, axis), runs.shape)
 
     above, below = of_vectors(_product(y, y)), of_vectors(_product(y, q))
     factor = jnp.where(below == 0, 1, divide(above, below))
-    factor = jnp.expand_dims(codec.merge_blocks(factor, axis), axis)
+    factor = jnp.expand_dims(merge_blocks(factor, axis), axis)
     values = q * _stochastic(scale * factor, noise, fmt.scale) * unit * (1 / power)
     return jnp.where(jnp.isfinite(peaks), values, jnp.nan)
 
@@ -159,7 +160,7 @@ def _stochastic(value, noise, scale):
 def _product(a, b):
     # Without the last bit no compiler can contract this product and the sum that follows to a fused multiply-add,
     # which some programs would do and others not.
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(a * b, jnp.int32) & ~1, jnp.float32)
+    return as_float(bits_of(a * b) & ~1)
 
 
 def _sum(a, axis):
@@ -168,3 +169,7 @@ def _sum(a, axis):
         a, b = jnp.split(a, 2, axis)
         a = a + b
     return a
+
+
+# As a record, for the operands of recipes.
+MS_EDEN = ROUNDINGS.register(Rounding("ms_eden", operand=ms_eden, check=check_format))

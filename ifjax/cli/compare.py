@@ -16,24 +16,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ifjax import __version__
 from ifjax import measure as analysis
 from ifjax.cli.terminal import (
-    _add_json,
-    _add_search,
-    _command,
-    _console,
-    _progress,
-    _size,
-    _table,
-    _tracked,
-    _without_infinities,
+    add_command,
+    add_json,
+    add_search,
+    plain_table,
+    progress_bar,
+    size_of,
+    terminal_console,
+    tracked,
+    without_infinities,
 )
+from ifjax.files import FileError
+from ifjax.files.safetensors import read_header
 from ifjax.formats import get_format
+from ifjax.version import __version__
 
 
-def _add_compare(commands) -> None:
-    parser = _command(
+def add_compare(commands) -> None:
+    parser = add_command(
         commands, "compare", _compare, "what each format costs, on the weights of a file or on samples",
         "Quantize the weights of a safetensors file to each format, one tensor at a time, and report bits a\n"
         "value, size, SQNR, relative error and the share of blocks that took integers.\n"
@@ -56,8 +58,8 @@ def _add_compare(commands) -> None:
         "does; -2 for [in, out])",
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="quantize biases, norms and other vectors too")
-    _add_search(parser)
-    _add_json(parser)
+    add_search(parser)
+    add_json(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write errors.png and choices.png there")
 
 
@@ -84,27 +86,27 @@ def _compare(options: argparse.Namespace) -> None:
         path, source = analysis.sample_path(), analysis.SAMPLE_SOURCE
     else:
         path, source = options.file, options.file.name
-    entries = analysis.read_header(path)
-    with _progress() as progress:
+    entries = read_header(path)
+    with progress_bar() as progress:
         if options.file is None:
             rows = analysis.synthetic_table(formats, search=options.search)
             count = len(formats) * len(analysis.DISTRIBUTIONS)
-            synthetic = tuple(_tracked(progress, rows, [1] * count, ["random samples"] * count))
+            synthetic = tuple(tracked(progress, rows, [1] * count, ["random samples"] * count))
         reports = analysis.file_reports(
             path, entries, formats, axis=options.axis, everything=options.all, search=options.search
         )
         names, sizes = [entry.name for entry in entries], [entry.nbytes for entry in entries]
-        report = analysis.Report(source, tuple(_tracked(progress, reports, sizes, names)))
+        report = analysis.Report(source, tuple(tracked(progress, reports, sizes, names)))
     if not report.quantized:
-        raise analysis.FileError(f"{path} has nothing to measure: {_why_nothing(report)}")
+        raise FileError(f"{path} has nothing to measure: {_why_nothing(report)}")
 
     if options.json:
         result = {"axis": options.axis, "search": options.search, "version": __version__} | report.to_dict()
         if synthetic is not None:
             result["synthetic"] = [_synthetic_dict(row) for row in synthetic]
-        print(json.dumps(_without_infinities(result), indent=1))
+        print(json.dumps(without_infinities(result), indent=1))
     else:
-        console = _console()
+        console = terminal_console()
         if synthetic is not None:
             _print_synthetic(console, synthetic)
         _print_report(console, report)
@@ -133,7 +135,7 @@ def _write_plots(report, folder: Path) -> None:
     from ifjax.measure import plots
 
     figures = {"errors.png": plots.plot_errors(report)}
-    if any(error.second_share is not None for error in report.total.values()):
+    if any(error.choice_share is not None for error in report.total.values()):
         figures["choices.png"] = plots.plot_choices(report)
     for name, figure in figures.items():
         figure.savefig(folder / name)
@@ -143,7 +145,7 @@ def _write_plots(report, folder: Path) -> None:
 def _print_synthetic(console: Console, rows) -> None:
     distributions = list(dict.fromkeys(row.distribution for row in rows))
     cells = {(row.distribution, row.fmt): row for row in rows}
-    table = _table("format", *distributions)
+    table = plain_table("format", *distributions)
     for fmt in dict.fromkeys(row.fmt for row in rows):
         table.add_row(fmt, *(_synthetic_cell(cells[distribution, fmt]) for distribution in distributions))
     console.print(f"Random samples of {rows[0].error.values} values: squared error over squared signal, x 1e-3")
@@ -155,8 +157,8 @@ def _print_synthetic(console: Console, rows) -> None:
 
 def _synthetic_cell(row) -> Text:
     cell = Text(_thousandths(row.error.normalized_mse), "bold")
-    if row.error.second_share is not None:
-        cell.append(f"  {row.error.second_share:.0%}", "not bold")
+    if row.error.choice_share is not None:
+        cell.append(f"  {row.error.choice_share:.0%}", "not bold")
     published = {number.source.startswith("arXiv"): number.normalized_mse for number in row.published}
     if published:
         numbers = f"{published[True] * 1e3:.1f}; " if True in published else ""
@@ -170,13 +172,13 @@ def _thousandths(value: float) -> str:
 
 
 def _print_report(console: Console, report) -> None:
-    table = _table("tensor", "format", *_FIGURES)
+    table = plain_table("tensor", "format", *_FIGURES)
     table.columns[0].overflow = "fold"
     table.columns[1].justify = "left"
     for t in report.quantized:
         columns = zip(*map(_figures, t.errors.values()), strict=True)
         shape = " x ".join(map(str, t.shape))
-        name = Text(t.name).append(f"\n{shape} {t.dtype}, {_size(t.nbytes)}", "dim")
+        name = Text(t.name).append(f"\n{shape} {t.dtype}, {size_of(t.nbytes)}", "dim")
         table.add_row(name, "\n".join(t.errors), *map("\n".join, columns), end_section=True)
     console.print(f"\n{report.source}")
     console.print(table)
@@ -186,10 +188,10 @@ def _print_report(console: Console, report) -> None:
         console.print("\nNot quantized")
         console.print(_left_table(left))
 
-    table = _table("format", *_FIGURES)
+    table = plain_table("format", *_FIGURES)
     for name, error in report.total.items():
         table.add_row(name, *_figures(error))
-    before, rest = (_size(sum(t.nbytes for t in tensors)) for tensors in (report.quantized, left))
+    before, rest = (size_of(sum(t.nbytes for t in tensors)) for tensors in (report.quantized, left))
     console.print(f"\nTotal of {len(report.quantized)} tensors, {before} before; {len(left)} others stay ({rest})")
     console.print(table)
 
@@ -198,13 +200,13 @@ _FIGURES = ("bits/value", "size", "SQNR dB", "error %", "INT %")
 
 
 def _figures(error) -> tuple[str, ...]:
-    share = "" if error.second_share is None else f"{100 * error.second_share:.1f}"
+    share = "" if error.choice_share is None else f"{100 * error.choice_share:.1f}"
     sqnr, relative = f"{error.sqnr_db:.2f}", f"{100 * error.relative_error:.3f}"
-    return f"{error.bits_per_value:.3f}", _size(error.nbytes), sqnr, relative, share
+    return f"{error.bits_per_value:.3f}", size_of(error.nbytes), sqnr, relative, share
 
 
 def _left_table(tensors) -> Table:
-    table = _table("tensor", "count", "size")
+    table = plain_table("tensor", "count", "size")
     table.columns[0].overflow = "fold"
     table.add_column("why")
     groups: dict[tuple[str, str], list] = {}
@@ -213,5 +215,5 @@ def _left_table(tensors) -> Table:
         groups.setdefault((pattern, f"{t.status}: {t.reason}"), []).append(t)
     for (pattern, why), group in groups.items():
         name = group[0].name if len(group) == 1 else pattern
-        table.add_row(Text(name), str(len(group)), _size(sum(t.nbytes for t in group)), Text(why))
+        table.add_row(Text(name), str(len(group)), size_of(sum(t.nbytes for t in group)), Text(why))
     return table

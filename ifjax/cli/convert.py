@@ -17,35 +17,34 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ifjax import __version__
-from ifjax import measure as analysis
-from ifjax.arrays.qtensor import DTYPES
+from ifjax.arrays import DTYPES
+from ifjax.atomic import write_text
 from ifjax.cli.terminal import (
-    _add_json,
-    _add_search,
-    _as_file_error,
-    _command,
-    _console,
-    _input,
-    _Misused,
-    _progress,
-    _size,
-    _ticks,
+    Misused,
+    add_command,
+    add_json,
+    add_search,
+    as_file_error,
+    input_file,
+    progress_bar,
+    size_of,
+    terminal_console,
+    ticks,
 )
-from ifjax.files import checkpoint, convert
-from ifjax.files import safetensors as _files
+from ifjax.files import FileError, checkpoint, convert, safetensors
 from ifjax.formats import get_format
 from ifjax.models.rule_files import load_rules
 from ifjax.models.rules import default_rules
+from ifjax.version import __version__
 
-_IN = "a safetensors file, an index (*.index.json), a folder with one checkpoint, or - for stdin"
+IN_HELP = "a safetensors file, an index (*.index.json), a folder with one checkpoint, or - for stdin"
 
 
 _OUT = "the file to write, *.safetensors, or - for stdout; *.safetensors.index.json for several files"
 
 
-def _add_quantize(commands) -> None:
-    parser = _command(
+def add_quantize(commands) -> None:
+    parser = add_command(
         commands, "quantize", _quantize, "write a packed copy of a checkpoint",
         "Write a packed copy of a safetensors checkpoint, one tensor after the other and each in pieces: memory\n"
         "does not grow with the file. Biases, norms and other vectors stay as they are, and so do embeddings and\n"
@@ -57,7 +56,7 @@ def _add_quantize(commands) -> None:
         "curl -L https://example.org/model.safetensors | ifjax quantize - packed.safetensors\n\n"
         "Rules match a tensor's name with '.' written as '/', without 'weight' or 'kernel' at its end.",
     )  # fmt: skip
-    parser.add_argument("source", type=Path, metavar="IN", help=_IN)
+    parser.add_argument("source", type=Path, metavar="IN", help=IN_HELP)
     parser.add_argument("target", type=Path, metavar="OUT", help=_OUT)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--fmt", type=_format, metavar="FORMAT", help="a format's name (default: if4)")
@@ -68,7 +67,7 @@ def _add_quantize(commands) -> None:
         help="the axis that blocks lie along, where no rule says: the contraction of weights stored [out, in] "
         "(default: -1), or [in, out] (-2)",
     )  # fmt: skip
-    _add_search(parser)
+    add_search(parser)
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of what stays in floats, and what packed tensors decode to (default: as it is)"
     )
@@ -78,14 +77,14 @@ def _add_quantize(commands) -> None:
     _add_output(parser)
 
 
-def _add_dequantize(commands) -> None:
-    parser = _command(
+def add_dequantize(commands) -> None:
+    parser = add_command(
         commands, "dequantize", _dequantize, "write a copy of a packed checkpoint in floats",
         "Write a copy of a packed checkpoint in floats, for programs that know no packed ones.",
         "ifjax dequantize packed.safetensors floats.safetensors",
         "ifjax dequantize packed.safetensors floats.safetensors --dtype bfloat16 --shard-size 5GB",
     )  # fmt: skip
-    parser.add_argument("source", type=Path, metavar="IN", help=_IN)
+    parser.add_argument("source", type=Path, metavar="IN", help=IN_HELP)
     parser.add_argument("target", type=Path, metavar="OUT", help=_OUT)
     parser.add_argument("--dtype", choices=DTYPES, help="of what was packed (default: what it was)")
     _add_output(parser)
@@ -96,7 +95,7 @@ def _add_output(parser) -> None:
         "--shard-size", type=_bytes, metavar="SIZE", help="of more than this write several files and an index, as 5GB"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
-    _add_json(parser)
+    add_json(parser)
 
 
 def _format(text: str) -> str:
@@ -116,17 +115,17 @@ def _bytes(text: str) -> int:
 
 def _quantize(options: argparse.Namespace) -> None:
     if str(options.target) == "-" and options.json and not options.dry_run:
-        raise _Misused("OUT and --json both ask for stdout: write the report by --report FILE")
+        raise Misused("OUT and --json both ask for stdout: write the report by --report FILE")
     started = time.perf_counter()
     with _files_of(options) as (source, target):
-        with _as_file_error():
+        with as_file_error():
             plan = convert.plan(
                 source, _rules(options), axis=options.axis, dtype=options.dtype, measured=not options.no_errors
             )
         report = plan.report
         if not options.dry_run:
-            with _progress(rate=True) as progress, _as_file_error():
-                tick = _ticks(progress, plan.nbytes)
+            with progress_bar(rate=True) as progress, as_file_error():
+                tick = ticks(progress, plan.nbytes)
                 target, report = plan.write(target, max_shard_bytes=options.shard_size, tick=tick)
     seconds = time.perf_counter() - started
     about = {
@@ -136,16 +135,17 @@ def _quantize(options: argparse.Namespace) -> None:
     }  # fmt: skip
     result = json.dumps(about | json.loads(report.to_json()), indent=1) + "\n"
     if options.report is not None and not options.dry_run:
-        _files.write_text(options.report, result)
+        write_text(options.report, result)
     if options.json:
         print(result, end="")
     else:
-        console = _console() if str(options.target) != "-" or options.dry_run else Console(stderr=True, markup=False)
+        to_stdout = str(options.target) == "-" and not options.dry_run
+        console = Console(stderr=True, markup=False) if to_stdout else terminal_console()
         console.print(report)
         wrote = "would write" if options.dry_run else "wrote"
         rate = "" if options.dry_run else f" in {seconds:.1f} s, {plan.nbytes / 1e6 / seconds:.0f} MB/s"
         after = report.totals.bytes_after
-        print(f"{wrote} {options.target}: {_size(after)}{rate}", file=sys.stderr)
+        print(f"{wrote} {options.target}: {size_of(after)}{rate}", file=sys.stderr)
     odd = [entry for entry in report.entries if not entry.expected or math.isnan(entry.sqnr_db or 0)]
     for entry in odd:
         note = entry.note or "holds values that are not finite: their blocks decode to NaN"
@@ -155,7 +155,7 @@ def _quantize(options: argparse.Namespace) -> None:
 def _rules(options: argparse.Namespace):
     if options.rules is not None:
         if options.embeddings:
-            raise _Misused("--rules say themselves what becomes of embeddings: leave out --embeddings")
+            raise Misused("--rules say themselves what becomes of embeddings: leave out --embeddings")
         rules = load_rules(options.rules)
     elif options.embeddings:
         rules = default_rules(options.fmt or "if4")[-1:]
@@ -171,12 +171,12 @@ def _rules(options: argparse.Namespace):
 
 def _dequantize(options: argparse.Namespace) -> None:
     if str(options.target) == "-" and options.json:
-        raise _Misused("OUT and --json both ask for stdout: leave out --json")
+        raise Misused("OUT and --json both ask for stdout: leave out --json")
     started = time.perf_counter()
-    with _files_of(options) as (source, target), _progress(rate=True) as progress, _as_file_error():
+    with _files_of(options) as (source, target), progress_bar(rate=True) as progress, as_file_error():
         opened = checkpoint.open_file(source)
         report = convert.contents(opened)
-        tick = _ticks(progress, report.totals.values)
+        tick = ticks(progress, report.totals.values)
         convert.dequantize_file(opened, target, dtype=options.dtype, max_shard_bytes=options.shard_size, tick=tick)
     seconds = time.perf_counter() - started
     if options.json:
@@ -193,13 +193,13 @@ def _files_of(options: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
     """Where to read and to write. What comes by pipes goes through files of a temporary folder."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ended_by_signal())
-        source, target = stack.enter_context(_input(options.source)), options.target
+        source, target = stack.enter_context(input_file(options.source)), options.target
         to_stdout = str(target) == "-"
         if to_stdout:
             if sys.stdout.isatty():
-                raise _Misused("OUT is -, and stdout is a terminal: name a file, or pipe it into one")
+                raise Misused("OUT is -, and stdout is a terminal: name a file, or pipe it into one")
             if options.shard_size is not None:
-                raise _Misused("OUT is -, which is one file: leave out --shard-size")
+                raise Misused("OUT is -, which is one file: leave out --shard-size")
             target = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "out.safetensors"
         elif not getattr(options, "dry_run", False):
             _check_target(source, target, options.force)
@@ -214,18 +214,18 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
     index = target if target.suffix == ".json" else target.with_name(target.name + ".index.json")
     plain = target.with_name(target.name.removesuffix(".index.json"))
     if not target.name.endswith((".safetensors", ".safetensors.index.json")):
-        raise analysis.FileError(f"{target}: OUT must end in .safetensors (for several files, .safetensors.index.json)")
+        raise FileError(f"{target}: OUT must end in .safetensors (for several files, .safetensors.index.json)")
     for path in (plain, index):
         if not os.path.lexists(path):
             continue
         if any(os.path.exists(f) and os.path.samefile(path, f) for f in _sources(source)):
-            raise analysis.FileError(f"{path} is IN: name another file for OUT")
+            raise FileError(f"{path} is IN: name another file for OUT")
         if not force:
-            raise analysis.FileError(f"{path} exists already: name another file, or replace it by --force")
+            raise FileError(f"{path} exists already: name another file, or replace it by --force")
 
 
 def _sources(source: Path) -> list[Path]:
-    index, files, _ = _files.resolve(source)
+    index, files, _ = safetensors.resolve(source)
     return files if index is None else [index, *files]
 
 

@@ -5,12 +5,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ifjax import __version__
-from ifjax import measure as analysis
-from ifjax.cli.compare import _add_compare
-from ifjax.cli.convert import _add_dequantize, _add_quantize
-from ifjax.cli.inspect import _add_inspect, _add_verify
-from ifjax.cli.terminal import _Misused, _sentence
+from ifjax.cli.compare import add_compare
+from ifjax.cli.convert import add_dequantize, add_quantize
+from ifjax.cli.inspect import add_inspect, add_verify
+from ifjax.cli.terminal import Misused, sentence
+from ifjax.files import FileError
+from ifjax.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,9 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (analysis.FileError, OSError, _Misused) as error:
-        print(f"ifjax: error: {_sentence(error)}", file=sys.stderr)
-        return 2 if isinstance(error, _Misused) else 1
+    except (FileError, OSError, Misused) as error:
+        print(f"ifjax: error: {sentence(error)}", file=sys.stderr)
+        return 2 if isinstance(error, Misused) else 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -43,9 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"ifjax {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_compare(commands)
-    _add_quantize(commands)
-    _add_inspect(commands)
-    _add_verify(commands)
-    _add_dequantize(commands)
+    add_compare(commands)
+    add_quantize(commands)
+    add_inspect(commands)
+    add_verify(commands)
+    add_dequantize(commands)
     return parser

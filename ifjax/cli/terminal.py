@@ -22,14 +22,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ifjax import measure as analysis
+from ifjax.files import FileError
 
 
-class _Misused(Exception):
+class Misused(Exception):
     """Options that do not go together."""
 
 
-def _command(commands, name: str, run, summary: str, description: str, *examples: str) -> argparse.ArgumentParser:
+def add_command(commands, name: str, run, summary: str, description: str, *examples: str) -> argparse.ArgumentParser:
     """A parser for `ifjax NAME`, whose options go to `run`. Description and examples keep their lines."""
     parser = commands.add_parser(
         name, help=summary, description=description, epilog="\n  ".join(["examples:", *examples]),
@@ -39,27 +39,27 @@ def _command(commands, name: str, run, summary: str, description: str, *examples
     return parser
 
 
-def _add_json(parser) -> None:
+def add_json(parser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
-def _add_search(parser) -> None:
+def add_search(parser) -> None:
     parser.add_argument(
         "--search", choices=("fast", "exhaustive"), help="try several scales for each block: less error, more time"
     )
 
 
-def _without_infinities(value):
+def without_infinities(value):
     """JSON has no numbers for NaN and infinity: null instead."""
     if isinstance(value, dict):
-        return {key: _without_infinities(entry) for key, entry in value.items()}
+        return {key: without_infinities(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_infinities(entry) for entry in value]
+        return [without_infinities(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager
-def _input(path: Path) -> Iterator[Path]:
+def input_file(path: Path) -> Iterator[Path]:
     """The path itself, or that of a file that holds what stdin gave."""
     if str(path) != "-":
         yield path
@@ -72,15 +72,15 @@ def _input(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _as_file_error() -> Iterator[None]:
+def as_file_error() -> Iterator[None]:
     """Rules and settings that do not fit the file: a sentence, not a traceback."""
     try:
         yield
     except (ValueError, ImportError) as error:
-        raise error if isinstance(error, analysis.FileError) else analysis.FileError(str(error)) from error
+        raise error if isinstance(error, FileError) else FileError(str(error)) from error
 
 
-def _ticks(progress: Progress, total: int):
+def ticks(progress: Progress, total: int):
     task = progress.add_task("", total=total)
 
     def tick(name, count):
@@ -89,7 +89,7 @@ def _ticks(progress: Progress, total: int):
     return tick
 
 
-def _table(first: str, *others: str) -> Table:
+def plain_table(first: str, *others: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column(first)
     for heading in others:
@@ -97,24 +97,24 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _size(nbytes: int) -> str:
+def size_of(nbytes: int) -> str:
     return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.2f} kB"
 
 
-def _console() -> Console:
+def terminal_console() -> Console:
     # Not a terminal: wide enough for the tables, whoever reads them.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110
     return Console(width=width, markup=False, highlight=False)
 
 
-def _progress(rate: bool = False) -> Progress:
+def progress_bar(rate: bool = False) -> Progress:
     console = Console(stderr=True, markup=False)
     times = (TransferSpeedColumn(), TimeRemainingColumn()) if rate else (TimeElapsedColumn(),)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), *times
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _tracked(progress: Progress, items: Iterator, sizes: Sequence[int], names: Sequence[str]) -> Iterator:
+def tracked(progress: Progress, items: Iterator, sizes: Sequence[int], names: Sequence[str]) -> Iterator:
     """The items, each shown while it is made."""
     task = progress.add_task("", total=sum(sizes))
     for size, name in zip(sizes, names, strict=True):
@@ -124,7 +124,7 @@ def _tracked(progress: Progress, items: Iterator, sizes: Sequence[int], names: S
     progress.remove_task(task)
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

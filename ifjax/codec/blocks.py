@@ -1,35 +1,19 @@
-"""Blocks: an axis split into blocks, and what is done place by place."""
+"""Blocks: an axis split into blocks, and arithmetic place by place.
 
-from collections.abc import Sequence
+With the block axis at `axis` (negative), [..., n, ...] becomes [..., m, B, ...], where B keeps that negative index, and
+what belongs to a block has the shape [..., m, ...]. No axis is moved or merged with another, so leading axes keep their
+sharding, and axis=-2 needs no transposition.
+"""
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
-def _insert_axis(byte, tensor, axis):
-    """Scale bytes with a new axis at `axis`, and the tensor's scale, which has entries along leading axes only."""
-    return jnp.expand_dims(byte, axis), jax.tree.map(lambda a: jnp.expand_dims(a, -1), tensor)
-
-
-def _largest_divisor(n, limit):
-    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
-
-
-def _gather_squares(a, other):
-    """[..., R, ..., B] -> [..., R / B, ..., B * B]"""
-    a = jnp.moveaxis(split_blocks(a, a.shape[-1], other), other, -2)
-    return a.reshape(*a.shape[:-2], -1)
-
-
-def _repeat(a, count, axis) -> jax.Array:
-    """Each entry along `axis`, `count` times."""
-    at = a.ndim + axis + 1
-    shape = (*a.shape[:at], count, *a.shape[at:])
-    return merge_blocks(jnp.broadcast_to(jnp.expand_dims(a, at), shape), axis)
-
-
-def split_blocks(x, block: int, axis: int):
+def split_blocks(x: jax.Array, block: int, axis: int) -> jax.Array:
     """[..., n, ...] -> [..., m, B, ...], filled up with zeros."""
     count = -(-x.shape[axis] // block)
     x = pad_axis(x, count * block, axis)
@@ -37,34 +21,58 @@ def split_blocks(x, block: int, axis: int):
     return x.reshape(*x.shape[:at], count, block, *x.shape[at + 1 :])
 
 
-def merge_blocks(blocks, axis: int):
+def merge_blocks(blocks: jax.Array, axis: int) -> jax.Array:
     """[..., m, B, ...] -> [..., m * B, ...]"""
     at = blocks.ndim + axis
     return blocks.reshape(*blocks.shape[: at - 1], blocks.shape[at - 1] * blocks.shape[at], *blocks.shape[at + 1 :])
 
 
-def pad_axis(x, length: int, axis: int):
+def pad_axis(x: jax.Array, length: int, axis: int) -> jax.Array:
     """x with zeros appended along the negative `axis` up to `length`."""
     missing = length - x.shape[axis]
     return jnp.pad(x, [(0, missing if i == x.ndim + axis else 0) for i in range(x.ndim)]) if missing else x
 
 
-def _unstack(a, axis):
+def crop(x: jax.Array, length: int, axis: int) -> jax.Array:
+    """The first `length` entries of x along the negative `axis`."""
+    return x if x.shape[axis] == length else lax.slice_in_dim(x, 0, length, axis=x.ndim + axis)
+
+
+def repeat(a: jax.Array, count: int, axis: int) -> jax.Array:
+    """Each entry along `axis`, `count` times."""
+    at = a.ndim + axis + 1
+    shape = (*a.shape[:at], count, *a.shape[at:])
+    return merge_blocks(jnp.broadcast_to(jnp.expand_dims(a, at), shape), axis)
+
+
+def gather_squares(a: jax.Array, other: int) -> jax.Array:
+    """[..., R, ..., B] -> [..., R / B, ..., B * B]"""
+    a = jnp.moveaxis(split_blocks(a, a.shape[-1], other), other, -2)
+    return a.reshape(*a.shape[:-2], -1)
+
+
+def insert_axis(arrays, axis: int):
+    """Arrays [..., m, ...] of what a block has one of, with a new axis at the negative `axis`, where B is."""
+    return jax.tree.map(lambda a: jnp.expand_dims(a, axis), arrays)
+
+
+def unstack(a: jax.Array, axis: int) -> list[jax.Array]:
+    """The entries along an axis."""
     return [lax.index_in_dim(a, i, axis, keepdims=False) for i in range(a.shape[axis])]
 
 
-def _places(blocks, axis):
+def places(blocks: jax.Array, axis: int) -> list[jax.Array]:
     """float32 arrays [..., m, ...], one for each place in the block."""
     if blocks.dtype != jnp.bfloat16:
-        return [x.astype(jnp.float32) for x in _unstack(blocks, axis)]
+        return [x.astype(jnp.float32) for x in unstack(blocks, axis)]
     # XLA:CPU slices bfloat16 by way of a float32 copy of the whole array, and copies what more than 15 slices of one
     # fusion read. So bfloat16 is widened from its bits, and every other place reads them under another type.
     views = [lax.bitcast_convert_type(blocks, dtype) for dtype in (jnp.uint16, jnp.int16)]
     bits = [lax.index_in_dim(views[i % 2], i, axis, keepdims=False) for i in range(blocks.shape[axis])]
-    return [_as_float(b.astype(jnp.int32) << 16) for b in bits]
+    return [as_float(b.astype(jnp.int32) << 16) for b in bits]
 
 
-def _tree(op, parts: Sequence[jax.Array]) -> jax.Array:
+def tree(op: Callable[[jax.Array, jax.Array], jax.Array], parts: Sequence[jax.Array]) -> jax.Array:
     """op over the parts in one fixed, balanced order: the same bits in whatever program it is compiled into."""
     parts = list(parts)
     while len(parts) > 1:
@@ -73,21 +81,31 @@ def _tree(op, parts: Sequence[jax.Array]) -> jax.Array:
     return parts[0]
 
 
-def _pick(index, options):
+def pick(index: jax.Array | int, options: Sequence[jax.Array]) -> jax.Array:
     """options[index], element-wise."""
+    if isinstance(index, int):
+        return options[index]
     picked = options[0]
     for i, option in enumerate(options[1:], 1):
         picked = jnp.where(index == i, option, picked)
     return picked
 
 
-def _bits(x):
+def largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most `limit`."""
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
+
+
+def bits_of(x: jax.Array) -> jax.Array:
+    """The bits of float32 as int32."""
     return lax.bitcast_convert_type(x, jnp.int32)
 
 
-def _as_float(bits):
+def as_float(bits: jax.Array) -> jax.Array:
+    """The float32 with these bits."""
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _magnitude(bits):
-    return bits & 0x7FFFFFFF
+def magnitude_bits(bits: jax.Array) -> jax.Array:
+    """Bits without the sign: integers that are ordered as the magnitudes are."""
+    return bits & np.int32(0x7FFFFFFF)

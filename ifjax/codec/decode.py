@@ -1,67 +1,65 @@
-"""The one decoder, for every format."""
+"""The one decoder, for every format: what codes and headers stand for."""
 
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifjax.codec.blocks import _pick
-from ifjax.formats import Format
+from ifjax.codec.blocks import pick
+from ifjax.codec.headers import TensorScale, safe
+from ifjax.formats import Decoding, Format
 from ifjax.numerics.xla import divide
 
 
-class TensorScale(NamedTuple):
-    """The tensor-wide scale, in units in which no product of the codec overflows or is flushed to zero.
+def decode(
+    codes: jax.Array, headers: jax.Array, fmt: Format, *, place: Any = 0, amax: jax.Array | None = None,
+    headroom: float = 1.0,
+) -> jax.Array:  # fmt: skip
+    """float32 values of integer codes: ((v * s) * amax) * step / K, each operation rounded once.
 
-    x * power has the absolute maximum `amax`; power is 1 but for tensors near the ends of float32's range.
+    NaN where the header means NaN.
+
+    Args:
+        codes: integers.
+        headers: int32, broadcast against the codes.
+        place: of each code in its block: an integer or int32 that broadcasts against the codes. Only scales with
+            several factors a block look at it.
+        amax: float32 of the shape of the leading axes that keep their own; None without a tensor scale.
+        headroom: see `Format.tensor_constant`.
     """
-
-    power: jax.Array
-    amax: jax.Array
-
-
-def tensor_scale(amax: jax.Array, ndim: int) -> TensorScale:
-    """For amax float32 of the shape of the leading axes that keep their own; broadcasts against `ndim` axes."""
-    # From 2^113 on, amax * 448 * 28 overflows; below 2^-100, a reciprocal does or is flushed. Multiplying by a power of
-    # two changes no other bit.
-    power = jnp.where(amax < np.float32(2.0**-100), np.float32(2.0**64), np.float32(1))
-    power = jnp.where(amax >= np.float32(2.0**113), np.float32(2.0**-64), power)
-    shape = amax.shape + (1,) * (ndim - amax.ndim)
-    return TensorScale(power.reshape(shape), (amax * power).reshape(shape))
+    selector, payload = fmt.split(headers)
+    values = unscaled(codes, selector, fmt)
+    step = pick(selector, [jnp.float32(d.step) for d in fmt.decodings])
+    tensor = None if amax is None else safe(amax, codes.ndim)
+    divisor = None if tensor is None else fmt.tensor_constant(headroom) * tensor.power
+    return scaled(values, fmt.scale.decode(payload, place), step, tensor, divisor)
 
 
-def decode(codes, scales, fmt: Format, *, amax: jax.Array | None = None, headroom: float = 1.0):
-    """float32 values of integer codes and of the scale bytes that apply to them (broadcast against the codes).
+def unscaled(codes: jax.Array, selector: Any, fmt: Format) -> jax.Array:
+    """float32 values of integer codes in units of their decoding's step; the selector broadcasts against them."""
+    return pick(selector, [grid_values(codes, decoding) for decoding in fmt.decodings])
 
-    Values are ((v * s) * amax) * step / K, each operation rounded once; NaN where the scale byte means NaN.
+
+def block_scale(headers: jax.Array, fmt: Format) -> jax.Array:
+    """float32: what the `unscaled` values of blocks with these headers are multiplied by, amax / K aside.
+
+    For scales with one factor a block.
     """
-    flag = scales >> 7
-    values = unscaled(codes, flag, fmt)
-    step = _pick(flag, [jnp.float32(step) for _, step in fmt.decodings])
-    _, largest = fmt.constants(headroom)
-    tensor = None if amax is None else tensor_scale(amax, codes.ndim)
-    divisor = None if tensor is None else largest * tensor.power
-    return _value(values, _scale_value(scales, fmt), step, tensor, divisor)
+    selector, payload = fmt.split(headers)
+    return fmt.scale.decode(payload) * pick(selector, [jnp.float32(d.step) for d in fmt.decodings])
 
 
-def unscaled(codes, flag, fmt: Format):
-    """float32 values of integer codes in units of their decoding's step; flag 0 or 1 broadcasts against them."""
-    return _pick(flag, [grid.decode(codes) for grid, _ in fmt.decodings])
+def grid_values(codes: jax.Array, decoding: Decoding) -> jax.Array:
+    """float32 values of integer codes by one decoding, in units of its step."""
+    values = decoding.grid.decode(codes)
+    return values + np.float32(decoding.offset) if decoding.offset else values
 
 
-def block_scale(scales, fmt: Format):
-    """float32: what the `unscaled` values of blocks with these scale bytes are to be multiplied by, amax / K aside."""
-    return _scale_value(scales, fmt) * _pick(scales >> 7, [jnp.float32(step) for _, step in fmt.decodings])
-
-
-def _value(values, scale, step, tensor, divisor):
+def scaled(values: jax.Array, scale: jax.Array, step: Any, tensor: TensorScale | None, divisor: Any) -> jax.Array:
+    """((values * scale) * amax) * step / divisor, each operation rounded once; in units of `tensor`."""
     d = values * scale
     d = d if tensor is None else d * tensor.amax
     # A step of 1 is left out, not multiplied by, only where that is known beforehand.
     d = d if isinstance(step, float) and step == 1 else d * step
     return d if tensor is None else divide(d, divisor)
-
-
-def _scale_value(byte, fmt):
-    return fmt.scale.decode(byte & 0x7F if fmt.has_flag else byte)

@@ -1,199 +1,328 @@
-"""The one encoder and the one decoder, for every format.
+"""The one encoder, for every format.
 
-x is seen as blocks: with the block axis at `axis` (negative), [..., n, ...] becomes [..., m, B, ...], where B keeps
-that negative index, and what belongs to a block has the shape [..., m, ...]. No axis is moved or merged with another,
-so leading axes keep their sharding, and axis=-2 needs no transposition.
+    blocks -> amax -> for each candidate: header, loss -> selection -> codes
 
-    blocks -> amax -> for each candidate: scale byte, loss -> selection -> codes
-
-All arithmetic is float32, one rounding an operation, in the order of the published code (arXiv 2603.28765).
+All arithmetic is float32, one rounding an operation, in the order of the published code (arXiv 2603.28765). `reference`
+is the algorithm; the two arrangements below it compute the same bits and are laid out for compilers.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ifjax.codec.blocks import _as_float, _bits, _magnitude, _pick, _places, _repeat, _tree, _unstack, split_blocks
-from ifjax.codec.decode import _scale_value, tensor_scale
-from ifjax.codec.losses import LOSSES, Loss, _block_loss, _decoded, _inverse, _to_grid
-from ifjax.codec.search import _trials
-from ifjax.formats import Candidate, Format
-from ifjax.numerics.xla import divide, stage
+from ifjax.codec.blocks import (
+    as_float,
+    bits_of,
+    gather_squares,
+    insert_axis,
+    largest_divisor,
+    magnitude_bits,
+    pick,
+    places,
+    repeat,
+    split_blocks,
+    tree,
+    unstack,
+)
+from ifjax.codec.decode import scaled
+from ifjax.codec.headers import header_bytes, normalized
+from ifjax.codec.losses import LOSSES, BlockLoss, Loss, get_loss
+from ifjax.codec.rounding import NEAREST, ROUNDINGS, Rounding
+from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
+from ifjax.formats import Candidate, Format, get_format
+from ifjax.numerics.xla import divide, materialize
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How values are encoded. Hashable: a static argument of all that is compiled.
+
+    Attributes:
+        fmt: the format.
+        rounding: of elements.
+        loss: by which a block chooses between the ways to encode it.
+        search: the scales to try besides that of the block's maximum; None tries no others.
+        block_2d: whether header and choice are shared by squares of the last two axes.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+
+    fmt: Format
+    rounding: Rounding = NEAREST
+    loss: Loss = LOSSES["mse"]
+    search: Search | None = None
+    block_2d: bool = False
+
+    def __post_init__(self):
+        if self.search is not None and self.rounding.draws:
+            raise ValueError(
+                "search keeps the scale with the least error, which biases stochastic rounding: use only one of them"
+            )
+        if self.block_2d and self.fmt.scale.runs:
+            raise ValueError(f"{self.fmt.name} scales parts of a block, which squares cannot share: use 1-D blocks")
+
+    @classmethod
+    def of(
+        cls, fmt: "str | Format | Encoding", *, rounding: str | Rounding = NEAREST, loss: Loss | None = None,
+        search: str | Search | None = None, block_2d: bool = False,
+    ) -> "Encoding":  # fmt: skip
+        """Look up what is given by name. An Encoding is returned as it is.
+
+        Raises:
+            ValueError: an unknown name, or settings that do not go together.
+            TypeError: a setting of another type.
+        """
+        if isinstance(fmt, Encoding):
+            if (ROUNDINGS.find(rounding), loss, search, block_2d) != (NEAREST, None, None, False):
+                raise ValueError("an Encoding says how values are rounded, chosen and searched: pass no other settings")
+            return fmt
+        return cls(
+            get_format(fmt), ROUNDINGS.find(rounding), get_loss("mse" if loss is None else loss),
+            None if search is None else SEARCHES.find(search), block_2d,
+        )  # fmt: skip
+
+    @property
+    def headroom(self) -> float:
+        """Factor on the range that is used."""
+        return self.rounding.headroom
+
+
+def reference(x: jax.Array, fmt: Format, amax: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Encode one block x [B], finite numbers, by the least squared error: int32 codes [B] and the int32 header.
+
+    The algorithm, to be read and to test the encoder against. `amax` is that of the tensor; x's own unless given.
+    """
+    peak = jnp.max(jnp.abs(x))
+    tensor = normalized(peak if amax is None else amax, 0) if fmt.has_tensor_scale else None
+    power = 1 if tensor is None else tensor.power
+    best: Any = None
+    for candidate in fmt.candidates:
+        runs = [list(jnp.max(jnp.abs(x.reshape(-1, run)), axis=1)) for run in fmt.scale.runs]
+        payload = wanted_payload(candidate, bits_of(peak), runs, tensor, fmt, 1.0)
+        place = jnp.arange(fmt.block)
+        scale, inverse = fmt.scale.decode(payload, place), _inverse(payload, place, tensor, fmt, 1.0)
+        (codes,) = codes_of(x, None, inverse, power, [candidate], fmt)
+        values = candidate.grid.decode(codes) + np.float32(candidate.offset)
+        decoded = scaled(values, scale, candidate.step, tensor, fmt.tensor_constant())
+        loss = tree(jnp.add, [e * e for e in decoded - x * power])
+        header = fmt.join(fmt.selector_of(candidate), payload)
+        wins = best is not None and bool((loss <= best[0] if fmt.ties == "last" else loss < best[0]) & (payload > 0))
+        best = (loss, codes, header) if best is None or wins else best
+    return best[1:]
 
 
 def encode(
     blocks: jax.Array,
-    fmt: Format,
+    how: Encoding,
     *,
     axis: int,
-    lead: int = 0,
     amax: jax.Array | None = None,
-    loss: Loss = "mse",
-    headroom: float = 1.0,
-    square: int | None = None,
+    amax_axes: tuple[int, ...] = (),
     noise: Sequence[jax.Array] | None = None,
-    search: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Encode blocks [..., m, B, ...] (see `split_blocks`) to codes and scale bytes.
+    """Encode blocks [..., m, B, ...] (see `split_blocks`) to codes and headers.
 
     Args:
-        axis: the negative axis of B.
-        lead: how many leading axes keep an amax of their own.
-        amax: float32 [leading axes]; taken from the finite values if None. Ignored by formats without a tensor scale.
-        loss: "mse", "mae", "abs_max" or a function of (x, decoded x), both [..., B], to losses [...].
-        headroom: see `Format.constants`.
-        square: the other axis (negative, its length a multiple of B) over which B x B values share scale and choice.
-        noise: for each candidate, float32 in [-1/2, 1/2) of the shape of `blocks`: rounds stochastically.
-        search: "fast" or "exhaustive": the scales to try besides the block maximum's own.
+        axis: the negative axis of B. With `how.block_2d` the other axis of the squares is -3 - axis, its length a
+            multiple of B.
+        amax: float32, of the shape that `amax_axes` gives it; taken from the finite values if None. Ignored by formats
+            without a tensor scale.
+        amax_axes: axes of what a block has one of, [..., m, ...], that keep an amax of their own.
+        noise: for each candidate, float32 in [-1/2, 1/2) of the shape of `blocks`, if `how.rounding` has noise.
 
     Returns:
-        uint8 codes [..., m, B, ...], uint8 scale bytes [..., m, ...] and amax (None without a tensor scale).
+        uint8 codes [..., m, B, ...], uint8 headers [..., m * W, ...] and amax (None without a tensor scale), which
+        reaches to the last of `amax_axes` and has length 1 where they skip an axis.
     """
-    peaks = _peaks(blocks, axis, square)
+    fmt = how.fmt
+    peaks, runs = block_peaks(blocks, axis, how)
     tensor = None
-    if fmt.scale.largest is not None:
+    if not fmt.has_tensor_scale:
+        amax = None
+    else:
         if amax is None:
-            amax = jnp.max(_as_float(_magnitude(peaks)), axis=tuple(range(lead, peaks.ndim)), initial=0)
-        tensor = tensor_scale(amax, peaks.ndim)
-
-    settings = {"fmt": fmt, "axis": axis, "loss": loss, "headroom": headroom}
-    encoded = functools.partial(_encode_in_stages, **settings, square=square, search=search)
+            amax = amax_of(as_float(magnitude_bits(peaks)), amax_axes)
+        tensor = normalized(amax, peaks.ndim)
+    encoded = functools.partial(_encode_in_stages, how=how, axis=axis)
     # With one candidate nothing is chosen, and stages without boundaries are one pass already.
-    if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and not (callable(loss) or square or search):
-        in_one_pass = functools.partial(_encode_in_one_pass, **settings)
+    plain = isinstance(how.loss, BlockLoss) and not (how.block_2d or how.search or fmt.scale.runs or fmt.ties == "last")
+    if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and plain and fmt.scale.nbytes == 1:
+        in_one_pass = functools.partial(_encode_in_one_pass, how=how, axis=axis)
         encoded = functools.partial(lax.platform_dependent, cpu=encoded, default=in_one_pass)
-    codes, byte = encoded(blocks, peaks, tensor, noise)
-    return codes, byte, amax
+    codes, headers = encoded(blocks, peaks, runs, tensor, noise)
+    return codes, header_bytes(headers, fmt.scale.nbytes, axis), amax
 
 
-def _encode_in_stages(blocks, peaks, tensor, noise, fmt, axis, loss, headroom, square, search):
-    """uint8 codes [..., m, B, ...] and uint8 scale bytes [..., m, ...]: the choice, then the codes of what it took."""
-
-    def choose(blocks, peaks, tensor, noise):
-        return _choose(blocks, peaks, tensor, noise, fmt, axis, loss, headroom, square, search)
-
-    word = stage(choose, blocks, peaks, tensor, noise)
-    byte = word & 0xFF
-
-    def inverse_of(byte, tensor):
-        return _inverse(_scale_value(byte, fmt), tensor, fmt, headroom)
-
-    inverse = stage(inverse_of, byte, tensor)
-
-    def codes_of(blocks, word, inverse, tensor, noise):
-        word, inverse = jnp.expand_dims(word, axis), jnp.expand_dims(inverse, axis)
-        power = 1 if tensor is None else jnp.expand_dims(tensor.power, axis)
-        noise = noise and _pick(word >> 8, noise)
-        codes = _codes(blocks.astype(jnp.float32), noise, inverse, power, _one_for_each_decoding(fmt), fmt)
-        return _pick((word & 0x80) >> 7, codes).astype(jnp.uint8)
-
-    return stage(codes_of, blocks, word, inverse, tensor, noise), byte.astype(jnp.uint8)
+def amax_of(magnitudes: jax.Array, amax_axes: tuple[int, ...]) -> jax.Array:
+    """The largest of float32 magnitudes, over all axes but `amax_axes` (from the front), in the shape of an amax."""
+    others = tuple(a for a in range(magnitudes.ndim) if a not in amax_axes)
+    peak = jnp.max(magnitudes, axis=others, initial=0, keepdims=True)
+    return peak.reshape(peak.shape[: max(amax_axes, default=-1) + 1])
 
 
-def _encode_in_one_pass(blocks, peaks, tensor, noise, fmt, axis, loss, headroom):
+# --- the two arrangements of the encoder -----------------------------------------------------------------------------
+
+
+def _encode_in_stages(blocks, peaks, runs, tensor, noise, how, axis):
+    """uint8 codes [..., m, B, ...] and int32 headers [..., m, ...]: the choice, then the codes of what it took."""
+    fmt = how.fmt
+
+    def chosen(blocks, peaks, runs, tensor, noise):
+        return choose(blocks, peaks, runs, tensor, noise, how, axis)
+
+    def inverse_of(word, tensor, place: Any = 0):
+        header, _, own, multiplier = word_parts(word, fmt)
+        return inverse_for(fmt.split(header)[1], own, multiplier, place, tensor, how)
+
+    word = materialize(chosen, blocks, peaks, runs, tensor, noise)
+    # One for each place if the scale has several factors: then as each place is encoded.
+    inverse = None if fmt.scale.runs else materialize(inverse_of, word, tensor)
+
+    def codes_of_blocks(blocks, word, inverse, tensor, noise):
+        word, inverse, tensor = insert_axis((word, inverse, tensor), axis)
+        if inverse is None:
+            inverse = inverse_of(word, tensor, lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim + axis))
+        header, candidate, _, _ = word_parts(word, fmt)
+        selector, _ = fmt.split(header)
+        power = 1 if tensor is None else tensor.power
+        noise = noise and pick(candidate, noise)
+        codes = codes_of(blocks.astype(jnp.float32), noise, inverse, power, one_for_each_decoding(fmt), fmt)
+        return pick(selector, codes).astype(jnp.uint8)
+
+    codes = materialize(codes_of_blocks, blocks, word, inverse, tensor, noise)
+    return codes, word_parts(word, fmt)[0]
+
+
+def _encode_in_one_pass(blocks, peaks, runs, tensor, noise, how, axis):
     """The same bits: the codes of all candidates, then the choice. XLA:GPU compiles it to one pass over the blocks.
 
     It makes one kernel of all that leads to arrays of one shape, as long as no result needs another one (so codes come
     before the choice), it reads at most 96 arrays (so a block is not taken place by place) and computes nothing at
     more than 15 places (so runs of the block are short). The shape is [..., m, ...]: a thread has a block.
     """
-    run, (term, op) = 8 if fmt.bits <= 4 else 4, LOSSES[loss]  # a run's codes leave in a word of 32 bits
+    fmt, term, op = how.fmt, how.loss.term, how.loss.over
+    run = 8 if fmt.bits <= 4 else 4  # a run's codes leave in a word of 32 bits
     xs = [x.astype(jnp.float32) for x in jnp.split(blocks, fmt.block // run, axis)]
     shifts = fmt.bits * lax.broadcasted_iota(jnp.int32, xs[0].shape, blocks.ndim + axis)
-    bytes_ = _bytes_for_peak(_as_float(_magnitude(peaks)), tensor, fmt, headroom)
+    unit = _loss_unit(peaks, tensor)
+    unit = None if unit is None else jnp.expand_dims(unit, axis)
 
-    def attempt(i, byte):
-        """(byte, loss, words of codes) of candidate i."""
-        candidate, scale = fmt.candidates[i], fmt.scale.decode(byte)
-        inverse = _inverse(scale, tensor, fmt, headroom)
-        inverse, scale, wide = jax.tree.map(lambda a: jnp.expand_dims(a, axis), (inverse, scale, tensor))
+    def attempt(i, candidate):
+        """(payload, loss, header, words of codes) of candidate i."""
+        # The NaN payload makes zeros of the codes, and NaN of the losses, so that no other candidate is taken.
+        payload = jnp.where(peaks < 0, fmt.scale.nan, wanted_payload(candidate, peaks, runs, tensor, fmt, how.headroom))
+        scale, inverse = fmt.scale.decode(payload), _inverse(payload, 0, tensor, fmt, how.headroom)
+        inverse, scale, wide = insert_axis((inverse, scale, tensor), axis)
         power = 1 if wide is None else wide.power
         terms, words = [], []
         for x, r in zip(xs, jnp.split(noise[i], len(xs), axis) if noise else [None] * len(xs), strict=True):
-            scaled, decoded = _decoded(x, r, inverse, scale, wide, candidate, fmt, headroom)
-            terms.append(term(decoded - scaled))
-            (codes,) = _codes(x, r, inverse, power, [candidate], fmt)
-            words.append(_tree(jnp.bitwise_or, _unstack(codes << shifts, axis)))
-        # Runs first, then places: in blocks of a power of two the order of `_tree` over all places.
-        return byte, _tree(op, _unstack(_tree(op, terms), axis)), *words
+            x_scaled, decoded = decoded_place(x, r, inverse, scale, wide, candidate, fmt, how.headroom)
+            terms.append(term(_error(x_scaled, decoded, unit)))
+            (codes,) = codes_of(x, r, inverse, power, [candidate], fmt)
+            words.append(tree(jnp.bitwise_or, unstack(codes << shifts, axis)))
+        # Runs first, then places: in blocks of a power of two the order of `tree` over all places.
+        loss = tree(op, unstack(tree(op, terms), axis))
+        return payload, loss, fmt.join(fmt.selector_of(candidate), payload), *words
 
-    # The byte of NaN makes zeros of the codes, and NaN of the losses, so that no other candidate is taken.
-    trials = [attempt(i, jnp.where(peaks < 0, fmt.scale.nan, byte)) for i, byte in enumerate(bytes_)]
-    word, _, *words = _better(trials[0], trials[1:], fmt, first=1)
+    (_, loss, header, *words), *others = [attempt(i, c) for i, c in enumerate(fmt.candidates)]
+    header, _, *words = better((header, loss, *words), others, fmt)
     # Else the pass would be repeated for each byte that is packed from the words.
-    byte, words = lax.optimization_barrier(((word & 0xFF).astype(jnp.uint8), words))
+    header, words = lax.optimization_barrier((header, words))
     codes = [jnp.expand_dims(word, axis) >> shifts & 2**fmt.bits - 1 for word in words]
-    return jnp.concatenate(codes, axis).astype(jnp.uint8), byte
+    return jnp.concatenate(codes, axis).astype(jnp.uint8), header
 
 
-def _peaks(blocks, axis, square):
-    """int32 bits of each block's largest finite magnitude; the sign bit marks a block with a NaN or infinity."""
+# --- the steps of the encoder ----------------------------------------------------------------------------------------
+
+
+def block_peaks(blocks, axis, how):
+    """int32 bits of each block's largest finite magnitude, and lists of those of its runs.
+
+    The sign bit marks a block with a NaN or an infinity. In formats that saturate, infinity counts as a magnitude.
+    """
     infinity = np.int32(0x7F800000)
-    bits = [_magnitude(_bits(x)) for x in _places(blocks, axis)]
-    peak = _tree(jnp.maximum, [jnp.where(b < infinity, b, 0) for b in bits])
-    poisoned = (_tree(jnp.maximum, bits) >= infinity).astype(jnp.int32)
-    if square is not None:
-        runs = [_unstack(split_blocks(a, len(bits), square), square) for a in (peak, poisoned)]
-        peak, poisoned = (_repeat(_tree(jnp.maximum, run), len(bits), square) for run in runs)
-    return peak | (poisoned << 31)
+    poison = infinity + 1 if how.fmt.saturates else infinity
+    bits = [magnitude_bits(bits_of(x)) for x in places(blocks, axis)]
+    kept = [jnp.where(b < poison, b, 0) for b in bits]
+    peak = tree(jnp.maximum, kept)
+    runs = [[tree(jnp.maximum, kept[i : i + n]) for i in range(0, len(kept), n)] for n in how.fmt.scale.runs]
+    poisoned = (tree(jnp.maximum, bits) >= poison).astype(jnp.int32)
+    if how.block_2d:
+        square = -3 - axis
+        parts = [unstack(split_blocks(a, len(bits), square), square) for a in (peak, poisoned)]
+        peak, poisoned = (repeat(tree(jnp.maximum, part), len(bits), square) for part in parts)
+    return peak | (poisoned << 31), runs
 
 
-def _choose(blocks, peaks, tensor, noise, fmt, axis, loss, headroom, square, search):
-    """int32 [..., m, ...]: the scale byte of the best candidate, flag included, and the candidate's index << 8."""
-    bytes_ = _bytes_for_peak(_as_float(_magnitude(peaks)), tensor, fmt, headroom)
-    if len(fmt.candidates) == 1 and search is None:
-        return jnp.where(peaks < 0, fmt.scale.nan, bytes_[0])
+def choose(blocks, peaks, runs, tensor, noise, how, axis):
+    """int32 [..., m, ...]: the word of the best trial (see `ifjax.codec.search`)."""
+    fmt = how.fmt
+    own = [wanted_payload(candidate, peaks, runs, tensor, fmt, how.headroom) for candidate in fmt.candidates]
+    if len(own) == 1 and how.search is None:
+        return jnp.where(peaks < 0, fmt.scale.nan, own[0])
 
-    def loss_of(i, byte):
-        return _block_loss(blocks, noise and noise[i], byte, tensor, fmt, i, axis, loss, headroom, square)
+    unit = _loss_unit(peaks, tensor)
 
-    trials = [(byte, loss_of(i, byte)) for i, byte in enumerate(bytes_)]
-    best = trials[0]
-    if search is not None:
-        relative, window = _trials(search, fmt)
+    def loss_of(i, payload, own, multiplier):
+        return _block_loss(blocks, noise and noise[i], (payload, own, unit), multiplier, tensor, how, i, axis)
 
-        def try_next(state, code):
-            # Compares what the last step computed: XLA would compute a loss again for each of its two readers here.
-            best, trials = state
-            best = _better(best, trials, fmt)
-            codes = [byte + code if relative else jnp.full_like(byte, code) for byte in bytes_]
-            codes = [jnp.clip(code, 1, fmt.scale.top) for code in codes]
-            return (best, [(byte, loss_of(i, byte)) for i, byte in enumerate(codes)]), None
-
-        (best, trials), _ = lax.scan(try_next, (best, trials), window)
-    word, _ = _better(best, trials, fmt)
-    return jnp.where(peaks < 0, fmt.scale.nan, word)
+    return jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, loss_of, fmt, how.search))
 
 
-def _better(best, trials, fmt, first=0):
-    """The best of (word, loss, ...) and of the (byte, loss, ...) of the candidates from `first` on."""
-    for i, (byte, loss, *rest) in enumerate(trials, first):
-        flag = 0x80 if fmt.decodings.index(_decoding(fmt.candidates[i])) else 0
-        # Strictly less: the earlier candidate keeps a tie, and against a NaN. A zero scale never takes another.
-        wins = (loss < best[1]) & (byte > 0)
-        trial = (byte | (i << 8 | flag), loss, *rest)
-        best = tuple(jnp.where(wins, new, old) for new, old in zip(trial, best, strict=True))
-    return best
+def wanted_payload(candidate: Candidate, peaks, runs, tensor, fmt, headroom):
+    """The int32 payload that maps each block's largest magnitude to the candidate's place for it."""
+    quantum = fmt.block_peak(candidate, headroom)
+
+    def wanted(bits):
+        peak = as_float(magnitude_bits(bits))
+        if tensor is None:
+            # Not below the smallest normal number, which a platform may flush: it has the payload of all smaller ones.
+            scale = jnp.where(peak > 0, jnp.maximum(divide(peak, quantum), np.float32(2.0**-126)), 0)
+        else:
+            scale = divide(peak * tensor.power, quantum) * divide(fmt.tensor_constant(headroom), tensor.amax)
+            scale = jnp.where(tensor.amax > 0, scale, 0)
+        return scale if candidate.scale_multiplier == 1 else scale * np.float32(candidate.scale_multiplier)
+
+    payload = fmt.scale.encode(wanted(peaks), *[[wanted(part) for part in run] for run in runs])
+    return jnp.maximum(payload, 1) if fmt.prevent_zero else payload
 
 
-def _bytes_for_peak(peak, tensor, fmt, headroom):
-    """For each candidate the int32 scale byte, without flag, that maps each block's largest magnitude to its place."""
-    quantum, largest = fmt.constants(headroom)
+def _inverse(payload, place, tensor, fmt, headroom):
+    """What takes x, times the tensor's power, to units of the first grid; 0 for blocks whose scale is zero or NaN."""
     if tensor is None:
-        # Not below the smallest normal number, which a platform may flush: it has the byte of all that are smaller.
-        scale = jnp.where(peak > 0, jnp.maximum(divide(peak, quantum), np.float32(2.0**-126)), 0)
-    else:
-        scale = divide(peak * tensor.power, quantum) * divide(largest, tensor.amax)
-        scale = jnp.where(tensor.amax > 0, scale, 0)
-    stretches = [np.float32(candidate.stretch) for candidate in fmt.candidates]
-    return [fmt.scale.encode(scale if stretch == 1 else scale * stretch) for stretch in stretches]
+        return fmt.scale.inverse(payload, place)
+    return _reciprocal(_tensor_unit(tensor, fmt, headroom) * fmt.scale.decode(payload, place))
 
 
-def _codes(x, noise, inverse, power, candidates, fmt):
+def inverse_for(payload, own, multiplier, place, tensor, how):
+    """The same, of blocks that may round with a multiple of their own scale (see `Search.multipliers`)."""
+    fmt = how.fmt
+    inverse = _inverse(payload, place, tensor, fmt, how.headroom)
+    if multiplier is None or how.search is None or how.search.multipliers is None:
+        return inverse
+    factors = jnp.asarray((1.0, *how.search.multipliers), jnp.float32)[multiplier]
+    scale = fmt.scale.decode(own, place) * factors
+    unit = 1 if tensor is None else _tensor_unit(tensor, fmt, how.headroom)
+    return jnp.where(multiplier > 0, _reciprocal(unit * scale), inverse)
+
+
+def _tensor_unit(tensor, fmt, headroom):
+    return divide(1.0, divide(fmt.tensor_constant(headroom), tensor.amax))
+
+
+def _reciprocal(scale):
+    # Rounded, because the published code multiplies by one; it never divides by the scale.
+    return jnp.where(scale > 0, divide(1.0, scale), 0)
+
+
+def codes_of(x, noise, inverse, power, candidates, fmt):
     """int32 codes of x from each of the candidates."""
     y = x * power * inverse
     if any(c.grid.zero == "negative" for c in candidates):
@@ -207,15 +336,100 @@ def _keep_negative(y, x, factor):
 
     IEEE arithmetic rounds it to -0 only from -2^-150 on, and every number between that and zero has the same code.
     """
-    bits = _bits(x)
-    subnormal = -_magnitude(bits).astype(jnp.float32) * np.float32(2.0**-119)
-    wide = jnp.where(_magnitude(bits) < 0x800000, subnormal, x * np.float32(2.0**30)) * factor
+    bits = bits_of(x)
+    subnormal = -magnitude_bits(bits).astype(jnp.float32) * np.float32(2.0**-119)
+    wide = jnp.where(magnitude_bits(bits) < 0x800000, subnormal, x * np.float32(2.0**30)) * factor
     return jnp.where((bits < 0) & (wide < np.float32(-(2.0**-120))), jnp.minimum(y, np.float32(-(2.0**-126))), y)
 
 
-def _decoding(candidate: Candidate):
-    return candidate.grid, candidate.step
+def _to_grid(y, candidate: Candidate, fmt: Format):
+    factor = fmt.input_factor(candidate)
+    y = y if factor == 1 else y * factor
+    return y - np.float32(candidate.offset) if candidate.offset else y
 
 
-def _one_for_each_decoding(fmt: Format):
-    return [next(c for c in fmt.candidates if _decoding(c) == decoding) for decoding in fmt.decodings]
+def one_for_each_decoding(fmt: Format):
+    return [next(c for c in fmt.candidates if c.decoding == decoding) for decoding in fmt.decodings]
+
+
+# --- the loss of a block ---------------------------------------------------------------------------------------------
+
+
+@jax.jit(static_argnames=("candidate", "fmt", "headroom"))  # traced once for all places
+def decoded_place(x, r, inverse, scale, tensor, candidate, fmt, headroom):
+    """x and what it decodes to, in units of `tensor`."""
+    x = x if tensor is None else x * tensor.power
+    v = candidate.grid.round(_to_grid(x * inverse, candidate, fmt), r)
+    v = v + np.float32(candidate.offset) if candidate.offset else v
+    return x, scaled(v, scale, candidate.step, tensor, fmt.tensor_constant(headroom))
+
+
+def _loss_unit(peaks, tensor):
+    """The power of two that losses are reckoned in; None where numbers are in units of the tensor's already."""
+    return None if tensor is not None else normalized(as_float(magnitude_bits(peaks)), peaks.ndim).power
+
+
+def _error(x, decoded, unit):
+    return decoded - x if unit is None else decoded * unit - x * unit
+
+
+def _block_loss(blocks, noise, trial, multiplier, tensor, how, i, axis) -> jax.Array:
+    """The loss [..., m, ...] of each block if candidate i encodes it.
+
+    `trial` is what a block has one of: the payload that decodes, its own payload and the power of two that the loss is
+    reckoned in (the last two may be None); `multiplier` is that of the search.
+    """
+    fmt, loss = how.fmt, how.loss
+    square = -3 - axis if how.block_2d else None
+
+    def pairs(blocks, noise, trial, multiplier, tensor, axis, in_parts=False):
+        """x and what it decodes to: a pair of arrays for each place along `axis`, of which each part of a block has one
+        if the block is cut in parts, which lie along the same axis of what comes out."""
+        payload, own, unit = trial
+        first = 0
+        if in_parts:
+            shape = (blocks.shape[axis - 1], *[1] * (-axis - 1))
+            first = blocks.shape[axis] * lax.broadcasted_iota(jnp.int32, shape, 0)
+        rs = [None] * blocks.shape[axis] if noise is None else unstack(noise, axis)
+        for at, (x, r) in enumerate(zip(places(blocks, axis), rs, strict=True)):
+            if at == 0 or fmt.scale.runs:
+                scale = fmt.scale.decode(payload, first + at)
+                inverse = inverse_for(payload, own, multiplier, first + at, tensor, how)
+            x, decoded = decoded_place(x, r, inverse, scale, tensor, fmt.candidates[i], fmt, how.headroom)
+            yield x, decoded, unit
+
+    if not isinstance(loss, BlockLoss):
+        xs, ds, units = zip(*pairs(blocks, noise, trial, multiplier, tensor, axis), strict=True)
+        x, d = jnp.stack(xs, -1), jnp.stack(ds, -1)
+        if units[0] is not None:
+            x, d = x * units[0][..., None], d * units[0][..., None]
+        if square is None:
+            return jnp.asarray(loss(x, d))
+        return repeat(loss(gather_squares(x, square - 1), gather_squares(d, square - 1)), fmt.block, square)
+
+    def along(blocks, noise, trial, multiplier, tensor, axis, in_parts=False):
+        part = largest_divisor(blocks.shape[axis], 32)
+        if part == blocks.shape[axis]:
+            found = pairs(blocks, noise, trial, multiplier, tensor, axis, in_parts)
+            return tree(loss.over, [loss.term(_error(*triple)) for triple in found])
+        # A long block in parts: unrolled as a whole it would take minutes to compile.
+        blocks, noise = jax.tree.map(lambda a: split_blocks(a, part, axis), (blocks, noise))
+        trial, tensor = insert_axis((trial, tensor), axis)
+        of_part = functools.partial(along, axis=axis, in_parts=True)
+        parts = materialize(of_part, blocks, noise, trial, multiplier, tensor)
+        return tree(loss.over, unstack(parts, axis))
+
+    if square is None:
+        return along(blocks, noise, trial, multiplier, tensor, axis)
+    # Summed over rows first and over columns first, and both added: transposing the square changes no bit.
+    over_rows = materialize(functools.partial(along, axis=axis), blocks, noise, trial, multiplier, tensor)
+    over_rows = tree(loss.over, unstack(split_blocks(over_rows, fmt.block, square), square))
+    other = square - 1 if square < axis else square  # the same axis, where the array has B too
+    blocks, noise = jax.tree.map(lambda a: split_blocks(a, fmt.block, other), (blocks, noise))
+    trial = jax.tree.map(
+        lambda a: lax.index_in_dim(split_blocks(a, fmt.block, square), 0, square, keepdims=False), trial
+    )
+    trial, tensor = insert_axis((trial, tensor), axis)
+    over_columns = materialize(functools.partial(along, axis=other), blocks, noise, trial, multiplier, tensor)
+    over_columns = tree(loss.over, unstack(over_columns, axis))
+    return repeat(loss.over(over_rows, over_columns), fmt.block, square)

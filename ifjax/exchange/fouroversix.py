@@ -7,20 +7,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from ifjax.exchange.layouts import _U8, _join, _Matrix, _split, _swapped
+from ifjax.exchange.layouts import U8, Matrix, join_name, split_name, swapped_nibbles
 from ifjax.exchange.swizzle import TILE, unswizzle_scales
-from ifjax.exchange.write import _check_scales
+from ifjax.exchange.write import check_scales
 from ifjax.formats import FORMATS, Format, get_format
 from ifjax.numerics.packing import pack, packed_length
 
 _PARTS = ("values", "scale_factors", "amax", "metadata")
 
 
-_PART = re.compile(rf"quantized_(.+)_({'|'.join(_PARTS)})")
+PART = re.compile(rf"quantized_(.+)_({'|'.join(_PARTS)})")
 
 
-def _from_fouroversix(arrays, *, fmt, swap, headroom):
-    """The matrices that the fouroversix package stores in a layer's buffers, as _Matrix, and all other arrays."""
+def from_fouroversix(arrays, *, fmt, swap, headroom):
+    """The matrices that the fouroversix package stores in a layer's buffers, as Matrix, and all other arrays."""
     if fmt is None:
         raise ValueError(
             "the fouroversix package's tensors do not say their format: state fmt=, 'fouroversix' for nvfp4 with an "
@@ -30,10 +30,10 @@ def _from_fouroversix(arrays, *, fmt, swap, headroom):
     groups: dict[str, dict[str, np.ndarray]] = {}
     rest = {}
     for name, array in arrays.items():
-        module, tail = _split(name)
-        match = _PART.fullmatch(tail)
+        module, tail = split_name(name)
+        match = PART.fullmatch(tail)
         if match:
-            groups.setdefault(_join(module, match[1]), {})[match[2]] = array
+            groups.setdefault(join_name(module, match[1]), {})[match[2]] = array
         else:
             rest[name] = array
     found = {}
@@ -49,7 +49,7 @@ def _from_fouroversix(arrays, *, fmt, swap, headroom):
     return found | rest
 
 
-def _read_fouroversix(parts: dict[str, np.ndarray], fmt: Format, swap: bool) -> _Matrix:
+def _read_fouroversix(parts: dict[str, np.ndarray], fmt: Format, swap: bool) -> Matrix:
     values, scale_factors, amax, metadata = (parts[part] for part in _PARTS)
     numbers = metadata.reshape(-1).tolist()
     if metadata.dtype.kind not in "iu" or len(numbers) != 6:
@@ -71,7 +71,7 @@ def _read_fouroversix(parts: dict[str, np.ndarray], fmt: Format, swap: bool) -> 
     ):
         if array.itemsize != 1 or array.size != size:
             raise ValueError(f"{name} of {tall} x {wide} {fmt.name} are {size} bytes, got {array.dtype} {array.shape}")
-    if values.dtype != np.uint8 or scale_factors.dtype not in (_U8, fmt.scale.dtype):
+    if values.dtype != np.uint8 or scale_factors.dtype not in (U8, fmt.scale.dtype):
         raise ValueError(
             f"{fmt.name} has uint8 values and {fmt.scale.dtype} scales, got {values.dtype} and {scale_factors.dtype}"
         )
@@ -80,7 +80,7 @@ def _read_fouroversix(parts: dict[str, np.ndarray], fmt: Format, swap: bool) -> 
         scales = np.asarray(_unswizzle(scales.reshape(-1), tall, wide // fmt.block))
     scales = scales.reshape(tall, wide // fmt.block)
     packed = values.reshape(tall, wide // per_byte)
-    packed = _swapped(packed) if swap and per_byte == 2 else packed
+    packed = swapped_nibbles(packed) if swap and per_byte == 2 else packed
     codes = np.stack([packed & 15, packed >> 4], -1).reshape(tall, wide) if per_byte == 2 else packed
     blocks = -(-columns // fmt.block)
     padding = codes[rows:], codes[:, columns:], scales[rows:], scales[:, blocks:]
@@ -96,15 +96,15 @@ def _read_fouroversix(parts: dict[str, np.ndarray], fmt: Format, swap: bool) -> 
         packed = np.ascontiguousarray(packed[:rows, : packed_length(blocks * fmt.block, fmt.bits)])
     else:
         packed = np.asarray(_pack(codes[:rows, : blocks * fmt.block], fmt.bits))
-    _check_scales(scales, fmt)
-    if fmt.has_flag and (scales == 0x80).any():
+    check_scales(scales, fmt)
+    if fmt.has_selector and (scales == 0x80).any():
         raise ValueError(f"a zero scale is marked as integers, which {fmt.name} never has: the format is another")
-    if fmt.scale.largest is None:
-        return _Matrix(packed, scales, None, fmt, columns)
+    if not fmt.has_tensor_scale:
+        return Matrix(packed, scales, None, fmt, columns)
     amax = np.asarray(amax)
     if amax.size != 1 or amax.dtype != np.float32 or not 0 <= amax.reshape(()) < np.inf:
         raise ValueError(f"amax must be one finite float32 >= 0, got {amax.dtype} {amax!r}")
-    return _Matrix(packed, scales, amax.reshape(()), fmt, columns)
+    return Matrix(packed, scales, amax.reshape(()), fmt, columns)
 
 
 # One program for each shape, not one for each operation.
@@ -126,7 +126,7 @@ _FOUROVERSIX_RULES = {
 _FOUROVERSIX_TYPES = {"nvfp4": "fouroversix", "nvfp4_bs8": "fouroversix_bs8"}
 
 
-def _fouroversix_format(config: Mapping[str, Any]) -> str | None:
+def fouroversix_format(config: Mapping[str, Any]) -> str | None:
     """Of the weights, where the configuration has one for all of them."""
     dtype = config.get("weight_dtype") or config.get("dtype") or "nvfp4"
     rule = config.get("weight_scale_rule") or config.get("scale_rule") or "mse"

@@ -2,7 +2,7 @@
 
 Codes and block scales travel as they are, bit for bit. What differs from tool to tool is a record (`Layout`): the names
 of the arrays, how the scales are typed, and which way round the tensor's factor is stored. With K from
-`Format.constants`, 2688 for NVFP4 and 1536 for Four Over Six, a value is
+`Format.tensor_constant`, 2688 for NVFP4 and 1536 for Four Over Six, a value is
 
     code * scale * amax / K                        here
     code * (scale / weight_global_scale)           compressed-tensors: weight_global_scale = K / amax
@@ -23,8 +23,8 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
+from ifjax.arrays.ml_dtypes import is_plain_e2m1
 from ifjax.formats import Format, get_format
-from ifjax.formats.grids import E2M1
 
 Tool = Literal["compressed-tensors", "modelopt"]
 
@@ -35,7 +35,7 @@ Source = Literal["compressed-tensors", "modelopt", "fouroversix"]
 Nibbles = Literal["low_first", "high_first"]
 
 
-_E4M3, _E8M0, _U8 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu), np.dtype(np.uint8)
+E4M3_TYPE, E8M0_TYPE, U8 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu), np.dtype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Layout:
     def accepts(self, fmt: Format) -> bool:
         """Whether this layout's readers decode what `fmt` encodes: by what the record says, not by its name."""
         mine = get_format(self.fmt)
-        return _is_plain_e2m1(fmt) and (fmt.block, fmt.scale.dtype) == (mine.block, mine.scale.dtype)
+        return is_plain_e2m1(fmt) and (fmt.block, fmt.scale.dtype) == (mine.block, mine.scale.dtype)
 
     def names(self) -> tuple[str, ...]:
         """Of the arrays that make up a tensor."""
@@ -87,16 +87,16 @@ class Layout:
 # and convert_hf_quant_config_format. Tested against these readers.
 LAYOUTS = (
     Layout(
-        "compressed-tensors", "nvfp4-pack-quantized", "nvfp4", "weight_packed", "weight_scale", _E4M3,
+        "compressed-tensors", "nvfp4-pack-quantized", "nvfp4", "weight_packed", "weight_scale", E4M3_TYPE,
         "weight_global_scale", True, (1,), "input_global_scale", "tensor_group",
     ),
     Layout(
-        "compressed-tensors", "mxfp4-pack-quantized", "mxfp4", "weight_packed", "weight_scale", _U8, strategy="group"
+        "compressed-tensors", "mxfp4-pack-quantized", "mxfp4", "weight_packed", "weight_scale", U8, strategy="group"
     ),
     Layout(
-        "modelopt", "NVFP4", "nvfp4", "weight", "weight_scale", _E4M3, "weight_scale_2", False, (), "input_scale"
+        "modelopt", "NVFP4", "nvfp4", "weight", "weight_scale", E4M3_TYPE, "weight_scale_2", False, (), "input_scale"
     ),
-    Layout("modelopt", "MXFP4", "mxfp4", "weight", "weight_scale", _U8),
+    Layout("modelopt", "MXFP4", "mxfp4", "weight", "weight_scale", U8),
 )  # fmt: skip
 
 
@@ -104,17 +104,11 @@ TOOLS = tuple(dict.fromkeys(layout.tool for layout in LAYOUTS))
 
 
 # The last part of a name, for which the layout's own names are put.
-_WEIGHTS = ("weight", "kernel", "embedding")
-
-
-def _is_plain_e2m1(fmt: Format) -> bool:
-    # How a grid rounds is the encoder's business.
-    (grid, _), *second = fmt.decodings
-    return not second and (grid.magnitudes, grid.sign) == (E2M1.magnitudes, E2M1.sign)
+WEIGHTS = ("weight", "kernel", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Matrix:
+class Matrix:
     """What was read: packed codes [out, ...], scale bytes [out, m], amax, for a matrix [out, length]."""
 
     codes: np.ndarray
@@ -124,15 +118,15 @@ class _Matrix:
     length: int
 
 
-def _swapped(packed: np.ndarray) -> np.ndarray:
+def swapped_nibbles(packed: np.ndarray) -> np.ndarray:
     return packed >> 4 | packed << 4
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """(layer, last part)"""
     module, _, tail = name.rpartition(".")
     return module, tail
 
 
-def _join(module: str, tail: str) -> str:
+def join_name(module: str, tail: str) -> str:
     return f"{module}.{tail}" if module else tail

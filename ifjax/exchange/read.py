@@ -10,25 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from ifjax.arrays.qtensor import DTYPES, QTensor
-from ifjax.exchange.fouroversix import _PART, _fouroversix_format, _from_fouroversix
+from ifjax.arrays import DTYPES, Blocking, QTensor
+from ifjax.exchange.fouroversix import PART, fouroversix_format, from_fouroversix
 from ifjax.exchange.layouts import (
-    _E4M3,
-    _E8M0,
-    _U8,
+    E4M3_TYPE,
+    E8M0_TYPE,
     LAYOUTS,
     TOOLS,
+    U8,
     Layout,
+    Matrix,
     Nibbles,
     Source,
-    _join,
-    _Matrix,
-    _split,
-    _swapped,
+    join_name,
+    split_name,
+    swapped_nibbles,
 )
-from ifjax.exchange.write import _check_scales, _check_zero_blocks
-from ifjax.files import safetensors as _files
-from ifjax.formats import Format, get_format
+from ifjax.exchange.write import check_scales, check_zero_blocks
+from ifjax.files import safetensors
+from ifjax.formats import E4M3, E8M0, Format, get_format
 
 
 def import_tensors(
@@ -88,48 +88,40 @@ def import_tensors(
     if dtype.name not in DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     settings = {"fmt": fmt, "swap": nibbles == "high_first", "headroom": headroom}
-    found = _from_fouroversix(arrays, **settings) if tool == "fouroversix" else _from_layouts(arrays, tool, **settings)
+    found = from_fouroversix(arrays, **settings) if tool == "fouroversix" else _from_layouts(arrays, tool, **settings)
     return {
-        name: _as_qtensor(value, axis, dtype, headroom) if isinstance(value, _Matrix) else value
+        name: _as_qtensor(value, axis, dtype, headroom) if isinstance(value, Matrix) else value
         for name, value in found.items()
     }
 
 
-def _as_qtensor(matrix: _Matrix, axis: int, dtype: np.dtype, headroom: float) -> QTensor:
-    codes, scales = (np.moveaxis(a, -1, axis) for a in (matrix.codes, matrix.scales))
-    return QTensor(
-        codes=jnp.asarray(codes),
-        scales=jnp.asarray(np.ascontiguousarray(scales).view(matrix.fmt.scale.dtype)),
-        amax=None if matrix.amax is None else jnp.asarray(matrix.amax),
-        fmt=matrix.fmt,
-        headroom=headroom,
-        axis=axis,
-        length=matrix.length,
-        dtype=dtype,
-        block_2d=False,
-    )
+def _as_qtensor(matrix: Matrix, axis: int, dtype: np.dtype, headroom: float) -> QTensor:
+    codes, scales = (jnp.asarray(np.moveaxis(a, -1, axis)) for a in (matrix.codes, matrix.scales))
+    amax = None if matrix.amax is None else jnp.asarray(matrix.amax)
+    return QTensor(codes, scales, amax, Blocking(matrix.fmt, axis, matrix.length, dtype, headroom))
 
 
 def _from_layouts(arrays, tool, *, fmt, swap, headroom):
-    """The matrices in a tool's layouts, as _Matrix, and all other arrays."""
+    """The matrices in a tool's layouts, as Matrix, and all other arrays."""
     layouts = [layout for layout in LAYOUTS if layout.tool == tool]
     packed, companions = layouts[0].packed, set(_names_of(layouts)[1:])
     modules = [
-        _split(name)[0] for name, array in arrays.items()
-        if _split(name)[1] == packed and (packed != "weight" or array.dtype == np.uint8)
+        split_name(name)[0] for name, array in arrays.items()
+        if split_name(name)[1] == packed and (packed != "weight" or array.dtype == np.uint8)
     ]  # fmt: skip
     found, used = {}, set()
     for module in modules:
-        parts = {part: arrays[_join(module, part)] for part in _names_of(layouts) if _join(module, part) in arrays}
+        names = {part: join_name(module, part) for part in _names_of(layouts)}
+        parts = {part: arrays[name] for part, name in names.items() if name in arrays}
         try:
-            found[_join(module, "weight")] = _read_matrix(parts, layouts, fmt, swap, headroom)
+            found[join_name(module, "weight")] = _read_matrix(parts, layouts, fmt, swap, headroom)
         except ValueError as error:
-            raise ValueError(f"{_join(module, packed)}: {error}") from error
-        used |= {_join(module, part) for part in parts}
+            raise ValueError(f"{join_name(module, packed)}: {error}") from error
+        used |= {join_name(module, part) for part in parts}
     for name in arrays.keys() - used:
-        module, tail = _split(name)
+        module, tail = split_name(name)
         # Zero points, orders of columns, scales of inputs that were folded in, scales of weights in other formats.
-        beside = tail.startswith("weight_") and _join(module, "weight") in found
+        beside = tail.startswith("weight_") and join_name(module, "weight") in found
         if beside or tail in companions or tail == "pre_quant_scale":
             raise ValueError(
                 f"{name} changes what its layer's weight means, and is not known beside {packed}: {tool} has stored "
@@ -155,8 +147,8 @@ def _read_matrix(parts, layouts, fmt, swap, headroom):
             f"needs uint8 [out, in / 2] and scales [out, in / block], got {packed.dtype} {packed.shape} and "
             f"{scales.dtype} {scales.shape}: swizzled scales and stacks of matrices have to be taken apart first"
         )
-    types = {_E4M3: (_E4M3,), _E8M0: (_U8, _E8M0)}  # of the format: of the file
-    layout = next((lay for lay in layouts if scales.dtype in types[get_format(lay.fmt).scale.dtype]), None)
+    types: dict[Any, tuple] = {E4M3: (E4M3_TYPE,), E8M0: (U8, E8M0_TYPE)}  # of the format: of the file
+    layout = next((lay for lay in layouts if scales.dtype in types[get_format(lay.fmt).scale]), None)
     if layout is None:
         raise ValueError(f"its scales are {scales.dtype}, where NVFP4 has float8_e4m3fn and MXFP4 uint8")
     if packed.shape[0] != scales.shape[0] or packed.shape[1] * 2 != scales.shape[1] * layout.block:
@@ -168,8 +160,8 @@ def _read_matrix(parts, layouts, fmt, swap, headroom):
     if not layout.accepts(record):
         raise ValueError(f"it is {layout.algorithm}, which cannot be read as {record.name}: leave out fmt")
     scales = scales.view(np.uint8)
-    _check_scales(scales, record)
-    _check_zero_blocks(scales, packed, record)
+    check_scales(scales, record)
+    check_zero_blocks(scales, packed, record)
     amax = None
     if layout.factor is not None:
         if layout.factor not in parts:
@@ -177,8 +169,8 @@ def _read_matrix(parts, layouts, fmt, swap, headroom):
                 f"{layout.factor} is missing beside it: without the tensor's factor its values are unknown (1.0, if "
                 "whatever wrote it has none)"
             )
-        amax = _amax_of(parts[layout.factor], scales, layout, record.constants(headroom)[1])
-    return _Matrix(_swapped(packed) if swap else packed, scales, amax, record, packed.shape[1] * 2)
+        amax = _amax_of(parts[layout.factor], scales, layout, record.tensor_constant(headroom))
+    return Matrix(swapped_nibbles(packed) if swap else packed, scales, amax, record, packed.shape[1] * 2)
 
 
 def _amax_of(stored: np.ndarray, scales: np.ndarray, layout: Layout, largest: np.float32) -> np.float32:
@@ -202,8 +194,8 @@ def _amax_of(stored: np.ndarray, scales: np.ndarray, layout: Layout, largest: np
 
 
 def _tool_by_names(arrays: Mapping[str, np.ndarray], nibbles: Nibbles | None) -> Source:
-    tails = {_split(name)[1] for name in arrays}
-    if any(match and match[2] == "values" for match in map(_PART.fullmatch, tails)):
+    tails = {split_name(name)[1] for name in arrays}
+    if any(match and match[2] == "values" for match in map(PART.fullmatch, tails)):
         return "fouroversix"
     if "weight_packed" in tails:
         return "compressed-tensors"
@@ -231,7 +223,7 @@ def _declared(config: Mapping[str, Any]) -> tuple[Source, str | None]:
         inner = config.get("quantization", config)
         method = str(config.get("quant_method", "modelopt" if "quant_algo" in inner else None))
         if method == "fouroversix":
-            return "fouroversix", _fouroversix_format(config)
+            return "fouroversix", fouroversix_format(config)
         # Servers call it modelopt_fp4.
         tool = "modelopt" if method.startswith("modelopt") else method
         known = {layout.algorithm: layout.block for layout in LAYOUTS if layout.tool == tool}
@@ -274,19 +266,19 @@ def load(
         ValueError: as `import_tensors`. A `FileError`: a broken file, or a type that numpy lacks.
         OSError: it cannot be read.
     """
-    _, files, _ = _files.resolve(path)
+    _, files, _ = safetensors.resolve(path)
     arrays: dict[str, np.ndarray] = {}
     declared = None
     for file in files:
-        contents = _files.read_contents(file)
+        contents = safetensors.read_contents(file)
         declared = declared or contents.metadata.get("quantization_config")
         for name, entry in contents.entries.items():
-            dtype = _files.numpy_dtype(entry.dtype)
+            dtype = safetensors.numpy_dtype(entry.dtype)
             if dtype is None:
-                raise _files.FileError(f"{file}: {name} is of type {entry.dtype}, which numpy lacks")
+                raise safetensors.FileError(f"{file}: {name} is of type {entry.dtype}, which numpy lacks")
             if name in arrays:
-                raise _files.FileError(f"{file}: {name} is in another file as well")
-            with _files.Reader(file, entry) as reader:
+                raise safetensors.FileError(f"{file}: {name} is in another file as well")
+            with safetensors.Reader(file, entry) as reader:
                 arrays[name] = reader.bytes(0, entry.nbytes).view(dtype).reshape(entry.shape)
     if tool is None:
         tool = _declared_config(files[0].parent, declared)
@@ -305,7 +297,7 @@ def _declared_config(folder: Path, in_metadata: str | None) -> Mapping[str, Any]
         try:
             config = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _files.FileError(f"{name} in {folder} is not JSON: {error}") from None
+            raise safetensors.FileError(f"{name} in {folder} is not JSON: {error}") from None
         if name == "config.json":
             config = config.get("quantization_config") if isinstance(config, dict) else None
         if isinstance(config, dict):

@@ -1,10 +1,7 @@
 """Tensors and checkpoints out, in other tools' layouts."""
 
-import errno
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +9,22 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from ifjax.arrays.qtensor import QTensor
-from ifjax.exchange.layouts import _E4M3, _E8M0, _WEIGHTS, LAYOUTS, TOOLS, Layout, Tool, _is_plain_e2m1, _join, _split
-from ifjax.files import safetensors as _files
+from ifjax.arrays import QTensor
+from ifjax.arrays.ml_dtypes import is_plain_e2m1
+from ifjax.arrays.qtensor import check_arrays
+from ifjax.atomic import new_folder, write_text
+from ifjax.exchange.layouts import (
+    E4M3_TYPE,
+    E8M0_TYPE,
+    LAYOUTS,
+    TOOLS,
+    WEIGHTS,
+    Layout,
+    Tool,
+    join_name,
+    split_name,
+)
+from ifjax.files import safetensors
 from ifjax.formats import Format, get_format
 
 
@@ -44,6 +54,7 @@ def export_tensor(q: QTensor, tool: Tool) -> dict[str, np.ndarray]:
     if not isinstance(q, QTensor):
         raise TypeError(f"needs a QTensor, got {type(q).__name__}: make one with ifjax.quantize")
     layout = _layout_for(q.fmt, tool)
+    check_arrays(q)
     if q.ndim != 2:
         raise ValueError(
             f"{tool} stores matrices, got shape {q.shape}: export stacked layers one by one (q[i]), and reshape other "
@@ -54,9 +65,9 @@ def export_tensor(q: QTensor, tool: Tool) -> dict[str, np.ndarray]:
             f"the blocked axis {q.axis} of {q.shape} must be a multiple of {layout.block}, because readers know no "
             "filled-up blocks: append zeros to the weight, and to the layer's inputs, before quantizing"
         )
-    codes, scales = (np.moveaxis(np.asarray(a), q.axis, -1) for a in (q.codes, q.scale_bytes()))
-    _check_scales(scales, q.fmt)
-    _check_zero_blocks(scales, codes, q.fmt)
+    codes, scales = (np.moveaxis(np.asarray(a), q.axis, -1) for a in (q.codes, q.scales))
+    check_scales(scales, q.fmt)
+    check_zero_blocks(scales, codes, q.fmt)
     arrays = {layout.packed: codes, layout.scales: scales.view(layout.scales_dtype)}
     if layout.factor is not None:
         arrays[layout.factor] = _factor(q, scales, layout)
@@ -85,22 +96,22 @@ def export_tensors(
     Raises:
         ValueError: as for `export_tensor`, with the name; a name that does not end as said, or that is there twice;
             several kinds; nothing is quantized; `input_amax` names other layers or is not positive.
-        TypeError: params is nested.
+        TypeError: params is nested; something has changed the types of a QTensor's arrays.
     """
     arrays: dict[str, np.ndarray] = {}
     layouts: dict[str, Layout] = {}
     for name, value in params.items():
         new = {name: value}
         if isinstance(value, QTensor):
-            module, tail = _split(name)
-            if tail not in _WEIGHTS:
+            module, tail = split_name(name)
+            if tail not in WEIGHTS:
                 raise ValueError(
                     f"{name!r} is a QTensor, so its name must end with .weight, .kernel or .embedding, which the "
                     "layout's names replace"
                 )
             try:
                 layouts[module] = _layout_for(value.fmt, tool)
-                new = {_join(module, part): array for part, array in export_tensor(value, tool).items()}
+                new = {join_name(module, part): array for part, array in export_tensor(value, tool).items()}
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         elif isinstance(value, Mapping):
@@ -121,8 +132,8 @@ def export_tensors(
     if input_amax is not None:
         arrays |= _input_factors(input_amax, layouts, layout)
     # Readers look for quantized layers by class, so those that are not have to be named.
-    plain = {_split(name)[0] for name, array in params.items() if not isinstance(array, QTensor)
-             and _split(name)[1] in _WEIGHTS and np.ndim(array) == 2}  # fmt: skip
+    plain = {split_name(name)[0] for name, array in params.items() if not isinstance(array, QTensor)
+             and split_name(name)[1] in WEIGHTS and np.ndim(array) == 2}  # fmt: skip
     return arrays, _config(layout, sorted(plain - layouts.keys()), input_amax is not None)
 
 
@@ -133,24 +144,26 @@ def _layout_for(fmt: Format, tool: str) -> Layout:
     found = next((layout for layout in LAYOUTS if layout.tool == tool and layout.accepts(fmt)), None)
     if found is not None:
         return found
-    if fmt.has_flag:
+    if fmt.has_selector:
         reason = (
             "marks the blocks of its second decoding in the scale's sign, so an NVFP4 reader would flip the signs of "
             "these blocks' values"
         )
-    elif not _is_plain_e2m1(fmt):
-        reason = f"has elements {fmt.grid.name}, where {tool} reads E2M1"
+    elif not is_plain_e2m1(fmt):
+        offset = fmt.decodings[0].offset
+        elements = f"{fmt.grid.name} + {offset:g}" if offset else fmt.grid.name
+        reason = f"has elements {elements}, where {tool} reads E2M1"
     else:
         kinds = [f"{lay.block} with {get_format(lay.fmt).scale.name}" for lay in LAYOUTS if lay.tool == tool]
         reason = f"has blocks of {fmt.block} with {fmt.scale.name} scales, where {tool} reads {' or '.join(kinds)}"
     raise ValueError(f"{fmt.name} {reason}: quantize to fouroversix, nvfp4 or mxfp4 for it")
 
 
-def _check_scales(scales: np.ndarray, fmt: Format) -> None:
+def check_scales(scales: np.ndarray, fmt: Format) -> None:
     """That the bytes are scales of this format, of finite blocks."""
-    if fmt.scale.dtype == _E4M3:
+    if fmt.scale.dtype == E4M3_TYPE:
         signs = int((scales >= 0x80).sum())
-        if signs and not fmt.has_flag:
+        if signs and not fmt.has_selector:
             raise ValueError(
                 f"{signs} of {scales.size} block scales have their sign set, which {fmt.name}'s never have: in IF4 and "
                 "MixFP4 it marks blocks of integers, which decode in two different ways, and elsewhere it negates. "
@@ -163,9 +176,9 @@ def _check_scales(scales: np.ndarray, fmt: Format) -> None:
         raise ValueError(f"{int(nan.sum())} of {scales.size} block scales are NaN: the weight was not finite")
 
 
-def _check_zero_blocks(scales: np.ndarray, codes: np.ndarray, fmt: Format) -> None:
+def check_zero_blocks(scales: np.ndarray, codes: np.ndarray, fmt: Format) -> None:
     """That blocks with scale byte 0, on which tools disagree, hold zeros; codes are packed, [..., m * block / 2]."""
-    if fmt.scale.dtype == _E8M0 and ((codes.reshape(*scales.shape, -1) & 0x77).any(-1) & (scales == 0)).any():
+    if fmt.scale.dtype == E8M0_TYPE and ((codes.reshape(*scales.shape, -1) & 0x77).any(-1) & (scales == 0)).any():
         raise ValueError(
             "a block with scale byte 0 has codes that are not zero: that byte is 2^-127 for some readers and 0 for "
             "others, ifjax among them. Scale the weight up"
@@ -173,7 +186,7 @@ def _check_zero_blocks(scales: np.ndarray, codes: np.ndarray, fmt: Format) -> No
 
 
 def _factor(q: QTensor, scales: np.ndarray, layout: Layout) -> np.ndarray:
-    _, largest = q.fmt.constants(q.headroom)
+    largest = q.fmt.tensor_constant(q.headroom)
     # Without an amax a value is code * scale.
     amax = np.asarray(largest if q.amax is None else q.amax, np.float32)
     if amax.size != 1:
@@ -204,14 +217,14 @@ def _input_factors(input_amax, layouts, layout):
         odd = sorted(input_amax.keys() ^ layouts.keys())
         raise ValueError(f"input_amax must name the quantized layers, all of them and no other: {odd[:5]}")
     # The reader quantizes inputs to plain NVFP4, whatever the weights' own constants.
-    _, largest = get_format("nvfp4").constants()
+    largest = get_format("nvfp4").tensor_constant()
     arrays = {}
     for module, amax in input_amax.items():
         amax = np.float32(amax)
         factor = _divided(largest, amax) if layout.reciprocal else _divided(amax, largest)
         if not np.finfo(np.float32).tiny <= factor < np.inf:
             raise ValueError(f"input_amax of {module} must be finite and > 0, got {amax}")
-        arrays[_join(module, layout.input_factor)] = np.full(layout.factor_shape, factor, np.float32)
+        arrays[join_name(module, layout.input_factor)] = np.full(layout.factor_shape, factor, np.float32)
     return arrays
 
 
@@ -275,32 +288,22 @@ def save(
     if path.suffix == ".safetensors":
         if config is not None:
             raise ValueError(f"{path} is a file, and config is for a folder's config.json: name a folder")
-        old = _files.replaced_by_file(path)
+        old = safetensors.replaced_by_file(path)
         _write(path, arrays, metadata | {"quantization_config": json.dumps(quantization)})
-        _files.remove(old)
+        safetensors.remove(old)
         return
-    if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(errno.EEXIST, "holds something already: name a new folder", str(path))
     text = json.dumps({**(config or {}), "quantization_config": quantization}, indent=2)
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
-        _write(temporary / "model.safetensors", arrays, metadata)
-        _files.write_text(temporary / "config.json", text + "\n")
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _files.sync_folder(path.parent)
+    with new_folder(path) as folder:
+        _write(folder / "model.safetensors", arrays, metadata)
+        write_text(folder / "config.json", text + "\n")
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
     slots = []
     for name, array in arrays.items():
-        if array.dtype.name not in _files.CODES:
+        if array.dtype.name not in safetensors.CODES:
             raise ValueError(f"{name} is {array.dtype}, which a safetensors file cannot hold")
-        slots.append(_files.Slot(name, _files.CODES[array.dtype.name], array.shape))
-    with _files.safetensors_writer(path, slots, lambda sums: metadata) as write:
+        slots.append(safetensors.Slot(name, safetensors.CODES[array.dtype.name], array.shape))
+    with safetensors.safetensors_writer(path, slots, lambda sums: metadata) as write:
         for name, array in arrays.items():
             write(name, array)

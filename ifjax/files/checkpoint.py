@@ -22,34 +22,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ifjax.arrays.qtensor import DTYPES, QTensor, packed_shapes, shardings
-from ifjax.files import safetensors as _files
-from ifjax.files.safetensors import Contents, Foreign, Reader, Slot, Write
+from ifjax.arrays import DTYPES, Blocking, QTensor, packed_shapes, shardings
+from ifjax.arrays.qtensor import check_arrays
+from ifjax.files import safetensors
+from ifjax.files.safetensors import Contents, FileError, Foreign, Reader, Slot, StoredTensor, Write, natural_order
 from ifjax.formats import Format
-from ifjax.measure.errors import Entry, FileError, _natural
-from ifjax.models.leaves import _is_leaf, _rebuilt, _value
+from ifjax.models.leaves import is_leaf, rebuilt, value_of
 from ifjax.models.sites import join_path
-from ifjax.products.kernels import Prepacked
+from ifjax.products import Prepacked
 
-LAYOUT = 1
+LAYOUT = 2  # that is written; layout 1 is read, too
 
 
 SHARD_BYTES = 5_000_000_000  # where a path asks for an index and nothing says how long its files may be
 
 
-_META, _SEAL = "ifjax", _files.SEAL
+META, _SEAL = "ifjax", safetensors.SEAL
 
 
 class Packed(NamedTuple):
-    """What a file says of a packed tensor besides its arrays. All but `shape` as in QTensor; `shape` as it was."""
+    """What a file says of a packed tensor besides its arrays: how its blocks lie, and its shape."""
 
-    fmt: Format
-    headroom: float
-    axis: int
+    blocking: Blocking
     shape: tuple[int, ...]
-    dtype: np.dtype
-    block_2d: bool = False
-    names: tuple[Any, ...] | None = None
+
+    @property
+    def fmt(self) -> Format:
+        """The format."""
+        return self.blocking.fmt
 
 
 class Item(NamedTuple):
@@ -94,8 +94,8 @@ def save_file(params: Any, path: str | os.PathLike, *, max_shard_bytes: int | No
         >>> loaded["mlp"]["kernel"]
         QTensor(if4, 64x32 float32, axis=-2, 4.516 bits a value)
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
-    items = [_item(join_path(keys), _value(leaf)) for keys, leaf in leaves]
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_whole)
+    items = [_item(join_path(keys), value_of(leaf)) for keys, leaf in leaves]
     _check_names(item.name for item in items)
     return write_items(path, items, max_shard_bytes=max_shard_bytes)
 
@@ -136,7 +136,7 @@ def load_file(path: str | os.PathLike, like: Any = None, *, check: bool = True) 
     file = open_file(path, check=check)
     if like is None:
         return _nested({name: _placed(file[name], None) for name in file})
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_whole)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_whole)
     wanted = {join_path(keys): leaf for keys, leaf in leaves}
     faults = list(_differences(file, wanted))
     if faults:
@@ -171,32 +171,35 @@ class Checkpoint(Mapping[str, Any]):
         files: all files, in order.
         entries: of each array in the files, by its name there.
         packed: of each packed tensor.
+        layout: the files' number of it, the newest if they differ; None for files that ifjax did not write.
         metadata: what else the files say of themselves, as text.
         sums: CRC-32 of each array, by its name in the file; {} for files without checksums.
     """
 
     def __init__(self, path: str | os.PathLike, *, check: bool = True):
-        index, files, weight_map = _files.resolve(path)
+        index, files, weight_map = safetensors.resolve(path)
         self.path = files[0] if index is None else index
         self.files = tuple(files)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, StoredTensor] = {}
         self.packed: dict[str, Packed] = {}
+        self.layout: int | None = None
         self.metadata: dict[str, str] = {}
         self.sums: dict[str, int] = {}
         self._file_of: dict[str, Path] = {}
         for file in files:
-            contents = _files.read_contents(file)
+            contents = safetensors.read_contents(file)
             if index is not None:
                 _check_shard(index, contents, weight_map)
-            packed, sums = _read_metadata(contents)
+            layout, packed, sums = _read_metadata(contents)
+            self.layout = max(filter(None, (self.layout, layout)), default=None)
             self.entries |= contents.entries
             self.packed |= packed
             self.sums |= sums
-            self.metadata |= {k: v for k, v in contents.metadata.items() if k not in (_META, _SEAL)}
+            self.metadata |= {k: v for k, v in contents.metadata.items() if k not in (META, _SEAL)}
             self._file_of |= dict.fromkeys(contents.entries, file)
         inside = {part for name, p in self.packed.items() for part in _parts(name, p.fmt)}
         names = [*self.packed, *(name for name in self.entries if name not in inside)]
-        self._names = dict.fromkeys(sorted(names, key=_natural))
+        self._names = dict.fromkeys(sorted(names, key=natural_order))
         self._check = check
         self._checked: set[str] = set()
         self._maps: dict[Path, np.ndarray] = {}
@@ -217,7 +220,8 @@ class Checkpoint(Mapping[str, Any]):
             return self.array(name)
         p = self.packed[name]
         arrays = {part: self.array(stored) for part, stored in self.parts(name).items()}
-        return _qtensor(p, arrays["codes"], arrays["scales"].view(p.fmt.scale.dtype), arrays.get("amax"))
+        parts: Any = arrays  # as numpy has them: no device is started
+        return QTensor(parts["codes"], parts["scales"], parts.get("amax"), p.blocking)
 
     def parts(self, name: str) -> dict[str, str]:
         """The names in the files of a packed tensor's arrays, by "codes", "scales" and "amax"; {"": name} of others."""
@@ -238,8 +242,8 @@ class Checkpoint(Mapping[str, Any]):
         amax = None
         if "amax" in parts:
             amax = jax.ShapeDtypeStruct(self.entries[parts["amax"]].shape, np.float32)
-        scales = jax.ShapeDtypeStruct(scales, p.fmt.scale.dtype)
-        return _qtensor(p, jax.ShapeDtypeStruct(codes, np.uint8), scales, amax)
+        codes, scales = (jax.ShapeDtypeStruct(shape, np.uint8) for shape in (codes, scales))
+        return QTensor(codes, scales, amax, p.blocking)  # pyright: ignore[reportArgumentType]
 
     def array(self, stored: str) -> np.ndarray:
         """An array by its name in the file: read-only, and read from the disk where it is looked at.
@@ -280,7 +284,7 @@ class Checkpoint(Mapping[str, Any]):
 
     def _dtype(self, stored: str) -> np.dtype:
         code = self.entries[stored].dtype
-        dtype = _files.numpy_dtype(code)
+        dtype = safetensors.numpy_dtype(code)
         if dtype is None:
             raise FileError(f"{self._file_of[stored]}: {stored!r} is of dtype {code}, which numpy lacks")
         return dtype
@@ -298,10 +302,6 @@ class Checkpoint(Mapping[str, Any]):
         return f"Checkpoint({str(self.path)!r}, {len(self)} tensors, {len(self.packed)} of them packed)"
 
 
-def _qtensor(p: Packed, codes, scales, amax) -> QTensor:
-    return QTensor(codes, scales, amax, p.fmt, p.headroom, p.axis, p.shape[p.axis], p.dtype, p.block_2d, p.names)
-
-
 def write_items(
     path: str | os.PathLike,
     items: Sequence[Item],
@@ -314,8 +314,8 @@ def write_items(
     `metadata` is added to the file's own. Items are filled in their order.
     """
     path = Path(path)
-    if path.name.endswith(_files.INDEX):
-        path = path.with_name(path.name.removesuffix(_files.INDEX))
+    if path.name.endswith(safetensors.INDEX):
+        path = path.with_name(path.name.removesuffix(safetensors.INDEX))
         max_shard_bytes, sharded, named = max_shard_bytes or SHARD_BYTES, True, False
     else:
         sharded, named = max_shard_bytes is not None and file_bytes(items) > max_shard_bytes, True
@@ -324,15 +324,15 @@ def write_items(
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     if not sharded:
-        old = _files.replaced_by_file(path)
+        old = safetensors.replaced_by_file(path)
         _write_one(path, items, metadata or {})
-        _files.remove(old)  # else a reader of the folder would find the old index
+        safetensors.remove(old)  # else a reader of the folder would find the old index
         return path
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "is not a folder: create it first", str(path.parent))
-    old = _files.replaced_by_index(path, named=named)
+    old = safetensors.replaced_by_index(path, named=named)
     groups = _groups(items, max_shard_bytes or SHARD_BYTES)
-    shards = _files.shard_paths(path, len(groups))
+    shards = safetensors.shard_paths(path, len(groups))
     written = []
     try:
         for shard, group in zip(shards, groups, strict=True):
@@ -340,13 +340,13 @@ def write_items(
             written.append(shard)
         pairs = zip(shards, groups, strict=True)
         places = {slot.name: shard for shard, group in pairs for item in group for slot in item.slots}
-        _files.write_index(path, places, file_bytes(items))
+        safetensors.write_index(path, places, file_bytes(items))
     except BaseException:
         for shard in written:  # no index names them
             shard.unlink(missing_ok=True)
         raise
-    _files.remove(old)
-    return path.with_name(path.name + _files.INDEX)
+    safetensors.remove(old)
+    return path.with_name(path.name + safetensors.INDEX)
 
 
 def file_bytes(items: Iterable[Item]) -> int:
@@ -361,7 +361,7 @@ def packed_slots(name: str, fmt: Format, codes, scales, amax) -> tuple[Slot, ...
 
 
 def _parts(name: str, fmt: Format) -> tuple[str, ...]:
-    parts = ("codes", "scales") if fmt.scale.largest is None else ("codes", "scales", "amax")
+    parts = ("codes", "scales", "amax") if fmt.has_tensor_scale else ("codes", "scales")
     return tuple(f"{name}.{part}" for part in parts)
 
 
@@ -378,31 +378,32 @@ def _groups(items: Sequence[Item], limit: int) -> list[list[Item]]:
 
 def _write_one(path: Path, items: Sequence[Item], metadata: Mapping[str, str]) -> None:
     slots = [slot for item in items for slot in item.slots]
-    with _files.safetensors_writer(path, slots, _metadata_of(items, slots, metadata)) as write:
+    with safetensors.safetensors_writer(path, slots, _metadata_of(items, slots, metadata)) as write:
         for item in items:
             item.fill(write)
 
 
 def _metadata_of(items, slots, metadata) -> Callable[[Mapping[str, str]], dict[str, str]]:
-    own = _description({name: packed for name, _, packed, _ in items if packed is not None})
+    own = description({name: packed for name, _, packed, _ in items if packed is not None})
     shapes = {slot.name: (slot.dtype, slot.shape) for slot in slots}
 
     def make(sums):
-        fields = dict(metadata) | {_META: json.dumps(own | {"crc32": dict(sums)}, separators=(",", ":"))}
+        fields = dict(metadata) | {META: json.dumps(own | {"crc32": dict(sums)}, separators=(",", ":"))}
         return fields | {_SEAL: _seal(shapes, fields)}
 
     return make
 
 
-def _description(packed: Mapping[str, Packed]) -> dict[str, Any]:
+def description(packed: Mapping[str, Packed]) -> dict[str, Any]:
     """The records of packed tensors as plain JSON values; a format that several share is written once."""
     formats: dict[Format, str] = {}
     tensors = {}
-    for name, p in packed.items():
-        if p.fmt not in formats:  # records of one name may differ
-            taken = sum(fmt.name == p.fmt.name for fmt in formats)
-            formats[p.fmt] = f"{p.fmt.name}#{taken + 1}" if taken else p.fmt.name
-        fields = p._asdict() | {"fmt": formats[p.fmt], "dtype": p.dtype.name}
+    for name, (blocking, shape) in packed.items():
+        if blocking.fmt not in formats:  # records of one name may differ
+            taken = sum(fmt.name == blocking.fmt.name for fmt in formats)
+            formats[blocking.fmt] = f"{blocking.fmt.name}#{taken + 1}" if taken else blocking.fmt.name
+        fields = blocking.to_dict() | {"fmt": formats[blocking.fmt], "shape": shape}
+        del fields["length"]  # that of the shape
         tensors[name] = {key: value for key, value in fields.items() if key != "names" or value is not None}
     return {"layout": LAYOUT, "formats": {key: fmt.to_dict() for fmt, key in formats.items()}, "tensors": tensors}
 
@@ -414,8 +415,8 @@ def _seal(shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[s
     return f"crc32:{zlib.crc32(text.encode()):08x}"
 
 
-def _is_whole(leaf: Any) -> bool:
-    return isinstance(leaf, QTensor | Prepacked) or _is_leaf(leaf)
+def is_whole(leaf: Any) -> bool:
+    return isinstance(leaf, QTensor | Prepacked) or is_leaf(leaf)
 
 
 def _item(name: str, value: Any) -> Item:
@@ -423,10 +424,10 @@ def _item(name: str, value: Any) -> Item:
         raise TypeError(f"{name!r} is arranged for one kernel, and files hold the plain layout: save {name}.unpack()")
     if not isinstance(value, QTensor):
         _check_array(name, value)
-        code = _files.CODES.get(value.dtype.name)
+        code = safetensors.CODES.get(value.dtype.name)
         if code is None:
             hint = ": save jax.random.key_data of it" if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else ""
-            raise TypeError(f"{name!r} is {value.dtype}, and files hold only {', '.join(_files.CODES)}{hint}")
+            raise TypeError(f"{name!r} is {value.dtype}, and files hold only {', '.join(safetensors.CODES)}{hint}")
         return Item(name, (Slot(name, code, value.shape),), None, lambda write: write(name, np.asarray(value)))
     q = value
     arrays = {f"{name}.codes": q.codes, f"{name}.scales": q.scales, f"{name}.amax": q.amax}
@@ -434,7 +435,8 @@ def _item(name: str, value: Any) -> Item:
         if a is not None:
             _check_array(stored, a)
     slots = packed_slots(name, q.fmt, q.codes.shape, q.scales.shape, None if q.amax is None else q.amax.shape)
-    packed = _record_of(q)
+    check_types(name, q)
+    packed = Packed(q.blocking, q.shape)
     q.fmt.to_dict()  # refuses a scale that is code, before anything is written
     if (fault := _fault_of(packed, *(slot.shape for slot in slots))) is not None:
         raise ValueError(f"{name!r}: {fault}")
@@ -446,8 +448,16 @@ def _item(name: str, value: Any) -> Item:
     return Item(name, slots, packed, fill)
 
 
-def _record_of(q: QTensor) -> Packed:
-    return Packed(q.fmt, q.headroom, q.axis, q.shape, np.dtype(q.dtype), q.block_2d, q.names)
+def check_types(name: str, q: QTensor) -> None:
+    """Raise if something has changed the types of the arrays: their bytes would mean other numbers, or none.
+
+    Raises:
+        TypeError: the message has the name.
+    """
+    try:
+        check_arrays(q)
+    except TypeError as error:
+        raise TypeError(f"{name!r}: {error}") from None
 
 
 def _check_array(name: str, value: Any) -> None:
@@ -481,29 +491,29 @@ def _check_shard(index: Path, contents: Contents, weight_map: Mapping[str, str])
             raise FileError(f"{index} and its file {contents.path.name} do not agree: the file {what} {listed}")
 
 
-def _read_metadata(contents: Contents) -> tuple[dict[str, Packed], dict[str, int]]:
-    """The packed tensors and checksums of a file; nothing, if it is an ordinary one. Everything is checked."""
+def _read_metadata(contents: Contents) -> tuple[int | None, dict[str, Packed], dict[str, int]]:
+    """The layout, packed tensors and checksums of a file; none, if it is an ordinary one. Everything is checked."""
     path, entries, metadata = contents
-    if _META not in metadata and _SEAL not in metadata:
-        return {}, {}
+    if META not in metadata and _SEAL not in metadata:
+        return None, {}, {}
 
     def fault(text):
         return FileError(f"{path}: its header is damaged: {text}. Take another copy of the file")
 
-    if _META not in metadata or _SEAL not in metadata:
-        raise fault(f"of the metadata {_META!r} and {_SEAL!r} one is missing")
+    if META not in metadata or _SEAL not in metadata:
+        raise fault(f"of the metadata {META!r} and {_SEAL!r} one is missing")
     fields = {key: value for key, value in metadata.items() if key != _SEAL}
     seal = _seal({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, fields)
     if seal != metadata[_SEAL]:
         raise fault(f"its checksum is {seal}, and it was written with {metadata[_SEAL]}")
     try:
-        own = json.loads(metadata[_META])
-        packed = _described(own, str(path))
+        own = json.loads(metadata[META])
+        packed = described(own, str(path))
         sums = {str(name): int(digits, 16) for name, digits in own["crc32"].items()}
     except FileError:
         raise
-    except _MALFORMED as error:
-        raise fault(f"the metadata {_META!r} are not of layout {LAYOUT}: {error!r}") from None
+    except MALFORMED as error:
+        raise fault(f"the metadata {META!r} are of no known layout: {error!r}") from None
     if set(sums) != set(entries):
         raise fault("arrays and checksums are not of the same names")
     for name, p in packed.items():
@@ -513,20 +523,18 @@ def _read_metadata(contents: Contents) -> tuple[dict[str, Packed], dict[str, int
             raise fault(f"{name!r} needs arrays {', '.join(_parts(name, p.fmt))} of U8, U8 and F32, got {dtypes}")
         if (text := _fault_of(p, *(part.shape for part in parts if part is not None))) is not None:
             raise fault(f"{name!r}: {text}")
-    return packed, sums
+    return own["layout"], packed, sums
 
 
-_MALFORMED = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
 
 
-def _described(description: Any, source: str) -> dict[str, Packed]:
-    """The inverse of `_description`. Raises one of _MALFORMED for anything else, FileError for a newer layout."""
+def described(description: Any, source: str) -> dict[str, Packed]:
+    """The inverse of `description`. Raises one of MALFORMED for anything else, FileError for a newer layout."""
     layout = description["layout"]
-    if layout != LAYOUT:
-        raise FileError(f"{source} is of layout {layout!r}, and this ifjax reads {LAYOUT}: install what wrote it")
+    if layout not in (1, LAYOUT):
+        raise FileError(f"{source} is of layout {layout!r}, and this ifjax reads 1 to {LAYOUT}: install what wrote it")
     formats = {key: Format.from_dict(record) for key, record in description["formats"].items()}
-    if not all(isinstance(fmt.name, str) for fmt in formats.values()):
-        raise TypeError("a format's name must be text")
     return {name: _packed_of(fields, formats) for name, fields in description["tensors"].items()}
 
 
@@ -545,16 +553,20 @@ def _packed_of(fields: Mapping[str, Any], formats: Mapping[str, Format]) -> Pack
         raise ValueError(f"blocks of two dimensions lie in the last two axes, got axis {axis}")
     names = fields.get("names")
     names = None if names is None else tuple(tuple(n) if isinstance(n, list) else n for n in names)
-    return Packed(formats[fields["fmt"]], float(headroom), axis, shape, jnp.dtype(dtype), block_2d, names)
+    fmt = formats[fields["fmt"]]
+    blocking = Blocking(fmt, axis, shape[axis], jnp.dtype(dtype), float(headroom), block_2d, names)
+    hash(blocking)  # fails if lists and the like are where numbers or names should be
+    return Packed(blocking, shape)
 
 
 def _fault_of(p: Packed, codes, scales, amax=()) -> str | None:
     """Why arrays of these shapes do not make a tensor; None if they do."""
-    wanted = packed_shapes(p.shape, p.fmt, p.axis)
+    axis = p.blocking.axis
+    wanted = packed_shapes(p.shape, p.fmt, axis)
     for what, shape, needed in zip(("codes", "scales"), (codes, scales), wanted, strict=True):
         if tuple(shape) != needed:
-            return f"{what} of {p.shape} in {p.fmt.name} along axis {p.axis} are {needed}, got {tuple(shape)}"
-    if p.fmt.scale.largest is None:
+            return f"{what} of {p.shape} in {p.fmt.name} along axis {axis} are {needed}, got {tuple(shape)}"
+    if not p.fmt.has_tensor_scale:
         return None
     fits = len(amax) <= len(p.shape) and all(a in (1, n) for a, n in zip(amax, p.shape, strict=False))
     return None if fits else f"amax of {p.shape} keeps leading axes or has 1 in their place, got {tuple(amax)}"
@@ -579,7 +591,7 @@ def _differences(file: Checkpoint, wanted: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{name!r} is not in the file" for name in wanted if name not in file)
     yield from (f"{name!r} of the file is not in the tree" for name in file if name not in wanted)
     for name, leaf in wanted.items():
-        if name in file and (fault := _difference(file.abstract(name), _value(leaf))) is not None:
+        if name in file and (fault := _difference(file.abstract(name), value_of(leaf))) is not None:
             yield f"{name!r} {fault}"
 
 
@@ -601,9 +613,9 @@ def _difference(found: Any, value: Any) -> str | None:
 
 
 def _like(leaf: Any, tensor: Any) -> Any:
-    value = _value(leaf)
+    value = value_of(leaf)
     if not isinstance(tensor, QTensor):
-        return _rebuilt(leaf, _placed(tensor, getattr(value, "sharding", None)))
+        return rebuilt(leaf, _placed(tensor, getattr(value, "sharding", None)))
     if isinstance(value, QTensor):
         place = jax.tree.map(lambda a: getattr(a, "sharding", None), value)
         names = value.names
@@ -612,7 +624,7 @@ def _like(leaf: Any, tensor: Any) -> Any:
         place = None if sharding is None else shardings(tensor, sharding)
         names = getattr(leaf, "names", None)
     tensor = _placed(tensor, place)
-    return _rebuilt(leaf, tensor if names is None else dataclasses.replace(tensor, names=names))
+    return rebuilt(leaf, tensor if names is None else tensor.replaced(names=names))
 
 
 def _placed(tensor: Any, place: Any) -> Any:

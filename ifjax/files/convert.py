@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from ifjax.arrays.qtensor import DTYPES, QTensor, packed_shapes
-from ifjax.files import safetensors as _files
+from ifjax.arrays import DTYPES, Blocking, packed_shapes
+from ifjax.codec import Encoding
+from ifjax.files import safetensors
 from ifjax.files.checkpoint import Checkpoint, Item, Packed, open_file, packed_slots, write_items
-from ifjax.files.pieces import Encoding, amax_of, decode, encode
-from ifjax.files.safetensors import Foreign, Slot
-from ifjax.measure.errors import Entry as Stored
-from ifjax.measure.errors import FileError, keep_reason
-from ifjax.models.ptq import Rules, _decibels
-from ifjax.models.report import Entry, Report
+from ifjax.files.pieces import amax_of, chosen, decode, encode
+from ifjax.files.safetensors import FileError, Foreign, Slot, StoredTensor
+from ifjax.models.names import keep_reason
+from ifjax.models.ptq import Rules
+from ifjax.models.report import Entry, Report, decibels
 from ifjax.models.rule_checks import check_used, reason_against
 from ifjax.models.rules import Rule, as_rules, first_match
 from ifjax.models.sites import Seen
@@ -44,12 +44,14 @@ class Task(NamedTuple):
         stored: the tensor in the file.
         rule: the first that matches.
         how: its encoding; None where it stays as it is.
+        axis: of its blocks.
         reason: why it stays.
     """
 
-    stored: Stored
+    stored: StoredTensor
     rule: Rule | None
     how: Encoding | None
+    axis: int
     reason: str | None
 
 
@@ -61,11 +63,13 @@ class Plan:
         source: the open checkpoint.
         tasks: in the file's order.
         dtype: of what stays in floats, and what packed tensors decode to; None for each tensor's own.
+        measured: whether errors are measured.
     """
 
     source: Checkpoint
     tasks: tuple[Task, ...]
     dtype: np.dtype | None
+    measured: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +91,7 @@ class Plan:
             OSError: it cannot be read or written. What was there is as it was.
         """
         results: dict[str, dict[str, Any]] = {}
-        items = [self._item(task, results, tick or _no_tick) for task in self.tasks]
+        items = [self._item(task, results, tick or no_tick) for task in self.tasks]
         metadata = self.source.metadata
         path = write_items(target, items, metadata=metadata, max_shard_bytes=max_shard_bytes)
         entries = [_entry(t, i, results.get(i.name, {})) for t, i in zip(self.tasks, items, strict=True)]
@@ -95,14 +99,15 @@ class Plan:
 
     def _item(self, task, results=None, tick=lambda name, count: None) -> Item:
         stored = task.stored
-        dtype = _files.numpy_dtype(stored.dtype) if self.dtype is None else self.dtype
+        dtype = safetensors.numpy_dtype(stored.dtype) if self.dtype is None else self.dtype
         if task.how is None:
             return _plain(self.source, stored, _cast(stored, self.dtype), results, tick)
         assert dtype is not None
-        packed = Packed(task.how.fmt, 1.0, task.how.axis, stored.shape, dtype, task.how.block_2d)
-        shapes = packed_shapes(stored.shape, packed.fmt, packed.axis)
+        fmt, length = task.how.fmt, stored.shape[task.axis]
+        packed = Packed(Blocking(fmt, task.axis, length, dtype, block_2d=task.how.block_2d), stored.shape)
+        shapes = packed_shapes(stored.shape, fmt, task.axis)
         slots = packed_slots(stored.name, packed.fmt, *shapes, stored.shape[:-2])
-        fill = functools.partial(_pack, self.source, stored, task.how, slots, results, tick)
+        fill = functools.partial(_pack, self.source, task, self.measured, slots, results, tick)
         return Item(stored.name, slots, packed, fill)
 
 
@@ -145,11 +150,11 @@ def plan(
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype.name}")
     seen, tasks = [], []
     for name in source:
-        s, task = _judge(source.entries[name], rules, axis, measured)
+        s, task = _judge(source.entries[name], rules, axis)
         seen.append(s)
         tasks.append(task)
     check_used(rules, seen)
-    return Plan(source, tuple(tasks), dtype)
+    return Plan(source, tuple(tasks), dtype, measured)
 
 
 def quantize_file(
@@ -203,14 +208,14 @@ def dequantize_file(
     source = source if isinstance(source, Checkpoint) else open_file(source)
     if not source.packed:
         raise FileError(f"{source.path} holds nothing packed: there is nothing to dequantize")
-    items, tick = [], tick or _no_tick
+    items, tick = [], tick or no_tick
     for name in source:
         if name not in source.packed:
             items.append(_plain(source, source.entries[name], None, None, tick))
             continue
         p = source.packed[name]
-        to = p.dtype if dtype is None else jnp.dtype(dtype)
-        slot = Slot(name, _files.CODES[to.name], p.shape)
+        to = p.blocking.dtype if dtype is None else jnp.dtype(dtype)
+        slot = Slot(name, safetensors.CODES[to.name], p.shape)
         items.append(Item(name, (slot,), None, functools.partial(_unpack, source, name, to, tick)))
     return write_items(target, items, metadata=source.metadata, max_shard_bytes=max_shard_bytes)
 
@@ -230,10 +235,10 @@ def _check_rules(rules: Iterable[Rule], axis: int) -> None:
             raise ValueError(f"Rule({rule.path!r}): files are quantized along axis -1 or -2, got {axis_of_rule}")
 
 
-def _judge(stored: Stored, rules, axis: int, measured: bool) -> tuple[Seen, Task]:
+def _judge(stored: StoredTensor, rules, axis: int) -> tuple[Seen, Task]:
     path = stored.name.replace(".", "/").removesuffix("/weight").removesuffix("/kernel")
     reason = keep_reason(stored.name, stored.shape)
-    dtype = _files.numpy_dtype(stored.dtype)
+    dtype = safetensors.numpy_dtype(stored.dtype)
     if reason is None and (dtype is None or dtype.name not in DTYPES):
         reason = f"{stored.dtype} is not quantized: {', '.join(DTYPES)} are"
     rule = first_match(rules, path)
@@ -241,25 +246,23 @@ def _judge(stored: Stored, rules, axis: int, measured: bool) -> tuple[Seen, Task
         axis = rule.axis
     seen = Seen(path, None, reason is None, reason, stored.shape[axis] if reason is None else None)
     if rule is None:
-        return seen, Task(stored, None, None, reason or "no rule matches it")
+        return seen, Task(stored, None, None, axis, reason or "no rule matches it")
     reason = reason_against(rule, seen)
     if reason is not None:
-        return seen, Task(stored, rule, None, reason)
-    fmt = rule.weight_format
-    assert fmt is not None
-    return seen, Task(stored, rule, Encoding(fmt, axis, rule.loss, rule.search, rule.block_2d, measured), None)
+        return seen, Task(stored, rule, None, axis, reason)
+    return seen, Task(stored, rule, rule.weights, axis, None)
 
 
-def _cast(stored: Stored, dtype: np.dtype | None) -> np.dtype | None:
+def _cast(stored: StoredTensor, dtype: np.dtype | None) -> np.dtype | None:
     """What a tensor that is not packed is to be cast to; None to copy its bytes."""
-    own = _files.numpy_dtype(stored.dtype)
+    own = safetensors.numpy_dtype(stored.dtype)
     return None if dtype is None or own is None or own.name not in DTYPES or own == dtype else dtype
 
 
 def _entry(task: Task, item: Item, result: Mapping[str, Any]) -> Entry:
     stored, how = task.stored, task.how
     values, after = math.prod(stored.shape), sum(slot.nbytes for slot in item.slots)
-    dtype = _files.NAMES.get(stored.dtype, stored.dtype)
+    dtype = safetensors.NAMES.get(stored.dtype, stored.dtype)
     bits = 8 * after / values if values else math.nan
     fmt = None if how is None else how.fmt.name
     rule = None if task.rule is None else task.rule.path
@@ -275,26 +278,26 @@ def _held(source: Checkpoint, name: str) -> Entry:
         stored = source.entries[name]
         values = math.prod(stored.shape)
         bits = 8 * nbytes / values if values else math.nan
-        dtype = _files.NAMES.get(stored.dtype, stored.dtype)
+        dtype = safetensors.NAMES.get(stored.dtype, stored.dtype)
         return Entry(name, None, stored.shape, dtype, None, None, bits, nbytes, nbytes, reason="it is not packed")
     p = source.packed[name]
     values = math.prod(p.shape)
-    bits, before = 8 * nbytes / values if values else math.nan, values * p.dtype.itemsize
-    return Entry(name, None, p.shape, p.dtype.name, p.fmt.name, None, bits, before, nbytes)
+    bits, before = 8 * nbytes / values if values else math.nan, values * p.blocking.dtype.itemsize
+    return Entry(name, None, p.shape, p.blocking.dtype.name, p.fmt.name, None, bits, before, nbytes)
 
 
-def _no_tick(name: str, count: int) -> None:
+def no_tick(name: str, count: int) -> None:
     del name, count
 
 
-def _plain(source: Checkpoint, stored: Stored, dtype: np.dtype | None, results, tick: Tick) -> Item:
+def _plain(source: Checkpoint, stored: StoredTensor, dtype: np.dtype | None, results, tick: Tick) -> Item:
     """A tensor that stays: its bytes, or its values in another dtype."""
     name = stored.name
-    own = _files.numpy_dtype(stored.dtype)
+    own = safetensors.numpy_dtype(stored.dtype)
     foreign = Foreign(name, stored.dtype, stored.shape, stored.nbytes)
     slot = foreign if own is None else Slot(name, stored.dtype, stored.shape)
     if dtype is not None:
-        slot = Slot(name, _files.CODES[dtype.name], stored.shape)
+        slot = Slot(name, safetensors.CODES[dtype.name], stored.shape)
 
     def fill(write):
         source.check(name)
@@ -316,11 +319,14 @@ def _plain(source: Checkpoint, stored: Stored, dtype: np.dtype | None, results, 
     return Item(name, (slot,), None, fill)
 
 
-def _pack(source: Checkpoint, stored: Stored, how: Encoding, slots, results, tick: Tick, write) -> None:
+def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: Tick, write) -> None:
+    stored, how, axis = task.stored, task.how, task.axis
+    assert how is not None
+    fmt = how.fmt
     codes, scales, *amax = (slot.name for slot in slots)
     *lead, r, c = stored.shape
     size, itemsize = r * c, stored.nbytes // math.prod(stored.shape)
-    peaks, signal, noise, second, blocks = [], 0.0, 0.0, 0, 0
+    peaks, signal, noise, counts = [], 0.0, 0.0, np.zeros(len(fmt.decodings), np.int64)
     source.check(stored.name)
     with source.reader(stored.name) as reader:
         for i in range(math.prod(lead)):
@@ -328,28 +334,28 @@ def _pack(source: Checkpoint, stored: Stored, how: Encoding, slots, results, tic
             def read(start, count, first=i * size):
                 return reader.values(first + start, count)
 
-            peaks.append(amax_of(read, size) if amax or how.measured else np.float32(0))
-            for piece in encode(read, (r, c), peaks[-1], how):
+            peaks.append(amax_of(read, size) if amax or measured else np.float32(0))
+            for piece in encode(read, (r, c), peaks[-1], how, axis, measured=measured):
                 write(codes, piece.codes)
                 write(scales, piece.scales)
                 signal, noise = signal + piece.signal, noise + piece.noise
-                second, blocks = second + int((piece.scales >= 0x80).sum()), blocks + piece.scales.size
-                values = piece.scales.size * how.fmt.block  # with those that fill up blocks
-                tick(stored.name, values * itemsize)
+                found = chosen(piece.scales, fmt, axis)
+                counts += found
+                tick(stored.name, int(found.sum()) * fmt.block * itemsize)  # with those that fill up blocks
     if amax:
         write(amax[0], np.array(peaks, np.float32))
     results[stored.name] = {
-        "sqnr_db": _decibels(signal, noise) if how.measured else None,
-        "int_share": second / blocks if how.fmt.has_flag else None,
+        "sqnr_db": decibels(signal, noise) if measured else None,
+        "choice_share": 1 - counts[0] / counts.sum() if fmt.has_selector else None,
     }
 
 
 def _unpack(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick, write) -> None:
-    for values in _values(source, name, dtype, tick):
+    for values in values_of(source, name, dtype, tick):
         write(name, values)
 
 
-def _values(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick) -> Iterator[np.ndarray]:
+def values_of(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick) -> Iterator[np.ndarray]:
     """The values of a packed tensor in order, some at a time; its bytes are checked before."""
     p, parts = source.packed[name], source.parts(name)
     for stored in parts.values():
@@ -358,7 +364,7 @@ def _values(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick) -> Itera
         yield np.zeros(p.shape, dtype)
         return
     amax = source.array(parts["amax"]) if "amax" in parts else None
-    at = len(p.shape) + p.axis
+    at = len(p.shape) + p.blocking.axis
     last = max((i + 1 for i, n in enumerate(() if amax is None else amax.shape) if n > 1), default=0)
     inner = math.prod(p.shape[at + 1 :])
     # float64 is decoded in float32, in which every value was computed.
@@ -379,10 +385,9 @@ def _values(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick) -> Itera
         sizes = [math.prod(s) for s in packed_shapes(shape, p.fmt, axis)]
         for i in range(count):
             reads = [functools.partial(_shifted, r, i * size) for r, size in zip((codes, scales), sizes, strict=True)]
-            none: Any = None
             own = None if amax is None else amax[i]
-            q = QTensor(none, none, own, p.fmt, p.headroom, axis, shape[axis], p.dtype, False)
-            for values in decode(reads[0], reads[1], shape, q, device):
+            blocking = Blocking(p.fmt, axis, shape[axis], p.blocking.dtype, p.blocking.headroom)
+            for values in decode(reads[0], reads[1], shape, own, blocking, device):
                 yield values.astype(dtype, copy=False)
                 tick(name, values.size)
 

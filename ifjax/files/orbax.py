@@ -1,5 +1,6 @@
 """Packed checkpoints in Orbax's folders."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -7,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from ifjax.arrays.qtensor import QTensor
-from ifjax.files.checkpoint import _MALFORMED, _META, _described, _description, _is_whole, _qtensor, _record_of
-from ifjax.measure.errors import FileError
-from ifjax.models.leaves import _value
+from ifjax.arrays import QTensor
+from ifjax.files.checkpoint import MALFORMED, META, Packed, check_types, described, description, is_whole
+from ifjax.files.safetensors import FileError
+from ifjax.models.leaves import value_of
 from ifjax.models.sites import join_path
-from ifjax.products.kernels import Prepacked
+from ifjax.products import Prepacked
 
 
 def save_orbax(params: Any, folder: str | os.PathLike) -> None:
@@ -30,7 +33,7 @@ def save_orbax(params: Any, folder: str | os.PathLike) -> None:
         >>> import tempfile
         >>> import jax.numpy as jnp
         >>> import ifjax
-        >>> from ifjax.files.checkpoint import load_orbax, save_orbax
+        >>> from ifjax.files import load_orbax, save_orbax
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_orbax({"w": ifjax.quantize(jnp.ones((32, 64)), "mxfp4"), "b": jnp.zeros(3)}, f"{folder}/1")
         ...     load_orbax(f"{folder}/1")["w"]
@@ -38,7 +41,7 @@ def save_orbax(params: Any, folder: str | os.PathLike) -> None:
     """
     ocp = _orbax()
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(folder).resolve(), params, custom_metadata={_META: describe(params)})
+        checkpointer.save(Path(folder).resolve(), params, custom_metadata={META: describe(params)})
 
 
 def load_orbax(folder: str | os.PathLike, like: Any = None) -> Any:
@@ -61,54 +64,73 @@ def load_orbax(folder: str | os.PathLike, like: Any = None) -> Any:
 
     with ocp.StandardCheckpointer() as checkpointer:
         metadata: Any = checkpointer.metadata(folder)
-        description = (metadata.custom_metadata or {}).get(_META)
-        if description is None:
+        stated = (metadata.custom_metadata or {}).get(META)
+        if stated is None:
             raise ValueError(f"{folder} has no description of QTensors: save it by ifjax.checkpoint.save_orbax")
         if like is None:
             stored = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), metadata.item_metadata.tree)
-            return rebuild(checkpointer.restore(folder, jax.tree.map(wanted, stored)), description)
+            return rebuild(checkpointer.restore(folder, jax.tree.map(wanted, stored)), stated)
+
         # Orbax looks at arrays alone: the bytes of one format would pass for those of another.
-        ours, theirs = (
-            {name: p._replace(names=None) for name, p in _described(d, str(folder)).items()}
-            for d in (describe(like), description)
-        )
+        def without_names(stated):
+            packed = described(stated, str(folder))
+            return {name: (dataclasses.replace(p.blocking, names=None), p.shape) for name, p in packed.items()}
+
+        ours, theirs = without_names(describe(like)), without_names(stated)
         faults = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if faults:
             raise ValueError(
                 f"{folder} is not like the given tree: {', '.join(map(repr, faults[:10]))} differ in format, shape, "
                 "axis or dtype, or are packed in one of them only"
             )
-        return checkpointer.restore(folder, jax.tree.map(wanted, like))
+        if stated["layout"] == 1:  # scales were stored as floats of eight bits, whose bits they are
+            like = _with_scales(like, lambda q: jax.ShapeDtypeStruct(
+                q.scales.shape, q.fmt.scale.dtype, sharding=getattr(q.scales, "sharding", None)
+            ))  # fmt: skip
+        return _with_scales(checkpointer.restore(folder, jax.tree.map(wanted, like)), lambda q: _bytes(q.scales))
+
+
+def _with_scales(tree, scales_of):
+    def replaced(leaf):
+        return leaf.replaced(scales=scales_of(leaf)) if isinstance(leaf, QTensor) else leaf
+
+    return jax.tree.map(replaced, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+
+
+def _bytes(scales):
+    return scales if scales.dtype == jnp.uint8 else lax.bitcast_convert_type(scales, jnp.uint8)
 
 
 def describe(params: Any) -> dict[str, Any]:
     """What makes QTensors of the arrays of a tree, as plain JSON values, by '/'-joined names. `rebuild` reads it."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
-    values = {join_path(keys): _value(leaf) for keys, leaf in leaves}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_whole)
+    values = {join_path(keys): value_of(leaf) for keys, leaf in leaves}
     for name, value in values.items():
         if isinstance(value, Prepacked):
             raise TypeError(f"{name!r} is arranged for one kernel: save {name}.unpack(), in the plain layout")
+        if isinstance(value, QTensor):
+            check_types(name, value)
     # Through JSON, so that it equals what was read from a file.
-    packed = {name: _record_of(value) for name, value in values.items() if isinstance(value, QTensor)}
-    return json.loads(json.dumps(_description(packed)))
+    packed = {name: Packed(q.blocking, q.shape) for name, q in values.items() if isinstance(q, QTensor)}
+    return json.loads(json.dumps(description(packed)))
 
 
-def rebuild(tree: Any, description: Mapping[str, Any]) -> Any:
+def rebuild(tree: Any, stated: Mapping[str, Any]) -> Any:
     """The tree with QTensors where it has dictionaries of their arrays, as Orbax restores them without a target.
 
     Raises:
         ValueError: the description is none, or is of another tree.
     """
     try:
-        packed = _described(description, "the description")
-    except _MALFORMED as error:
+        packed = described(stated, "the description")
+    except MALFORMED as error:
         raise error if isinstance(error, FileError) else ValueError(f"not a description: {error!r}") from None
     left = set(packed)
 
     def build(name, node):
         if name in packed:
             left.discard(name)
-            return _qtensor(packed[name], node["codes"], node["scales"], node.get("amax"))
+            return QTensor(node["codes"], _bytes(node["scales"]), node.get("amax"), packed[name].blocking)
         if isinstance(node, Mapping):
             return {key: build(f"{name}/{key}" if name else str(key), child) for key, child in node.items()}
         if isinstance(node, list | tuple):

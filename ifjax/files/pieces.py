@@ -14,13 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
-from jax import lax
 
-from ifjax.arrays.qtensor import QTensor
-from ifjax.arrays.quantize import Search, quantize
-from ifjax.codec import Loss
+from ifjax.arrays import Blocking, QTensor, quantize
+from ifjax.codec import Encoding
 from ifjax.formats import Format
-from ifjax.measure.errors import _unit
 from ifjax.numerics.packing import packed_length
 
 # Values that the device sees at a time: a piece and what is made of it stay in a CPU's cache.
@@ -28,21 +25,6 @@ PIECE = 2**18
 
 # (start, count) -> these elements of a flat array, in its own dtype.
 Read = Callable[[int, int], np.ndarray]
-
-
-class Encoding(NamedTuple):
-    """How matrices [r, c] are encoded: arguments of `ifjax.quantize`, with an axis of -1 or -2.
-
-    Attributes:
-        measured: whether the sums of `Encoded` are wanted.
-    """
-
-    fmt: Format
-    axis: int
-    loss: Loss | None = None
-    search: Search | None = None
-    block_2d: bool = False
-    measured: bool = False
 
 
 class Encoded(NamedTuple):
@@ -76,49 +58,68 @@ def amax_of(read: Read, size: int) -> np.float32:
     return top
 
 
-def encode(read: Read, shape: tuple[int, int], amax: np.float32, how: Encoding) -> Iterator[Encoded]:
+def encode(
+    read: Read, shape: tuple[int, int], amax: np.float32, how: Encoding, axis: int, *, measured: bool = False
+) -> Iterator[Encoded]:
     """The bytes of the matrix's QTensor, some whole rows or runs of blocks at a time.
 
-    In formats without an amax it is only what sums are reckoned in units of.
+    Args:
+        read: reads the matrix [r, c].
+        amax: the matrix's own. In formats without a tensor scale it is only what sums are reckoned in units of.
+        axis: of the blocks, -1 or -2.
+        measured: whether the sums of `Encoded` are wanted.
     """
-    slabs = _squares if how.block_2d else _rows if how.axis == -1 else _columns
-    unit = _unit(float(amax))
-    scale = None if how.fmt.scale.largest is None else amax
+    slabs = _squares if how.block_2d else _rows if axis == -1 else _columns
+    unit, fmt = unit_of(float(amax)), how.fmt
+    scale = amax if fmt.has_tensor_scale else None
 
     def start(slab):
         x, finish = slab
-        pieces = [x] if how.block_2d else _cut(x, _piece(how.fmt))
-        return x.shape, finish, [_start(piece, scale, how) for piece in pieces]
+        pieces = [x] if how.block_2d else _cut(x, _piece(fmt))
+        settings = {"how": how, "axis": axis if how.block_2d else -1, "measured": measured}
+        return x.shape, finish, [_start(piece, scale, **settings) for piece in pieces]
 
-    for (rows, length), finish, pieces in _one_ahead(map(start, slabs(read, shape, how))):
+    for (rows, length), finish, pieces in _one_ahead(map(start, slabs(read, shape, fmt, axis))):
         xs, codes, scales, decoded = zip(*pieces, strict=True)
         codes, scales = _joined(codes), _joined(scales)
         if not how.block_2d:
-            codes = codes[: rows * packed_length(length, how.fmt.bits)].reshape(rows, -1)
-            scales = scales[: rows * (length // how.fmt.block)].reshape(rows, -1)
+            width, high = _sizes(length, fmt)
+            codes, scales = codes[: rows * width].reshape(rows, -1), scales[: rows * high].reshape(rows, -1)
         codes, scales = finish(codes, scales)
-        sums = [_energies(x, d, unit) for x, d in zip(xs, decoded, strict=True)] if how.measured else [(0.0, 0.0)]
+        sums = [energies(x, d, unit) for x, d in zip(xs, decoded, strict=True)] if measured else [(0.0, 0.0)]
         signal, noise = map(sum, zip(*sums, strict=True))
         yield Encoded(np.ascontiguousarray(codes), np.ascontiguousarray(scales), signal, noise)
 
 
-def decode(codes: Read, scales: Read, shape: tuple[int, int], q: QTensor, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Values of a matrix in order, some whole rows or runs of blocks at a time, from its codes and scale bytes.
+def decode(
+    codes: Read, scales: Read, shape: tuple[int, int], amax: Any, blocking: Blocking, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """Values of a matrix in order, some whole rows or runs of blocks at a time, from its codes and scales.
 
-    Of q the format, headroom, axis and amax, which is the matrix's own, are used: not its codes and scales.
+    Of `blocking` the format, headroom and axis (-1 or -2) are used; `amax` is the matrix's own, or None.
     """
-    slabs = _coded_rows if q.axis == -1 else _coded_columns
-    packed, blocks = packed_length(_piece(q.fmt), q.fmt.bits), _piece(q.fmt) // q.fmt.block
+    fmt = blocking.fmt
+    slabs = _coded_rows if blocking.axis == -1 else _coded_columns
+    packed, high = _sizes(_piece(fmt), fmt)
+    piece = Blocking(fmt, -1, _piece(fmt), np.dtype(np.float32), blocking.headroom)
 
     def start(slab):
         c, s, finish = slab
-        pieces = zip(_cut(c, packed), _cut(s, blocks), strict=True)
-        settings = {"fmt": q.fmt, "headroom": q.headroom, "length": _piece(q.fmt), "dtype": dtype}
-        return s.shape, finish, [_decode(c, s, q.amax, **settings) for c, s in pieces]
+        pieces = zip(_cut(c, packed), _cut(s, high), strict=True)
+        return s.shape, finish, [_decode(c, s, amax, blocking=piece, dtype=dtype) for c, s in pieces]
 
-    for (rows, blocks_in_row), finish, pieces in _one_ahead(map(start, slabs(codes, scales, shape, q))):
-        length = blocks_in_row * q.fmt.block
+    for (rows, width), finish, pieces in _one_ahead(map(start, slabs(codes, scales, shape, fmt))):
+        length = width // fmt.scale.nbytes * fmt.block
         yield np.ascontiguousarray(finish(_joined(pieces)[: rows * length].reshape(rows, length)))
+
+
+def chosen(scales: np.ndarray, fmt: Format, axis: int = -1) -> np.ndarray:
+    """Counts of the blocks with each of the format's selectors, from scales [..., m * W, ...]."""
+    if not fmt.has_selector:
+        return np.array([scales.size // fmt.scale.nbytes])
+    width, last = fmt.scale.nbytes, np.moveaxis(scales, axis, -1)
+    header: Any = last if width == 1 else sum(last[..., i::width].astype(np.int32) << 8 * i for i in range(width))
+    return np.bincount((header >> fmt.scale.bits).reshape(-1), minlength=len(fmt.decodings))
 
 
 def as_float32(x: np.ndarray) -> np.ndarray:
@@ -141,6 +142,12 @@ def _piece(fmt: Format) -> int:
     return max(PIECE // _whole(fmt), 1) * _whole(fmt)
 
 
+def _sizes(values: int, fmt: Format) -> tuple[int, int]:
+    """Bytes of codes and of scales of a row of values, its last block filled up."""
+    blocks = -(-values // fmt.block)
+    return packed_length(blocks * fmt.block, fmt.bits), blocks * fmt.scale.nbytes
+
+
 def _filled(x: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """x [r, c] with zeros below and to the right."""
     if x.shape == (rows, columns):
@@ -150,43 +157,41 @@ def _filled(x: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return filled
 
 
-def _rows(read: Read, shape: tuple[int, int], how: Encoding) -> Iterator[tuple[np.ndarray, Any]]:
+def _rows(read: Read, shape: tuple[int, int], fmt: Format, axis: int) -> Iterator[tuple[np.ndarray, Any]]:
     """Slabs [rows, whole blocks] of float32, and what cuts from their codes and scales what was filled up."""
-    (r, c), fmt = shape, how.fmt
+    del axis
+    r, c = shape
     length = -(-c // _whole(fmt)) * _whole(fmt)
     if length == c:  # rows follow one another without a gap: they can be cut anywhere
         for start in range(0, r * c, _piece(fmt)):
             yield as_float32(read(start, min(_piece(fmt), r * c - start)))[None], lambda codes, scales: (codes, scales)
         return
-    blocks, at_once = -(-c // fmt.block), max(_piece(fmt) // length, 1)
-    packed = packed_length(blocks * fmt.block, fmt.bits)
+    at_once, (packed, high) = max(_piece(fmt) // length, 1), _sizes(c, fmt)
     for start in range(0, r, at_once):
         rows = min(at_once, r - start)
         x = as_float32(read(start * c, rows * c)).reshape(rows, c)
-        yield _filled(x, rows, length), lambda codes, scales: (codes[:, :packed], scales[:, :blocks])
+        yield _filled(x, rows, length), lambda codes, scales: (codes[:, :packed], scales[:, :high])
 
 
-def _columns(read: Read, shape: tuple[int, int], how: Encoding) -> Iterator[tuple[np.ndarray, Any]]:
+def _columns(read: Read, shape: tuple[int, int], fmt: Format, axis: int) -> Iterator[tuple[np.ndarray, Any]]:
     """The same for blocks down the columns: some rows of the matrix, turned."""
-    (_, c), fmt = shape, how.fmt
+    del axis
+    _, c = shape
     for start, rows, at_once in _bands(shape, fmt):
-        x = as_float32(read(start * c, rows * c)).reshape(rows, c)
-        blocks = -(-rows // fmt.block)
-        packed = packed_length(blocks * fmt.block, fmt.bits)
+        x, ends = as_float32(read(start * c, rows * c)).reshape(rows, c), _sizes(rows, fmt)
 
-        def finish(codes, scales, packed=packed, blocks=blocks):
-            return codes[:, :packed].T, scales[:, :blocks].T
+        def finish(codes, scales, ends=ends):
+            return codes[:, : ends[0]].T, scales[:, : ends[1]].T
 
         yield np.ascontiguousarray(_filled(x, at_once, c).T), finish
 
 
-def _squares(read: Read, shape: tuple[int, int], how: Encoding) -> Iterator[tuple[np.ndarray, Any]]:
+def _squares(read: Read, shape: tuple[int, int], fmt: Format, axis: int) -> Iterator[tuple[np.ndarray, Any]]:
     """For blocks of two dimensions, which are not cut: some rows of the matrix."""
-    (_, c), fmt = shape, how.fmt
+    _, c = shape
     for start, rows, at_once in _bands(shape, fmt):
         x = as_float32(read(start * c, rows * c)).reshape(rows, c)
-        blocks = -(-rows // fmt.block)
-        ends = (rows, rows) if how.axis == -1 else (packed_length(blocks * fmt.block, fmt.bits), blocks)
+        ends = (rows, rows) if axis == -1 else _sizes(rows, fmt)
 
         def finish(codes, scales, ends=ends):
             return codes[: ends[0]], scales[: ends[1]]
@@ -203,38 +208,34 @@ def _bands(shape: tuple[int, int], fmt: Format) -> Iterator[tuple[int, int, int]
         yield start, min(at_once, r - start), at_once
 
 
-def _coded_rows(codes: Read, scales: Read, shape: tuple[int, int], q: QTensor):
-    """Slabs [rows, bytes] of codes and [rows, blocks] of scales, and what cuts the filling from their values."""
-    (r, c), fmt = shape, q.fmt
-    blocks = -(-c // fmt.block)
-    packed = packed_length(blocks * fmt.block, fmt.bits)
+def _coded_rows(codes: Read, scales: Read, shape: tuple[int, int], fmt: Format):
+    """Slabs [rows, bytes] of codes and of scales, and what cuts the filling from their values."""
+    r, c = shape
+    packed, high = _sizes(c, fmt)
     if c % _whole(fmt) == 0:
-        at_once = _piece(fmt) // fmt.block
-        for start in range(0, r * blocks, at_once):
-            count = min(at_once, r * blocks - start)
-            width = fmt.block * fmt.bits
+        nbytes, at_once = fmt.scale.nbytes, _piece(fmt) // fmt.block
+        blocks = r * high // nbytes
+        for start in range(0, blocks, at_once):
+            count, width = min(at_once, blocks - start), fmt.block * fmt.bits
             c_ = codes(start * width // 8, count * width // 8)
-            yield c_[None], scales(start, count)[None], lambda values: values
+            yield c_[None], scales(start * nbytes, count * nbytes)[None], lambda values: values
         return
     length = -(-c // _whole(fmt)) * _whole(fmt)
-    at_once = max(_piece(fmt) // length, 1)
+    at_once, wide = max(_piece(fmt) // length, 1), _sizes(length, fmt)
     for start in range(0, r, at_once):
         rows = min(at_once, r - start)
         c_ = codes(start * packed, rows * packed).reshape(rows, packed)
-        s_ = scales(start * blocks, rows * blocks).reshape(rows, blocks)
-        wide = packed_length(length, fmt.bits), length // fmt.block
+        s_ = scales(start * high, rows * high).reshape(rows, high)
         yield _filled(c_, rows, wide[0]), _filled(s_, rows, wide[1]), lambda values: values[:, :c]
 
 
-def _coded_columns(codes: Read, scales: Read, shape: tuple[int, int], q: QTensor):
-    (_, c), fmt = shape, q.fmt
+def _coded_columns(codes: Read, scales: Read, shape: tuple[int, int], fmt: Format):
+    _, c = shape
     for start, rows, at_once in _bands(shape, fmt):
-        blocks = -(-rows // fmt.block)
-        packed = packed_length(blocks * fmt.block, fmt.bits)
-        first = packed_length(start, fmt.bits), start // fmt.block
-        c_ = codes(first[0] * c, packed * c).reshape(packed, c)
-        s_ = scales(first[1] * c, blocks * c).reshape(blocks, c)
-        c_, s_ = _filled(c_, packed_length(at_once, fmt.bits), c), _filled(s_, at_once // fmt.block, c)
+        first, here, whole = _sizes(start, fmt), _sizes(rows, fmt), _sizes(at_once, fmt)
+        c_ = codes(first[0] * c, here[0] * c).reshape(here[0], c)
+        s_ = scales(first[1] * c, here[1] * c).reshape(here[1], c)
+        c_, s_ = _filled(c_, whole[0], c), _filled(s_, whole[1], c)
         yield np.ascontiguousarray(c_.T), np.ascontiguousarray(s_.T), lambda values, rows=rows: values[:, :rows].T
 
 
@@ -265,32 +266,28 @@ def _one_ahead(started: Iterator[Any]) -> Iterator[Any]:
         yield before
 
 
-def _start(x, amax, how: Encoding):
-    """x, its codes and scale bytes, and the values they decode to, if these are wanted."""
-    axis = how.axis if how.block_2d else -1
-    settings = {**how._asdict(), "axis": axis}
-    del settings["measured"]
-    codes, scales = _encode(x, amax, **settings)
+def _start(x, amax, how: Encoding, axis: int, measured: bool):
+    """x, its codes and scales, and the values they decode to, if these are wanted."""
+    codes, scales = _encode(x, amax, how=how, axis=axis)
     decoded = None
-    if how.measured:  # in a program of its own: within one, XLA:CPU would encode again for each value that it decodes
-        static = {"fmt": how.fmt, "headroom": 1.0, "axis": axis, "length": x.shape[axis], "dtype": np.dtype(np.float32)}
-        decoded = _decode(codes, scales, amax, **static)
+    if measured:  # in a program of its own: within one, XLA:CPU would encode again for each value that it decodes
+        blocking = Blocking(how.fmt, axis, x.shape[axis], np.dtype(np.float32))
+        decoded = _decode(codes, scales, amax, blocking=blocking, dtype=np.dtype(np.float32))
     return x, codes, scales, decoded
 
 
-@jax.jit(static_argnames=("fmt", "axis", "loss", "search", "block_2d"))
-def _encode(x, amax, **settings):
-    q = quantize(x, amax=amax, **settings)
-    return q.codes, q.scale_bytes()
+@jax.jit(static_argnames=("how", "axis"))
+def _encode(x, amax, *, how, axis):
+    q = quantize(x, how, axis=axis, amax=amax)
+    return q.codes, q.scales
 
 
-@jax.jit(static_argnames=("fmt", "headroom", "axis", "length", "dtype"))
-def _decode(codes, scale_bytes, amax, *, fmt, headroom, length, dtype, axis=-1):
-    scales = lax.bitcast_convert_type(scale_bytes, fmt.scale.dtype)
-    return QTensor(codes, scales, amax, fmt, headroom, axis, length, np.dtype(np.float32), False).dequantize(dtype)
+@jax.jit(static_argnames=("blocking", "dtype"))
+def _decode(codes, scales, amax, *, blocking, dtype):
+    return QTensor(codes, scales, amax, blocking).dequantize(dtype)
 
 
-def _energies(x: np.ndarray, decoded: Any, unit: float) -> tuple[float, float]:
+def energies(x: np.ndarray, decoded: Any, unit: float) -> tuple[float, float]:
     """Sums of the squares of x and of the error, reckoned in units of `unit`."""
 
     def energy(v):  # in float32 over runs that are short enough, then in float64
@@ -300,3 +297,10 @@ def _energies(x: np.ndarray, decoded: Any, unit: float) -> tuple[float, float]:
 
     with np.errstate(invalid="ignore"):  # of infinities
         return energy(x), energy(np.asarray(decoded) - x)
+
+
+def unit_of(amax: float) -> float:
+    """A power of two near amax, in whose units squares neither overflow nor vanish."""
+    if not 0 < amax < math.inf:
+        return 1.0
+    return 2.0 ** min(max(math.frexp(amax)[1], -100), 100)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all; safetensors, written at their places and read with distrust; shards.
+"""A streaming writer and a validating reader for safetensors files, and checkpoints of several of them.
 
 A safetensors file is a length (8 bytes), a header (JSON: a place for each array, and metadata, which is text) and the
 arrays' bytes. Here the header is known beforehand but for checksums of a fixed width, so arrays can be written piece by
@@ -12,7 +12,6 @@ import math
 import os
 import re
 import secrets
-import shutil
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ifjax.measure.errors import Entry, FileError, read_header
+from ifjax.atomic import replacing, sync_folder, write_all, write_text
 
 # The names of dtypes in safetensors files.
 CODES = {
@@ -39,76 +38,35 @@ _HEADER_LIMIT = 100_000_000  # safetensors reads no longer one; an index is held
 Write = Callable[[str, Any], None]
 
 
+class FileError(ValueError):
+    """A file that is broken or holds nothing to measure; the message says which and why."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file: `dtype` is the file's name for it, `start` its first byte."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def natural_order(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
 def numpy_dtype(code: str) -> np.dtype | None:
     """The dtype of that name in a file; None for those that numpy and ml_dtypes lack."""
     name = NAMES.get(code)
     return None if name is None else np.dtype(getattr(ml_dtypes, name, None) or name)
 
 
-# --- whole or not at all ---------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike, *, follow: bool = True) -> Iterator[Any]:
-    """A new binary file, unbuffered, that takes the place of `path` once the block has ended without an error.
-
-    Until then it has a name of its own in the same folder, `.NAME.*.tmp`, and is removed if anything goes wrong. Data
-    and folder are synced, so that a crash leaves the old file or the new one. A link stays one, and its target is
-    replaced, unless `follow` is false.
-
-    Raises:
-        OSError: it cannot be written, or `path` is no file.
-    """
-    path = Path(os.path.realpath(path) if follow else path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "is not a folder: create it first", str(path.parent))
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "is no plain file, and only those are replaced", str(path))
-    temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
-    # Closed before it is renamed.
-    file = open(temporary, "x+b", buffering=0)  # noqa: SIM115
-    try:
-        with file:
-            yield file
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in it last through a crash."""
-    if os.name != "posix":  # elsewhere folders cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: str | os.PathLike, text: str, *, follow: bool = True) -> None:
-    """The file appears whole or stays as it was."""
-    with replacing(path, follow=follow) as file:
-        _write_all(file, text.encode())
-
-
 def as_bytes(a: np.ndarray) -> np.ndarray:
     """uint8 [nbytes]: what a holds, in C order. Buffers know neither bfloat16 nor arrays without elements."""
     return np.ascontiguousarray(a).reshape(-1).view(np.uint8)
-
-
-def _write_all(file, data) -> None:
-    view = memoryview(data)
-    while len(view):  # a full disk takes a part before it refuses the rest
-        view = view[file.write(view) :]
-
-
-# --- writing safetensors ---------------------------------------------------------------------------------------------
 
 
 class Slot(NamedTuple):
@@ -169,7 +127,7 @@ def safetensors_writer(
             if at[name] + data.size > last[name]:
                 raise RuntimeError(f"{name} got more bytes than its shape holds")
             file.seek(at[name])
-            _write_all(file, data)
+            write_all(file, data)
             sums[name] = zlib.crc32(data.data, sums[name])
             at[name] += data.size
 
@@ -180,7 +138,7 @@ def safetensors_writer(
         file.seek(0)
         header = _header(slots, metadata(_digits(sums)))
         assert len(header) == start
-        _write_all(file, header)
+        write_all(file, header)
 
 
 def _item_bytes(slot):
@@ -230,11 +188,36 @@ def _reserve(file, size: int) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+def read_header(path: str | os.PathLike) -> tuple[StoredTensor, ...]:
+    """What a safetensors file holds, sorted by name with numbers as numbers; reads no tensor.
+
+    Raises:
+        FileError: not a whole safetensors file.
+        OSError: cannot be opened.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            with safe_open(path, framework="numpy"):  # checks lengths, offsets and that no byte is left over
+                header = json.loads(file.read(length))
+        except SafetensorError as error:
+            raise FileError(f"{path} is not a whole safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    entries = []
+    for name, tensor in header.items():
+        start, end = tensor["data_offsets"]
+        entries.append(StoredTensor(name, tensor["dtype"], tuple(tensor["shape"]), 8 + length + start, end - start))
+    return tuple(sorted(entries, key=lambda entry: natural_order(entry.name)))
+
+
 class Contents(NamedTuple):
     """What a safetensors file holds."""
 
     path: Path
-    entries: dict[str, Entry]
+    entries: dict[str, StoredTensor]
     metadata: dict[str, str]
 
 
@@ -343,7 +326,7 @@ def _is_plain_name(name: str) -> bool:
 class Reader:
     """Reads elements of one array of a file, without mapping it: what was read does not count as memory in use."""
 
-    def __init__(self, path: Path, entry: Entry):
+    def __init__(self, path: Path, entry: StoredTensor):
         self.path, self.entry = path, entry
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
 

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ifjax.arrays.qtensor import DTYPES
-from ifjax.files import safetensors as _files
+from ifjax.arrays import DTYPES
+from ifjax.files import safetensors
 from ifjax.files.checkpoint import Checkpoint
-from ifjax.files.convert import Tick, _no_tick, _values
+from ifjax.files.convert import Tick, no_tick, values_of
 from ifjax.files.pieces import PIECE, as_float32
-from ifjax.measure.errors import FileError
-from ifjax.models.ptq import _decibels
+from ifjax.files.safetensors import FileError
+from ifjax.models.report import decibels
 
 
 class Verified(NamedTuple):
@@ -35,7 +35,7 @@ class Verified(NamedTuple):
     @property
     def sqnr_db(self) -> float | None:
         """10 log10(signal / noise); None without an original."""
-        return None if math.isnan(self.signal) and self.fault is None else _decibels(self.signal, self.noise)
+        return None if math.isnan(self.signal) and self.fault is None else decibels(self.signal, self.noise)
 
 
 def verify(
@@ -50,7 +50,7 @@ def verify(
         against: the checkpoint that it was made of.
         min_sqnr_db: a packed tensor with less of it is at fault.
     """
-    tick = tick or _no_tick
+    tick = tick or no_tick
     for name in source:
         yield _verified(source, against, name, min_sqnr_db, tick)
     for name in against if against is not None else ():
@@ -83,22 +83,22 @@ def _compared(source, against, name, least, tick, result: Verified) -> Verified:
     stored, found = against.entries[name], source.packed.get(name) or source.entries[name]
     if tuple(stored.shape) != tuple(found.shape):
         return result._replace(fault=f"is {tuple(found.shape)}, and in the original {tuple(stored.shape)}")
-    if _files.numpy_dtype(stored.dtype) is None or name not in source.packed:
+    if safetensors.numpy_dtype(stored.dtype) is None or name not in source.packed:
         return _compared_plain(source, against, name, tick, result)
-    if _files.NAMES[stored.dtype] not in DTYPES:
+    if safetensors.NAMES[stored.dtype] not in DTYPES:
         return result._replace(fault=f"is packed, and in the original {stored.dtype}")
     signal = noise = 0.0
     start = 0
     against.check(name)
     with against.reader(name) as reader:
-        for values in _values(source, name, np.dtype(np.float32), tick):
+        for values in values_of(source, name, np.dtype(np.float32), tick):
             x = as_float32(reader.values(start, values.size)).astype(np.float64)
             start += values.size
             signal += float(np.dot(x, x))
             x -= values.reshape(-1)
             noise += float(np.dot(x, x))
     result = result._replace(values=start, signal=signal, noise=noise)
-    sqnr = _decibels(signal, noise)
+    sqnr = decibels(signal, noise)
     if math.isnan(sqnr) or (least is not None and sqnr < least):
         return result._replace(fault=f"has an SQNR of {sqnr:.4g} dB" + ("" if least is None else f", below {least:g}"))
     return result
@@ -107,9 +107,9 @@ def _compared(source, against, name, least, tick, result: Verified) -> Verified:
 def _compared_plain(source, against, name, tick, result: Verified) -> Verified:
     """A tensor that was left alone: it must be the same, rounded to its dtype."""
     ours, theirs = source.entries[name], against.entries[name]
-    dtype = _files.numpy_dtype(ours.dtype)
+    dtype = safetensors.numpy_dtype(ours.dtype)
     cast = ours.dtype != theirs.dtype
-    if cast and not {_files.NAMES.get(ours.dtype), _files.NAMES.get(theirs.dtype)} <= set(DTYPES):
+    if cast and not {safetensors.NAMES.get(ours.dtype), safetensors.NAMES.get(theirs.dtype)} <= set(DTYPES):
         return result._replace(fault=f"is {ours.dtype}, and in the original {theirs.dtype}")
     against.check(name)
     with source.reader(name) as a, against.reader(name) as b:

@@ -1,32 +1,11 @@
-"""Formats as records."""
+"""Number formats as records: element grids, block scales, candidates, and every named format."""
 
-from ifjax.formats.named import (
-    _4OVER6 as _4OVER6,
-)
-from ifjax.formats.named import (
-    _IF3 as _IF3,
-)
-from ifjax.formats.named import (
-    _IF4 as _IF4,
-)
-from ifjax.formats.named import (
-    _IF6_E2M3 as _IF6_E2M3,
-)
-from ifjax.formats.named import (
-    _IF6_E3M2 as _IF6_E3M2,
-)
-from ifjax.formats.named import (
-    FORMATS as FORMATS,
-)
-from ifjax.formats.named import (
-    _named as _named,
-)
-from ifjax.formats.named import (
-    get_format as get_format,
-)
-from ifjax.formats.records import (
-    Candidate as Candidate,
-)
-from ifjax.formats.records import (
-    Format as Format,
-)
+from ifjax.formats.grids import E2M0, E2M1, E2M3, E3M2, INT3, INT4, INT6, Grid
+from ifjax.formats.named import FORMATS, get_format
+from ifjax.formats.records import Candidate, Decoding, Format
+from ifjax.formats.scales import E4M3, E8M0, SCALES, Scale, TableScale
+
+__all__ = [
+    "E2M0", "E2M1", "E2M3", "E3M2", "E4M3", "E8M0", "FORMATS", "INT3", "INT4", "INT6", "SCALES", "Candidate",
+    "Decoding", "Format", "Grid", "Scale", "TableScale", "get_format",
+]  # fmt: skip

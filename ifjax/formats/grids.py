@@ -1,12 +1,15 @@
-"""Element grids: the values that one code can stand for, as records.
+"""Element grids: the values that a code can stand for, as records.
 
-A `Grid` states its magnitudes, how it writes the sign, how it breaks ties and what becomes of zero's sign. The
-number of bits, the encoder and the decoder follow from these.
+A `Grid` lists the value of each code and states its tie-breaking rule and its signed-zero convention. The number of
+bits, the encoder and the decoder follow from these. Grids that are symmetric about zero have faster arithmetic; which
+ones are is read off their values.
 """
 
 import dataclasses
 import functools
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -15,52 +18,121 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
+Ties = Literal["even", "down", "away", "lower"]
+Zero = Literal["signed", "negative", "unsigned"]
+_CHOICES = {"ties": ("even", "down", "away", "lower"), "zero": ("signed", "negative", "unsigned")}
+
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A symmetric set of values: code i stands for `magnitudes[i]`, a sign stands above it.
+    """A set of values: code i stands for `values[i]`. Hashable; equal by content.
+
+    `Grid.sign_magnitude` and `Grid.twos_complement` make the symmetric ones. Values beyond the ends saturate.
 
     Attributes:
-        name: what reports call it.
-        magnitudes: ascending from 0, a power of two of them, in code order; rounded to float32. The two's complement
-            code that is left over, -2^(bits-1), is never written.
-        sign: "bit" puts a sign bit above the magnitude; "twos_complement" negates the code.
-        ties: a value halfway between two codes takes the "even" code, or the one nearer to zero ("down") or
-            farther from it ("away").
-        zero: where the result is zero its sign is "signed" (that of the input's sign bit, so -0.0 and small negative
-            values give the code of -0), "negative" (only for inputs < 0) or "unsigned" (never: one code of zero).
+        name: used in reports and error messages.
+        values: a power of two of them, in code order; rounded to float32. One must be 0, because blocks are filled up
+            with zeros. No two may be equal, except 0 and -0.
+        ties: what a value halfway between two neighbours takes: the "even" code (the lower value, if neither or both
+            are even), the one nearer to zero ("down") or farther from it ("away"), or the "lower" value. "lower"
+            compares with the middle rounded to float32; the others with the true middle.
+        zero: the sign of a zero result where the grid has codes for 0 and -0: "signed" copies the input's sign bit
+            (so -0.0 and small negative values give -0), "negative" gives -0 for inputs < 0 only, "unsigned" never.
+        preferred: codes that win every tie.
+        unused: codes that are never written. They decode to their value.
+
+    Raises:
+        ValueError: a field that cannot be; the message says what is needed.
     """
 
     name: str
-    magnitudes: tuple[float, ...]
-    sign: Literal["bit", "twos_complement"] = "bit"
-    ties: Literal["even", "down", "away"] = "even"
-    zero: Literal["signed", "negative", "unsigned"] = "signed"
+    values: tuple[float, ...]
+    ties: Ties = "even"
+    zero: Zero = "unsigned"
+    _: dataclasses.KW_ONLY
+    preferred: tuple[int, ...] = ()
+    unused: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if not all(abs(v) <= np.finfo(np.float32).max for v in self.magnitudes):
-            raise ValueError(f"{self.name}: magnitudes must be finite float32 numbers, got {self.magnitudes}")
-        m = tuple(float(np.float32(v)) for v in self.magnitudes)
-        object.__setattr__(self, "magnitudes", m)
-        if len(m) < 2 or len(m) & (len(m) - 1):
-            raise ValueError(f"{self.name}: a grid needs 2, 4, 8, ... magnitudes (0 included), got {len(m)}")
-        if m[0] != 0 or any(b <= a for a, b in itertools.pairwise(m)):
-            raise ValueError(f"{self.name}: magnitudes must ascend strictly from 0, got {m}")
+        largest = np.finfo(np.float32).max
+        if not all(isinstance(v, int | float | np.floating) and abs(v) <= largest for v in self.values):
+            raise ValueError(f"{self.name}: values must be finite float32 numbers, got {self.values}")
+        values = tuple(float(np.float32(v)) for v in self.values)
+        count = len(values)
+        if not 2 <= count <= 256 or count & (count - 1):
+            raise ValueError(f"{self.name}: a grid needs 2, 4, 8, ... or 256 values, one for each code, got {count}")
+        object.__setattr__(self, "values", values)
+        for field in ("preferred", "unused"):
+            codes = tuple(getattr(self, field))
+            if not all(isinstance(c, int) and 0 <= c < count for c in codes):
+                raise ValueError(f"{self.name}: {field} must be codes from 0 to {count - 1}, got {codes}")
+            object.__setattr__(self, field, codes)
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"{self.name}: {field} must be one of {choices}, got {getattr(self, field)!r}")
-        if self.sign == "twos_complement" and self.zero != "unsigned":
-            raise ValueError(f"{self.name}: two's complement has one zero: write zero='unsigned'")
+        used = [values[c] for c in range(count) if c not in self.unused]
+        zeros = [v for v in used if v == 0]
+        if len(set(used)) != len(used) - max(len(zeros) - 1, 0) or len(zeros) > 2:
+            raise ValueError(f"{self.name}: two codes may not stand for one value (only 0 may have two), got {values}")
+        if not zeros:
+            raise ValueError(f"{self.name}: a grid needs 0, or zeros and padding become noise, got {values}")
+        if self.zero != "unsigned" and self._form != "sign_magnitude":
+            raise ValueError(f"{self.name}: only sign-magnitude grids have a -0: write zero='unsigned'")
 
-    @property
+    @classmethod
+    def sign_magnitude(
+        cls, name: str, magnitudes: Sequence[float], ties: Ties = "even", zero: Zero = "signed"
+    ) -> "Grid":
+        """Return the grid whose code is a sign bit above the index of the magnitude.
+
+        Args:
+            magnitudes: ascending from 0; a power of two of them.
+
+        Raises:
+            ValueError: the magnitudes do not ascend from 0, or their number is no power of two.
+        """
+        m = [float(np.float32(v)) for v in magnitudes]
+        if len(m) < 2 or len(m) & (len(m) - 1):
+            raise ValueError(f"{name}: a grid needs 2, 4, 8, ... magnitudes (0 included), got {len(m)}")
+        if m[0] != 0 or not all(a < b for a, b in itertools.pairwise(m)):
+            raise ValueError(f"{name}: magnitudes must ascend strictly from 0, got {tuple(m)}")
+        return cls(name, (*m, *(-v for v in m)), ties, zero)
+
+    @classmethod
+    def twos_complement(cls, name: str, bits: int, ties: Ties = "even") -> "Grid":
+        """Return the integers -(2^(bits-1) - 1) .. 2^(bits-1) - 1; the code left over is never written."""
+        half = 2 ** (bits - 1)
+        return cls(name, tuple(float(v) for v in [*range(half), *range(-half, 0)]), ties, unused=(half,))
+
+    @functools.cached_property
     def max(self) -> float:
-        """The largest magnitude."""
-        return self.magnitudes[-1]
+        """The largest magnitude that is written."""
+        return max(abs(self.values[c]) for c in self._order)
 
     @property
     def bits(self) -> int:
         """Bits of a code, sign included."""
-        return len(self.magnitudes).bit_length()
+        return (len(self.values) - 1).bit_length()
+
+    @functools.cached_property
+    def magnitudes(self) -> tuple[float, ...]:
+        """The magnitudes in the order of their codes, if the grid is symmetric about zero; () for others."""
+        return self.values[: len(self.values) // 2] if self._form != "any" else ()
+
+    @property
+    def is_twos_complement(self) -> bool:
+        """Whether negative values are the two's complements of positive ones."""
+        return self._form == "twos_complement"
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, int]:
+        """The codes of the least and of the largest value that are written."""
+        return self._order[0], self._order[-1]
+
+    @functools.cached_property
+    def least_positive(self) -> int:
+        """The code of the smallest value above zero that is written."""
+        return next(code for code in self._order if self.values[code] > 0)
 
     @functools.cached_property
     def mantissa_bits(self) -> int | None:
@@ -68,70 +140,84 @@ class Grid:
 
         Integers are such a float of which only the subnormals are used.
         """
-        count, unit = len(self.magnitudes), self.magnitudes[1]
-        if np.frexp(unit)[0] != 0.5:  # the arithmetic works on exponent bits
-            return None
-        for m in range(self.bits):
-            if self.magnitudes == tuple(unit * _float_units(i, m) for i in range(count)):
-                return m
-        return None
+        return float_mantissa_bits(self.magnitudes) if self.magnitudes else None
 
     def round(self, y: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """The grid's value for each y, saturating, the sign of zero aside; `decode(encode(y))` in fewer operations.
+        """Return the grid's value for each y, saturating, the sign of zero aside: `decode(encode(y))`, but faster.
 
         `noise` in [-1/2, 1/2), of y's shape, is added to y's position between the two adjacent values before it is
         rounded: uniform noise makes rounding stochastic, with probability by distance.
         """
+        if self._form == "any":
+            return _select(self._is_above(y, noise), [self.values[c] for c in self._order])
         a = jnp.abs(y)
         if m := self._mantissa_to_round:
             step, _, n = nearest_multiple(a, m, self.magnitudes[1], self.max, noise)
             magnitude = jnp.minimum(n * step, np.float32(self.max))
         else:
-            magnitude = self._select(self._is_above(a, noise))
+            magnitude = _select(self._is_above(a, noise), self.magnitudes)
         return jnp.copysign(magnitude, y)
 
     def encode(self, y: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """int32 codes of y (finite float32), saturating; `noise` as in `round`."""
+        """Return int32 codes of y (finite float32), saturating; `noise` as in `round`."""
+        if self._form == "any":
+            return _select(self._is_above(y, noise), [np.int32(c) for c in self._order])
         a = jnp.abs(y)
-        top = len(self.magnitudes) - 1
+        count = len(self.magnitudes)
         if m := self._mantissa_to_round:
             _, binade, n = nearest_multiple(a, m, self.magnitudes[1], self.max, noise)
             # Rounding up out of a binade carries into the next one by itself. The float is bounded before its
             # conversion, which is undefined for large values.
             n = jnp.minimum(n, np.float32(2 ** (m + 1))).astype(jnp.int32)
-            index = jnp.minimum(n + (binade << m), top)
+            index = jnp.minimum(n + (binade << m), count - 1)
         else:
             above = self._is_above(a, noise)
             index = sum((b.astype(jnp.int32) for b in above[1:]), above[0].astype(jnp.int32))
-        if self.sign == "twos_complement":
-            return jnp.where(_sign_bit(y), -index, index) & (2**self.bits - 1)
+        if self.is_twos_complement:
+            return jnp.where(_sign_bit(y), -index, index) & (2 * count - 1)
         negative = (y < 0) if self.zero == "negative" else _sign_bit(y)
         if self.zero == "unsigned":
             negative &= index > 0
         return index | (negative.astype(jnp.int32) << (self.bits - 1))
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """float32 values of integer codes, by element-wise arithmetic alone, so that a Pallas kernel can call it.
+        """Return float32 values of integer codes, by element-wise arithmetic alone: a Pallas kernel can call it.
 
-        Bits above the code's own are ignored. The unused code of a two's complement grid reads as -2^(bits-1).
+        Bits above the code's own are ignored.
         """
         codes = codes.astype(jnp.int32)
+        if self._form == "any":
+            codes = codes & (len(self.values) - 1)
+            return _select([codes >= i for i in range(1, len(self.values))], self.values)
         count, m = len(self.magnitudes), self.mantissa_bits
         negative = (codes & count) != 0
         index = codes & (count - 1)
-        if self.sign == "twos_complement":
+        if self.is_twos_complement:
             index = jnp.where(negative, count - index, index)
         if m is None:
-            magnitude = self._select([index >= i for i in range(1, count)])
+            magnitude = _select([index >= i for i in range(1, count)], self.magnitudes)
         elif count <= 2 << m:  # one binade: an integer grid
             magnitude = index.astype(jnp.float32) * np.float32(self.magnitudes[1])
         else:
-            # The code's bits as those of a float32; where the code is subnormal, its leading one is taken off again.
-            one = np.float32(self.magnitudes[1 << m])
-            exponent = one.view(np.int32) - np.int32(1 << 23)
-            normal = lax.bitcast_convert_type((index << (23 - m)) + exponent, jnp.float32)
-            magnitude = jnp.where(index < 1 << m, normal + normal - one, normal)
+            magnitude = decode_float(index, m, self.magnitudes[1])
         return jnp.where(negative, -magnitude, magnitude)
+
+    @functools.cached_property
+    def _form(self) -> Literal["sign_magnitude", "twos_complement", "any"]:
+        v, half = self.values, len(self.values) // 2
+        ascends = v[0] == 0 and all(a < b for a, b in itertools.pairwise(v[:half]))
+        if self.preferred or self.ties == "lower" or not ascends:
+            return "any"
+        if not self.unused and all(v[half + i] == -v[i] for i in range(half)):
+            return "sign_magnitude"
+        integers = all(v[i] == i and v[half + i] == i - half for i in range(half))
+        return "twos_complement" if self.unused == (half,) and integers else "any"
+
+    @functools.cached_property
+    def _order(self) -> tuple[int, ...]:
+        """Codes that are written, by ascending value; of two zeros the first code."""
+        codes = {self.values[c]: c for c in reversed(range(len(self.values))) if c not in self.unused}
+        return tuple(codes[v] for v in sorted(codes))
 
     @property
     def _mantissa_to_round(self) -> int:
@@ -139,28 +225,35 @@ class Grid:
         # Half-to-even on a multiple is half-to-even on the code only if each binade starts at an even code (m >= 1).
         return (self.mantissa_bits or 0) if self.ties == "even" else 0
 
-    def _is_above(self, a, noise):
-        """For each code but the last: is a's code larger?"""
-        m = self.magnitudes
+    def _is_above(self, y, noise):
+        """For each value but the last, in ascending order: is y's value larger? Of magnitudes, if the grid has them."""
+        codes = self._order if self._form == "any" else tuple(range(len(self.magnitudes)))
+        steps = [(self.values[a], self.values[b]) for a, b in itertools.pairwise(codes)]
         if noise is not None:
-            gaps = [(lower, np.float32(1 / (upper - lower))) for lower, upper in itertools.pairwise(m)]
-            position = sum(jnp.clip((a - np.float32(lower)) * inverse, 0, 1) for lower, inverse in gaps) + noise
+            gaps = [(lower, np.float32(1 / (upper - lower))) for lower, upper in steps]
+            position = sum(jnp.clip((y - np.float32(lower)) * inverse, 0, 1) for lower, inverse in gaps) + noise
             return [position > i + 0.5 for i in range(len(gaps))]
         above = []
-        for i, (lower, upper) in enumerate(itertools.pairwise(m)):
+        for (lower, upper), pair in zip(steps, itertools.pairwise(codes), strict=True):
             middle = np.float32((lower + upper) / 2)
-            tie_goes_up = self.ties == "away" or (self.ties == "even" and i % 2 == 1)
+            goes_up = self._tie_goes_up(*pair)
             rounded_by = float(middle) - (lower + upper) / 2
-            if rounded_by:  # no float32 is a tie: ask on which side of the true middle the rounded one lies
-                tie_goes_up = rounded_by > 0
-            above.append(a >= middle if tie_goes_up else a > middle)
+            if rounded_by and self.ties != "lower":  # no float32 is a tie: ask on which side of the true middle it lies
+                goes_up = rounded_by > 0
+            above.append(y >= middle if goes_up else y > middle)
         return above
 
-    def _select(self, above):
-        magnitude = jnp.zeros(above[0].shape, jnp.float32)
-        for is_above, value in zip(above, self.magnitudes[1:], strict=True):
-            magnitude = jnp.where(is_above, np.float32(value), magnitude)
-        return magnitude
+    def _tie_goes_up(self, lower: int, upper: int) -> bool:
+        """Whether a tie between two codes takes the one of the larger value."""
+        for code, answer in ((lower, False), (upper, True)):
+            if code in self.preferred:
+                return answer
+        if self.ties == "even":
+            return upper % 2 == 0 and lower % 2 == 1
+        if self.ties == "lower":
+            return False
+        farther = abs(self.values[upper]) > abs(self.values[lower])
+        return farther if self.ties == "away" else not farther
 
 
 def nearest_multiple(a, mantissa_bits: int, unit: float, largest: float, noise=None):
@@ -182,6 +275,26 @@ def nearest_multiple(a, mantissa_bits: int, unit: float, largest: float, noise=N
     return step, (exponent - (lowest & np.int32(0xFF << 23))) >> 23, n
 
 
+def decode_float(index, mantissa_bits: int, unit: float):
+    """Return the float with this code, of a binary float with subnormals of which `unit` is the smallest."""
+    # The code's bits as those of a float32; where the code is subnormal, its leading one is taken off again.
+    one = np.float32(unit * 2**mantissa_bits)
+    exponent = one.view(np.int32) - np.int32(1 << 23)
+    normal = lax.bitcast_convert_type((index << (23 - mantissa_bits)) + exponent, jnp.float32)
+    return jnp.where(index < 1 << mantissa_bits, normal + normal - one, normal)
+
+
+def float_mantissa_bits(magnitudes: Sequence[float]) -> int | None:
+    """m if these are the non-negative values of a binary float with m mantissa bits and subnormals, in code order."""
+    unit = magnitudes[1]
+    if magnitudes[0] != 0 or math.frexp(unit)[0] != 0.5:  # the arithmetic works on exponent bits
+        return None
+    for m in range((len(magnitudes) - 1).bit_length() + 1):
+        if all(value == unit * _float_units(i, m) for i, value in enumerate(magnitudes)):
+            return m
+    return None
+
+
 def _float_units(index: int, mantissa_bits: int) -> int:
     """The magnitude with this code of a float with subnormals, in units of the smallest."""
     if index < 1 << mantissa_bits:
@@ -189,31 +302,29 @@ def _float_units(index: int, mantissa_bits: int) -> int:
     return (1 << mantissa_bits | index & ((1 << mantissa_bits) - 1)) << ((index >> mantissa_bits) - 1)
 
 
+def _select(above, values):
+    """values[i + 1] of the last i that is above, else values[0]."""
+    kind = jnp.int32 if isinstance(values[0], np.integer) else jnp.float32
+    picked = jnp.full(above[0].shape, values[0], kind)
+    for is_above, value in zip(above, values[1:], strict=True):
+        picked = jnp.where(is_above, kind(value), picked)
+    return picked
+
+
 def _sign_bit(y):
     return lax.bitcast_convert_type(y, jnp.int32) < 0
-
-
-_CHOICES = {
-    "sign": ("bit", "twos_complement"),
-    "ties": ("even", "down", "away"),
-    "zero": ("signed", "negative", "unsigned"),
-}
 
 
 def _ml_dtypes_magnitudes(dtype, count: int) -> tuple[float, ...]:
     return tuple(np.arange(count, dtype=np.uint8).view(dtype).astype(np.float64).tolist())
 
 
-def _integers(bits: int) -> tuple[float, ...]:
-    return tuple(float(i) for i in range(2 ** (bits - 1)))
-
-
-# FORMATS that look alike differ here: E2M0 breaks ties towards zero; INT4 is two's complement, INT3 and INT6 are
+# Formats that look alike differ here: E2M0 breaks ties towards zero; INT4 is two's complement, INT3 and INT6 are
 # sign-magnitude; float grids keep -0, integer grids do not (arXiv 2603.28765, reference code).
-E2M0 = Grid("E2M0", (0.0, 1.0, 2.0, 4.0), ties="down", zero="negative")
-E2M1 = Grid("E2M1", _ml_dtypes_magnitudes(ml_dtypes.float4_e2m1fn, 8))
-E2M3 = Grid("E2M3", _ml_dtypes_magnitudes(ml_dtypes.float6_e2m3fn, 32))
-E3M2 = Grid("E3M2", _ml_dtypes_magnitudes(ml_dtypes.float6_e3m2fn, 32))
-INT3 = Grid("INT3", _integers(3), zero="unsigned")
-INT4 = Grid("INT4", _integers(4), sign="twos_complement", zero="unsigned")
-INT6 = Grid("INT6", _integers(6), zero="unsigned")
+E2M0 = Grid.sign_magnitude("E2M0", (0.0, 1.0, 2.0, 4.0), ties="down", zero="negative")
+E2M1 = Grid.sign_magnitude("E2M1", _ml_dtypes_magnitudes(ml_dtypes.float4_e2m1fn, 8))
+E2M3 = Grid.sign_magnitude("E2M3", _ml_dtypes_magnitudes(ml_dtypes.float6_e2m3fn, 32))
+E3M2 = Grid.sign_magnitude("E3M2", _ml_dtypes_magnitudes(ml_dtypes.float6_e3m2fn, 32))
+INT3 = Grid.sign_magnitude("INT3", range(4), zero="unsigned")
+INT4 = Grid.twos_complement("INT4", 4)
+INT6 = Grid.sign_magnitude("INT6", range(32), zero="unsigned")

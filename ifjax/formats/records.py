@@ -1,14 +1,25 @@
-"""Every format, as a record. To add one, write a record; nothing else branches on which format it is."""
+"""The records of a format: candidates, decodings, and what shares a scale. Nothing branches on which format it is."""
 
 import dataclasses
 import functools
 import math
 import numbers
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
 from ifjax.formats.grids import Grid
-from ifjax.formats.scales import E4M3, SCALES, Scale
+from ifjax.formats.scales import E4M3, E8M0, Scale, scale_from_dict
+
+
+class Decoding(NamedTuple):
+    """How codes become numbers: (grid value + offset) * step, in units of the first candidate's grid."""
+
+    grid: Grid
+    step: float
+    offset: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,30 +29,58 @@ class Candidate:
     Attributes:
         grid: the element grid.
         step: what one unit of the grid is worth, in units of the first candidate's grid: 6/7 for IF4's integers.
-        stretch: factor on the block scale; 1.5 puts the maximum of an E2M1 block at 4 instead of 6.
+        scale_multiplier: factor on the block scale; 1.5 maps the maximum of an E2M1 block to 4 instead of 6.
+        peak: where the block's maximum lands, in units of the first candidate's grid; the format's unless stated. With
+            another peak the candidate has a scale of its own.
+        offset: added to the grid's values: elements are rounded less it, and decoded plus it.
+
+    Raises:
+        TypeError: `grid` is no Grid.
+        ValueError: a number that is not positive, or an offset that is not finite.
     """
 
     grid: Grid
     step: float = 1.0
-    stretch: float = 1.0
+    scale_multiplier: float = 1.0
+    peak: float | None = None
+    offset: float = 0.0
 
     def __post_init__(self):
-        for number in (self.step, self.stretch):
+        if not isinstance(self.grid, Grid):
+            raise TypeError(f"a candidate needs an ifjax.Grid, got {type(self.grid).__name__}")
+        for number in (self.step, self.scale_multiplier, 1.0 if self.peak is None else self.peak):
             # YAML reads 1e-5 as a string.
-            if isinstance(number, bool) or not isinstance(number, numbers.Real) or not 0 < number < math.inf:
-                raise ValueError(f"step and stretch must be numbers > 0, such as 1.0e-5, got {number!r}")
+            if not _is_number(number) or not 0 < number < math.inf:
+                raise ValueError(f"step, scale_multiplier and peak must be numbers > 0, such as 1.0e-5, got {number!r}")
+        if not _is_number(self.offset) or not math.isfinite(self.offset):
+            raise ValueError(f"offset must be a finite number, got {self.offset!r}")
+
+    @property
+    def decoding(self) -> Decoding:
+        """What a decoder has to know of it."""
+        return Decoding(self.grid, self.step, self.offset)
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A block-scaled number format: candidates, block size, scale. Hashable; usable as a static jit argument.
+    """A block-scaled number format. Hashable; usable as a static jit argument.
 
     Attributes:
-        name: what reports call it.
-        candidates: the ways to encode a block, in order of preference on a tie.
-        block: values that share one scale.
-        scale: the scale's byte.
+        name: used in reports and error messages.
+        candidates: the ways to encode a block, in the order of their selectors.
+        block: values that share a header.
+        scale: what the header means.
         peak: where the block's maximum lands on the first grid: its largest magnitude unless stated.
+        tensor_peak: the block scale that the tensor's maximum is mapped to by a float32 factor for the tensor, such as
+            448 for NVFP4; None for formats without such a factor, whose block scales are absolute.
+        ties: which candidate a tie of losses keeps, the "first" or the "last".
+        prevent_zero: whether the smallest positive scale takes the place of 0, for blocks of zeros too.
+        saturates: whether an infinity becomes the block's largest value. Else it makes NaN of its block, as NaN does.
+        doc: what the format is and where it comes from, for `help`; no part of the record's identity.
+
+    Raises:
+        TypeError: `candidates` or `scale` of another type.
+        ValueError: fields that do not fit together; the message says why.
     """
 
     name: str
@@ -49,27 +88,65 @@ class Format:
     block: int
     scale: Scale = E4M3
     peak: float | None = None
+    _: dataclasses.KW_ONLY
+    tensor_peak: float | None = 448.0
+    ties: Literal["first", "last"] = "first"
+    prevent_zero: bool = False
+    saturates: bool = False
+    doc: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self):
-        if not self.candidates or not all(isinstance(c, Candidate) for c in self.candidates):
-            raise TypeError(f"{self.name}: candidates must be a tuple of Candidate, got {self.candidates!r}")
-        object.__setattr__(self, "candidates", tuple(self.candidates))
+        if self.doc:
+            object.__setattr__(self, "__doc__", self.doc)
+        candidates: Any = self.candidates
+        if not candidates or not all(isinstance(c, Candidate) for c in candidates):
+            raise TypeError(f"{self.name}: candidates must be a tuple of Candidate, got {candidates!r}")
+        object.__setattr__(self, "candidates", tuple(candidates))
+        if not isinstance(self.scale, Scale):
+            raise TypeError(f"{self.name}: scale must be an ifjax.Scale, got {type(self.scale).__name__}")
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
             raise ValueError(f"{self.name}: block must be an integer >= 1, got {self.block!r}")
         if len({c.grid.bits for c in self.candidates}) > 1:
             widths = {c.grid.name: c.grid.bits for c in self.candidates}
             raise ValueError(f"{self.name}: all candidates need codes of the same width, got bits {widths}")
-        if len(self.decodings) > 2:
+        spare = 8 * self.scale.nbytes - self.scale.bits
+        if len(self.decodings) > 2**spare:
             raise ValueError(
-                f"{self.name}: {len(self.decodings)} different decodings do not fit the scale's one free bit; "
-                "use at most two different (grid, step)"
+                f"{self.name}: {len(self.decodings)} different decodings do not fit the {spare} free bits of a header "
+                f"of {self.scale.name}: use at most {2**spare} different (grid, step, offset)"
             )
-        if self.has_flag and not self.scale.flag:
-            raise ValueError(f"{self.name}: two decodings need a scale with a free bit, which {self.scale.name} lacks")
-        if self.peak is not None and not 0 < self.peak <= self.candidates[0].grid.max:
-            raise ValueError(f"{self.name}: peak must lie in (0, {self.candidates[0].grid.max}], got {self.peak}")
-        if self.candidates[0].step != 1 or self.candidates[0].stretch != 1:
-            raise ValueError(f"{self.name}: the first candidate sets the units: its step and stretch must be 1")
+        if self.scale.nbytes > 3 and len(self.candidates) > 1:
+            raise ValueError(f"{self.name}: a header of {self.scale.nbytes} bytes leaves room for one candidate only")
+        if any(self.block % run for run in self.scale.runs):
+            raise ValueError(f"{self.name}: runs of {self.scale.runs} do not divide a block of {self.block}")
+        if self.peak is not None and not (_is_number(self.peak) and 0 < self.peak < math.inf):
+            raise ValueError(f"{self.name}: peak must be a number > 0, got {self.peak!r}")
+        first: Candidate = candidates[0]
+        if first.step != 1 or first.scale_multiplier != 1 or first.peak is not None:
+            raise ValueError(
+                f"{self.name}: the first candidate sets the units: its step and scale_multiplier must be 1, and its "
+                "peak is the format's"
+            )
+        self._check_tensor_peak()
+        if self.ties not in ("first", "last"):
+            raise ValueError(f"{self.name}: ties must be 'first' or 'last', got {self.ties!r}")
+        for field in ("prevent_zero", "saturates"):
+            if not isinstance(getattr(self, field), bool):
+                raise TypeError(f"{self.name}: {field} must be True or False, got {getattr(self, field)!r}")
+        if self.saturates and self.has_tensor_scale:
+            raise ValueError(f"{self.name}: saturates needs tensor_peak=None: an infinity has no finite maximum")
+
+    def _check_tensor_peak(self):
+        if self.tensor_peak is None:
+            return
+        if not _is_number(self.tensor_peak) or not 0 < self.tensor_peak < math.inf:
+            raise ValueError(f"{self.name}: tensor_peak must be a number > 0 or None, got {self.tensor_peak!r}")
+        values = getattr(self.scale, "values", None)
+        if self.scale == E8M0 or (values is not None and self.tensor_peak > values[self.scale.top]):
+            raise ValueError(
+                f"{self.name}: {self.scale.name} scales are absolute or end below tensor_peak={self.tensor_peak:g}: "
+                "write tensor_peak=None for a format without a tensor scale, or a value of the scale"
+            )
 
     @property
     def grid(self) -> Grid:
@@ -77,14 +154,19 @@ class Format:
         return self.candidates[0].grid
 
     @functools.cached_property
-    def decodings(self) -> tuple[tuple[Grid, float], ...]:
-        """The distinct (grid, step) that a decoder has to know: one, or two told apart by bit 7 of the scale."""
-        return tuple(dict.fromkeys((c.grid, c.step) for c in self.candidates))
+    def decodings(self) -> tuple[Decoding, ...]:
+        """The distinct decodings of the candidates, in the order of the selector that tells them apart."""
+        return tuple(dict.fromkeys(c.decoding for c in self.candidates))
 
     @property
-    def has_flag(self) -> bool:
-        """Whether bit 7 of a scale byte marks the second decoding."""
-        return len(self.decodings) == 2
+    def has_selector(self) -> bool:
+        """Whether a header says which of several decodings its block took."""
+        return len(self.decodings) > 1
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Whether a tensor has a factor of its own, found from its absolute maximum."""
+        return self.tensor_peak is not None
 
     @property
     def bits(self) -> int:
@@ -93,52 +175,108 @@ class Format:
 
     @property
     def bits_per_value(self) -> float:
-        """Bits of one code plus its share of the block's scale byte."""
-        return self.bits + 8 / self.block
+        """Bits of one code plus its share of the block's header."""
+        return self.bits + 8 * self.scale.nbytes / self.block
+
+    def selector_of(self, candidate: Candidate) -> int:
+        """The selector of the blocks that take this candidate."""
+        return self.decodings.index(candidate.decoding)
+
+    def split(self, header: jax.Array) -> tuple[Any, jax.Array]:
+        """Return (selector, payload) of int32 headers. With one decoding the selector is the number 0."""
+        if not self.has_selector:
+            return 0, header
+        width, bits = 8 * self.scale.nbytes, self.scale.bits
+        return header >> bits & (2 ** (width - bits) - 1), header & (2**bits - 1)
+
+    def join(self, selector: Any, payload: jax.Array) -> jax.Array:
+        """Return int32 headers, the inverse of `split`."""
+        return payload | (selector << self.scale.bits) if self.has_selector else payload
 
     def input_factor(self, candidate: Candidate) -> np.float32:
-        """What takes y from units of the first grid to units of the candidate's: 1 / step, but for rounding.
+        """Return what takes y from units of the first grid to units of the candidate's: 1 / step, but for rounding.
 
         Where both grids end at the same value the factor is the ratio of their largest codes, as in the published
         code: 7/6 for IF4, and 62/15 for IF6, whose step is not its reciprocal to the last bit.
         """
+        if candidate.step == 1:
+            return np.float32(1)
         ratio = candidate.grid.max / self.grid.max
         return np.float32(ratio if abs(ratio * candidate.step - 1) < 1e-6 else 1 / candidate.step)
 
-    def constants(self, headroom: float = 1.0) -> tuple[np.float32, np.float32]:
-        """(Q, K): the block maximum is mapped to Q, and the tensor's maximum to K = Q times the largest scale.
+    def block_peak(self, candidate: Candidate | None = None, headroom: float = 1.0) -> np.float32:
+        """Return Q, what a candidate maps the block's maximum to: evaluated in double precision and rounded once.
 
-        Evaluated in double precision and rounded once; `headroom` (16/17 for unbiased stochastic rounding) shrinks
-        both. Without a tensor-wide scale K is 1.
+        `headroom` (16/17 for unbiased stochastic rounding) shrinks it.
         """
-        peak = self.grid.max if self.peak is None else self.peak
-        largest = self.scale.largest
-        return np.float32(peak * headroom), np.float32(1 if largest is None else peak * largest * headroom)
+        own = None if candidate is None else candidate.peak
+        return np.float32((self._peak if own is None else own) * headroom)
 
-    def to_dict(self) -> dict:
-        """The record as plain JSON values, by content: `Format.from_dict` needs no table of names."""
-        if SCALES.get(self.scale.name) != self.scale:
-            raise ValueError(
-                f"{self.name}: only the scales {sorted(SCALES)} can be written down, not {self.scale.name!r}, whose "
-                "functions are code"
-            )
-        candidates = [
-            {"grid": dataclasses.asdict(c.grid), "step": c.step, "stretch": c.stretch} for c in self.candidates
-        ]
-        record = {"name": self.name, "candidates": candidates, "block": self.block, "scale": self.scale.name}
-        return record | {"peak": self.peak}
+    def tensor_constant(self, headroom: float = 1.0) -> np.float32:
+        """Return K, what the tensor's maximum is mapped to: Q times `tensor_peak`, rounded once. 1 without one."""
+        return np.float32(1 if self.tensor_peak is None else self._peak * self.tensor_peak * headroom)
+
+    @property
+    def _peak(self) -> float:
+        return self.grid.max if self.peak is None else self.peak
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values, by content: `Format.from_dict` needs no table of formats.
+
+        Raises:
+            ValueError: the scale is code, and not registered.
+        """
+        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
+        candidates = [dataclasses.asdict(c) for c in self.candidates]
+        return record | {"candidates": candidates, "scale": self.scale.to_dict()}
 
     @classmethod
-    def from_dict(cls, record: dict) -> "Format":
-        """The inverse of `to_dict`. Raises ValueError for a record that is not one."""
+    def from_dict(cls, record: Any) -> "Format":
+        """Return the inverse of `to_dict`. Records of layout 1 are read, too.
+
+        Raises:
+            ValueError: the record is not one.
+        """
         try:
-            candidates = tuple(
-                Candidate(
-                    Grid(**c["grid"] | {"magnitudes": tuple(c["grid"]["magnitudes"])}), c["step"], c["stretch"]
-                )
-                for c in record["candidates"]
-            )
-            rest = {key: record[key] for key in ("name", "block", "peak")}
-            return cls(candidates=candidates, scale=SCALES[record["scale"]], **rest)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a format record (see Format.to_dict): {error!r} in {record!r}") from error
+            if "grid" in record["candidates"][0] and "magnitudes" in record["candidates"][0]["grid"]:
+                record = _from_layout_1(record)
+            if not isinstance(record["name"], str):
+                raise TypeError("a format's name must be text")
+            candidates = tuple(Candidate(**c | {"grid": _grid_of(c["grid"])}) for c in record["candidates"])
+            return cls(**record | {"candidates": candidates, "scale": scale_from_dict(record["scale"])})
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"not a format record (see Format.to_dict): {error!r} in {record!r:.200}") from error
+
+
+def _grid_of(record: Mapping[str, Any]) -> Grid:
+    tuples = {key: tuple(record[key]) for key in ("values", "preferred", "unused") if key in record}
+    return Grid(**{**record, **tuples})
+
+
+def _from_layout_1(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as layout 1 had them: grids by their magnitudes, and the tensor's peak as part of the scale's name."""
+    unknown = set(record) - {"name", "candidates", "block", "scale", "peak"}
+    if unknown:
+        raise TypeError(f"unknown keys {sorted(map(str, unknown))}")
+    peaks = {"e4m3": 448.0, "e4m3_256": 256.0, "e8m0": None}
+
+    def candidate(c):
+        grid = c["grid"]
+        if grid["sign"] == "bit":
+            new = Grid.sign_magnitude(grid["name"], grid["magnitudes"], grid["ties"], grid["zero"])
+        else:
+            m = tuple(grid["magnitudes"])
+            new = Grid(grid["name"], (*m, -len(m) * m[1], *(-v for v in m[:0:-1])), grid["ties"], unused=(len(m),))
+        if unknown := set(c) - {"grid", "step", "stretch"}:
+            raise TypeError(f"unknown keys {sorted(map(str, unknown))}")
+        return {"grid": dataclasses.asdict(new), "step": c["step"], "scale_multiplier": c["stretch"]}
+
+    return {
+        "name": record["name"], "block": record["block"], "peak": record["peak"],
+        "scale": record["scale"].removesuffix("_256"), "tensor_peak": peaks[record["scale"]],
+        "candidates": [candidate(c) for c in record["candidates"]],
+    }  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

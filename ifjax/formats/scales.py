@@ -1,11 +1,15 @@
-"""Block scales: how a scale becomes a byte, as records.
+"""Block scales: how a block's header encodes what its elements are multiplied by, as records.
 
-A `Scale` states its byte <-> value functions, its largest value where a tensor-wide scale maps the tensor's maximum
-onto it, and whether bit 7 is free to mark the choice of grid.
+Most headers are one number from a table (`TableScale`). A scale of another kind, such as one with a factor for each
+part of a block, is a subclass of `Scale` with functions of its own.
 """
 
+import abc
 import dataclasses
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,71 +17,214 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from ifjax.formats.grids import nearest_multiple
+from ifjax.formats.grids import decode_float, float_mantissa_bits, nearest_multiple
+from ifjax.lookup import Registry
+from ifjax.numerics.xla import divide
 
 
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """One byte that scales a block.
+class Scale(abc.ABC):
+    """What a block's header means. Subclasses are frozen dataclasses: hashable, and equal by content.
+
+    A header is an integer of `nbytes` bytes, stored lowest byte first. Its lower `bits` are the payload, which the
+    methods take and give as int32; the bits above are left to the format's selector.
 
     Attributes:
-        name: under which `SCALES` lists it, for files.
-        dtype: the ml_dtypes type whose bit patterns the bytes are.
-        encode: float32 >= 0 (infinity allowed) -> int32 byte; saturates, never NaN.
-        decode: integer byte in 0..255 -> float32, by element-wise arithmetic (Pallas kernels call it). A
-            flag in bit 7 must be cleared before.
-        nan: the byte that means NaN.
-        top: the byte of the largest finite scale.
-        largest: the block scale that the tensor's maximum is mapped to by the tensor-wide factor; None for formats
-            without one (MX).
-        flag: bit 7 is free to mark that a block took the second decoding.
+        name: used in reports and error messages, and by files for scales that are no tables.
+        bits: of the payload.
+        nbytes: of a header, 1 to 4.
+        runs: lengths of the parts of a block that have factors of their own, longest first; () for one factor a block.
+        nan: the payload that means NaN.
+        top: the payload of the largest scale that is written.
+        dtype: the ml_dtypes type whose bit patterns the headers are; None if there is none.
     """
 
     name: str
-    dtype: np.dtype
-    encode: Callable[[jax.Array], jax.Array]
-    decode: Callable[[jax.Array], jax.Array]
-    nan: int
-    top: int
-    largest: float | None
-    flag: bool
+    bits: int = 8
+    nbytes: int = 1
+    runs: tuple[int, ...] = ()
+    nan: int = 0xFF
+    top: int = 0xFE
+    dtype: np.dtype | None = None
+
+    @abc.abstractmethod
+    def encode(self, scale: jax.Array, *parts: Sequence[jax.Array]) -> jax.Array:
+        """Return int32 payloads of wanted scales, float32 >= 0 (infinity allowed): saturating, never NaN.
+
+        `parts` has a list for each of `runs`: the scales that the runs of this length would want alone, in order.
+        """
+
+    @abc.abstractmethod
+    def decode(self, payload: jax.Array, place: Any = 0) -> jax.Array:
+        """Return what the values at a place of the block are multiplied by, float32, by element-wise arithmetic.
+
+        `place` is an integer, or int32 that broadcasts against `payload`.
+        """
+
+    def inverse(self, payload: jax.Array, place: Any = 0) -> jax.Array:
+        """Return what numbers are multiplied by to be in units of the grid: 0 where the scale is 0 or NaN.
+
+        A rounded reciprocal, because the published encoders multiply by one; they never divide by the scale.
+        """
+        scale = self.decode(payload, place)
+        return jnp.where(scale > 0, divide(1.0, scale), 0)
+
+    def to_dict(self) -> dict[str, Any] | str:
+        """Return plain JSON values from which `scale_from_dict` makes an equal record.
+
+        Raises:
+            ValueError: the scale is code, and not registered in `ifjax.formats.SCALES`.
+        """
+        if SCALES.get(self.name) != self:
+            raise ValueError(
+                f"the scale {self.name!r} is code, which cannot be written down: register it by "
+                "ifjax.formats.SCALES.register(scale), and do so too before reading what was written"
+            )
+        return self.name
 
 
-def _encode_e4m3(scale):
-    # The arithmetic of a minifloat element: half to even, subnormals in steps of 2^-9.
-    _, binade, n = nearest_multiple(scale, 3, 2.0**-9, 448.0)
-    return jnp.minimum(jnp.minimum(n, np.float32(16)).astype(jnp.int32) + (binade << 3), 0x7E)
+@dataclasses.dataclass(frozen=True)
+class TableScale(Scale):
+    """A scale that is one of a table of numbers.
+
+    Attributes:
+        name: used in reports and error messages.
+        values: payload i stands for values[i], float32, ascending; up to 256 of them. The largest is `top` unless
+            stated.
+        rounding: to the nearest value, half to the "even" payload, or to the next value "up", so that no element
+            saturates.
+        nan: the payload that means NaN, one without a value.
+        last: the largest payload that is written; that of the largest value unless stated.
+        dtype: as for `Scale`.
+
+    Raises:
+        ValueError: a field that cannot be; the message says what is needed.
+    """
+
+    name: str
+    values: tuple[float, ...]
+    rounding: Literal["even", "up"] = "even"
+    nan: int = 0xFF
+    last: int | None = None
+    dtype: np.dtype | None = None
+
+    def __post_init__(self):
+        values = tuple(float(np.float32(v)) for v in self.values)
+        object.__setattr__(self, "values", values)
+        if not 2 <= len(values) <= 256 or values[0] < 0 or not all(a < b for a, b in itertools.pairwise(values)):
+            raise ValueError(f"{self.name}: values must be 2 to 256 ascending numbers >= 0, got {len(values)} of them")
+        if not np.all(np.isfinite(values)):
+            raise ValueError(f"{self.name}: values must be finite float32 numbers")
+        if not len(values) <= self.nan < 256:
+            raise ValueError(f"{self.name}: nan must be a payload from {len(values)} to 255, got {self.nan}")
+        if self.rounding not in ("even", "up"):
+            raise ValueError(f"{self.name}: rounding must be 'even' or 'up', got {self.rounding!r}")
+        if self.last is not None and not 0 < self.last < len(values):
+            raise ValueError(f"{self.name}: last must be a payload from 1 to {len(values) - 1}, got {self.last}")
+        object.__setattr__(self, "dtype", None if self.dtype is None else np.dtype(self.dtype))
+
+    @classmethod
+    def minifloat(
+        cls, name: str, exponent_bits: int, mantissa_bits: int, bias: int, *, count: int | None = None, **fields: Any
+    ) -> "TableScale":
+        """Return an unsigned float with subnormals: 2^(1 - bias - mantissa_bits) is its least positive value.
+
+        Args:
+            count: how many payloads have a value; all but the last unless given. The first without one means NaN.
+        """
+        size = 2 ** (exponent_bits + mantissa_bits)
+        number = size - 1 if count is None else count
+
+        def value(i):
+            exponent, fraction = divmod(i, 2**mantissa_bits)
+            fraction /= 2**mantissa_bits
+            return fraction * 2.0 ** (1 - bias) if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias)
+
+        return cls(name, tuple(value(i) for i in range(number)), **{"nan": number, **fields})
+
+    @property
+    def bits(self) -> int:
+        return self.nan.bit_length()
+
+    @property
+    def top(self) -> int:
+        return len(self.values) - 1 if self.last is None else self.last
+
+    @functools.cached_property
+    def _mantissa_bits(self) -> int | None:
+        return float_mantissa_bits(self.values)
+
+    def encode(self, scale, *parts):
+        del parts
+        m = self._mantissa_bits
+        if self.rounding == "up":
+            if m == 0 and self.values[1] == 2.0**-126:  # powers of two of float32: the exponent, rounded up
+                bits = lax.bitcast_convert_type(scale, jnp.int32)
+                return jnp.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(jnp.int32), self.top)
+            table = jnp.asarray(self.values[: self.top], jnp.float32)
+            return jnp.searchsorted(table, scale, side="left").astype(jnp.int32)
+        if m is not None:
+            _, binade, n = nearest_multiple(scale, m, self.values[1], self.values[self.top])
+            carried = jnp.minimum(n, np.float32(2 ** (m + 1))).astype(jnp.int32)
+            return jnp.minimum(carried + (binade << m), self.top)
+        return self._nearest(scale)
+
+    def decode(self, payload, place=0):
+        del place
+        payload = payload.astype(jnp.int32)
+        if self.dtype is not None and self.bits == 7:  # a byte of that type with its sign bit set is a negative number
+            value = self._value(payload & 0x7F)
+            return jnp.where(payload & 0x80, -value, value)
+        return self._value(payload)
+
+    def _value(self, payload):
+        m = self._mantissa_bits
+        if m is None:
+            filled = (*self.values, *[np.nan] * (256 - len(self.values)))
+            return jnp.asarray(filled, jnp.float32)[payload & 0xFF]
+        if m == 0 and self.values[1] == 2.0**-126:
+            value = lax.bitcast_convert_type(payload << 23, jnp.float32)
+        else:
+            value = decode_float(payload, m, self.values[1])
+        return jnp.where(payload >= len(self.values), np.float32(np.nan), value)
+
+    def to_dict(self) -> dict[str, Any] | str:
+        if SCALES.get(self.name) == self:
+            return self.name
+        if self.dtype is not None:
+            raise ValueError(f"the scale {self.name!r} has a dtype, which is code: leave it out, or register the scale")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "dtype"}
+
+    def _nearest(self, scale):
+        table = self.values[: self.top + 1]
+        first = []  # for each value but the first, the least float32 that is nearer to it than to the one before
+        for i, (a, b) in enumerate(itertools.pairwise(table)):
+            middle = np.float32((a + b) / 2)
+            is_tie, above = float(middle) == (a + b) / 2, float(middle) > (a + b) / 2
+            goes_up = i % 2 == 1 if is_tie else above  # a tie goes to the even payload
+            first.append(middle if goes_up else np.nextafter(middle, np.float32(np.inf)))
+        return jnp.searchsorted(jnp.asarray(first, jnp.float32), scale, side="right").astype(jnp.int32)
 
 
-def _decode_e4m3(byte):
-    byte = byte.astype(jnp.int32)
-    low = byte & 0x7F
-    normal = lax.bitcast_convert_type((low << 20) + ((127 - 7) << 23), jnp.float32)
-    value = jnp.where(low < 8, low.astype(jnp.float32) * np.float32(2.0**-9), normal)
-    value = jnp.where(low == 0x7F, np.float32(np.nan), value)
-    return jnp.where(byte & 0x80, -value, value)
+def scale_from_dict(record: Any) -> Scale:
+    """Return the inverse of `Scale.to_dict`.
+
+    Raises:
+        ValueError: a name that is not registered, or a record that is none.
+    """
+    if isinstance(record, str):
+        return SCALES.find(record)
+    try:
+        return TableScale(**record | {"values": tuple(record["values"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not the record of a scale (see Scale.to_dict): {error!r} in {record!r:.200}") from error
 
 
-def _encode_e8m0(scale):
-    # The exponent, rounded up, so that no element saturates (not the OCP rule, which rounds down). 2^126 is the
-    # largest scale whose reciprocal is a normal number; no named format reaches it.
-    bits = lax.bitcast_convert_type(scale, jnp.int32)
-    return jnp.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(jnp.int32), 253)
-
-
-def _decode_e8m0(byte):
-    # Byte 0 means that the block is zero, not 2^-127.
-    byte = byte.astype(jnp.int32)
-    value = lax.bitcast_convert_type(byte << 23, jnp.float32)
-    return jnp.where(byte == 0xFF, np.float32(np.nan), value)
-
-
-E4M3 = Scale(
-    "e4m3", np.dtype(ml_dtypes.float8_e4m3fn), _encode_e4m3, _decode_e4m3, nan=0x7F, top=0x7E, largest=448.0, flag=True
-)
-# 256 leaves room for a block's scale to grow by half: 1.5 * 256 = 384 is an E4M3 number (arXiv 2512.02010).
-E4M3_256 = dataclasses.replace(E4M3, name="e4m3_256", largest=256.0)
-E8M0 = Scale(
-    "e8m0", np.dtype(ml_dtypes.float8_e8m0fnu), _encode_e8m0, _decode_e8m0, nan=0xFF, top=253, largest=None, flag=False
-)
-SCALES = {scale.name: scale for scale in (E4M3, E4M3_256, E8M0)}
+E4M3 = TableScale.minifloat("e4m3", 4, 3, 7, dtype=np.dtype(ml_dtypes.float8_e4m3fn))
+# The exponent is rounded up, so that no element saturates (not the OCP rule, which rounds down). Payload 0 means that
+# the block is zero, not 2^-127. 2^126 is the largest scale whose reciprocal is a normal number; no named format
+# reaches it.
+E8M0 = TableScale(
+    "e8m0", (0.0, *(2.0 ** (i - 127) for i in range(1, 255))), "up", last=253,
+    dtype=np.dtype(ml_dtypes.float8_e8m0fnu),
+)  # fmt: skip
+SCALES: Registry[Scale] = Registry("scale", Scale, "ifjax.formats.SCALES", (E4M3, E8M0))

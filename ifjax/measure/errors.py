@@ -1,43 +1,37 @@
 """What a format costs: errors of arrays, of safetensors files and of random samples, beside the published numbers.
 
-Every figure follows from sums that can be added up (`Error`), so a model's total is the sum over its tensors. Files
+Every figure follows from sums that can be added up (`ErrorStats`): a model's total is the sum over its tensors. Files
 are read tensor by tensor, and a tensor is quantized in pieces of one size: memory is bounded by the largest tensor,
 and one compiled program for each format serves tensors of every shape.
 
-    file -> header -> tensor -> amax -> pieces -> Error by format -> TensorReport -> Report
+    file -> header -> tensor -> amax -> pieces -> ErrorStats by format -> TensorReport -> Report
 """
 
 import dataclasses
-import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ifjax.arrays.quantize import Search, quantize
-from ifjax.codec import Loss
-from ifjax.formats import Format, get_format
-from ifjax.numerics.packing import packed_length
+from ifjax.arrays import packed_shapes, quantize
+from ifjax.codec import Encoding, Loss, Search
+from ifjax.files.pieces import amax_of, as_float32, chosen, encode, energies, unit_of
+from ifjax.files.safetensors import FileError, StoredTensor
+from ifjax.formats import Format
+from ifjax.models.names import keep_reason
 
 DEFAULT_FORMATS = ("if4", "if3", "if6", "nvfp4", "fouroversix", "nvint4", "mxfp4")
 
 
-# Values that the device sees at a time: a piece and what is made of it stay in a CPU's cache.
-_PIECE = 2**18
-
-
 @dataclasses.dataclass(frozen=True)
-class Error:
+class ErrorStats:
     """What quantization did to one tensor or to many: `a + b` is the error of both together.
 
     Attributes:
@@ -46,7 +40,7 @@ class Error:
         noise: sum of (decoded - x)^2.
         nbytes: of codes, scales and amax.
         blocks: how many.
-        second: how many of them took the format's second decoding (the integers of an IF format); None for formats
+        others: how many of them took another decoding than the first (the integers of an IF format); None for formats
             that have one decoding.
     """
 
@@ -55,14 +49,14 @@ class Error:
     noise: float
     nbytes: int
     blocks: int
-    second: int | None
+    others: int | None
 
-    def __add__(self, other: "Error") -> "Error":
-        if not isinstance(other, Error):
+    def __add__(self, other: "ErrorStats") -> "ErrorStats":
+        if not isinstance(other, ErrorStats):
             return NotImplemented
-        second = None if self.second is None or other.second is None else self.second + other.second
+        others = None if self.others is None or other.others is None else self.others + other.others
         sums = {f: getattr(self, f) + getattr(other, f) for f in ("values", "signal", "noise", "nbytes", "blocks")}
-        return Error(**sums, second=second)
+        return ErrorStats(**sums, others=others)
 
     @property
     def mse(self) -> float:
@@ -92,35 +86,40 @@ class Error:
         return 8 * self.nbytes / self.values if self.values else math.nan
 
     @property
-    def second_share(self) -> float | None:
-        """Share of blocks with the second decoding; None for formats that have one decoding."""
-        return self.second / self.blocks if self.second is not None and self.blocks else None
+    def choice_share(self) -> float | None:
+        """Share of blocks with another decoding than the first; None for formats that have one decoding."""
+        return self.others / self.blocks if self.others is not None and self.blocks else None
 
     def to_dict(self) -> dict[str, float | int | None]:
         """The figures, by name."""
-        names = ("values", "nbytes", "bits_per_value", "mse", "relative_error", "sqnr_db", "second_share")
+        names = ("values", "nbytes", "bits_per_value", "mse", "relative_error", "sqnr_db", "choice_share")
         return {name: getattr(self, name) for name in names}
 
 
-def error(x: Float[ArrayLike, "..."], fmt: str | Format = "if4", *, axis: int = -1, **settings: Any) -> Error:
-    """The error of `ifjax.quantize(x, fmt, axis=axis, **settings)`, against x in float32.
+def error(x: Float[ArrayLike, "..."], fmt: str | Format = "if4", *, axis: int = -1, **settings: Any) -> ErrorStats:
+    """Measure the error of `ifjax.quantize(x, fmt, axis=axis, **settings)`, against x in float32.
 
     NaN or infinite x gives NaN. Not for use inside jit. With `block_2d` a square counts once for each of its rows.
 
     Example:
         >>> import jax
-        >>> from ifjax.measure.errors import error
+        >>> from ifjax.measure import error
         >>> x = jax.random.normal(jax.random.key(0), (64, 1024))
         >>> e = error(x, "if4")
-        >>> print(f"{e.bits_per_value:.1f} bits a value, {e.sqnr_db:.0f} dB, {e.second_share:.0%} integers")
+        >>> print(f"{e.bits_per_value:.1f} bits a value, {e.sqnr_db:.0f} dB, {e.choice_share:.0%} integers")
         4.5 bits a value, 22 dB, 63% integers
     """
     q = quantize(x, fmt, axis=axis, **settings)
-    x = jnp.asarray(x)
-    unit = _unit(float(jnp.max(jnp.abs(x), initial=0)))
-    signal, noise = _energies(x.astype(jnp.float32), q.dequantize(jnp.float32), np.float32(1 / unit))
-    second = int(jnp.sum(q.choices())) if q.fmt.has_flag else None
-    return Error(q.size, _total(signal, unit), _total(noise, unit), q.nbytes, q.scales.size, second)
+    values = as_float32(np.asarray(x))
+    unit = unit_of(float(np.abs(values).max(initial=0)))
+    signal, noise = energies(values, np.asarray(q.dequantize(np.float32)), unit)
+    return ErrorStats(q.size, signal, noise, q.nbytes, *_counts(np.asarray(q.scales), q.fmt, q.axis))
+
+
+def _counts(scales: np.ndarray, fmt: Format, axis: int) -> tuple[int, int | None]:
+    """(blocks, how many of them took another decoding than the first)."""
+    counts = chosen(scales, fmt, axis)
+    return int(counts.sum()), int(counts[1:].sum()) if fmt.has_selector else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +137,7 @@ class TensorReport:
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
-    errors: dict[str, Error]
+    errors: dict[str, ErrorStats]
     status: Literal["quantized", "kept", "skipped"] = "quantized"
     reason: str | None = None
 
@@ -156,7 +155,7 @@ def tensor_report(
     *,
     axis: int = -1,
     loss: Loss | None = None,
-    search: Search | None = None,
+    search: str | Search | None = None,
 ) -> TensorReport:
     """The error of each format on x, quantized as one tensor with blocks along `axis`, one piece after the other.
 
@@ -176,37 +175,30 @@ def tensor_report(
         return skipped("it is empty")
     if not -x.ndim <= axis < x.ndim:
         return skipped(f"it has no axis {axis}")
-    amax, bad = _scan(x)
+    rows = np.moveaxis(x, axis, -1)
+    rows = rows.reshape(-1, rows.shape[-1])
+    flat = np.ascontiguousarray(rows).reshape(-1)
+    bad = sum(int((~np.isfinite(as_float32(flat[i : i + 2**20]))).sum()) for i in range(0, flat.size, 2**20))
     if bad:
         return skipped(f"{bad} of its values are not finite in float32")
-    records = {fmt.name: fmt for fmt in map(get_format, formats)}
-    errors = {name: _measure(x, fmt, axis, amax, loss, search) for name, fmt in records.items()}
-    return dataclasses.replace(report, errors=errors)
+    ways = {how.fmt.name: how for how in (Encoding.of(fmt, loss=loss, search=search) for fmt in formats)}
+    return dataclasses.replace(report, errors={name: _measure(flat, rows.shape, how) for name, how in ways.items()})
 
 
-def keep_reason(name: str, shape: tuple[int, ...]) -> str | None:
-    """Why a tensor of this name and shape should keep its precision; None for the weight of a matrix product.
+def _measure(flat: np.ndarray, shape: tuple[int, int], how: Encoding) -> ErrorStats:
+    """The error on a matrix with blocks along its rows, of which `flat` has all values."""
 
-    Axes of length 1 do not count. Embeddings are matrices: they are stored, and often multiplied by, as such.
-    """
-    *parents, last = re.split(r"[./]", name.lower())
-    owner = parents[-1] if parents and last in ("weight", "scale", "kernel") else last
-    vector = sum(length > 1 for length in shape) < 2
-    return next((f"a {word}" for word in ("bias", "norm") if word in owner), "not a matrix" if vector else None)
+    def read(start, count):  # a copy: of a part of `flat` JAX would keep the whole, until something else is computed
+        return flat[start : start + count].copy()
 
-
-class FileError(ValueError):
-    """A file that is broken or holds nothing to measure; the message says which and why."""
-
-
-class Entry(NamedTuple):
-    """A tensor in a file: `dtype` is the file's name for it, `start` its first byte."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
+    signal = noise = 0.0
+    blocks, others = 0, None
+    for piece in encode(read, shape, amax_of(read, flat.size), how, -1, measured=True):
+        signal, noise = signal + piece.signal, noise + piece.noise
+        here, other = _counts(piece.scales, how.fmt, -1)
+        blocks, others = blocks + here, None if other is None else (others or 0) + other
+    nbytes = sum(math.prod(s) for s in packed_shapes(shape, how.fmt, -1)) + 4 * how.fmt.has_tensor_scale
+    return ErrorStats(flat.size, signal, noise, nbytes, blocks, others)
 
 
 _READABLE = {
@@ -217,32 +209,7 @@ _READABLE = {
 }
 
 
-def read_header(path: str | os.PathLike) -> tuple[Entry, ...]:
-    """What a safetensors file holds, sorted by name with numbers as numbers; reads no tensor.
-
-    Raises:
-        FileError: not a whole safetensors file.
-        OSError: cannot be opened.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            with safe_open(path, framework="numpy"):  # checks lengths, offsets and that no byte is left over
-                header = json.loads(file.read(length))
-        except SafetensorError as error:
-            raise FileError(f"{path} is not a whole safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    entries = []
-    for name, tensor in header.items():
-        start, end = tensor["data_offsets"]
-        entries.append(Entry(name, tensor["dtype"], tuple(tensor["shape"]), 8 + length + start, end - start))
-    return tuple(sorted(entries, key=lambda entry: _natural(entry.name)))
-
-
-def read_tensor(path: str | os.PathLike, entry: Entry) -> np.ndarray:
+def read_tensor(path: str | os.PathLike, entry: StoredTensor) -> np.ndarray:
     """One tensor of a safetensors file: F32, BF16, F16 or F64."""
     # Not by safetensors' numpy reader: which of its versions know bfloat16 differs.
     data = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
@@ -253,13 +220,13 @@ def read_tensor(path: str | os.PathLike, entry: Entry) -> np.ndarray:
 
 def file_reports(
     path: str | os.PathLike,
-    entries: Iterable[Entry],
+    entries: Iterable[StoredTensor],
     formats: Iterable[str | Format] = DEFAULT_FORMATS,
     *,
     axis: int = -1,
     everything: bool = False,
     loss: Loss | None = None,
-    search: Search | None = None,
+    search: str | Search | None = None,
 ) -> Iterator[TensorReport]:
     """A report for each of the `entries` (see `read_header`), with one tensor in memory at a time.
 
@@ -301,7 +268,7 @@ class Report:
         return tuple(t for t in self.tensors if t.status == "quantized")
 
     @property
-    def total(self) -> dict[str, Error]:
+    def total(self) -> dict[str, ErrorStats]:
         """By format, the error of all quantized tensors together."""
         tensors = self.quantized
         names = tensors[0].errors if tensors else ()
@@ -329,79 +296,3 @@ SAMPLE_SOURCE = "all-MiniLM-L6-v2, a few rows of each weight matrix, bfloat16"
 def sample_path() -> Path:
     """The safetensors file of pretrained weights that comes with the package."""
     return Path(str(resources.files("ifjax") / "data" / "minilm_sample.safetensors"))
-
-
-def _scan(x: np.ndarray) -> tuple[np.float32, int]:
-    """(largest finite magnitude, number of values that are not finite), both in float32."""
-    amax, bad = np.float32(0), 0
-    for piece in _pieces(x.reshape(-1), _PIECE):
-        magnitude = np.abs(piece)
-        finite = np.isfinite(magnitude)
-        bad += piece.size - int(finite.sum())
-        amax = np.maximum(amax, np.max(magnitude, where=finite, initial=0))
-    return amax, bad
-
-
-def _measure(x: np.ndarray, fmt: Format, axis: int, amax: np.float32, loss, search) -> Error:
-    # Blocks along one axis do not know one another but for the tensor's amax, so they can be laid end to end and cut.
-    rows = np.moveaxis(x, axis, -1)
-    in_row = -(-rows.shape[-1] // fmt.block)
-    blocks = rows.size // rows.shape[-1] * in_row
-    # The bytes that a QTensor of x's shape would have; tracing one to ask it takes longer than measuring most tensors.
-    nbytes = blocks // in_row * packed_length(in_row * fmt.block, fmt.bits) + blocks
-    nbytes += 0 if fmt.scale.largest is None else 4
-    missing = -rows.shape[-1] % fmt.block
-    if missing:
-        rows = np.concatenate([rows, np.zeros((*rows.shape[:-1], missing), rows.dtype)], axis=-1)
-    unit = _unit(float(amax))
-    signal = noise = 0.0
-    second = 0
-    for piece in _pieces(rows.reshape(-1), max(_PIECE // fmt.block, 1) * fmt.block):
-        sums = _piece_sums(piece, amax, np.float32(1 / unit), fmt=fmt, loss=loss, search=search)
-        signal += _total(sums[0], unit)
-        noise += _total(sums[1], unit)
-        second += int(sums[2])
-    return Error(x.size, signal, noise, nbytes, blocks, second if fmt.has_flag else None)
-
-
-def _pieces(flat: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """float32 [size] each, the last one filled up with zeros, which add nothing to any sum."""
-    for start in range(0, flat.size, size):
-        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is reported as such
-            piece = flat[start : start + size].astype(np.float32)
-        yield np.pad(piece, (0, size - piece.size))
-
-
-@jax.jit(static_argnames=("fmt", "loss", "search"))
-def _piece_sums(x, amax, inverse_unit, *, fmt, loss, search):
-    q = quantize(x, fmt, loss=loss, search=search, amax=None if fmt.scale.largest is None else amax)
-    second = jnp.sum(q.choices().astype(jnp.int32)) if fmt.has_flag else jnp.int32(0)
-    return *_energies(x, q.dequantize(jnp.float32), inverse_unit), second
-
-
-@jax.jit
-def _energies(x, decoded, inverse_unit):
-    """float32 sums of (x * inverse_unit)^2 and of the error's, over runs short enough to add up exactly enough."""
-
-    def energies(v):
-        v = (v * inverse_unit).reshape(-1)
-        return jnp.sum(jnp.square(jnp.pad(v, (0, -v.size % 256)).reshape(-1, 256)), -1)
-
-    return energies(x), energies(decoded - x)
-
-
-def _unit(amax: float) -> float:
-    """A power of two near amax, in whose units squares neither overflow nor vanish."""
-    if not 0 < amax < math.inf:
-        return 1.0
-    return 2.0 ** min(max(math.frexp(amax)[1], -100), 100)
-
-
-def _total(partial, unit: float) -> float:
-    return float(np.sum(np.asarray(partial), dtype=np.float64)) * unit**2
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts layer 2 before layer 10."""
-    parts = [part for part in re.split(r"(\d+)", name) if part]
-    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]

@@ -23,8 +23,8 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float32, Float64, UInt8
 
-from ifjax.formats import Format, get_format
-from ifjax.formats.scales import E4M3
+from ifjax.codec.blocks import pick
+from ifjax.formats import E4M3, Format, get_format
 
 LANES = 16
 
@@ -123,11 +123,13 @@ def mac_error(
         123.4285714286 2.2e-06 1.8e-08
     """
     fmt = get_format(fmt)
-    if fmt.bits != 4 or fmt.block != LANES or fmt.scale.dtype != E4M3.dtype:
+    if fmt.bits != 4 or fmt.block != LANES or fmt.scale != E4M3:
         raise ValueError(
             f"the unit decodes 4-bit codes in blocks of {LANES} with e4m3 scales; {fmt.name} has {fmt.bits}-bit codes "
             f"in blocks of {fmt.block} with {fmt.scale.name} scales: use a format such as if4, nvfp4 or nvint4"
         )
+    if any(decoding.offset for decoding in fmt.decodings):
+        raise ValueError(f"the unit multiplies values of the grids as they are, and {fmt.name} adds an offset to them")
     mac = np.asarray(_checked_mac(a_codes, a_scales, w_codes, w_scales, fmt))
     a, w = (
         [np.asarray(part) for part in _decode(jnp.asarray(codes), jnp.asarray(scales), fmt)]
@@ -172,21 +174,25 @@ def _signed_product(x, scale):
 @functools.partial(jax.jit, static_argnames="fmt")
 def _decode(codes, scales, fmt):
     """float32 values [*b, beats, 16], NaN for codes that do not exist; float32 scales and int32 flags [*b, beats]."""
-    flag = (scales >> 7).astype(jnp.int32) if fmt.has_flag else jnp.zeros(scales.shape, jnp.int32)
-    values = [_values(codes, grid) for grid, _ in fmt.decodings]
+    # The unit without a choice ignores bit 7.
+    flag, _ = fmt.split(scales.astype(jnp.int32))
+    flag = jnp.broadcast_to(jnp.asarray(flag, jnp.int32), scales.shape)
+    values = jnp.stack([_values(codes, decoding.grid) for decoding in fmt.decodings])
     payload = jnp.minimum(scales & 0x7F, fmt.scale.top)
-    return jnp.where(flag[..., None] > 0, values[-1], values[0]), fmt.scale.decode(payload), flag
+    return pick(flag[..., None], list(values)), fmt.scale.decode(payload), flag
 
 
 def _values(codes, grid):
-    unused = len(grid.magnitudes) if grid.sign == "twos_complement" else -1
     codes = codes.astype(jnp.int32)
-    return jnp.where((codes >> grid.bits > 0) | (codes == unused), np.float32(np.nan), grid.decode(codes))
+    unknown = codes >> grid.bits > 0
+    for code in grid.unused:
+        unknown |= codes == code
+    return jnp.where(unknown, np.float32(np.nan), grid.decode(codes))
 
 
 def _steps(fmt):
     """float64 [flag of a, flag of w]: what the product of two units is worth."""
-    steps = [step for _, step in fmt.decodings]
+    steps = [decoding.step for decoding in fmt.decodings]
     return np.multiply.outer(steps, steps)
 
 
@@ -216,6 +222,6 @@ def _first_unknown_code(arrays, fmt):
     for codes, scales in [("a_codes", "a_scales"), ("w_codes", "w_scales")]:
         values, _, flag = _decode(arrays[codes], arrays[scales], fmt)
         for at in np.argwhere(np.isnan(values)).tolist():
-            code, (grid, _) = int(arrays[codes][*at]), fmt.decodings[int(flag[*at[:-1]])]
+            code, grid = int(arrays[codes][*at]), fmt.decodings[int(flag[*at[:-1]])].grid
             why = "unpack bytes that hold two codes" if code >> grid.bits else f"its values end at -{grid.max:g}"
             return f"{codes}{at} is {code:#x}, which is no code of {grid.name}: {why}"

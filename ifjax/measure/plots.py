@@ -19,9 +19,12 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ifjax import codec
-from ifjax.arrays.qtensor import QTensor
-from ifjax.arrays.quantize import quantize
+from ifjax.arrays import QTensor, quantize
+from ifjax.codec import Encoding
+from ifjax.codec.blocks import bits_of
+from ifjax.codec.decode import scaled
+from ifjax.codec.encode import decoded_place, inverse_for, wanted_payload
+from ifjax.codec.headers import normalized
 from ifjax.formats import Candidate, Format, get_format
 
 if TYPE_CHECKING:
@@ -99,7 +102,7 @@ def plot_block(
     if not np.all(np.isfinite(x)):
         raise ValueError("x must be finite")
     trials = _trials_of(x, fmt, amax, loss)
-    kept = min(range(len(trials)), key=lambda i: trials[i].loss)
+    kept = _kept(trials, fmt)
     figure = _figure(9, 1.0 + 2.5 * len(trials))
     rows = np.atleast_1d(figure.subplots(len(trials), sharex=True))
     for i, (axes, trial) in enumerate(zip(rows, trials, strict=True)):
@@ -123,7 +126,7 @@ def plot_block(
 
 
 def plot_bytes(q: QTensor, block: int = 0) -> "Figure":
-    """The bits of one block of a QTensor as they are stored: the scale byte, then the bytes of its codes.
+    """The bits of one block of a QTensor as they are stored: the bytes of its header, then those of its codes.
 
     Bytes in memory order, each with its highest bit on the left; cells of codes that follow one another have different
     greys, and each byte says which numbers its codes stand for, lowest bits first.
@@ -141,9 +144,10 @@ def plot_bytes(q: QTensor, block: int = 0) -> "Figure":
     fmt, bits = q.fmt, q.fmt.bits
     if fmt.block * bits % 8:
         raise ValueError(f"the codes of a block of {fmt.name} do not fill whole bytes")
-    if not 0 <= block < q.scales.shape[0]:
-        raise IndexError(f"block {block} of a QTensor of {q.scales.shape[0]} blocks")
-    scale, size = int(q.scale_bytes()[block]), fmt.block * bits // 8
+    if not 0 <= block < q.blocks:
+        raise IndexError(f"block {block} of a QTensor of {q.blocks} blocks")
+    nbytes, size = fmt.scale.nbytes, fmt.block * bits // 8
+    header = int(np.asarray(q.headers())[block])
     codes = np.asarray(q.codes)[block * size : (block + 1) * size]
     values = np.asarray(q.dequantize(np.float32))[block * fmt.block : (block + 1) * fmt.block]
     per_row = 4 if bits != 3 else 3
@@ -158,24 +162,26 @@ def plot_bytes(q: QTensor, block: int = 0) -> "Figure":
             axes.text(x + place + 0.5, y + 0.5, str(byte >> bit & 1), ha="center", va="center", fontsize=10)
         axes.text(x + 4, y - 0.12, caption, ha="center", va="top", fontsize=8)
 
-    has_sign = fmt.scale.largest is not None
-    shades = ["0.94"] * 7 + ["0.55" if fmt.has_flag else "0.94"]
-    which = f": decoded as {fmt.decodings[scale >> 7][0].name}" if fmt.has_flag else ""
-    caption = f"scale byte 0x{scale:02X}{which}"
-    draw(scale, 0, 0, shades, caption)
-    value = float(fmt.scale.decode(jnp.uint8(scale & (0x7F if has_sign else 0xFF))))
-    note = f"{fmt.scale.name} = {value:.4g}" + ("; the dark bit is the flag" if fmt.has_flag else "")
-    axes.text(8.5, 0.5, note, va="center", fontsize=9)
+    selector, payload = fmt.split(jnp.int32(header))
+    which = f": decoded as {fmt.decodings[int(selector)].grid.name}" if fmt.has_selector else ""
+    for i in range(nbytes):
+        byte = header >> 8 * i & 0xFF
+        spare = [fmt.has_selector and 8 * i + bit >= fmt.scale.bits for bit in range(8)]
+        caption = f"header 0x{header & 2 ** (8 * nbytes) - 1:0{2 * nbytes}X}{which}" if i == 0 else f"byte {i}"
+        draw(byte, 9 * i, 0, ["0.55" if is_spare else "0.94" for is_spare in spare], caption)
+    value = float(fmt.scale.decode(jnp.int32(payload)))
+    note = f"{fmt.scale.name} = {value:.4g}" + ("; the dark bits choose the decoding" if fmt.has_selector else "")
+    axes.text(9 * nbytes - 0.5, 0.5, note, va="center", fontsize=9)
     for i, byte in enumerate(codes.tolist()):
         owners = [(8 * i + bit) // bits for bit in range(8)]
         shades = ["0.97" if owner % 2 == 0 else "0.8" for owner in owners]
         shown = [owner for owner in dict.fromkeys(owners) if owner < len(values)]
         caption = ", ".join(f"{values[owner]:.3g}" for owner in reversed(shown))
         draw(byte, 9 * (i % per_row), -1.9 * (1 + i // per_row), shades, caption)
-    axes.set_xlim(-0.2, 9 * per_row - 0.8)
+    axes.set_xlim(-0.2, 9 * max(per_row, nbytes) - 0.8)
     axes.set_ylim(-1.9 * rows - 0.75, 1.3)
     axes.set_axis_off()
-    total = 8 + bits * fmt.block
+    total = 8 * nbytes + bits * fmt.block
     axes.set_title(
         f"{fmt.name}: a block of {fmt.block} values in {total} bits, {total / fmt.block:g} a value", fontsize=10
     )
@@ -250,7 +256,7 @@ def plot_choices_by_peak(
         ValueError: the format has no choice to plot, or blocks do not fit.
     """
     fmt = get_format(fmt)
-    if not fmt.has_flag:
+    if not fmt.has_selector:
         raise ValueError(f"{fmt.name} has one decoding: there is no choice to plot. if4 has two")
     arrays = x if isinstance(x, Mapping) else {fmt.name: x}
     figure = _figure(8, 5)
@@ -269,7 +275,7 @@ def plot_choices_by_peak(
         lower.plot(middles, 100 * count / count.sum(), **_style(i))
     upper.axhline(50, color="0.75", linewidth=0.8, zorder=0)
     upper.set_ylim(-3, 103)
-    upper.set_ylabel(f"blocks that took {fmt.decodings[1][0].name}, %")
+    upper.set_ylabel(f"blocks that took {' or '.join(d.grid.name for d in fmt.decodings[1:])}, %")
     upper.set_title(f"{fmt.name}: choice by the block's maximum", fontsize=10)
     upper.legend(frameon=False, fontsize=8)
     lower.set_ylim(bottom=0)
@@ -318,7 +324,7 @@ def plot_choices(report: Any) -> "Figure":
     Raises:
         ValueError: none of the formats has a choice.
     """
-    names = [name for name, error in report.total.items() if error.second_share is not None]
+    names = [name for name, error in report.total.items() if error.choice_share is not None]
     if not names:
         raise ValueError("no format of this report has two decodings, such as if4: there is no choice to plot")
     parts = [_layer_and_kind(t.name) for t in report.quantized]
@@ -327,7 +333,7 @@ def plot_choices(report: Any) -> "Figure":
 
     def share(name, keep):
         errors = [t.errors[name] for t, part in zip(report.quantized, parts, strict=True) if keep(*part)]
-        return 100 * sum(e.second for e in errors) / sum(e.blocks for e in errors) if errors else float("nan")
+        return 100 * sum(e.others for e in errors) / sum(e.blocks for e in errors) if errors else float("nan")
 
     width = 4.6 + max(3.2, 0.42 * len(layers))
     figure = _figure(width, 4.2 + 0.26 * len(kinds))
@@ -464,37 +470,55 @@ class _Trial(NamedTuple):
 def _trials_of(x: np.ndarray, fmt: Format, amax: float | None, loss: str) -> list[_Trial]:
     if loss not in _LOSSES:
         raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {loss!r}")
-    peak = jnp.max(jnp.abs(jnp.asarray(x)))
-    tensor, factor = None, 1.0
-    if fmt.scale.largest is not None:
-        tensor = codec.tensor_scale(peak if amax is None else jnp.float32(amax), 0)
-        factor = float(tensor.amax) / float(fmt.constants()[1]) / float(tensor.power)
+    whole = jnp.asarray(np.pad(x, (0, fmt.block - x.size)))
+    peak = jnp.max(jnp.abs(whole))
+    tensor = normalized(peak if amax is None else jnp.float32(amax), 0) if fmt.has_tensor_scale else None
+    runs = [[bits_of(jnp.max(jnp.abs(part))) for part in whole.reshape(-1, run)] for run in fmt.scale.runs]
+    place, how = jnp.arange(fmt.block, dtype=jnp.int32), Encoding.of(fmt)
+    power = np.float32(1 if tensor is None else tensor.power)
     trials = []
-    for candidate, byte in zip(fmt.candidates, codec._bytes_for_peak(peak, tensor, fmt, 1.0), strict=True):
-        scale = fmt.scale.decode(byte)
-        inverse = codec._inverse(scale, tensor, fmt, 1.0)
-        _, decoded = codec._decoded(x, None, inverse, scale, tensor, candidate, fmt, 1.0)
-        decoded = np.asarray(decoded) / np.float32(1 if tensor is None else tensor.power)
+    for candidate in fmt.candidates:
+        payload = wanted_payload(candidate, bits_of(peak), runs, tensor, fmt, 1.0)
+        inverse = inverse_for(payload, None, None, place, tensor, how)
+        scale = fmt.scale.decode(payload, place)
+        _, decoded = decoded_place(whole, None, inverse, scale, tensor, candidate, fmt, 1.0)
+        decoded = np.asarray(decoded)[: x.size] / power
         e = np.abs(decoded.astype(np.float64) - x)
         total = {"mse": np.sum(e * e), "mae": np.sum(e), "abs_max": np.max(e)}[loss]
-        unit = float(scale) * factor
-        magnitudes = np.array(candidate.grid.magnitudes) * candidate.step * unit
-        trials.append(_Trial(decoded, np.concatenate([-magnitudes[1:], magnitudes]), unit, float(total)))
+        values = jnp.asarray(_written(candidate))
+        first = fmt.scale.decode(payload)
+        offered = np.asarray(scaled(values, first, candidate.step, tensor, fmt.tensor_constant())) / power
+        unit = 1.0 if tensor is None else float(tensor.amax / fmt.tensor_constant()) / float(power)
+        trials.append(_Trial(decoded, offered, float(first) * unit, float(total)))
     return trials
 
 
+def _kept(trials: Sequence[_Trial], fmt: Format) -> int:
+    """The trial with the least loss; among equals the one that the format takes."""
+    order = range(len(trials)) if fmt.ties == "first" else range(len(trials) - 1, -1, -1)
+    return min(order, key=lambda i: trials[i].loss)
+
+
+def _written(candidate: Candidate) -> np.ndarray:
+    """The values that codes of a candidate stand for, in units of its step, ascending."""
+    grid = candidate.grid
+    values = [v for code, v in enumerate(grid.values) if code not in grid.unused]
+    return np.unique(np.asarray(values, np.float32) + np.float32(candidate.offset))
+
+
 def _values_in_block(fmt: Format, candidate: Candidate) -> np.ndarray:
-    """Both signs, over the block's maximum."""
-    peak = fmt.grid.max if fmt.peak is None else fmt.peak
-    magnitudes = np.array(candidate.grid.magnitudes) * candidate.step * candidate.stretch / peak
-    return np.concatenate([-magnitudes[:0:-1], magnitudes])
+    """What a candidate offers, over the block's maximum; at the first place, if scales differ in a block."""
+    peak = float(fmt.block_peak(candidate))
+    return _written(candidate) * candidate.step * candidate.scale_multiplier / peak
 
 
 def _candidate_name(fmt: Format, candidate: Candidate) -> str:
-    factors = {"step": candidate.step, "scale times": candidate.stretch}
+    factors = {"step": candidate.step, "scale times": candidate.scale_multiplier}
     notes = [f"{what} {_fraction(factor)}" for what, factor in factors.items() if factor != 1]
-    if fmt.peak is not None:
-        notes.append(f"maximum at {fmt.peak:g}")
+    if fmt.peak is not None or candidate.peak is not None:
+        notes.append(f"maximum at {float(fmt.block_peak(candidate)):g}")
+    if candidate.offset:
+        notes.append(f"plus {candidate.offset:g}")
     return f"{fmt.name}: {candidate.grid.name}" + (f" ({', '.join(notes)})" if notes else "")
 
 
@@ -517,7 +541,7 @@ def _formats_for(x, formats, caller) -> list[Format]:
 def _peaks_and_choices(x, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
     """Maximum over root mean square, and whether the second decoding was taken, of blocks that are not zero."""
     blocks = np.asarray(x, np.float64).reshape(-1, fmt.block)
-    second = np.asarray(quantize(jnp.asarray(x, jnp.float32), fmt).choices()).reshape(-1)
+    second = np.asarray(quantize(jnp.asarray(x, jnp.float32), fmt).choices()).reshape(-1) > 0
     peak = np.abs(blocks).max(axis=1)
     keep = peak > 0
     ratio = peak[keep] / np.sqrt(np.mean(np.square(blocks[keep]), axis=1))

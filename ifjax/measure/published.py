@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ifjax.arrays.quantize import Search
-from ifjax.codec import Loss
+from ifjax.codec import Loss, Search
 from ifjax.formats import Format, get_format
-from ifjax.measure.errors import DEFAULT_FORMATS, Error, tensor_report
+from ifjax.measure.errors import DEFAULT_FORMATS, ErrorStats, tensor_report
 
 # All of variance 1. With power-of-two scales (MX) the absolute scale matters: uniform on [-1, 1] gives mxfp4 9.8e-3,
 # with variance 1 11.4e-3.
@@ -26,7 +25,7 @@ class Published(NamedTuple):
     """A number from elsewhere: the normalized MSE, the share of INT blocks where stated, and where it stands."""
 
     normalized_mse: float
-    second_share: float | None
+    choice_share: float | None
     source: str
 
 
@@ -35,7 +34,7 @@ class SyntheticError(NamedTuple):
 
     distribution: str
     fmt: str
-    error: Error
+    error: ErrorStats
     published: tuple[Published, ...]
 
 
@@ -53,7 +52,7 @@ def synthetic_table(
     n: int = 2**20,
     seed: int = 0,
     loss: Loss | None = None,
-    search: Search | None = None,
+    search: str | Search | None = None,
 ) -> Iterator[SyntheticError]:
     """The error of each format on each distribution, with the published numbers where there are any.
 

@@ -4,14 +4,14 @@ import math
 
 import numpy as np
 
-from ifjax.arrays.qtensor import QTensor
+from ifjax.arrays import QTensor
 
 
-def _is_leaf(leaf):
+def is_leaf(leaf):
     return hasattr(leaf, "unbox") or hasattr(leaf, "get_raw_value")
 
 
-def _is_parameter(leaf):
+def is_parameter(leaf):
     """Not so of NNX variables of other kinds: statistics, caches, random states."""
     if not hasattr(leaf, "get_raw_value"):
         return True
@@ -20,14 +20,14 @@ def _is_parameter(leaf):
     return is_parameter(leaf)
 
 
-def _value(leaf):
+def value_of(leaf):
     if isinstance(leaf, QTensor):
         return leaf
     value = leaf.get_raw_value() if hasattr(leaf, "get_raw_value") else leaf.unbox() if hasattr(leaf, "unbox") else leaf
     return value if hasattr(value, "dtype") else np.asarray(value)
 
 
-def _rebuilt(leaf, new):
+def rebuilt(leaf, new):
     if hasattr(leaf, "get_raw_value"):
         from ifjax.models.flax.nnx import PackedParam
 
@@ -35,5 +35,5 @@ def _rebuilt(leaf, new):
     return leaf.replace_boxed(new) if hasattr(leaf, "unbox") and not isinstance(new, QTensor) else new
 
 
-def _nbytes(value):
+def nbytes_of(value):
     return value.nbytes if isinstance(value, QTensor) else math.prod(value.shape) * value.dtype.itemsize

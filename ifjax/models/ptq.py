@@ -3,7 +3,6 @@
     parameters -> kernels (found by evaluating the model, or named by rules) -> rules -> quantize each -> report
 """
 
-import dataclasses
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -11,15 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
-from ifjax.arrays.gptq import gptq
-from ifjax.arrays.qtensor import DTYPES, QTensor
-from ifjax.arrays.quantize import quantize
+from ifjax.arrays import DTYPES, QTensor, gptq, quantize
 from ifjax.formats import Format
-from ifjax.models.leaves import _is_leaf, _is_parameter, _nbytes, _rebuilt, _value
-from ifjax.models.report import Entry, Report
+from ifjax.models.leaves import is_leaf, is_parameter, nbytes_of, rebuilt, value_of
+from ifjax.models.report import Entry, Report, decibels
 from ifjax.models.rule_checks import check_used, reason_against
 from ifjax.models.rules import Rule, as_rules, first_match, training_rules
 from ifjax.models.sites import (
@@ -136,7 +132,7 @@ def training_report(
         raise TypeError("training_report needs model=: it says where the parameters are multiplied by")
     inner, _ = _split(params)
     walk = _walk(model, params, sample, method)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(inner, is_leaf=_is_leaf)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(inner, is_leaf=is_leaf)
     found = [p._replace(seen=_seen_in_training(p)) for p in _parameters(leaves, rules, walk)]
     if found:
         check_used(rules, [p.seen for p in found] + _others_seen(found, walk))
@@ -157,11 +153,11 @@ def trainable_mask(params: Any) -> Any:
     """
 
     def trains(leaf):
-        value = _value(leaf)
-        fixed = isinstance(value, QTensor) or not _is_parameter(leaf)
+        value = value_of(leaf)
+        fixed = isinstance(value, QTensor) or not is_parameter(leaf)
         return not fixed and jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
-    return jax.tree.map(trains, params, is_leaf=_is_leaf)
+    return jax.tree.map(trains, params, is_leaf=is_leaf)
 
 
 _NOT_READ = "the model has not read it: the sample does not reach it, or it is of another model"
@@ -184,13 +180,13 @@ def _quantize(params, rules, model, sample, method, calibration, *, fake):
     rules = as_rules(rules)
     inner, put_back = _split(params)
     walk = _walk(model, params, sample, method)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(inner, is_leaf=_is_leaf)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(inner, is_leaf=is_leaf)
     found = _parameters(leaves, rules, walk)
     if found:
         check_used(rules, [p.seen for p in found] + _others_seen(found, walk))
     done = [_one(p, calibration, fake) for p in found]
     new = iter([leaf for leaf, _ in done])
-    tree = jax.tree_util.tree_unflatten(structure, [next(new) if _is_parameter(leaf) else leaf for _, leaf in leaves])
+    tree = jax.tree_util.tree_unflatten(structure, [next(new) if is_parameter(leaf) else leaf for _, leaf in leaves])
     entries = [_entry(fields) for _, fields in done]
     return put_back(tree), Report((*entries, *_products(rules, walk)))
 
@@ -198,9 +194,9 @@ def _quantize(params, rules, model, sample, method, calibration, *, fake):
 def _parameters(leaves, rules, walk) -> list[_Parameter]:
     found = []
     for keys, leaf in leaves:
-        if not _is_parameter(leaf):
+        if not is_parameter(leaf):
             continue
-        path, value = join_path(keys), _value(leaf)
+        path, value = join_path(keys), value_of(leaf)
         kernel = walk.kernels.get(path) if walk else None
         module = kernel.module if kernel else innermost(path, walk.modules) if walk else None
         stacked = kernel.stacked if kernel else walk.reached.get(path, ()) if walk else ()
@@ -302,14 +298,14 @@ def _entry_in_training(p: _Parameter) -> Entry:
         reason = reason or f"the rule {p.rule.path!r} has no recipe"
     return Entry(
         p.path, p.module, tuple(p.value.shape), str(p.value.dtype), recipe.name if recipe and not reason else None,
-        None, bits, _nbytes(p.value), _nbytes(p.value), rule=None if p.rule is None else p.rule.path, reason=reason,
+        None, bits, nbytes_of(p.value), nbytes_of(p.value), rule=None if p.rule is None else p.rule.path, reason=reason,
         expected=p.kernel is None or p.seen.quantizable or recipe is None or reason == LOOKUP,
     )  # fmt: skip
 
 
 def _one(p: _Parameter, calibration, fake):
     """The new leaf and the fields of its entry, in which numbers may still be on a device."""
-    before, rule = _nbytes(p.value), p.rule
+    before, rule = nbytes_of(p.value), p.rule
     about = {
         "path": p.path, "module": p.module, "shape": tuple(p.value.shape), "dtype": str(p.value.dtype),
         "bytes_before": before, "rule": None if rule is None else rule.path,
@@ -345,8 +341,8 @@ def _one(p: _Parameter, calibration, fake):
     }  # fmt: skip
     if fake:
         entry |= {"bytes_after": before, "bits_per_value": 8.0 * p.value.dtype.itemsize}
-        return _rebuilt(p.leaf, q.dequantize()), entry
-    return _rebuilt(p.leaf, q), entry
+        return rebuilt(p.leaf, q.dequantize()), entry
+    return rebuilt(p.leaf, q), entry
 
 
 def _left_alone(p: _Parameter, calibration) -> tuple[str | None, bool]:
@@ -379,36 +375,21 @@ def _no_gptq(p: _Parameter, fmt: Format | None, calibration) -> str | None:
 
 
 def _packed(p: _Parameter, rule: Rule, calibration) -> QTensor:
-    fmt, value, names = rule.weight_format, jnp.asarray(p.value), getattr(p.leaf, "names", None)
-    axis = rule.axis if p.kernel is None else blocked_axis(p.kernel.axes, value.shape, fmt.block)  # pyright: ignore
-    assert fmt is not None and axis is not None  # else there had been a reason to leave it alone
+    how, value, names = rule.weights, jnp.asarray(p.value), getattr(p.leaf, "names", None)
+    assert how is not None  # else there had been a reason to leave it alone
+    axis = rule.axis if p.kernel is None else blocked_axis(p.kernel.axes, value.shape, how.fmt.block)
+    assert axis is not None
     if rule.gptq:
-        q = _by_gptq(p, value, fmt, rule, calibration)
-    else:
-        if axis in p.stacked:
-            raise ValueError(f"{p.path!r}: layers are stacked along axis {axis} of {value.shape}: give another axis=")
-        own = p.stacked if p.kernel else sorted({*p.stacked, *range(-value.ndim, -2)} - {axis})
-        q = _by_layers(value, fmt, axis, () if fmt.scale.largest is None else [value.ndim + a for a in own], rule)
-    return dataclasses.replace(q, names=names)
+        return _by_gptq(p, value, how, rule, calibration).replaced(names=names)
+    if axis in p.stacked:
+        raise ValueError(f"{p.path!r}: layers are stacked along axis {axis} of {value.shape}: give another axis=")
+    # With an amax for each layer, and for each matrix of a parameter that no layer multiplies by.
+    own = p.stacked if p.kernel else sorted({*p.stacked, *range(-value.ndim, -2)} - {axis})
+    q = quantize(value, how, axis=axis, amax_axes=own if how.fmt.has_tensor_scale else ())
+    return q.replaced(names=names)
 
 
-def _by_layers(value, fmt, axis, stacked, rule) -> QTensor:
-    """With an amax for each layer, along the `stacked` axes."""
-    options = {"loss": rule.loss, "search": rule.search, "block_2d": rule.block_2d}
-    lead = tuple(range(len(stacked)))
-    if tuple(stacked) == lead:
-        return quantize(value, fmt, axis=axis, amax_axes=lead, **options)
-    # An amax of its own is for leading axes: layers go to the front and back.
-    order = [*stacked, *[i for i in range(value.ndim) if i not in stacked]]
-    moved = order.index(value.ndim + axis) - value.ndim
-    q = quantize(value.transpose(order), fmt, axis=moved, amax_axes=lead, **options)
-    codes, scales = (a.transpose(np.argsort(order).tolist()) for a in (q.codes, q.scales))
-    shape = [value.shape[i] if i in stacked else 1 for i in range(max(stacked) + 1)]
-    assert q.amax is not None
-    return dataclasses.replace(q, codes=codes, scales=scales, amax=q.amax.reshape(shape), axis=axis)
-
-
-def _by_gptq(p: _Parameter, value, fmt, rule, calibration) -> QTensor:
+def _by_gptq(p: _Parameter, value, how, rule, calibration) -> QTensor:
     hessian = None if calibration is None else calibration.hessians.get(p.seen.path)
     if hessian is None:
         raise ValueError(
@@ -419,9 +400,9 @@ def _by_gptq(p: _Parameter, value, fmt, rule, calibration) -> QTensor:
     first, last = p.kernel.axes[0], p.kernel.axes[-1]
     before, after = value.shape[:first], value.shape[value.ndim + last + 1 :]
     rows = value.reshape(*before, -1, *after)
-    q = gptq(rows, hessian, fmt, axis=last, loss=rule.loss, search=rule.search)
+    q = gptq(rows, hessian, how.fmt, axis=last, loss=rule.loss, search=how.search)
     codes, scales = (a.reshape(*value.shape[:last], -1, *after) for a in (q.codes, q.scales))
-    return dataclasses.replace(q, codes=codes, scales=scales, length=value.shape[last])
+    return q.replaced(codes=codes, scales=scales, length=value.shape[last])
 
 
 @jax.jit
@@ -432,22 +413,16 @@ def _powers(q, x):
 
 
 def _measured(q: QTensor, value) -> dict[str, Any]:
-    share = q.choices().mean() if q.fmt.has_flag else None
-    return {"int_share": share, "sqnr_db": None if value is None else _powers(q, value)}
+    share = (q.choices() > 0).mean() if q.fmt.has_selector else None
+    return {"choice_share": share, "sqnr_db": None if value is None else _powers(q, value)}
 
 
 def _entry(fields: dict[str, Any]) -> Entry:
     """With plain numbers, waited for only when all parameters are on their way; traced ones stay out."""
-    for name in ("int_share", "sqnr_db"):
+    for name in ("choice_share", "sqnr_db"):
         value = fields.get(name)
         if any(isinstance(a, Tracer) for a in jax.tree.leaves(value)):
             fields[name] = None
         elif value is not None:
-            fields[name] = _decibels(*map(float, value)) if name == "sqnr_db" else float(value)
+            fields[name] = decibels(*map(float, value)) if name == "sqnr_db" else float(value)
     return Entry(**fields)
-
-
-def _decibels(signal, noise):
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else math.nan if math.isnan(signal + noise) else -math.inf

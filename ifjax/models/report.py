@@ -9,7 +9,6 @@ import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
@@ -17,7 +16,7 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
-from ifjax.models.rule_files import _write_whole
+from ifjax.atomic import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +39,8 @@ class Entry:
         bytes_before, bytes_after: of all its arrays.
         sqnr_db: 10 log10(signal / noise). Infinite where nothing was lost, as in a tensor of zeros; NaN if it holds
             values that are not finite; None if it was not measured.
-        int_share: share of blocks that took the format's second decoding (in IF formats, the integers); None if `fmt`
-            stores no choice.
+        choice_share: share of blocks that took another decoding than the first (in IF formats, the integers); None if
+            `fmt` stores no choice.
         rule: pattern of the rule that matched; None if none did.
         reason: why it was left alone; None if it was quantized.
         expected: False where a rule asked for quantization and could not be served, and for matrices that nobody
@@ -62,7 +61,7 @@ class Entry:
     bytes_before: int
     bytes_after: int
     sqnr_db: float | None = None
-    int_share: float | None = None
+    choice_share: float | None = None
     rule: str | None = None
     reason: str | None = None
     expected: bool = True
@@ -204,6 +203,8 @@ class Report:
     def from_json(cls, text: str) -> "Report":
         """The report that `to_json` has written. Totals are not read: they follow from the entries.
 
+        What earlier versions wrote, who called the choice_share int_share, is read, too.
+
         Raises:
             ValueError: the text is something else.
         """
@@ -218,7 +219,7 @@ class Report:
         Raises:
             OSError: it cannot be written.
         """
-        _write_whole(Path(path), self.to_json())
+        write_text(path, self.to_json())
 
     # --- the table ---
 
@@ -288,6 +289,8 @@ def _to_plain(value: Any) -> Any:
 
 
 def _entry_of(fields: dict[str, Any]) -> Entry:
+    if "int_share" in fields:  # its name until layout 2
+        fields["choice_share"] = fields.pop("int_share")
     return Entry(**{key: _of_type(_TYPES[key], value) for key, value in fields.items()})
 
 
@@ -298,6 +301,13 @@ def _of_type(kind: Any, value: Any) -> Any:
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Signal to quantization noise, 10 log10(signal / noise): infinite where nothing was lost."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else math.nan if math.isnan(signal + noise) else -math.inf
 
 
 class _Group(NamedTuple):
@@ -365,7 +375,7 @@ def _quantized_table(entries: Sequence[Entry], width: int) -> Table:
             _range([entry.bits_per_value for entry in group], ".3f"),
             f"{before:.3g} -> {after:.3g}",
             _range([entry.sqnr_db for entry in group], ".1f"),
-            _range([None if entry.int_share is None else 100 * entry.int_share for entry in group], ".0f"),
+            _range([None if entry.choice_share is None else 100 * entry.choice_share for entry in group], ".0f"),
         ]
         rows.append([*row, _shortened(str(first.rule or ""), 24)] if several else row)
     headings = ["parameter", "shape", "format", "bits", "MB", "SQNR dB", "INT %", *(["rule"] * several)]

@@ -5,14 +5,14 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from ifjax.models.rules import _BY_DEFAULT, Rule, _as_tuple
+from ifjax.models.rules import BY_DEFAULT, Rule, as_tuple
 from ifjax.models.sites import Seen
 
 
 def reason_against(rule: Rule, seen: Seen) -> str | None:
     """Why the rule leaves the kernel of what it matches alone; None if it quantizes it."""
     if rule.weight_fmt is None:
-        return _BY_DEFAULT.get((rule.path, rule.module)) or f"the rule {rule.path!r} excludes it"
+        return BY_DEFAULT.get((rule.path, rule.module)) or f"the rule {rule.path!r} excludes it"
     return _unfit(rule, seen) or _too_short(rule, seen)
 
 
@@ -129,7 +129,7 @@ def _is_inside(inner: Seen, outer: Seen) -> bool:
 
 def _near_misses(rule: Rule, seen: Sequence[Seen]) -> str:
     """What a rule that matches nothing may have meant."""
-    paths = [s.path for s in seen if rule.module is None or s.module in _as_tuple(rule.module)]
+    paths = [s.path for s in seen if rule.module is None or s.module in as_tuple(rule.module)]
     classes = {s.module for s in seen if s.module is not None and re.fullmatch(rule.path, s.path)}
     if classes:
         return f"the modules at such paths are of class {_listed(sorted(classes))}. Write one of these as module="

@@ -4,15 +4,15 @@ A list of rules is searched from the top, and the first that matches a module de
 """
 
 import dataclasses
-import difflib
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from ifjax import codec
-from ifjax.arrays.quantize import Search
+from ifjax.codec import LOSSES, SEARCHES, BlockLoss, Encoding, Loss, Search
 from ifjax.formats import FORMATS, Format, get_format
-from ifjax.training.recipes import RECIPES, Recipe, get_recipe
+from ifjax.lookup import did_you_mean
+from ifjax.training import RECIPES, Recipe, get_recipe
 
 # Of attention's two products: query times key, and probabilities times value.
 OPERANDS = ("query", "key", "probabilities", "value")
@@ -78,13 +78,13 @@ class Rule:
     act_fmt: str | Format | None = None
     _: dataclasses.KW_ONLY
     module: str | Sequence[str] | None = None
-    loss: codec.Loss | None = None
-    search: Search | None = None
+    loss: Loss | None = None
+    search: str | Search | None = None
     block: int | None = None
     block_2d: bool = False
     gptq: bool = False
     recipe: str | Recipe | None = None
-    act_loss: codec.Loss | None = None
+    act_loss: Loss | None = None
     act_amax: Literal["tensor", "token", "static"] = "tensor"
     axis: int | None = None
     operands: Operands = ()
@@ -99,9 +99,11 @@ class Rule:
         self._check_recipe()
         for field in ("loss", "act_loss"):
             loss = getattr(self, field)
-            known = isinstance(loss, str) and loss in codec.LOSSES
-            self._need(loss is None or callable(loss) or known, field, f"one of {sorted(codec.LOSSES)} or a function")
-        self._need(self.search in (None, "fast", "exhaustive"), "search", "None, 'fast' or 'exhaustive'")
+            known = isinstance(loss, str) and loss in LOSSES
+            fits = loss is None or callable(loss) or isinstance(loss, BlockLoss) or known
+            self._need(fits, field, f"one of {sorted(LOSSES)} or a function")
+            self._set(field, LOSSES.name_of(loss) if isinstance(loss, BlockLoss) else loss)
+        self._check_search()
         block_fits = self.block is None or (_is_int(self.block) and self.block >= 1)
         self._need(block_fits, "block", "an integer >= 1, or None for the format's own")
         for field in ("block_2d", "gptq", "optional"):
@@ -115,6 +117,27 @@ class Rule:
         if self.block_2d and self.axis is not None:
             self._need(self.axis >= -2, "axis", "-1 or -2, as block_2d takes squares of the last two axes")
         self._check_effects()
+        for field, made_of_it in (("block", "weight_format"), ("block_2d", "weights")):
+            try:
+                getattr(self, made_of_it)
+            except ValueError as error:
+                raise self._error(field, f"{field}: {error}") from None
+
+    @functools.cached_property
+    def weights(self) -> Encoding | None:
+        """How weights are encoded; None if they are excluded."""
+        fmt = self.weight_format
+        return None if fmt is None else Encoding.of(fmt, loss=self.loss, search=self.search, block_2d=self.block_2d)
+
+    @functools.cached_property
+    def activations(self) -> Encoding | None:
+        """How activations are encoded; None for weight-only."""
+        return None if self.act_fmt is None else Encoding.of(self.act_fmt, loss=self.act_loss)
+
+    @functools.cached_property
+    def operand_encodings(self) -> dict[str, Encoding]:
+        """How the operands of attention's products are encoded, of those that are."""
+        return {name: Encoding.of(fmt, loss=self.act_loss) for name, fmt in self.operand_formats.items()}
 
     @property
     def weight_format(self) -> Format | None:
@@ -141,7 +164,7 @@ class Rule:
 
     def matches(self, path: str, module: str | None = None) -> bool:
         """Whether the whole path matches, and the class's name where the rule asks for one."""
-        if self.module is not None and module not in _as_tuple(self.module):
+        if self.module is not None and module not in as_tuple(self.module):
             return False
         return re.fullmatch(self.path, path) is not None
 
@@ -176,7 +199,7 @@ class Rule:
             raise self._error("module", f"module must be a class's name: write {self.module.__name__!r}")
         if self.module is None:
             return
-        names = _as_tuple(self.module)
+        names = as_tuple(self.module) if isinstance(self.module, str | tuple) else ()
         fits = bool(names) and all(isinstance(name, str) and name.isidentifier() for name in names)
         self._need(fits, "module", "the name of a class alone, such as 'Dense', a tuple of names, or None for any")
 
@@ -188,7 +211,7 @@ class Rule:
             fmt = get_format(fmt)
         except (TypeError, ValueError) as error:
             raise self._error(field, f"{field}: {error}") from None
-        return fmt.name if FORMATS.get(fmt.name) == fmt else fmt
+        return FORMATS.name_of(fmt)
 
     def _check_operands(self) -> None:
         try:
@@ -198,7 +221,7 @@ class Rule:
             raise self._error("operands", message) from None
         for name in given:
             if name not in OPERANDS:
-                near = _did_you_mean(str(name), OPERANDS)
+                near = did_you_mean(str(name), OPERANDS)
                 raise self._error("operands", f"operands are those of attention's products, not {name!r}; {near}")
         pairs = tuple((name, self._named("operands", given[name])) for name in OPERANDS if given.get(name) is not None)
         self._set("operands", pairs)
@@ -210,7 +233,15 @@ class Rule:
             recipe = get_recipe(self.recipe)
         except (TypeError, ValueError) as error:
             raise self._error("recipe", str(error)) from None
-        self._set("recipe", recipe.name if RECIPES.get(recipe.name) == recipe else recipe)
+        self._set("recipe", RECIPES.name_of(recipe))
+
+    def _check_search(self) -> None:
+        if self.search is None:
+            return
+        try:
+            self._set("search", SEARCHES.name_of(SEARCHES.find(self.search)))
+        except (TypeError, ValueError) as error:
+            raise self._error("search", str(error)) from None
 
     def _check_effects(self) -> None:
         """No option is given in vain."""
@@ -227,7 +258,7 @@ class Rule:
         formats = [fmt for fmt in (self.activation_format, *self.operand_formats.values()) if fmt is not None]
         if not formats:
             check(("act_loss", "act_amax"), "without act_fmt: leave it out, or name an act_fmt")
-        elif all(fmt.scale.largest is None for fmt in formats):
+        elif not any(fmt.has_tensor_scale for fmt in formats):
             check(("act_amax",), f"on {formats[0].name}, which has no tensor scale: leave it out")
 
 
@@ -276,7 +307,7 @@ _HEAD = rf"(?:.*/)?(?:{'|'.join(_HEADS)})(?:/.*)?"
 _EMBEDDING = r"(?:.*/)?(?:[^/]*(?i:embed)[^/]*|wte|wpe)(?:/.*)?"
 
 
-_BY_DEFAULT = {  # what a report says of them, instead of such patterns
+BY_DEFAULT = {  # what a report says of them, instead of such patterns
     (_HEAD, None): "output heads stay, by default",
     (_EMBEDDING, None): "embeddings stay, by default",
     (".*", "Embed"): "a rule excludes modules of class Embed",
@@ -298,7 +329,7 @@ def default_rules(weight_fmt: str | Format = "if4", act_fmt: str | Format | None
     All are optional: parameters shorter than a block, and matrices of `self.param`, stay as they are. Of the matrices
     `Report.check` asks for a decision: a rule with their axis, or one that excludes them.
     """
-    excluded = (Rule(path, None, module=module, optional=True) for path, module in _BY_DEFAULT)
+    excluded = (Rule(path, None, module=module, optional=True) for path, module in BY_DEFAULT)
     return *excluded, Rule(".*", weight_fmt, act_fmt, optional=True)
 
 
@@ -311,12 +342,8 @@ def _with_block(fmt: Format, block: int) -> Format:
     return plain if FORMATS.get(name) == plain else dataclasses.replace(plain, name=f"{name}_bs{block}")
 
 
-def _did_you_mean(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
-    return f"did you mean {', '.join(near)}?"
-
-
-def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+def as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+    """One name, or several."""
     return (names,) if isinstance(names, str) else tuple(names)
 
 

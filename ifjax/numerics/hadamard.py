@@ -6,14 +6,19 @@ Source: NVFP4 pretraining (arXiv 2509.25149), which rotates both operands of the
 IF4 (arXiv 2603.28765) does the same with the sixteen signs below.
 """
 
+import functools
 from typing import Literal
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
+
+from ifjax.numerics.xla import materialize
 
 SIZES = (16, 32, 64, 128)
 
@@ -100,19 +105,74 @@ def _rotate(x, axis, size, signs, *, inverse):
             f"append {size - rest} zeros with jnp.pad (to both operands of a product), or choose another size"
         )
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    matrix = _signs(signs, size).astype(wide)[:, None] * _sylvester(size).astype(wide)
+    signs = _signs(signs, size)
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     # The axis is split, never merged with another, so an array sharded along any axis stays where it is.
     split = x.reshape(*x.shape[:axis], runs, size, *x.shape[axis + 1 :]).astype(wide)
-    # HIGHEST: else a GPU rounds the operands to tf32, a TPU to bfloat16. XLA:CPU (jax 0.10) adds the terms
-    # left to right, as the reference's CUDA kernel does. 1/sqrt(size) comes last: exact for sizes 16 and 64.
-    sums = lax.dot_general(
-        split,
-        matrix,
-        (((axis + 1,), (1 if inverse else 0,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=wide,
-    )
-    return (jnp.moveaxis(sums, -1, axis + 1) * np.asarray(size**-0.5, wide)).reshape(x.shape).astype(x.dtype)
+    if isinstance(signs, Tracer):
+        by_place = signs.astype(wide).reshape(*[1] * (axis + 1), size, *[1] * (x.ndim - axis - 1))
+        before, after = (None, by_place) if inverse else (by_place, None)
+        split = split if before is None else split * before
+        sums = _sums.bind(split, axis=axis + 1, signs=(1,) * size, inverse=False)
+        sums = sums if after is None else sums * after
+    else:
+        sums = _sums.bind(split, axis=axis + 1, signs=tuple(int(sign) for sign in signs), inverse=inverse)
+    # 1/sqrt(size) comes last: exact for sizes 16 and 64.
+    return (sums * np.asarray(size**-0.5, wide)).reshape(x.shape).astype(x.dtype)
+
+
+# x [..., size, ...] times diag(signs) H, or times H diag(signs) with `inverse`, unscaled. A primitive, because its
+# transpose is its inverse: the one that JAX would find adds up in another order.
+_sums = jax.extend.core.Primitive("hadamard")
+_sums.def_abstract_eval(lambda x, **_: x)
+
+
+def _add_up(x, *, axis, signs, inverse):
+    """Sums in the order of the fast transform (neighbours first, then pairs of them, ...): the same bits everywhere.
+
+    Every result is a tree of its own: more additions than the fast transform has, and less time on a CPU, because
+    nothing moves. Products with +-1 are exact, so that contraction to FMA changes nothing.
+    """
+    size, first = x.shape[axis], min(x.shape[axis], 16)
+    rows = size // first
+    x = x.reshape(*x.shape[:axis], rows, first, *x.shape[axis + 1 :])
+    # [from, to] of both levels; signs stand on the side where x comes in, or out.
+    within = np.broadcast_to(_sylvester(first)[:, None, :], (first, rows, first))
+    across = np.broadcast_to(_sylvester(rows)[:, :, None], (rows, rows, first))
+    s = np.asarray(signs, np.int8).reshape(rows, first)
+    if not inverse:
+        within = within * s.T[:, :, None]
+    elif rows == 1:
+        within = within * s
+    else:
+        across = across * s
+
+    def level(x, at, coefficients):
+        """The sum over i of x[i] * coefficients[i] along the axis, in a balanced tree."""
+        shape = (1,) * axis + coefficients.shape[1:] + (1,) * (x.ndim - axis - 2)
+        coefficients = coefficients.astype(x.dtype).reshape(len(coefficients), *shape)
+        parts = [lax.slice_in_dim(x, i, i + 1, axis=at) * c for i, c in enumerate(coefficients)]
+        while len(parts) > 1:
+            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    y = level(x, axis + 1, within)
+    if rows > 1:
+        y = level(materialize(lambda y: y, y), axis, across)
+    return y.reshape(*x.shape[:axis], size, *x.shape[axis + 2 :])
+
+
+def _batched(args, axes, *, axis, **params):
+    (x,), (at,) = args, axes
+    return _sums.bind(jnp.moveaxis(x, at, 0), axis=axis + 1, **params), 0
+
+
+_sums.def_impl(lambda x, **params: jax.jit(functools.partial(_add_up, **params))(x))
+mlir.register_lowering(_sums, mlir.lower_fun(_add_up, multiple_results=False))
+batching.primitive_batchers[_sums] = _batched
+ad.deflinear2(
+    _sums, lambda cotangent, _, *, inverse, **params: [_sums.bind(cotangent, inverse=not inverse, **params)]
+)
 
 
 def _check_size(size):

@@ -1,4 +1,4 @@
-"""What keeps XLA from changing what was written, exact division and a stage boundary, and JAX from reading it again.
+"""Exactly rounded division, a fusion barrier for XLA:CPU, and a wrapper that hides a function from transformations.
 
 XLA is free to rewrite floating-point programs, and does. `x / c` with a scalar c becomes `x * (1 / c)`, which
 differs in the last bit for almost half of all x; `1 / (c / a)` becomes `a * (1 / c)`; XLA:GPU's own float32
@@ -90,32 +90,32 @@ def opaque(f, *args):
     return call(*args)
 
 
-def stage(f, *args):
+def materialize(f, *args):
     """f(*args), one array; on CPU, computed once and kept, instead of being fused into whatever reads it.
 
     XLA:CPU fuses the reduction of a block into its consumers and recomputes it for every byte they write;
     `lax.optimization_barrier` does not stop it, a conditional does. Other platforms see f(*args) alone.
     """
     f = jax.jit(f)  # traced once for all of its uses below
-    return lax.platform_dependent(*args, cpu=functools.partial(_stage_on_cpu, f), default=f)
+    return lax.platform_dependent(*args, cpu=functools.partial(_materialize_on_cpu, f), default=f)
 
 
-def _stage_on_cpu(f, *args):
+def _materialize_on_cpu(f, *args):
     result = jax.eval_shape(f, *args)
     if not result.size:
         return jnp.zeros(result.shape, result.dtype)
 
     # vmap would turn the conditional into a select, and those fuse: the batched stage is a stage of the batched f.
     @custom_vmap
-    def staged(*args):
+    def kept(*args):
         # From the smallest argument, and by a reduction: picking an element would gather a sharded array.
         witness = jnp.max(min(jax.tree.leaves(args), key=jnp.size).astype(jnp.float32))
         always = (witness == witness) | (witness != witness)  # XLA does not fold this, as NaN differs from itself
         # Zeros made from the result: of its sharding, and inside shard_map varying where it does.
         return lax.cond(always, f, lambda *args: jnp.zeros_like(f(*args)), *args)
 
-    @staged.def_vmap
+    @kept.def_vmap
     def batched(axis_size, in_batched, *args):
-        return _stage_on_cpu(jax.jit(jax.vmap(f, in_axes(in_batched), axis_size=axis_size)), *args), True
+        return _materialize_on_cpu(jax.jit(jax.vmap(f, in_axes(in_batched), axis_size=axis_size)), *args), True
 
-    return staged(*args)
+    return kept(*args)

@@ -9,8 +9,9 @@ import opt_einsum
 from jax.typing import DTypeLike
 from opt_einsum.parser import parse_einsum_input
 
+from ifjax.arrays import QTensor
 from ifjax.products.dot_general import dot_general
-from ifjax.products.plan import Impl, Operand, _is_packed
+from ifjax.products.plan import Impl, Operand, is_packed
 
 
 def matmul(
@@ -22,7 +23,7 @@ def matmul(
     impl: Impl | None = None,
     target: str | None = None,
 ) -> jax.Array:
-    """`jax.numpy.matmul`, of which either operand, or both, may be a QTensor. See `dot_general`.
+    """`jax.numpy.matmul`, of which either operand, or both, may be a QTensor; `x @ q` and `q @ x`. See `dot_general`.
 
     For [K, N] weights quantize along axis=-2, the contracted one; [N, K] weights multiply as `einsum("...k,nk->...n")`.
 
@@ -33,7 +34,7 @@ def matmul(
         >>> ifjax.matmul(jnp.ones((2, 32)), w).shape
         (2, 32)
     """
-    rank_a, rank_b = jnp.ndim(a), jnp.ndim(b)
+    rank_a, rank_b = (x.ndim if is_packed(x) else jnp.ndim(x) for x in (a, b))
     if not rank_a or not rank_b:
         raise ValueError("matmul needs operands of at least one axis, got a scalar: multiply with *")
     left = "k" if rank_a == 1 else "...mk"
@@ -62,9 +63,9 @@ def einsum(
         ValueError: the specification does not fit the operands.
     """
     rest = {"precision": precision, "preferred_element_type": preferred_element_type}
-    if not any(map(_is_packed, operands)):
+    if not any(map(is_packed, operands)):
         return jnp.einsum(spec, *operands, **rest)
-    left: list[Any] = [a if _is_packed(a) else jnp.asarray(a) for a in operands]
+    left: list[Any] = [a if is_packed(a) else jnp.asarray(a) for a in operands]
     inputs, out, _ = parse_einsum_input((spec, *(a.shape for a in left)), shapes=True)
     rest |= {"impl": impl, "target": target}
     if len(left) == 2:
@@ -109,4 +110,9 @@ def _summed(labels, a, others):
 
 
 def _dense(a):
-    return a.dequantize() if _is_packed(a) else a
+    return a.dequantize() if is_packed(a) else a
+
+
+# The operators of QTensor, which is in a room below.
+QTensor.__matmul__ = lambda self, other: matmul(self, other)  # pyright: ignore[reportAttributeAccessIssue]
+QTensor.__rmatmul__ = lambda self, other: matmul(other, self)  # pyright: ignore[reportAttributeAccessIssue]

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from ifjax.arrays.qtensor import QTensor
-from ifjax.products.dot_general import _accumulator, _as_varying, no_gradient
-from ifjax.products.plan import Operand, _is_packed
+from ifjax.arrays import QTensor
+from ifjax.products.dot_general import accumulator, as_varying, no_gradient
+from ifjax.products.plan import Operand, is_packed
 
 
 def ragged_dot(
-    lhs: ArrayLike,
+    lhs: Operand,
     rhs: Operand,
     group_sizes: jax.Array,
     precision: Any = None,
@@ -25,11 +25,21 @@ def ragged_dot(
 ) -> jax.Array:
     """`jax.lax.ragged_dot` with packed experts: each group of rows of lhs [m, k] times its own matrix of rhs [g, k, n].
 
-    rhs may be a QTensor, quantized along any axis, with one amax or (amax_axes=(0,)) one for each group; its matrices
-    are dequantized. The gradient reaches lhs only.
+    Either may be a QTensor, quantized along any axis; rhs with one amax or (amax_axes=(0,)) one for each group. Both
+    are dequantized. The gradient reaches an lhs that is an array.
+
+    Raises:
+        TypeError: as `jax.lax.ragged_dot`, where shapes do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import ifjax
+        >>> experts = ifjax.quantize(jnp.ones((2, 32, 8)), axis=1, amax_axes=(0,))
+        >>> ifjax.ragged_dot(jnp.ones((5, 32)), experts, jnp.array([2, 3])).shape
+        (5, 8)
     """
-    lhs = jnp.asarray(lhs)
-    if not _is_packed(rhs):
+    lhs = lhs.dequantize() if is_packed(lhs) else jnp.asarray(lhs)
+    if not is_packed(rhs):
         return lax.ragged_dot(
             lhs, rhs, group_sizes, precision, preferred_element_type, group_offset=group_offset
         )
@@ -37,7 +47,7 @@ def ragged_dot(
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     out_dtype = dtype if preferred_element_type is None else np.dtype(preferred_element_type)
     settings = (precision, lhs.dtype, dtype, out_dtype)
-    return _ragged(_as_varying(lhs, rhs), rhs, jnp.asarray(group_sizes), group_offset, settings)
+    return _ragged(as_varying(lhs, rhs), rhs, jnp.asarray(group_sizes), group_offset, settings)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -48,7 +58,7 @@ def _ragged(x, q, group_sizes, group_offset, settings):
 def _ragged_values(x, q, group_sizes, group_offset, settings):
     precision, _, dtype, out_dtype = settings
     y = lax.ragged_dot(
-        x.astype(dtype), q.dequantize(dtype), group_sizes, precision, _accumulator(dtype), group_offset=group_offset
+        x.astype(dtype), q.dequantize(dtype), group_sizes, precision, accumulator(dtype), group_offset=group_offset
     )
     return y.astype(out_dtype)
 

@@ -27,9 +27,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from ifjax import codec
-from ifjax.arrays.qtensor import QTensor
-from ifjax.arrays.quantize import quantize
+from ifjax.arrays import QTensor, quantize
+from ifjax.codec.blocks import crop, merge_blocks, pick
+from ifjax.codec.decode import decode
 from ifjax.formats import Format, get_format
 
 # Fields of optax's states that are averages or sums of squares. A name alone means the field of any state.
@@ -201,7 +201,7 @@ def dequantize_moments(state: QuantizedMomentsState) -> Any:
 def _encode(x, key, *, fmt, axis, root):
     y = jnp.sqrt(x.astype(jnp.float32)) if root else x
     amax = None
-    if fmt.scale.largest is not None:
+    if fmt.has_tensor_scale:
         magnitude = jnp.abs(y).astype(jnp.float32)
         amax = _power_of_two_above(jnp.max(jnp.where(magnitude < jnp.inf, magnitude, 0)))
     q = quantize(y, fmt, axis=axis, rounding="stochastic_unbiased", key=key, amax=amax)
@@ -228,14 +228,19 @@ def _power_of_two_above(amax):
 def _least_positive(q):
     """float32 of q's shape: each value's smallest neighbour of zero in its block, by the tensor's least scale if the
     block's is zero. Zero if amax is."""
-    byte = jnp.maximum(q.scale_bytes(), 1)
-    # Code 1 is the least positive one on all grids.
-    least = codec.decode(jnp.ones(byte.shape, jnp.int32), byte, q.fmt, amax=q.amax, headroom=q.headroom)
-    least = jnp.expand_dims(least, q.axis)
+    selector, payload = q.fmt.split(q.headers())
+    headers = q.fmt.join(selector, jnp.maximum(payload, 1))
+    codes = pick(selector, [jnp.int32(d.grid.least_positive) for d in q.fmt.decodings])
+    # Of each place, as formats with several factors a block have other steps in its parts.
+    place = jnp.arange(q.fmt.block, dtype=jnp.int32).reshape(-1, *[1] * (-q.axis - 1))
+    headers, codes = (jnp.expand_dims(jnp.broadcast_to(a, headers.shape), q.axis) for a in (headers, codes))
+    amax, at = q.amax, q.ndim + q.axis
+    if amax is not None and amax.ndim > at:
+        amax = jnp.expand_dims(amax, at + 1)
+    least = decode(codes, headers, q.fmt, place=place, amax=amax, headroom=q.headroom)
     shape = list(least.shape)
     shape[q.axis] = q.fmt.block
-    least = codec.merge_blocks(jnp.broadcast_to(least, shape), q.axis)
-    return lax.slice_in_dim(least, 0, q.shape[q.axis], axis=q.ndim + q.axis)
+    return crop(merge_blocks(jnp.broadcast_to(least, shape), q.axis), q.shape[q.axis], q.axis)
 
 
 def _block_axis(shape, block):

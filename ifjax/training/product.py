@@ -10,14 +10,13 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from ifjax import codec
-from ifjax.arrays.ms_eden import ms_eden
-from ifjax.arrays.qtensor import QTensor
-from ifjax.arrays.quantize import quantize
+from ifjax.arrays import QTensor, quantize
+from ifjax.codec.blocks import pad_axis
 from ifjax.numerics.hadamard import hadamard, random_signs
-from ifjax.products.dot_general import _as_varying, dot_general_like
+from ifjax.products import dot_general
+from ifjax.products.dot_general import accumulator, as_varying, multiples
 from ifjax.products.plan import DimensionNumbers
-from ifjax.training.recipes import Recipe, _is_packed_early, get_recipe
+from ifjax.training.recipes import Recipe, get_recipe
 
 
 def quantized_dot_general(
@@ -57,7 +56,7 @@ def quantized_dot_general(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from ifjax.training.recipes import quantized_dot_general
+        >>> from ifjax.training import quantized_dot_general
         >>> x, w = jnp.ones((8, 32)), jnp.eye(32)
         >>> def loss(w, key):
         ...     return quantized_dot_general(x, w, (((1,), (0,)), ((), ())), "if4", key).sum()
@@ -80,7 +79,7 @@ def quantized_dot_general(
     result: Any = jax.eval_shape(plain, *(jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, w)))
 
     settings = _Settings(recipe, precision, np.dtype(dtype), result.dtype, x.dtype, w.dtype)
-    x, w = _as_varying(x, w), _as_varying(w, x)
+    x, w = as_varying(x, w), as_varying(w, x)
     rows = _as_matrices(x, x_batch, _rest(x, x_batch, x_contracted), x_contracted)
     columns = _as_matrices(w, w_batch, w_contracted, _rest(w, w_batch, w_contracted))
     y: Any = _product(rows, columns, key, settings)
@@ -135,7 +134,7 @@ def _product_fwd(x, w, key, settings):
     def kept(a, forward, operand, product_name, side, axis):
         if operand.reuse:
             return forward
-        is_packed = recipe.residuals == "packed" and _is_packed_early(operand)
+        is_packed = recipe.residuals == "packed" and operand.is_packed_early
         return _operand(a, product_name, side, axis, key, settings) if is_packed else a
 
     for_dgrad = kept(w, qw, recipe.dgrad.rhs, "dgrad", "rhs", -1)
@@ -155,7 +154,7 @@ def _product_bwd(settings, residuals, g):
     right = _operand(g, "wgrad", "rhs", -2, key, settings)
     like = None
     if isinstance(left, QTensor) and not isinstance(for_wgrad, QTensor):
-        like = codec.pad_axis(for_wgrad, left.shape[-2], -2)
+        like = pad_axis(for_wgrad, left.shape[-2], -2)
     dw = _multiply(left, right, -2, -2, settings.dtype, settings.w_dtype, settings.precision, like)
     return dx, dw, None
 
@@ -191,17 +190,16 @@ def _operand(a, product_name, side, axis, key, settings) -> Any:
         for_lhs, for_rhs, for_signs = jax.random.split(key, 3)
         key = for_lhs if side == "lhs" else for_rhs
     if size:
-        a = codec.pad_axis(a, -(-a.shape[axis] // size) * size, axis)
+        a = pad_axis(a, -(-a.shape[axis] // size) * size, axis)
         signs = random_signs(for_signs, size) if product.signs == "fresh" else product.signs
-        if operand.rounding == "ms_eden":
-            return ms_eden(a, operand.fmt, key=key, axis=axis, size=size, signs=signs, amax=operand.amax)
+        if operand.how is not None and not operand.how.rounding.packs:
+            return operand.how.rounding.operand(
+                a, operand.how.fmt, key=key, axis=axis, size=size, signs=signs, amax=operand.amax
+            )
         a = hadamard(a, axis=axis, size=size, signs=signs)
-    if operand.fmt is None:
+    if operand.how is None:
         return a
-    return quantize(
-        a, operand.fmt, axis=axis, loss=operand.loss, rounding=operand.rounding, key=key if operand.is_random else None,
-        block_2d=operand.block_2d, amax=operand.amax,
-    )  # fmt: skip
+    return quantize(a, operand.how, axis=axis, key=key if operand.is_random else None, amax=operand.amax)
 
 
 def _check_key(key, recipe):
@@ -215,12 +213,21 @@ def _check_key(key, recipe):
 
 @jax.jit(static_argnums=(2, 3, 4, 5, 6))  # outside of a jit, compiled once for all recipes
 def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
-    """The product along these axes: [batch, what is left of a, what is left of b]. `like`: as a is sharded."""
+    """The product along these axes: [batch, what is left of a, what is left of b].
+
+    `like` is the array that a QTensor `a` was made of, if there is one. Without it XLA propagates the output sharding
+    before that of the codes, and all-gathers activations for the weight gradient instead of reducing partial sums.
+    """
     batch = (tuple(range(a.ndim - 2)),) * 2
     numbers = ((a.ndim + a_axis,), (b.ndim + b_axis,)), batch
 
     def product(a, b, like, dtype=dtype):
-        return dot_general_like(like, a.astype(dtype), b.astype(dtype), numbers, precision, out_dtype)
+        a, b = a.astype(dtype), b.astype(dtype)
+        if like is None or jax.device_count() == 1:
+            return dot_general(a, b, numbers, precision, out_dtype)
+        values, factor = multiples(a, dtype)
+        values = jnp.where(like != like, jnp.nan, values)  # changes nothing: where one is NaN, the other is
+        return (dot_general(values, b, numbers, precision, accumulator(out_dtype)) * factor).astype(out_dtype)
 
     if dtype.itemsize != 2 or not (isinstance(a, QTensor) or isinstance(b, QTensor)):
         return product(a, b, like)

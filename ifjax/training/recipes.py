@@ -11,18 +11,15 @@ only square blocks look alike from both sides. No line of this module asks which
 """
 
 import dataclasses
-import difflib
+import functools
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Literal
 
-from ifjax import codec
-from ifjax.arrays.ms_eden import check_format
+from ifjax.arrays import ms_eden  # noqa: F401  registers the rounding of that name
+from ifjax.codec import LOSSES, ROUNDINGS, BlockLoss, Encoding, Loss, Rounding
 from ifjax.formats import FORMATS, Format, get_format
+from ifjax.lookup import Registry
 from ifjax.numerics.hadamard import SIZES
-
-_ROUNDINGS = ("nearest", "stochastic", "stochastic_unbiased", "ms_eden")
 
 
 def _need(record, field, fits, needed):
@@ -35,14 +32,14 @@ def _need(record, field, fits, needed):
 class Operand:
     """How one operand of one product is quantized. Hashable; `Operand()` leaves it in high precision.
 
-    Named formats are kept by their name, others as records, whichever way they are given.
+    Named formats, roundings and losses are kept by their name, others as records, whichever way they are given.
 
     Attributes:
         fmt: a format's name or record; None multiplies the array as it is.
         rounding: as for `ifjax.quantize`, or "ms_eden", which rounds scales at random instead of elements.
         block_2d: scale and choice are shared by squares. Over all axes that are contracted, as one, and all that are
             not.
-        loss: as for `ifjax.quantize`; the format's own unless given.
+        loss: as for `ifjax.quantize`; the squared error unless given.
         amax: a fixed one, for arrays whose magnitudes are known to be bounded, instead of the largest magnitude.
         reuse: in backward products, start from what fprop multiplied instead of from the array: the forward pass's
             rounded values, kept packed. With fmt=None they are multiplied as they are.
@@ -52,19 +49,25 @@ class Operand:
     """
 
     fmt: str | Format | None = None
-    rounding: Literal["nearest", "stochastic", "stochastic_unbiased", "ms_eden"] = "nearest"
+    rounding: str | Rounding = "nearest"
     _: dataclasses.KW_ONLY
     block_2d: bool = False
-    loss: codec.Loss | None = None
+    loss: Loss | None = None
     amax: float | None = None
     reuse: bool = False
 
     def __post_init__(self):
-        _need(self, "rounding", self.rounding in _ROUNDINGS, f"one of {', '.join(map(repr, _ROUNDINGS))}")
+        try:
+            rounding = ROUNDINGS.find(self.rounding)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Operand: {error}") from None
+        object.__setattr__(self, "rounding", ROUNDINGS.name_of(rounding))
         for field in ("block_2d", "reuse"):
             _need(self, field, isinstance(getattr(self, field), bool), "True or False")
-        loss_fits = self.loss is None or callable(self.loss) or self.loss in codec.LOSSES
-        _need(self, "loss", loss_fits, f"one of {sorted(codec.LOSSES)}, a function, or None for the format's own")
+        if isinstance(self.loss, BlockLoss):
+            object.__setattr__(self, "loss", LOSSES.name_of(self.loss))
+        loss_fits = self.loss is None or isinstance(self.loss, BlockLoss) or callable(self.loss) or self.loss in LOSSES
+        _need(self, "loss", loss_fits, f"one of {sorted(LOSSES)}, a function, or None for the squared error")
         is_number = isinstance(self.amax, int | float) and not isinstance(self.amax, bool)
         amax_fits = self.amax is None or (is_number and 0 < self.amax < math.inf)
         _need(self, "amax", amax_fits, "a finite number > 0, or None for the largest magnitude at hand")
@@ -77,19 +80,31 @@ class Operand:
                     )
             return
         fmt = get_format(self.fmt)
-        object.__setattr__(self, "fmt", fmt.name if FORMATS.get(fmt.name) == fmt else fmt)
-        if self.amax is not None and fmt.scale.largest is None:
+        object.__setattr__(self, "fmt", FORMATS.name_of(fmt))
+        if self.amax is not None and not fmt.has_tensor_scale:
             raise ValueError(f"Operand: {fmt.name} has no tensor scale, so amax does not apply: leave it out")
-        if self.rounding == "ms_eden" and (self.block_2d or self.loss is not None):
+        if not rounding.packs and (self.block_2d or self.loss is not None):
             raise ValueError(
-                "Operand: rounding='ms_eden' has 1-D blocks and a rule of its own for the choice: leave block_2d and "
-                "loss out"
+                f"Operand: rounding={rounding.name!r} has 1-D blocks and a rule of its own for the choice: leave "
+                "block_2d and loss out"
             )
+
+    @functools.cached_property
+    def how(self) -> Encoding | None:
+        """The encoding; None if the operand is left in high precision."""
+        if self.fmt is None:
+            return None
+        return Encoding.of(self.fmt, rounding=self.rounding, loss=self.loss, block_2d=self.block_2d)
 
     @property
     def is_random(self) -> bool:
         """Whether rounding draws noise."""
-        return self.rounding != "nearest"
+        return ROUNDINGS.find(self.rounding).draws
+
+    @property
+    def is_packed_early(self) -> bool:
+        """Whether residuals="packed" quantizes it in the forward pass."""
+        return self.how is not None and self.how.rounding.packs and not self.reuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +139,16 @@ class Product:
                 "Product: hadamard has no effect on operands in high precision: leave it out, or name a fmt"
             )
         for operand in self.operands:
-            if operand.rounding == "ms_eden":
-                if self.hadamard is None:
-                    raise ValueError(
-                        "Product: rounding='ms_eden' is unbiased for rotated operands only: write hadamard=16 or "
-                        "hadamard=128, with signs='fresh'"
-                    )
-                check_format(operand.fmt or "", self.hadamard)
+            rounding = ROUNDINGS.find(operand.rounding)
+            if rounding.packs:
+                continue
+            if self.hadamard is None:
+                raise ValueError(
+                    f"Product: rounding={rounding.name!r} is unbiased for rotated operands only: write hadamard=16 or "
+                    "hadamard=128, with signs='fresh'"
+                )
+            if rounding.check is not None:
+                rounding.check(operand.fmt, self.hadamard)
 
     @property
     def operands(self) -> tuple[Operand, Operand]:
@@ -168,7 +186,7 @@ class Recipe:
     Example:
         IF4 in the forward pass and nowhere else, with gradients of the rounded operands:
 
-        >>> from ifjax.training.recipes import Operand, Product, Recipe
+        >>> from ifjax.training import Operand, Product, Recipe
         >>> reused, if4 = Operand(reuse=True), Operand("if4")
         >>> Recipe("mine", Product(if4, if4), dgrad=Product(rhs=reused), wgrad=Product(lhs=reused)).needs_key
         False
@@ -197,12 +215,12 @@ class Recipe:
                     "can; write reuse=False"
                 )
         for place, operand, forward in self._saved:
-            if operand.reuse and (forward.fmt is None or forward.rounding == "ms_eden" or self.fprop.hadamard):
+            if operand.reuse and (forward.how is None or not forward.how.rounding.packs or self.fprop.hadamard):
                 raise ValueError(
                     f"{self.name}: {place} cannot reuse what fprop multiplies, which is not quantized, or is rotated, "
                     "or is not packed (MS-EDEN): write reuse=False"
                 )
-        if self.residuals == "packed" and not any(_is_packed_early(operand) for _, operand, _ in self._saved):
+        if self.residuals == "packed" and not any(operand.is_packed_early for _, operand, _ in self._saved):
             raise ValueError(
                 f"{self.name}: residuals='packed' packs nothing, as the backward pass quantizes neither w nor x to "
                 "packed bytes from the arrays themselves: write residuals='float'"
@@ -225,25 +243,13 @@ class Recipe:
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:
-    """The record itself, or the named one.
+    """Return the record itself, or the named one.
 
     Raises:
         ValueError: unknown name; the message lists the nearest ones.
         TypeError: neither a name nor a Recipe.
     """
-    if isinstance(recipe, Recipe):
-        return recipe
-    if not isinstance(recipe, str):
-        raise TypeError(f"recipe must be a recipe's name or an ifjax.recipes.Recipe, got {type(recipe).__name__}")
-    if recipe not in RECIPES:
-        near = difflib.get_close_matches(recipe, RECIPES, n=3, cutoff=0.4) or sorted(RECIPES)
-        raise ValueError(f"unknown recipe {recipe!r}; did you mean {', '.join(near)}? See ifjax.recipes.RECIPES")
-    return RECIPES[recipe]
-
-
-def _is_packed_early(operand: Operand) -> bool:
-    """Whether residuals="packed" quantizes it in the forward pass."""
-    return operand.fmt is not None and operand.rounding != "ms_eden" and not operand.reuse
+    return RECIPES.find(recipe)
 
 
 def _named():
@@ -310,4 +316,4 @@ def _named():
     yield Recipe("w4a4_qat", forward, dgrad, wgrad, source=straight)
 
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _named()})
+RECIPES: Registry[Recipe] = Registry("recipe", Recipe, "ifjax.recipes.RECIPES", _named())

@@ -14,8 +14,6 @@ from ifjax import codec
 from ifjax.arrays.ms_eden import ms_eden
 from ifjax.numerics.hadamard import FIXED_SIGNS
 
-pytestmark = pytest.mark.sampled
-
 KEY = jax.random.key(0)
 F32 = np.float32
 E4M3 = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(F32)  # ascending
@@ -49,7 +47,9 @@ def test_the_published_vectors_are_met(golden_dir, name, fmt, how):
     # The published rotation multiplies by the fixed signs last. Rounding is symmetric, so they are signs of the result.
     signs = np.tile(np.asarray(FIXED_SIGNS, F32), x.shape[1] // 16)
     assert_array_equal(np.asarray(got, F32) * signs, want.astype(F32))
-    assert_array_equal(jnp.abs(ifjax.hadamard(x.astype(jnp.float32), signs=None)).max(), largest)
+    # The published program left this sum to a BLAS, whose order is its own: the sums may part by an ulp or two.
+    amax = jnp.abs(ifjax.hadamard(x.astype(jnp.float32), signs=None)).max()
+    np.testing.assert_allclose(amax, largest, rtol=2 * 2.0**-23)
 
 
 # --- against a model of our own, for what the vectors do not cover ---------------------------------------------------
@@ -138,12 +138,10 @@ def misalignment(x, y):
 
 
 def nearest_enlarged(x):
-    blocks, fmt, headroom = codec.split_blocks(x, 16, -1), ifjax.FORMATS["nvfp4"], 1 / (17 / 16 * 0.93)
-    codes, scales, amax = codec.encode(blocks, fmt, axis=-1, headroom=headroom)
-    return codec.merge_blocks(codec.decode(codes, scales[..., None], fmt, amax=amax, headroom=headroom), -1)
+    enlarged = codec.Rounding("enlarged", headroom=1 / (17 / 16 * 0.93))
+    return ifjax.fake_quantize(x, "nvfp4", rounding=enlarged)
 
 
-@pytest.mark.slow
 def test_error_and_misalignment_are_those_of_quartet_ii():
     x, size = normal(1024, 512, seed=4), 128
     signs = ifjax.random_signs(KEY, size)

@@ -63,15 +63,15 @@ def values_of(q):
         amax = amax.reshape(-1, 1, 1)
     rows = codes.reshape(-1, codes.shape[-1]), scales.reshape(-1, scales.shape[-1])
     values = oracle.dequantize(*rows, amax, q.fmt.name.removesuffix("_bs4"), block=q.fmt.block)
-    return np.moveaxis(values.reshape(codes.shape)[..., : q.length], -1, q.axis)
+    return np.moveaxis(values.reshape(codes.shape)[..., : q.blocking.length], -1, q.axis)
 
 
 def with_every_scale_byte(q):
     """q, 256 blocks of it, with each of the 256 scale bytes once and all codes."""
     assert q.scales.size == 256
-    scales = np.arange(256, dtype=np.uint8).reshape(q.scales.shape).view(q.scales.dtype)
+    scales = np.arange(256, dtype=np.uint8).reshape(q.scales.shape)
     codes = np.random.default_rng(3).integers(0, 256, q.codes.shape).astype(np.uint8)
-    return dataclasses.replace(q, codes=jnp.asarray(codes), scales=jnp.asarray(scales))
+    return q.replaced(codes=jnp.asarray(codes), scales=jnp.asarray(scales))
 
 
 # --- a pytree ---------------------------------------------------------------------------------------------------------
@@ -86,17 +86,17 @@ def test_leaves_are_codes_scales_and_amax_under_their_names():
 
 def test_leaves_have_the_documented_types():
     q = described((3, 5, 33), amax_axes=(0,))
-    assert (q.codes.dtype, q.scales.dtype, q.amax.dtype) == (jnp.uint8, jnp.float8_e4m3fn, jnp.float32)
+    assert (q.codes.dtype, q.scales.dtype, q.amax.dtype) == (jnp.uint8, jnp.uint8, jnp.float32)
     assert (q.codes.shape, q.scales.shape, q.amax.shape) == ((3, 5, 24), (3, 5, 3), (3,))
     q = described((3, 65, 5), fmt="mxfp4", axis=1)
-    assert (q.scales.dtype, q.amax) == (jnp.float8_e8m0fnu, None)
+    assert (q.scales.dtype, q.amax) == (jnp.uint8, None)
     assert (q.codes.shape, q.scales.shape) == ((3, 48, 5), (3, 3, 5))
 
 
 def test_settings_are_static_and_readable():
     q = described((8, 32), jnp.bfloat16, fmt="fouroversix", axis=0, block_2d=True)
     assert q.fmt == ifjax.FORMATS["fouroversix"]
-    assert (q.axis, q.length, q.dtype, q.block_2d, q.headroom) == (-2, 8, jnp.bfloat16, True, 1)
+    assert (q.axis, q.blocking.length, q.dtype, q.block_2d, q.headroom) == (-2, 8, jnp.bfloat16, True, 1)
     key = jax.random.key(0)
     assert described((32,), rounding="stochastic", key=key).headroom == 1
     assert described((32,), rounding="stochastic_unbiased", key=key).headroom == 16 / 17
@@ -172,7 +172,6 @@ SIZES = {
 }
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(("shape", "settings", "nbytes"), SIZES.values(), ids=SIZES)
 def test_size_is_that_of_all_arrays(shape, settings, nbytes):
     q = described(shape, jnp.bfloat16, **settings)
@@ -196,7 +195,7 @@ def test_empty_arrays_have_no_bits_per_value():
 def test_codes_and_scale_bytes_decode_by_the_specification(fmt):
     x = normal(3, 37, seed=1)
     q = ifjax.quantize(x, fmt)
-    codes, scales = np.asarray(q.unpacked_codes()), np.asarray(q.scale_bytes())
+    codes, scales = np.asarray(q.unpacked_codes()), np.asarray(q.scales)
     assert (codes.shape, codes.dtype, scales.dtype) == (x.shape, np.uint8, np.uint8)
     assert codes.max() < 2**q.fmt.bits
     np.testing.assert_array_equal(scales, as_bytes(q.scales))
@@ -211,13 +210,13 @@ def test_unpacked_codes_keep_the_order_of_axes(axis):
     q = ifjax.quantize(x, "nvint3_bs8", axis=axis)
     last = ifjax.quantize(jnp.moveaxis(x, axis, -1), "nvint3_bs8")
     np.testing.assert_array_equal(q.unpacked_codes(), np.moveaxis(last.unpacked_codes(), -1, axis))
-    np.testing.assert_array_equal(q.scale_bytes(), np.moveaxis(last.scale_bytes(), -1, axis))
+    np.testing.assert_array_equal(q.scales, np.moveaxis(last.scales, -1, axis))
 
 
-def test_choices_are_the_scales_sign_bits():
+def test_choices_are_the_top_bits_of_the_headers():
     q = ifjax.quantize(normal(4, 64), IF4)
-    assert (q.choices().shape, q.choices().dtype) == ((4, 16), bool)
-    np.testing.assert_array_equal(q.choices(), np.signbit(np.asarray(q.scales)))
+    assert (q.choices().shape, q.choices().dtype) == ((4, 16), np.uint8)
+    np.testing.assert_array_equal(q.choices(), np.asarray(q.scales) >> 7)
     assert 0 < np.mean(q.choices()) < 1
 
 
@@ -274,9 +273,8 @@ def test_repr_works_while_tracing():
         jnp.sum,
         lambda q: np.array(q, dtype=np.float32, copy=True),
         lambda q: q + 1,
-        lambda q: q @ jnp.ones((4, 2)),
-        lambda q: jnp.ones((2, 3)) @ q,
-        lambda q: np.ones((2, 3)) @ q,
+        lambda q: np.ones(4) - q,
+        lambda q: -q,
         lambda q: jnp.dot(jnp.ones((2, 3)), q),
         lambda q: jnp.stack([q, q]),
         float,
@@ -342,7 +340,6 @@ def arranged(request):
     return q, values_of(q), axes
 
 
-@pytest.mark.sampled
 def test_indexing_picks_what_indexing_the_values_picks(arranged):
     q, values, axes = arranged
     several = list(indices(q.shape, axes))
@@ -351,7 +348,6 @@ def test_indexing_picks_what_indexing_the_values_picks(arranged):
         np.testing.assert_array_equal(values_of(part), values[index], err_msg=str(index))
 
 
-@pytest.mark.sampled
 def test_take_picks_what_take_of_the_values_picks(arranged):
     q, values, axes = arranged
     indices = (1, -1, np.array([2, 0, -2]), np.array([[0, 1, 2]]), np.array([1, 99, -99]))
@@ -370,7 +366,7 @@ def test_what_is_picked_describes_itself(arranged):
     for index in [(slice(None),) * axis + (entry,) for axis in axes for entry in (1, slice(2), np.array([[0, 1, 0]]))]:
         part = jax.eval_shape(lambda q, index=index: q[index], q)
         assert (part.shape, part.ndim, part.dtype) == (values[index].shape, values[index].ndim, values.dtype)
-        assert (part.length, part.fmt, part.block_2d) == (q.length, q.fmt, q.block_2d)
+        assert (part.blocking.length, part.fmt, part.block_2d) == (q.blocking.length, q.fmt, q.block_2d)
 
 
 @pytest.mark.parametrize("amax_axes", [(), (0,)])
@@ -440,7 +436,6 @@ def test_iteration_gives_the_entries_of_the_first_axis():
 # --- transposition ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("shape", "fmt", "axis"),
     [
@@ -488,12 +483,11 @@ def test_only_square_blocks_transpose():
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_dequantize_rounds_once_to_the_dtype(dtype):
     x = normal(4, 6)
     values = np.asarray(ifjax.quantize(x, NVINT6).dequantize())
-    q = dataclasses.replace(ifjax.quantize(x, NVINT6), dtype=np.dtype(dtype))
+    q = ifjax.quantize(x, NVINT6).astype(dtype)
     for result in (q.dequantize(), ifjax.dequantize(q), q.dequantize(dtype), ifjax.dequantize(q, np.dtype(dtype).name)):
         assert result.dtype == dtype
         np.testing.assert_array_equal(result, values.astype(dtype))
@@ -653,7 +647,7 @@ def test_all_scale_bytes_survive_bit_for_bit(fmt):
     """NaNs with either sign, negative zero, subnormals: the flag lives in bits that arithmetic may not keep."""
     settings = {} if fmt is MXFP4 else {"amax_axes": (0,)}
     q = with_every_scale_byte(ifjax.quantize(jnp.zeros((16, 4, 16)), fmt, **settings))
-    np.testing.assert_array_equal(np.asarray(q.scale_bytes()).ravel(), np.arange(256))
+    np.testing.assert_array_equal(np.asarray(q.scales).ravel(), np.arange(256))
 
     @jax.jit
     def moved(q, always):
@@ -688,7 +682,7 @@ def test_all_scale_bytes_survive_transposition(fmt):
     q = ifjax.quantize(jnp.zeros((64, 64)), fmt, block_2d=True)
     turn = jax.jit(lambda q: q.T)
     squares = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    q = dataclasses.replace(q, scales=jnp.asarray(squares.repeat(4, 0).view(q.scales.dtype)))
+    q = q.replaced(scales=jnp.asarray(squares.repeat(4, 0)))
     np.testing.assert_array_equal(as_bytes(turn(q).scales), squares.T.repeat(4, 0))
     assert_same(turn(turn(q)), q)
 
@@ -700,10 +694,10 @@ def test_all_scale_bytes_survive_transposition(fmt):
 def test_ml_dtypes_read_the_same_values(fmt, axis):
     x = normal(64, 32)
     q = ifjax.quantize(x, fmt, axis=axis)
-    elements, scales, factor = ifjax.to_ml_dtypes(q)
+    elements, scales, factor = ifjax.exchange.to_ml_dtypes(q)
     assert (elements.dtype, elements.shape) == (jnp.float4_e2m1fn, x.shape)
     np.testing.assert_array_equal(np.asarray(elements).view(np.uint8) & 15, q.unpacked_codes())
-    assert_same(scales, q.scales)
+    np.testing.assert_array_equal(as_bytes(scales), q.scales)
     assert scales.dtype == (ml_dtypes.float8_e8m0fnu if fmt == "mxfp4" else ml_dtypes.float8_e4m3fn)
     # Exact in float64: element * scale * factor; what dequantize does in three roundings.
     wide = np.asarray(elements).astype(np.float64) * np.asarray(scales).astype(np.float64).repeat(q.fmt.block, axis)
@@ -717,20 +711,20 @@ def test_ml_dtypes_read_the_same_values(fmt, axis):
 
 
 def test_ml_dtypes_elements_keep_the_padding_of_the_last_block():
-    elements, scales, _ = ifjax.to_ml_dtypes(ifjax.quantize(normal(3, 5), NVFP4))
+    elements, scales, _ = ifjax.exchange.to_ml_dtypes(ifjax.quantize(normal(3, 5), NVFP4))
     assert (elements.shape, scales.shape) == ((3, 8), (3, 2))
     np.testing.assert_array_equal(np.asarray(elements).astype(np.float32)[:, 5:], 0)
 
 
 def test_the_unbiased_range_is_part_of_the_exchanged_factor():
     q = ifjax.quantize(normal(2, 8), NVFP4, rounding="stochastic_unbiased", key=jax.random.key(0))
-    assert ifjax.to_ml_dtypes(q)[2] == np.float32(q.amax) / np.float32(6 * 448 * (16 / 17))
+    assert ifjax.exchange.to_ml_dtypes(q)[2] == np.float32(q.amax) / np.float32(6 * 448 * (16 / 17))
 
 
 @pytest.mark.parametrize("fmt", ["if4", "nvint4", "nvfp3", "nvfp6_e2m3", "mxfp6_e3m2", "if6"])
 def test_other_elements_are_not_exchanged(fmt):
     with pytest.raises(ValueError, match="fouroversix or mxfp4"):
-        ifjax.to_ml_dtypes(described((4,), fmt=fmt))
+        ifjax.exchange.to_ml_dtypes(described((4,), fmt=fmt))
 
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
@@ -738,7 +732,8 @@ def test_scaled_matmul_takes_the_exchanged_arrays(fmt):
     """By its shape and dtype rules; jax 0.10 lowers the primitive for GPUs only."""
 
     def product(a, b):
-        (a, a_scales, a_factor), (b, b_scales, b_factor) = (ifjax.to_ml_dtypes(ifjax.quantize(x, fmt)) for x in (a, b))
+        a, a_scales, a_factor = ifjax.exchange.to_ml_dtypes(ifjax.quantize(a, fmt))
+        b, b_scales, b_factor = ifjax.exchange.to_ml_dtypes(ifjax.quantize(b, fmt))
         y = jax.nn.scaled_matmul(a, b, a_scales, b_scales, preferred_element_type=jnp.float32)
         return y if a_factor is None else y * (a_factor * b_factor)
 

@@ -102,7 +102,6 @@ def test_an_amax_for_each_shard_needs_no_communication_at_all(mesh):
     assert_same(quantize(placed), ifjax.quantize(x, IF4, amax_axes=(0,)))
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("spec", "settings"),
     [
@@ -156,7 +155,6 @@ def test_meshes_with_explicit_axes_work_alike(fmt):
 # --- device_put and shardings -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("settings", "spec", "amax_spec"),
     [
@@ -190,7 +188,7 @@ def test_device_put_gives_every_device_its_own_blocks(mesh):
     assert {shard.data.shape for shard in q.codes.addressable_shards} == {(4, 4)}
     assert {shard.data.shape for shard in q.scales.addressable_shards} == {(4, 2)}
     for codes, scales in zip(q.codes.addressable_shards, q.scales.addressable_shards, strict=True):
-        part = dataclasses.replace(q, codes=codes.data, scales=scales.data, length=8)
+        part = q.replaced(codes=codes.data, scales=scales.data, length=8)
         rows, columns = codes.index
         columns = slice(2 * columns.start, 2 * columns.stop)
         np.testing.assert_array_equal(part.dequantize(), q.dequantize()[rows, columns])
@@ -277,9 +275,9 @@ def test_shard_map_with_one_amax_gives_the_bytes_of_the_whole(mesh, fmt):
         return ifjax.quantize(x, fmt, **({} if fmt is MXFP4 else {"amax": amax}))
 
     # a shard's own length is static, so that of the whole is put back
-    specs = dataclasses.replace(specs_of(whole, mesh, P("b", "a")), length=8)
+    specs = specs_of(whole, mesh, P("b", "a")).replaced(length=8)
     q = jax.jit(jax.shard_map(quantize, mesh=mesh, in_specs=P("b", "a"), out_specs=specs))(x)
-    assert_same(dataclasses.replace(q, length=32), whole)
+    assert_same(q.replaced(length=32), whole)
 
 
 def test_shard_map_without_an_amax_takes_each_shards_own(mesh):
@@ -288,7 +286,7 @@ def test_shard_map_without_an_amax_takes_each_shards_own(mesh):
     def quantize(x):
         q = ifjax.quantize(x, IF4)
         assert (q.shape, q.amax.shape) == ((1, 4, 8), ())
-        return dataclasses.replace(q, amax=q.amax[None])
+        return q.replaced(amax=q.amax[None])
 
     each = ifjax.quantize(x, IF4, amax_axes=(0,))
     specs = specs_of(each, mesh, P(("a", "b")))
@@ -296,7 +294,6 @@ def test_shard_map_without_an_amax_takes_each_shards_own(mesh):
     assert_same(q, each)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("settings", [{"search": "fast"}, {"block_2d": True}, {"rounding": "stochastic"}], ids=str)
 def test_everything_runs_inside_shard_map(mesh, settings):
     x = normal(16, 8)

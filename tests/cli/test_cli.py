@@ -115,7 +115,7 @@ def test_json_holds_every_figure(capsys, model):
     assert list(w["errors"]) == ["if4", "mxfp4"]
     expected = analysis.tensor_report("", normal(32, 40, seed=1), ["if4"]).errors["if4"]
     assert w["errors"]["if4"] == expected.to_dict()
-    assert w["errors"]["mxfp4"]["second_share"] is None
+    assert w["errors"]["mxfp4"]["choice_share"] is None
     # 40 values take three blocks of 16: 24 bytes of codes and 3 of scales; and 4 bytes of amax.
     assert w["errors"]["if4"]["nbytes"] == 32 * (24 + 3) + 4
 
@@ -138,7 +138,7 @@ def test_tables_show_every_tensor_and_the_total(capsys, model):
         for e in where.get("errors", {}).values():
             assert f"{e['bits_per_value']:.3f}" in out
             assert f"{100 * e['relative_error']:.3f}" in out
-            assert f"{100 * (e['second_share'] or 0):.1f}" in out
+            assert f"{100 * (e['choice_share'] or 0):.1f}" in out
     assert f"{result['total']['errors']['if4']['sqnr_db']:.2f}" in out.split("Total of 3 tensors")[1]
 
 

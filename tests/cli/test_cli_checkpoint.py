@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from test_checkpoint import file_limit
+from test_checkpoint import LAYOUT_1, file_limit
 
 import ifjax
 from ifjax import cli
+from ifjax.cli.convert import _rules
+from ifjax.cli.main import _parser
+from ifjax.cli.terminal import progress_bar
 from ifjax.files import pieces as _pieces
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +86,7 @@ def test_there_and_back(capsys, source, target, tmp_path):
 
     assert run("inspect", target) == 0
     out, err = capsys.readouterr()
-    assert "packed checkpoint, layout 1, 1 file" in out and "2 of 5 parameters are quantized" in out and err == ""
+    assert "packed checkpoint, layout 2, 1 file" in out and "2 of 5 parameters are quantized" in out and err == ""
     assert run("verify", target) == 0
     assert "5 of 5 tensors are as they should be (7 checksums)" in capsys.readouterr().out
     assert run("verify", target, "--against", source, "--min-sqnr", 15) == 0
@@ -111,7 +114,7 @@ def test_json_of_every_command(capsys, source, target, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["entries"] == result["entries"]
 
     result = run_json(capsys, "inspect", target)
-    assert (result["layout"], result["files"], result["bytes"]) == (1, [target.name], target.stat().st_size)
+    assert (result["layout"], result["files"], result["bytes"]) == (2, [target.name], target.stat().st_size)
     assert result["formats"]["mxfp4"]["block"] == 32 and result["totals"]["quantized"] == 2
 
     result = run_json(capsys, "verify", target, "--against", source)
@@ -124,6 +127,20 @@ def test_json_of_every_command(capsys, source, target, tmp_path):
 
     result = run_json(capsys, "dequantize", target, tmp_path / "back.safetensors")
     assert result["dequantized"] == ["layers.0.w.weight", "layers.1.w.weight"]
+
+
+def test_files_of_layout_1_are_inspected_verified_and_dequantized(capsys, tmp_path):
+    for path in (LAYOUT_1 / "one.safetensors", LAYOUT_1 / "shards"):
+        result = run_json(capsys, "inspect", path)
+        assert result["layout"] == 1
+        assert ifjax.Format.from_dict(result["formats"]["if4"]) == ifjax.FORMATS["if4"]
+        assert run("inspect", path) == 0
+        assert "packed checkpoint, layout 1, " in capsys.readouterr().out
+        assert run_json(capsys, "verify", path)["ok"]
+    result = run_json(capsys, "dequantize", LAYOUT_1 / "shards", tmp_path / "back.safetensors")
+    assert result["dequantized"] == ["fouroversix", "if4", "mxfp4", "stacked"]
+    result = run_json(capsys, "inspect", tmp_path / "back.safetensors")
+    assert result["layout"] == 2 and result["totals"]["quantized"] == 0
 
 
 def test_a_dry_run_tells_the_sizes_and_writes_nothing(capsys, source, target, tmp_path):
@@ -140,7 +157,7 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(capsys, source, target, tm
 def test_options_reach_the_work(source, target, tmp_path):
     assert run("quantize", source, target, "--fmt", "mxfp4", "--embeddings", "--axis", -2, "--dtype", "bfloat16") == 0
     file = ifjax.open_file(target)
-    assert len(file.packed) == 3 and {p.axis for p in file.packed.values()} == {-2}
+    assert len(file.packed) == 3 and {p.blocking.axis for p in file.packed.values()} == {-2}
     assert file["norm.weight"].dtype == "bfloat16" and file["embed.weight"].dtype == "bfloat16"
 
     rules = tmp_path / "rules.json"
@@ -148,8 +165,8 @@ def test_options_reach_the_work(source, target, tmp_path):
     assert run("quantize", source, target, "--rules", rules, "--force", "--no-errors") == 0
     assert set(ifjax.open_file(target).packed) == {"layers.1.w.weight"}
 
-    options = cli._parser().parse_args(["quantize", "a", "b", "--search", "fast"])
-    assert [(rule.weight_fmt, rule.search) for rule in cli._rules(options)][-1] == ("if4", "fast")
+    options = _parser().parse_args(["quantize", "a", "b", "--search", "fast"])
+    assert [(rule.weight_fmt, rule.search) for rule in _rules(options)][-1] == ("if4", "fast")
 
 
 def test_shards_and_folders(capsys, source, tmp_path):
@@ -182,7 +199,7 @@ def test_pipes(source, target):
 
 def test_progress_tells_the_rate(source, target, monkeypatch):
     shown = Console(force_terminal=True, width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    progress = cli._progress(rate=True)
+    progress = progress_bar(rate=True)
     progress.disable, progress.live.console = False, shown
     task = progress.add_task("layers.0.w", total=4e6)
     progress.update(task, advance=1e6)

@@ -17,9 +17,8 @@ from numpy.testing import assert_array_equal
 
 import ifjax
 from ifjax import exchange
-from ifjax.formats import Candidate, Format
-from ifjax.formats.grids import E2M1, Grid
-from ifjax.formats.scales import E4M3, E4M3_256, E8M0
+from ifjax.arrays import Blocking
+from ifjax.formats import E2M1, E4M3, E8M0, Candidate, Format, Grid
 
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 LARGEST = {"nvfp4": 6 * 448, "fouroversix": 6 * 256, "nvfp4_static4": 4 * 448}
@@ -37,11 +36,11 @@ def tensor(fmt, shape=(6, 64), axis=-1, amax=3.0, seed=0, headroom=1.0, scales=N
     scales = rng.integers(low, high, blocks) if scales is None else np.broadcast_to(scales, blocks)
     q = ifjax.QTensor(
         codes=jnp.asarray(rng.integers(0, 256, packed, np.uint8)),
-        scales=jnp.asarray(np.ascontiguousarray(scales).astype(np.uint8).view(fmt.scale.dtype)),
-        amax=None if fmt.scale.largest is None else jnp.float32(amax),
-        fmt=fmt, headroom=headroom, axis=axis, length=shape[axis], dtype=np.dtype(dtype), block_2d=False,
+        scales=jnp.asarray(np.ascontiguousarray(scales).astype(np.uint8)),
+        amax=jnp.float32(amax) if fmt.has_tensor_scale else None,
+        blocking=Blocking(fmt, axis, shape[axis], np.dtype(dtype), headroom),
     )  # fmt: skip
-    return dataclasses.replace(q, **changes)
+    return q.replaced(**changes)
 
 
 def bytes_of(array):
@@ -87,7 +86,7 @@ def test_nvfp4_goes_out_byte_for_byte(fmt, axis):
         assert packed.dtype == np.uint8 and packed.shape == (6, 32) and packed.flags.c_contiguous
         assert scales.dtype == F8 and scales.shape == (6, 4) and scales.flags.c_contiguous
         assert packed.tobytes() == np.ascontiguousarray(turned(q.codes)).tobytes()
-        assert scales.tobytes() == np.ascontiguousarray(turned(q.scale_bytes())).tobytes()
+        assert scales.tobytes() == np.ascontiguousarray(turned(q.scales)).tobytes()
     largest, amax = np.float32(LARGEST[fmt]), np.float32(3.7)
     assert_array_equal(ct["weight_global_scale"], np.array([largest / amax], np.float32))
     assert mo["weight_scale_2"].shape == () and mo["weight_scale_2"] == amax / largest
@@ -102,7 +101,7 @@ def test_mxfp4_goes_out_byte_for_byte(axis):
         assert list(arrays) == [name, "weight_scale"]
         assert arrays["weight_scale"].dtype == np.uint8
         assert_array_equal(codes_in(arrays[name]), turned(q.unpacked_codes()))
-        assert_array_equal(arrays["weight_scale"], turned(q.scale_bytes()))
+        assert_array_equal(arrays["weight_scale"], turned(q.scales))
 
 
 def test_a_flax_kernel_is_stored_as_the_torch_weight():
@@ -132,7 +131,7 @@ def test_each_formats_own_constant_is_in_the_factor(fmt, headroom):
 
 
 def test_a_tensor_without_amax_has_the_factor_one():
-    q = dataclasses.replace(tensor("fouroversix"), amax=None)
+    q = tensor("fouroversix").replaced(amax=None)
     for tool in exchange.TOOLS:
         *_, factor = exchange.export_tensor(q, tool).values()
         assert factor == 1
@@ -140,7 +139,7 @@ def test_a_tensor_without_amax_has_the_factor_one():
 
 
 def test_zeros_get_a_factor_that_is_a_number():
-    q = dataclasses.replace(tensor("nvfp4", scales=0, amax=0.0), codes=jnp.zeros((6, 32), jnp.uint8))
+    q = tensor("nvfp4", scales=0, amax=0.0).replaced(codes=jnp.zeros((6, 32), jnp.uint8))
     for tool in exchange.TOOLS:
         arrays = exchange.export_tensor(q, tool)
         *_, factor = arrays.values()
@@ -154,7 +153,8 @@ def test_zeros_get_a_factor_that_is_a_number():
 
 
 FLAGGED = Format("nvfp4", ifjax.FORMATS["if4"].candidates, 16)
-FOREIGN_GRID = Format("halves", (Candidate(Grid("halves", tuple(i / 2 for i in range(8)))),), 16)
+FOREIGN_GRID = Format("halves", (Candidate(Grid.sign_magnitude("halves", tuple(i / 2 for i in range(8)))),), 16)
+SHIFTED = Format("shifted", (Candidate(E2M1, offset=0.25),), 16)
 TAPER = dataclasses.replace(E2M1, name="mine", ties="away")
 
 
@@ -169,6 +169,7 @@ TAPER = dataclasses.replace(E2M1, name="mine", ties="away")
         ("nvfp3", "E2M0"),
         ("nvfp6_e2m3", "E2M3"),
         (FOREIGN_GRID, "halves"),
+        (SHIFTED, r"elements E2M1 \+ 0\.25"),
         ("nvfp4_bs8", "blocks of 8"),
         ("mxfp4_bs8", "blocks of 8"),
         (dataclasses.replace(ifjax.FORMATS["nvfp4"], name="nv32", block=32), "blocks of 32 with e4m3"),
@@ -184,9 +185,9 @@ def test_what_no_reader_decodes_is_refused_with_the_reason(fmt, reason, tool):
 @pytest.mark.parametrize(
     "fmt",
     [
-        Format("if4", (Candidate(E2M1), Candidate(E2M1, stretch=1.25), Candidate(E2M1, stretch=1.5)), 16, E4M3_256),
-        Format("any", (Candidate(TAPER),), 16, dataclasses.replace(E4M3, name="e4m3_100", largest=100.0)),
-        Format("mx", (Candidate(TAPER),), 32, E8M0, peak=3.0),
+        Format("if4", tuple(Candidate(E2M1, scale_multiplier=s) for s in (1.0, 1.25, 1.5)), 16, tensor_peak=256.0),
+        Format("any", (Candidate(TAPER),), 16, dataclasses.replace(E4M3, name="mine", last=100), tensor_peak=3.25),
+        Format("mx", (Candidate(TAPER),), 32, E8M0, peak=3.0, tensor_peak=None),
     ],
     ids=lambda fmt: fmt.name,
 )
@@ -195,8 +196,7 @@ def test_the_record_decides_and_not_the_name(fmt):
     arrays = exchange.export_tensor(q, "compressed-tensors")
     assert arrays["weight_packed"].tobytes() == np.asarray(q.codes).tobytes()
     if "weight_global_scale" in arrays:
-        _, largest = fmt.constants()
-        assert arrays["weight_global_scale"] == largest / np.float32(3)
+        assert arrays["weight_global_scale"] == fmt.tensor_constant() / np.float32(3)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +226,8 @@ def test_what_would_be_read_otherwise_is_refused(q, message, tool):
 
 
 def test_arguments_of_other_types_are_refused():
+    with pytest.raises(TypeError, match="made bfloat16 of a QTensor's amax"):
+        exchange.export_tensor(tensor("nvfp4").replaced(amax=jnp.bfloat16(3)), "modelopt")
     with pytest.raises(TypeError, match=r"ifjax\.quantize"):
         exchange.export_tensor(np.zeros((4, 16)), "modelopt")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'compressed-tensors', 'modelopt'"):
@@ -237,7 +239,7 @@ def test_arguments_of_other_types_are_refused():
 
 
 def test_zero_blocks_of_zeros_go_out_in_mxfp4():
-    q = dataclasses.replace(tensor("mxfp4", scales=0), codes=jnp.full((6, 32), 0x80, jnp.uint8))
+    q = tensor("mxfp4", scales=0).replaced(codes=jnp.full((6, 32), 0x80, jnp.uint8))
     assert not exchange.export_tensor(q, "modelopt")["weight_scale"].any()
 
 
@@ -357,13 +359,13 @@ def test_all_codes_and_scales_come_back_bit_for_bit(tool, fmt, axis):
     codes = np.arange(256, dtype=np.uint8).reshape(-1, block)
     scales = np.arange(1, 0x7F) if fmt == "nvfp4" else np.arange(1, 255)
     q = tensor(fmt, (len(scales), 512), scales=scales[:, None])
-    q = dataclasses.replace(q, codes=jnp.asarray(np.tile(codes.reshape(-1), (len(scales), 1))))
+    q = q.replaced(codes=jnp.asarray(np.tile(codes.reshape(-1), (len(scales), 1))))
     if axis == -2:
-        q = dataclasses.replace(q, codes=q.codes.T, scales=q.scales.T, axis=-2)
+        q = q.replaced(codes=q.codes.T, scales=q.scales.T, axis=-2)
     arrays, config = exchange.export_tensors({"up.weight": q, "up.bias": np.ones(3)}, tool)
     back = exchange.import_tensors(arrays, config, axis=axis)
     assert list(back) == ["up.weight", "up.bias"]
-    assert_same(back["up.weight"], dataclasses.replace(q, amax=back["up.weight"].amax))
+    assert_same(back["up.weight"], q.replaced(amax=back["up.weight"].amax))
     assert_array_equal(back["up.bias"], np.ones(3))
     if fmt == "nvfp4":
         assert abs(int(np.asarray(back["up.weight"].amax).view(np.int32)) - int(np.float32(3).view(np.int32))) <= 1
@@ -554,9 +556,9 @@ def fouroversix_state(codes, scales, amax, *, block, swizzled, padded=None, bits
 
 def unpacked(q):
     if q.fmt.bits != 4:
-        return np.asarray(q.unpacked_codes()), np.asarray(q.scales).view(np.uint8)
-    codes = np.moveaxis(codes_in(np.moveaxis(np.asarray(q.codes), q.axis, -1))[..., : q.length], -1, q.axis)
-    return codes, np.asarray(q.scales).view(np.uint8)
+        return np.asarray(q.unpacked_codes()), np.asarray(q.scales)
+    codes = np.moveaxis(codes_in(np.moveaxis(np.asarray(q.codes), q.axis, -1))[..., : q.shape[q.axis]], -1, q.axis)
+    return codes, np.asarray(q.scales)
 
 
 @pytest.mark.parametrize(
@@ -575,9 +577,9 @@ def test_the_packages_buffers_come_in_bit_for_bit(fmt, shape, swizzled, axis):
     record = ifjax.get_format(fmt)
     rng = np.random.default_rng(1)
     codes = rng.integers(0, 2**record.bits, shape, np.uint8)
-    low, high = (1, 255) if record.scale.largest is None else (1, 0x7F)
+    low, high = (1, 0x7F) if record.has_tensor_scale else (1, 255)
     scales = rng.integers(low, high, (shape[0], -(-shape[1] // record.block)), np.uint8)
-    if record.has_flag:
+    if record.has_selector:
         scales |= rng.integers(0, 2, scales.shape, np.uint8) << 7
     state = fouroversix_state(codes, scales, 2.75, block=record.block, swizzled=swizzled, bits=record.bits)
     out = exchange.import_tensors(state | {"up.bias": np.ones(2)}, fmt=fmt, axis=axis)
@@ -587,7 +589,7 @@ def test_the_packages_buffers_come_in_bit_for_bit(fmt, shape, swizzled, axis):
     turned = (lambda a: a.T) if axis == -2 else (lambda a: a)
     for got, expected in zip(unpacked(q), (codes, scales), strict=True):
         assert_array_equal(turned(got), expected)
-    assert q.amax is None if record.scale.largest is None else q.amax == np.float32(2.75)
+    assert q.amax == np.float32(2.75) if record.has_tensor_scale else q.amax is None
 
 
 @pytest.mark.parametrize("name, fmt", [("nvfp4_mse", "fouroversix"), ("if4_mse", "if4"), ("mxfp4_static_6", "mxfp4")])
@@ -706,14 +708,14 @@ AMAX = {"nvfp4": 2.625, "fouroversix": 1.5, "mxfp4": None}
 )
 def test_ml_dtypes_there_and_back(fmt, shape, axis):
     q = tensor(fmt, shape, axis - len(shape) if axis > 0 else axis, amax=AMAX[fmt])
-    arrays = ifjax.to_ml_dtypes(q)
+    arrays = exchange.to_ml_dtypes(q)
     back = exchange.from_ml_dtypes(*arrays, fmt=fmt, axis=axis, length=shape[axis])
     assert_same(back, q)
 
 
 def test_ml_dtypes_from_numpy_and_under_jit():
     q = tensor("nvfp4", amax=np.array([2.625, 0.65625], np.float32), shape=(2, 5, 32))
-    elements, scales, factor = ifjax.to_ml_dtypes(q)
+    elements, scales, factor = exchange.to_ml_dtypes(q)
     assert_same(exchange.from_ml_dtypes(np.asarray(elements), np.asarray(scales), np.asarray(factor)), q)
     assert_same(jax.jit(exchange.from_ml_dtypes)(elements, scales, factor), q)
 
@@ -721,8 +723,8 @@ def test_ml_dtypes_from_numpy_and_under_jit():
 def test_ml_dtypes_keep_the_factor_to_the_last_bit():
     rng = np.random.default_rng(3)
     q = tensor("nvfp4", (300, 16), amax=rng.uniform(1, 2, 300).astype(np.float32))
-    elements, scales, factor = ifjax.to_ml_dtypes(q)
-    assert_array_equal(ifjax.to_ml_dtypes(exchange.from_ml_dtypes(elements, scales, factor))[2], factor)
+    elements, scales, factor = exchange.to_ml_dtypes(q)
+    assert_array_equal(exchange.to_ml_dtypes(exchange.from_ml_dtypes(elements, scales, factor))[2], factor)
 
 
 def test_ml_dtypes_by_hand():
@@ -888,8 +890,8 @@ def every_byte(fmt, axis, amax, headroom=1.0):
     """Each byte of codes under each scale that has a meaning, in values that are normal numbers."""
     scales = np.arange(2, 253) if fmt == "mxfp4" else np.arange(0x7F)
     q = tensor(fmt, (len(scales), 512), amax=amax, scales=scales[:, None], headroom=headroom)
-    q = dataclasses.replace(q, codes=jnp.asarray(np.tile(np.arange(256, dtype=np.uint8), (len(scales), 1))))
-    return q if axis == -1 else dataclasses.replace(q, codes=q.codes.T, scales=q.scales.T, axis=-2)
+    q = q.replaced(codes=jnp.asarray(np.tile(np.arange(256, dtype=np.uint8), (len(scales), 1))))
+    return q if axis == -1 else q.replaced(codes=q.codes.T, scales=q.scales.T, axis=-2)
 
 
 def models(kind):
@@ -924,7 +926,7 @@ def test_the_tools_read_our_codes_and_scales_and_decode_our_values(tmp_path, rea
     read = run(reader, tmp_path / "model")
     for name, q in params.items():
         module = name.rpartition(".")[0]
-        codes, scales = (stored_way_round(q, a) for a in (q.unpacked_codes(), q.scale_bytes()))
+        codes, scales = (stored_way_round(q, a) for a in (q.unpacked_codes(), q.scales))
         if f"{module}.elements" in read:
             elements = read[f"{module}.elements"]
             assert_array_equal(elements, E2M1_VALUES[codes])

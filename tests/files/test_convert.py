@@ -13,15 +13,15 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from test_checkpoint import HALVES, LAYOUT_1, PLAIN_1, WRITTEN_1, assert_same, packed, register_halves
 
 import ifjax
 from ifjax import FORMATS, Rule
-from ifjax.files import convert
+from ifjax.files import FileError, convert
 from ifjax.files import pieces as _pieces
 from ifjax.files import safetensors as _files
 from ifjax.files.convert import Plan, dequantize_file, plan, quantize_file
 from ifjax.files.verify import verify
-from ifjax.measure.errors import FileError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,7 +85,7 @@ def test_pieces_have_the_bytes_of_the_whole(fmt, axis, shape, dtype, tmp_path):
     q, (codes, scales, amax) = file["w"], expected(x, fmt, axis)
     assert (q.shape, q.axis, q.dtype, q.fmt, q.headroom) == (shape, axis, x.dtype, FORMATS[fmt], 1.0)
     np.testing.assert_array_equal(q.codes, codes)
-    np.testing.assert_array_equal(q.scales.view(np.uint8), scales)
+    np.testing.assert_array_equal(q.scales, scales)
     if q.amax is not None:
         np.testing.assert_array_equal(q.amax, amax)
 
@@ -101,8 +101,8 @@ def test_pieces_have_the_bytes_of_the_whole(fmt, axis, shape, dtype, tmp_path):
     exact, error = x.astype(np.float64), x.astype(np.float64) - values
     assert entry.sqnr_db == pytest.approx(10 * np.log10((exact**2).sum() / (error**2).sum()), abs=1e-4)
     assert entry.bytes_after == sum(file.entries[name].nbytes for name in file.parts("w").values())
-    share = (scales >= 0x80).mean() if q.fmt.has_flag else None
-    assert entry.int_share == (None if share is None else pytest.approx(share))
+    share = (scales >= 0x80).mean() if q.fmt.has_selector else None
+    assert entry.choice_share == (None if share is None else pytest.approx(share))
     (found,) = verify(file, ifjax.open_file(source))
     assert found.fault is None and found.sqnr_db == pytest.approx(entry.sqnr_db, abs=1e-4)
 
@@ -119,7 +119,7 @@ def test_each_matrix_of_a_stack_keeps_its_own_amax(tmp_path):
     for i in np.ndindex(2, 3):
         codes, scales, _ = expected(x[i], "if4", -1)
         np.testing.assert_array_equal(q.codes[i], codes)
-        np.testing.assert_array_equal(q.scales[i].view(np.uint8), scales)
+        np.testing.assert_array_equal(q.scales[i], scales)
     dequantize_file(file, tmp_path / "d.safetensors", dtype="float64")
     decoded = ifjax.open_file(tmp_path / "d.safetensors")["experts.w"]
     np.testing.assert_array_equal(decoded, np.asarray(jax.tree.map(np.asarray, q).dequantize()))
@@ -151,10 +151,62 @@ def test_what_rules_ask_for_is_done_by_pieces_as_on_the_whole(rule, axis, tmp_pa
         np.testing.assert_array_equal(ifjax.open_file(tmp_path / "d.safetensors")[name], q.dequantize())
 
 
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_headers_of_two_bytes_and_runs_are_done_by_pieces_as_on_the_whole(axis, tmp_path, monkeypatch):
+    register_halves(monkeypatch)
+    tensors = {"a": normal(40, 64), "b": normal(50, 41, seed=1), "c": normal(2, 40, 48, seed=2)}
+    source = write(tmp_path, tensors)
+    report = quantize_file(source, tmp_path / "q.safetensors", Rule(".*", HALVES), axis=axis)
+    file = ifjax.open_file(tmp_path / "q.safetensors")
+    dequantize_file(file, tmp_path / "d.safetensors")
+    decoded = ifjax.open_file(tmp_path / "d.safetensors")
+    for entry in report.entries:
+        x = tensors[entry.path]
+        q = ifjax.quantize(x, HALVES, axis=axis)
+        assert_same(file[entry.path], q)
+        np.testing.assert_array_equal(decoded[entry.path], q.dequantize())
+        share = float(np.mean(np.asarray(q.choices()) > 0))
+        assert 0 < share < 1 and entry.choice_share == pytest.approx(share)
+        assert entry.bits_per_value == q.bits_per_value
+        exact, error = x.astype(np.float64), np.asarray(q.dequantize(), np.float64) - x
+        assert entry.sqnr_db == pytest.approx(10 * np.log10((exact**2).sum() / (error**2).sum()), abs=1e-4)
+    assert [v for v in verify(file, ifjax.open_file(source)) if v.fault is not None] == []
+
+
+@pytest.mark.parametrize("bits, nbytes", [(7, 1), (12, 2), (6, 2), (9, 3), (22, 3)])
+def test_choices_are_counted_wherever_the_selector_lies(bits, nbytes):
+    scale = dataclasses.replace(HALVES.scale, bits=bits, nbytes=nbytes, runs=(), nan=2**bits - 1, top=2**bits - 2)
+    fmt = dataclasses.replace(HALVES, scale=scale)
+    rng = np.random.default_rng(0)
+    selectors, payloads = rng.integers(0, 2, (3, 5)), rng.integers(0, 2**bits, (3, 5))
+    headers = selectors << bits | payloads
+    scales = np.stack([headers >> 8 * i & 0xFF for i in range(nbytes)], -1).astype(np.uint8).reshape(3, 5 * nbytes)
+    for axis, array in ((-1, scales), (-2, scales.T)):
+        np.testing.assert_array_equal(_pieces.chosen(array, fmt, axis), np.bincount(selectors.reshape(-1)))
+
+
+def test_files_of_layout_1_are_dequantized_and_verified_by_pieces(tmp_path):
+    file = ifjax.open_file(LAYOUT_1 / "one.safetensors")
+    assert [v for v in verify(file) if v.fault is not None] == []
+    dequantize_file(file, tmp_path / "d.safetensors")
+    decoded = ifjax.open_file(tmp_path / "d.safetensors")
+    assert set(decoded) == {*WRITTEN_1, *PLAIN_1}
+    for name, (q, values) in WRITTEN_1.items():
+        np.testing.assert_array_equal(decoded[name], values.astype(q.dtype), err_msg=name)
+    for name, values in PLAIN_1.items():
+        np.testing.assert_array_equal(decoded[name], values)
+    assert convert.contents(file).totals.quantized == len(WRITTEN_1)
+
+
+def test_a_report_that_an_earlier_version_wrote_is_read(tmp_path):
+    report = quantize_file(write(tmp_path, {"w": normal(4, 64)}), tmp_path / "q.safetensors", Rule("w", "if4"))
+    assert report.entries[0].choice_share is not None
+    old = report.to_json().replace('"choice_share"', '"int_share"')
+    assert '"int_share"' in old and ifjax.Report.from_json(old) == report == ifjax.Report.from_json(report.to_json())
+
+
 def test_any_packed_tensor_is_dequantized_by_pieces(tmp_path):
     """Those that no file was converted to: a single axis, an amax for each row or layer, other axes, headroom."""
-    from test_checkpoint import packed
-
     tree = {
         "vector": packed(shape=(50,)), "rows": packed(shape=(20, 3, 40), amax_shape=(20,)),
         "shared": packed(shape=(2, 3, 40), amax_shape=(1, 3)),
@@ -229,7 +281,8 @@ def test_a_formats_name_leaves_embeddings_heads_and_what_is_no_matrix(tmp_path):
 def test_the_report_of_a_plan_has_the_sizes_that_the_file_has(tmp_path):
     work = plan(model(tmp_path), "mxfp4", dtype="bfloat16")
     path, report = work.write(tmp_path / "q.safetensors")
-    assert [dataclasses.replace(e, sqnr_db=None, int_share=None) for e in report.entries] == list(work.report.entries)
+    planned = [dataclasses.replace(e, sqnr_db=None, choice_share=None) for e in report.entries]
+    assert planned == list(work.report.entries)
     file = ifjax.open_file(path)
     assert report.totals.bytes_after == sum(entry.nbytes for entry in file.entries.values())
     assert file["layers.0.q_proj.weight"].dtype == file["half.weight"].dtype == file["norm.weight"].dtype == "bfloat16"
@@ -245,7 +298,7 @@ def test_rules_match_paths_and_the_first_decides(tmp_path):
         Rule("norm", None),
     ]  # fmt: skip
     work = plan(model(tmp_path), rules)
-    assert {t.stored.name: t.how.axis for t in work.tasks if t.how is not None} == {
+    assert {t.stored.name: t.axis for t in work.tasks if t.how is not None} == {
         "embed_tokens.weight": -2, "layers.2.q_proj.weight": -1,
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"'layer/\.\*'.* matches nothing: the closest paths are 'layers"):
@@ -423,5 +476,5 @@ def test_a_pretrained_bert(bert_file, tmp_path, monkeypatch):
     name = "encoder.layer.0.output.dense.weight"
     q = ifjax.quantize(original[name], "if4")
     np.testing.assert_array_equal(file[name].codes, q.codes)
-    np.testing.assert_array_equal(file[name].scales.view(np.uint8), q.scale_bytes())
+    np.testing.assert_array_equal(file[name].scales, q.scales)
     assert convert.contents(file).totals.quantized == 40

@@ -2,14 +2,31 @@
 
 import dataclasses
 import json
+import pydoc
 
 import numpy as np
 import pytest
 
 import ifjax
-from ifjax.formats import FORMATS, Candidate, Format, get_format
-from ifjax.formats.grids import E2M0, E2M1, E2M3, E3M2, INT3, INT4, INT6, Grid
-from ifjax.formats.scales import E4M3, E4M3_256, E8M0, Scale
+from ifjax.formats import (
+    E2M0,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E8M0,
+    FORMATS,
+    INT3,
+    INT4,
+    INT6,
+    SCALES,
+    Candidate,
+    Format,
+    Grid,
+    Scale,
+    TableScale,
+    get_format,
+)  # fmt: skip
 
 each_format = pytest.mark.parametrize("fmt", [pytest.param(fmt, id=name) for name, fmt in FORMATS.items()])
 
@@ -50,13 +67,14 @@ def test_static4_differs_in_the_peak_alone(name):
 def test_mx_formats_have_blocks_of_32_and_no_tensor_scale(fmt):
     is_mx, is_bs8 = fmt.name.startswith("mx"), fmt.name.endswith("_bs8")
     assert fmt.block == (8 if is_bs8 else 32 if is_mx else 16)
-    assert (fmt.scale is E8M0) == is_mx == (fmt.scale.largest is None)
-    assert (fmt.scale is E4M3_256) == fmt.name.startswith("fouroversix")
+    assert (fmt.scale is E8M0) == is_mx == (not fmt.has_tensor_scale)
+    peak = 256 if fmt.name.startswith("fouroversix") else 448
+    assert fmt.tensor_peak == (None if is_mx else peak)
 
 
 @each_format
 def test_the_flag_marks_if_formats_alone(fmt):
-    assert fmt.has_flag == fmt.name.startswith("if") == (len(fmt.decodings) == 2)
+    assert fmt.has_selector == fmt.name.startswith("if") == (len(fmt.decodings) == 2)
 
 
 @each_format
@@ -76,13 +94,15 @@ def test_bits_are_those_of_the_name(fmt):
     ],
 )  # fmt: skip
 def test_constants_are_those_of_the_specification(name, q, k):
-    assert FORMATS[name].constants() == (q, k)
-    assert all(isinstance(c, np.float32) for c in FORMATS[name].constants(16 / 17))
+    fmt = FORMATS[name]
+    assert (fmt.block_peak(), fmt.tensor_constant()) == (q, k)
+    assert all(isinstance(c, np.float32) for c in (fmt.block_peak(None, 16 / 17), fmt.tensor_constant(16 / 17)))
 
 
 @pytest.mark.parametrize(("name", "k"), [("nvfp4", 0x451E1E1E), ("fouroversix", 0x44B4B4B5)])
 def test_constants_with_headroom_are_rounded_once(name, k):
-    assert FORMATS[name].constants(16 / 17) == (bits(0x40B4B4B5), bits(k))
+    fmt = FORMATS[name]
+    assert (fmt.block_peak(None, 16 / 17), fmt.tensor_constant(16 / 17)) == (bits(0x40B4B4B5), bits(k))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +126,7 @@ def test_a_step_that_does_not_align_the_maxima_is_inverted():
 
 def test_a_stretched_candidate_is_the_same_decoding():
     fmt = FORMATS["fouroversix"]
-    assert len(fmt.candidates) == 2 and fmt.decodings == ((E2M1, 1.0),) and not fmt.has_flag
+    assert len(fmt.candidates) == 2 and fmt.decodings == ((E2M1, 1.0, 0.0),) and not fmt.has_selector
 
 
 # --- records prove themselves
@@ -125,19 +145,20 @@ def candidates(*pairs):
     ],
 )
 def test_three_decodings_do_not_fit_a_sign_bit(three):
-    with pytest.raises(ValueError, match="3 different decodings do not fit"):
+    with pytest.raises(ValueError, match="3 different decodings do not fit the 1 free bits of a header of e4m3"):
         Format("mine", three, 16)
 
 
 def test_more_candidates_than_two_fit_if_their_decodings_do():
-    many = (*candidates((E2M1, 1), (INT4, 6 / 7)), Candidate(E2M1, stretch=1.5), Candidate(INT4, 6 / 7, stretch=1.25))
+    stretched = Candidate(E2M1, scale_multiplier=1.5), Candidate(INT4, 6 / 7, scale_multiplier=1.25)
+    many = (*candidates((E2M1, 1), (INT4, 6 / 7)), *stretched)
     fmt = Format("mine", many, 16)
-    assert fmt.has_flag and len(fmt.decodings) == 2
+    assert fmt.has_selector and len(fmt.decodings) == 2
 
 
 def test_a_scale_without_a_free_bit_takes_one_decoding():
-    with pytest.raises(ValueError, match="free bit, which e8m0 lacks"):
-        Format("mine", candidates((E2M1, 1), (INT4, 6 / 7)), 32, E8M0)
+    with pytest.raises(ValueError, match="2 different decodings do not fit the 0 free bits of a header of e8m0"):
+        Format("mine", candidates((E2M1, 1), (INT4, 6 / 7)), 32, E8M0, tensor_peak=None)
 
 
 def test_candidates_have_codes_of_one_width():
@@ -151,13 +172,43 @@ def test_a_block_is_a_positive_integer(block):
         Format("mine", candidates((E2M1, 1)), block)
 
 
-@pytest.mark.parametrize("peak", [0, -4.0, 6.5, float("nan"), float("inf")])
-def test_the_peak_lies_on_the_grid(peak):
-    with pytest.raises(ValueError, match=r"peak must lie in \(0, 6"):
+@pytest.mark.parametrize("peak", [0, -4.0, "6", True, float("nan"), float("inf")])
+def test_the_peak_is_positive(peak):
+    with pytest.raises(ValueError, match=r"peak must be a number > 0"):
         Format("mine", candidates((E2M1, 1)), 16, peak=peak)
 
 
-@pytest.mark.parametrize("first", [Candidate(E2M1, step=0.5), Candidate(E2M1, stretch=1.5)])
+@pytest.mark.parametrize("peak", [0, -4.0, "6", True, float("nan"), float("inf")])
+def test_the_tensors_peak_is_positive_or_none(peak):
+    with pytest.raises(ValueError, match=r"tensor_peak must be a number > 0 or None"):
+        Format("mine", candidates((E2M1, 1)), 16, tensor_peak=peak)
+
+
+@pytest.mark.parametrize(("scale", "peak"), [(E8M0, 448.0), (E4M3, 512.0), (TableScale("t", (0.0, 1.0)), 448.0)])
+def test_a_tensors_peak_is_a_scale_that_there_is(scale, peak):
+    with pytest.raises(ValueError, match="write tensor_peak=None for a format without a tensor scale"):
+        Format("mine", candidates((E2M1, 1)), 16, scale, tensor_peak=peak)
+
+
+@pytest.mark.parametrize("fields", [{"ties": "even"}, {"ties": None}])
+def test_ties_keep_the_first_or_the_last(fields):
+    with pytest.raises(ValueError, match="ties must be 'first' or 'last'"):
+        Format("mine", candidates((E2M1, 1)), 16, **fields)
+
+
+def test_four_decodings_fit_a_scale_of_six_bits():
+    e3m3 = TableScale.minifloat("e3m3", 3, 3, 3)
+    fmt = Format("mine", tuple(Candidate(E2M1, step) for step in (1, 0.9, 0.8, 0.7)), 16, e3m3, tensor_peak=28.0)
+    header = np.arange(256)
+    selector, payload = fmt.split(header)
+    np.testing.assert_array_equal(selector, header // 64)
+    np.testing.assert_array_equal(payload, header % 64)
+    np.testing.assert_array_equal(fmt.join(selector, payload), header)
+    with pytest.raises(ValueError, match="5 different decodings do not fit the 2 free bits"):
+        Format("mine", (*fmt.candidates, Candidate(E2M1, 0.6)), 16, e3m3, tensor_peak=28.0)
+
+
+@pytest.mark.parametrize("first", [Candidate(E2M1, step=0.5), Candidate(E2M1, scale_multiplier=1.5)])
 def test_the_first_candidate_sets_the_units(first):
     with pytest.raises(ValueError, match="first candidate sets the units"):
         Format("mine", (first,), 16)
@@ -203,16 +254,25 @@ def test_a_name_like_no_other_lists_them_all():
 
 @pytest.mark.parametrize("wrong", [None, 4, Format, E2M1])
 def test_a_format_is_a_name_or_a_record(wrong):
-    with pytest.raises(TypeError, match=r"fmt must be a format's name or an ifjax.Format"):
+    with pytest.raises(TypeError, match=r"format must be a name or an ifjax.Format, got"):
         get_format(wrong)
 
 
 # --- records as plain values
 
 MINE = [
-    Format("nf", (Candidate(Grid("nf", (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1), ties="away", zero="unsigned")),), 10),
-    Format("two", (Candidate(E3M2), Candidate(INT6, step=28 / 31), Candidate(E3M2, stretch=1.25)), 24, peak=20.0),
-    Format("mx", (Candidate(E2M3),), 1, E8M0),
+    Format("nf", (Candidate(Grid.sign_magnitude("nf", (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1), "away")),), 10),
+    Format("odd", (Candidate(Grid("odd", (0, 1, 5, -1), "lower", preferred=(2,), unused=(1,)), offset=0.0),), 10),
+    Format(
+        "many", (Candidate(E2M1), Candidate(E2M1, offset=0.375), Candidate(E2M1, peak=7.0)), 16,
+        TableScale.minifloat("e3m3", 3, 3, 3), tensor_peak=28.0, ties="last", prevent_zero=True,
+    ),
+    Format(
+        "table", (Candidate(INT3),), 8, TableScale("mine", (0.0, 1.0, 3.0), "up", last=1), tensor_peak=None,
+        saturates=True,
+    ),
+    Format("two", (Candidate(E3M2), Candidate(INT6, 28 / 31), Candidate(E3M2, scale_multiplier=1.25)), 24, peak=20.0),
+    Format("mx", (Candidate(E2M3),), 1, E8M0, tensor_peak=None),
 ]
 each_record = pytest.mark.parametrize("fmt", [*FORMATS.values(), *MINE], ids=lambda fmt: fmt.name)
 
@@ -221,16 +281,32 @@ each_record = pytest.mark.parametrize("fmt", [*FORMATS.values(), *MINE], ids=lam
 def test_a_record_survives_json(fmt):
     again = Format.from_dict(json.loads(json.dumps(fmt.to_dict())))
     assert again == fmt and hash(again) == hash(fmt)
-    assert again.constants() == fmt.constants() and again.decodings == fmt.decodings
+    assert again.tensor_constant() == fmt.tensor_constant() and again.decodings == fmt.decodings
 
 
-def test_a_scale_of_ones_own_cannot_be_written_down():
-    scale = Scale("mine", E4M3.dtype, E4M3.encode, E4M3.decode, E4M3.nan, E4M3.top, 100.0, True)
-    with pytest.raises(ValueError, match=r"only the scales .*e4m3.* can be written down, not 'mine'"):
-        Format("mine", (Candidate(E2M1),), 16, scale).to_dict()
-    in_disguise = dataclasses.replace(E4M3, largest=100.0)
-    with pytest.raises(ValueError, match="can be written down"):
-        Format("mine", (Candidate(E2M1),), 16, in_disguise).to_dict()
+@dataclasses.dataclass(frozen=True)
+class Powers(Scale):
+    name: str = "powers"
+
+    def encode(self, scale, *parts):
+        return scale.astype(np.int32)
+
+    def decode(self, payload, place=0):
+        return payload.astype(np.float32)
+
+
+def test_a_scale_that_is_code_is_written_down_by_its_name_once_it_is_registered(monkeypatch):
+    fmt = Format("mine", (Candidate(E2M1),), 16, Powers(), tensor_peak=None)
+    with pytest.raises(ValueError, match=r"the scale 'powers' is code, .*register it by ifjax.formats.SCALES.register"):
+        fmt.to_dict()
+    monkeypatch.setattr(SCALES, "_records", dict(SCALES))
+    SCALES.register(Powers())
+    assert fmt.to_dict()["scale"] == "powers" and Format.from_dict(fmt.to_dict()) == fmt
+    with pytest.raises(ValueError, match="'powers' is another scale"):
+        SCALES.register(TableScale("powers", (0.0, 1.0)))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="unknown scale 'powers'"):
+        Format.from_dict(FORMATS["nvfp4"].to_dict() | {"scale": "powers"})
 
 
 def changed(**fields):
@@ -241,11 +317,13 @@ def changed(**fields):
     "record",
     [
         {}, [], None, "if4", changed(scale="e5m2"), changed(candidates=None), changed(candidates=[{}]),
-        changed(candidates=[]), changed(block=0), changed(block="16"), changed(peak=7.0), changed(scale=["e4m3"]),
+        changed(candidates=[]), changed(block=0), changed(block="16"), changed(peak=-7.0), changed(scale=["e4m3"]),
+        changed(name=3), changed(extra=1),
         {key: value for key, value in changed().items() if key != "block"},
+        changed(candidates=[{"grid": {"name": "g", "values": [0, 1, 2]}, "step": 1.0}]),
+        changed(candidates=[{"grid": {"name": "g", "values": 3}, "step": 1.0}]),
+        changed(candidates=[{"grid": "E2M1", "step": 1.0}]),
         changed(candidates=[{"grid": {"name": "g", "magnitudes": [0, 1, 2]}, "step": 1.0, "stretch": 1.0}]),
-        changed(candidates=[{"grid": {"name": "g", "magnitudes": 3}, "step": 1.0, "stretch": 1.0}]),
-        changed(candidates=[{"grid": "E2M1", "step": 1.0, "stretch": 1.0}]),
     ],
 )  # fmt: skip
 def test_what_is_no_record_is_refused(record):
@@ -257,3 +335,35 @@ def test_named_grids_are_shared():
     """A decoder is written once for each grid, not once for each format."""
     used = {candidate.grid for fmt in FORMATS.values() for candidate in fmt.candidates}
     assert used == {E2M0, E2M1, E2M3, E3M2, INT3, INT4, INT6}
+
+
+LAYOUT_1 = {
+    "name": "mine", "block": 16, "scale": "e4m3_256", "peak": 4.0,
+    "candidates": [
+        {"grid": {"name": "E2M1", "magnitudes": [0, 0.5, 1, 1.5, 2, 3, 4, 6], "sign": "bit", "ties": "even",
+                  "zero": "signed"}, "step": 1.0, "stretch": 1.0},
+        {"grid": {"name": "INT4", "magnitudes": list(range(8)), "sign": "twos_complement", "ties": "even",
+                  "zero": "unsigned"}, "step": 6 / 7, "stretch": 1.5},
+    ],
+}  # fmt: skip
+
+
+def test_records_of_layout_1_are_read():
+    both = (Candidate(E2M1), Candidate(INT4, 6 / 7, scale_multiplier=1.5))
+    assert Format.from_dict(LAYOUT_1) == Format("mine", both, 16, peak=4.0, tensor_peak=256.0)
+    mx = {**LAYOUT_1, "scale": "e8m0", "peak": None, "candidates": LAYOUT_1["candidates"][:1]}
+    assert Format.from_dict(mx) == Format("mine", both[:1], 16, E8M0, tensor_peak=None)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"extra": 1}, {"scale": "e5m2"}, {"candidates": [{**LAYOUT_1["candidates"][0], "x": 1}]}]
+)
+def test_faulty_records_of_layout_1_are_refused(fields):
+    with pytest.raises(ValueError, match="not a format record"):
+        Format.from_dict(LAYOUT_1 | fields)
+
+
+@each_format
+def test_help_shows_what_a_named_format_is(fmt):
+    text = pydoc.render_doc(fmt, renderer=pydoc.plaintext)
+    assert fmt.doc in text and "arXiv" in fmt.doc

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from ifjax.formats import grids, scales
-from ifjax.formats.grids import E2M0, E2M1, E2M3, E3M2, INT3, INT4, INT6, Grid
+from ifjax.formats import E2M0, E2M1, E2M3, E3M2, INT3, INT4, INT6, Grid, TableScale, grids, scales
 
 NAMED = (E2M0, E2M1, E2M3, E3M2, INT3, INT4, INT6)
 # Half of NF4 and its mirror; its midpoints are no float32 numbers.
@@ -37,6 +36,13 @@ each_named = pytest.mark.parametrize("grid", NAMED, ids=lambda grid: grid.name)
 each_magnitudes = pytest.mark.parametrize("magnitudes", MAGNITUDES.values(), ids=MAGNITUDES)
 
 
+def grid_of(magnitudes, sign="bit", ties="even", zero="signed"):
+    if sign == "bit":
+        return Grid.sign_magnitude("mine", magnitudes, ties, zero)
+    count = len(magnitudes)  # code -count is left over
+    return Grid("mine", (*magnitudes, -2 * magnitudes[-1], *(-v for v in magnitudes[:0:-1])), ties, unused=(count,))
+
+
 def dense(magnitudes, count=4096):
     """f32[count] of both signs: values, midpoints and their float32 neighbours, a ladder, zeros and extremes."""
     m = np.array(magnitudes)
@@ -53,7 +59,7 @@ def dense(magnitudes, count=4096):
 
 def nearest(y, grid):
     """(codes, values) by distance to each magnitude in float64, where it is exact wherever two are close."""
-    m = np.array(grid.magnitudes)
+    m = np.float64(np.float32(grid.values[: len(grid.values) // 2]))
     a = np.minimum(np.abs(y).astype(np.float64), m[-1])
     distance = np.abs(a[:, None] - m)
     near = distance == distance.min(-1, keepdims=True)
@@ -61,7 +67,7 @@ def nearest(y, grid):
         near &= (near.sum(-1, keepdims=True) == 1) | (np.arange(len(m)) % 2 == 0)
     index = len(m) - 1 - near[:, ::-1].argmax(-1) if grid.ties == "away" else near.argmax(-1)
     negative = {"signed": np.signbit(y), "negative": y < 0, "unsigned": np.signbit(y) & (index > 0)}[grid.zero]
-    written = np.where(negative, -index % (2 * len(m)), index) if grid.sign == "twos_complement" else (
+    written = np.where(negative, -index % (2 * len(m)), index) if grid.unused else (
         index + negative * len(m)
     )  # fmt: skip
     return written, np.where(np.signbit(y), -m[index], m[index])
@@ -85,8 +91,8 @@ def test_named_grids_round_to_the_nearest_value(grid):
 @pytest.mark.parametrize(("sign", "ties", "zero"), WRITINGS)
 @each_magnitudes
 def test_any_grid_rounds_to_the_nearest_value_by_its_rules(magnitudes, sign, ties, zero):
-    grid = Grid("mine", magnitudes, sign, ties, zero)
-    y = dense(grid.magnitudes)
+    grid = grid_of(magnitudes, sign, ties, zero)
+    y = dense(magnitudes)
     codes, values = nearest(y, grid)
     assert_array_equal(grid.encode(y), codes)
     assert_array_equal(grid.round(y), values)
@@ -109,7 +115,7 @@ def test_random_grids_round_to_the_nearest_value(scale):
     rng = np.random.default_rng(0)
     for ties in ("even", "down", "away"):
         inner = np.unique(rng.random(15).astype(np.float32)) * np.float32(scale)
-        grid = Grid("random", (0.0, *inner.tolist()), ties=ties)
+        grid = grid_of((0.0, *inner.tolist()), ties=ties)
         y = dense(grid.magnitudes)
         codes, values = nearest(y, grid)
         assert_array_equal(grid.encode(y), codes)
@@ -120,7 +126,7 @@ def test_random_grids_round_to_the_nearest_value(scale):
 @each_magnitudes
 @pytest.mark.parametrize("ties", ["even", "down"])
 def test_every_code_decodes_and_is_encoded_again(magnitudes, ties):
-    grid = Grid("mine", magnitudes, ties=ties)
+    grid = grid_of(magnitudes, ties=ties)
     assert grid.max == np.float32(magnitudes[-1]) and 2**grid.bits == 2 * len(magnitudes)
     codes = np.arange(2**grid.bits)
     values = np.asarray(grid.decode(codes))
@@ -141,7 +147,7 @@ def test_bits_above_the_code_are_ignored(grid):
 
 
 def test_only_minifloats_and_integers_round_by_arithmetic():
-    bits = {name: Grid(name, m).mantissa_bits for name, m in MAGNITUDES.items()}
+    bits = {name: grid_of(m).mantissa_bits for name, m in MAGNITUDES.items()}
     assert bits == {
         "e2m1": 1, "e2m0": 0, "e3m2": 2, "int3": 1, "int4": 2, "nf4": None, "sign": 0, "thirds": None, "scaled": 3,
         "e2m1 with a gap": None, "wide": None,
@@ -158,7 +164,7 @@ def each_noise(count):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(
-    "grid", [*NAMED, *(Grid(name, MAGNITUDES[name], ties="away") for name in ("nf4", "thirds", "scaled"))],
+    "grid", [*NAMED, *(grid_of(MAGNITUDES[name], ties="away") for name in ("nf4", "thirds", "scaled"))],
     ids=lambda grid: grid.name,
 )  # fmt: skip
 def test_noise_rounds_to_the_two_adjacent_values_with_probability_by_distance(grid):
@@ -193,9 +199,84 @@ def test_noise_moves_no_value_of_the_grid_and_none_past_its_end(grid):
 def test_uniform_noise_has_no_bias():
     y = np.random.default_rng(1).uniform(-6, 6, 200_000).astype(np.float32)
     noise = jax.random.uniform(jax.random.key(0), y.shape) - 0.5
-    for grid in (E2M1, INT4, E2M3, Grid("six times nf4", tuple(6 * v for v in NF4))):
+    for grid in (E2M1, INT4, E2M3, grid_of([6 * v for v in NF4])):
         error = np.asarray(grid.round(y, noise), np.float64) - y
         assert abs(error.mean()) < 4 * error.std() / np.sqrt(y.size), grid.name
+
+
+# --- grids that are not symmetric
+
+QUANTILES = (-1.0, -0.5, -0.2, -0.05, 0.0, 0.1, 0.4, 0.9)
+SPECIAL = (0.0, 1.0, 2.0, 4.0, 3.0, -1.0, -2.0, -4.0)  # code 4, which is -0 in E2M0, stands for 3
+
+
+def by_distance(y, grid):
+    """(codes, values) by the distance to each value that is written, with the grid's own rule of ties."""
+    codes = np.array([c for c in range(len(grid.values)) if c not in grid.unused])
+    order = codes[np.argsort(np.array(grid.values)[codes], kind="stable")]
+    v = np.float64(np.array(grid.values, np.float32))[order]
+    clipped = np.clip(y.astype(np.float64), v[0], v[-1])
+    if grid.ties == "lower":  # below or at the middle, rounded to float32
+        middle = ((v[1:] + v[:-1]) / 2).astype(np.float32)
+        up = np.isin(order[1:], grid.preferred) & ~np.isin(order[:-1], grid.preferred)
+        index = ((y[:, None] > middle) | ((y[:, None] == middle) & up)).sum(-1)
+        return order[index], v[index]
+    distance = np.abs(clipped[:, None] - v)
+    near = distance == distance.min(-1, keepdims=True)
+    picked = []
+    for row in near:
+        tied = [int(i) for i in np.flatnonzero(row)]
+        wins = [i for i in tied if order[i] in grid.preferred] or tied
+        rule = {"even": lambda i: order[i] % 2, "down": lambda i: abs(v[i]), "away": lambda i: -abs(v[i])}[grid.ties]
+        picked.append(min(wins, key=rule))
+    return order[picked], v[picked]
+
+
+@pytest.mark.parametrize("ties", ["even", "down", "away", "lower"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"values": QUANTILES}, {"values": QUANTILES[::-1]}, {"values": SPECIAL}, {"values": SPECIAL, "preferred": (4,)},
+        {"values": SPECIAL, "unused": (4,)}, {"values": SPECIAL, "preferred": (1, 6), "unused": (3,)},
+        {"values": (0.0, 3.0)}, {"values": (*QUANTILES, *(v + 7 for v in QUANTILES))},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_asymmetric_grids_round_by_distance_and_their_rules(fields, ties):
+    grid = Grid("mine", ties=ties, **fields)
+    y = dense(sorted({abs(v) for v in grid.values} | {0.0}), 1024)
+    middles = np.array(sorted(grid.values))
+    y = np.concatenate([y, ((middles[1:] + middles[:-1]) / 2).astype(np.float32)])
+    codes, values = by_distance(y, grid)
+    for run in (lambda f: f, jax.jit):
+        assert_array_equal(run(grid.encode)(y), codes)
+        assert_array_equal(run(grid.round)(y), np.float32(values))
+    every = np.arange(len(grid.values))
+    assert_array_equal(grid.decode(every), np.float32(grid.values))
+    assert_array_equal(grid.decode(every + 16 * len(grid.values)), np.float32(grid.values))
+
+
+def test_noise_moves_a_value_between_its_two_neighbours():
+    grid = Grid("mine", QUANTILES)
+    rng = np.random.default_rng(0)
+    y = rng.uniform(-1.1, 1.0, 20_000).astype(np.float32)
+    noise = rng.uniform(-0.5, 0.5, y.size).astype(np.float32)
+    got = np.asarray(grid.round(y, noise), np.float64)
+    v = np.float64(np.float32(QUANTILES))
+    lower = v[np.clip(np.searchsorted(v, y, "right") - 1, 0, 6)]
+    upper = v[np.clip(np.searchsorted(v, y, "right"), 1, 7)]
+    assert np.all((got == lower) | (got == upper) | ((y > v[-1]) & (got == v[-1])))
+    inside = (y > v[0]) & (y < v[-1])
+    error = got[inside] - y[inside]
+    assert abs(error.mean()) < 4 * error.std() / np.sqrt(inside.sum())
+    assert_array_equal(got, np.float32(grid.decode(grid.encode(y, noise))))
+
+
+def test_ends_and_the_least_positive_value_are_codes():
+    assert (E2M1.ends, E2M1.least_positive) == ((15, 7), 1)
+    assert (INT4.ends, INT4.least_positive) == ((9, 7), 1)
+    mirrored = Grid("mine", tuple(-v for v in QUANTILES))
+    assert (mirrored.ends, mirrored.least_positive, mirrored.max) == ((7, 0), 3, 1.0)
 
 
 # --- records
@@ -207,8 +288,10 @@ def broken(**fields):
 
 @pytest.mark.parametrize("magnitudes", [(), (0.0,), (0.0, 1.0, 2.0), (0.0, 1.0, 2.0, 3.0, 4.0)])
 def test_magnitudes_must_fill_their_codes(magnitudes):
-    with pytest.raises(ValueError, match="a grid needs 2, 4, 8"):
-        broken(magnitudes=magnitudes)
+    with pytest.raises(ValueError, match=r"a grid needs 2, 4, 8, ... magnitudes"):
+        grid_of(magnitudes)
+    with pytest.raises(ValueError, match=r"a grid needs 2, 4, 8, ... or 256 values"):
+        Grid("mine", (*magnitudes, 7.0) if len(magnitudes) in (2, 4) else magnitudes)
 
 
 @pytest.mark.parametrize(
@@ -216,37 +299,63 @@ def test_magnitudes_must_fill_their_codes(magnitudes):
 )
 def test_magnitudes_must_ascend_from_zero(magnitudes):
     with pytest.raises(ValueError, match="ascend strictly from 0"):
-        broken(magnitudes=magnitudes)
+        grid_of(magnitudes)
 
 
-@pytest.mark.parametrize("value", [1e39, float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [1e39, float("inf"), float("nan"), "1", None])
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
-def test_magnitudes_must_be_finite(value):
-    with pytest.raises(ValueError):
-        broken(magnitudes=(0.0, value))
+def test_values_must_be_finite_numbers(value):
+    with pytest.raises(ValueError, match="values must be finite float32 numbers"):
+        broken(values=(0.0, value))
 
 
-def test_magnitudes_are_rounded_to_float32():
-    assert broken(magnitudes=(0.0, 0.1)) == broken(magnitudes=(0, np.float32(0.1)))
-    assert broken(magnitudes=(0.0, 0.1)).max == float(np.float32(0.1))
+def test_values_are_rounded_to_float32():
+    assert broken(values=(0.0, 0.1), zero="unsigned") == broken(values=(0, np.float32(0.1)), zero="unsigned")
+    assert grid_of((0.0, 0.1)).max == float(np.float32(0.1))
     with pytest.raises(ValueError, match="ascend strictly"):
-        broken(magnitudes=(0.0, 0.1, 0.1 + 1e-12, 0.2))
+        grid_of((0.0, 0.1, 0.1 + 1e-12, 0.2))
+    with pytest.raises(ValueError, match="two codes may not stand for one value"):
+        Grid("mine", (0.0, 0.1, 0.1 + 1e-12, 0.2))
 
 
-@pytest.mark.parametrize(("field", "value"), [("sign", "none"), ("ties", "up"), ("zero", "copied"), ("ties", None)])
+@pytest.mark.parametrize("values", [(1.0, 2.0), (0.5, -0.5, 1.0, -1.0)])
+def test_a_grid_needs_zero(values):
+    with pytest.raises(ValueError, match="a grid needs 0, or zeros and padding become noise"):
+        Grid("mine", values)
+
+
+def test_only_zero_may_have_two_codes():
+    assert Grid("mine", (0.0, 1.0, -0.0, -1.0)).bits == 2
+    with pytest.raises(ValueError, match="two codes may not stand for one value"):
+        Grid("mine", (0.0, 1.0, 1.0, -1.0))
+    with pytest.raises(ValueError, match="two codes may not stand for one value"):
+        Grid("mine", (0.0, 0.0, -0.0, -1.0))
+    assert Grid("mine", (0.0, 1.0, 1.0, -1.0), unused=(2,)).max == 1  # it is never written
+
+
+@pytest.mark.parametrize("field", ["preferred", "unused"])
+@pytest.mark.parametrize("codes", [(16,), (-1,), (1.5,), ("1",)])
+def test_codes_are_codes(field, codes):
+    with pytest.raises(ValueError, match=f"{field} must be codes from 0 to 15"):
+        broken(**{field: codes})
+
+
+@pytest.mark.parametrize(("field", "value"), [("ties", "up"), ("zero", "copied"), ("ties", None)])
 def test_rules_have_names(field, value):
     with pytest.raises(ValueError, match=f"{field} must be one of"):
         broken(**{field: value})
 
 
 @pytest.mark.parametrize("zero", ["signed", "negative"])
-def test_twos_complement_has_one_zero(zero):
+@pytest.mark.parametrize("grid", [INT4, dataclasses.replace(E2M1, preferred=(8,), zero="unsigned")])
+def test_only_sign_magnitude_has_two_zeros(grid, zero):
     with pytest.raises(ValueError, match="zero='unsigned'"):
-        dataclasses.replace(INT4, zero=zero)
+        dataclasses.replace(grid, zero=zero)
 
 
 def test_grids_are_equal_by_content_and_hashable():
-    again = Grid("E2M1", (*E2M1.magnitudes,))
+    again = Grid.sign_magnitude("E2M1", E2M1.magnitudes)
+    assert again == Grid("E2M1", (*E2M1.magnitudes, *(-v for v in E2M1.magnitudes)), zero="signed")
     assert again == E2M1 and hash(again) == hash(E2M1) and again != E2M3
 
 
@@ -311,7 +420,6 @@ def test_a_scale_keeps_its_own_bytes(scale):
     assert_array_equal(scale.encode(scale.decode(finite)), finite)
     assert np.isnan(scale.decode(jnp.array(scale.nan)))
     assert np.isfinite(scale.decode(jnp.array(scale.top)))
-    assert scale.largest is None or scale.largest <= scale.decode(jnp.array(scale.top))
     # the bytes are bit patterns of the dtype
     assert np.isnan(np.uint8(scale.nan).view(scale.dtype).astype(np.float32))
 
@@ -322,3 +430,55 @@ def test_bounds_saturate_in_the_rounding_of_multiples():
     assert_array_equal(step, np.float32([2**-9, 2**-9, 32, 32, 32]))
     assert_array_equal(binade, [0, 0, 14, 14, 14])
     assert_array_equal(n[:3], np.float32([0, 0, 14]))
+
+
+UE5M3 = TableScale.minifloat("ue5m3", 5, 3, 15)
+
+
+def test_a_minifloat_without_a_sign_has_the_values_of_its_fields():
+    assert (UE5M3.bits, UE5M3.nan, UE5M3.top) == (8, 255, 254)
+    assert UE5M3.values[:3] == (0, 2.0**-17, 2.0**-16) and UE5M3.values[-1] == 114688
+    worked = {2.0**-17: 0x01, 1.5 * 2**-17: 0x02, 2.0**-18: 0x00, 2.0**-14: 0x08, 0.1: 0x5D, 1: 0x78, 448: 0xBE,
+              114688: 0xFE, 2e5: 0xFE}  # fmt: skip
+    assert_array_equal(UE5M3.encode(np.float32([*worked])), [*worked.values()])
+    e3m3 = TableScale.minifloat("e3m3", 3, 3, 3)
+    assert (e3m3.bits, e3m3.nan, e3m3.top, e3m3.values[-1]) == (6, 63, 62, 28)
+    worked = {0.1: 0x03, 0.25: 0x08, 1: 0x18, 28: 0x3E, 40: 0x3E, 2.0**-6: 0x00}
+    assert_array_equal(e3m3.encode(np.float32([*worked])), [*worked.values()])
+
+
+@pytest.mark.parametrize("factor", [1, 3])  # times 3 it is no float of any kind: looked up
+@pytest.mark.parametrize("scale", [scales.E4M3, UE5M3], ids=lambda s: s.name)
+def test_a_table_rounds_to_the_nearest_value_half_to_the_even_payload(scale, factor):
+    values = np.float64(scale.values) * factor
+    table = TableScale("mine", tuple(values))
+    middles = ((values[1:] + values[:-1]) / 2).astype(np.float32)
+    h = np.concatenate([values.astype(np.float32), middles, np.nextafter(middles, np.float32(0)),
+                        np.nextafter(middles, np.float32(np.inf)), np.float32([3e38, np.inf])])  # fmt: skip
+    h = h[(h == 0) | (h >= 2.0**-126)]
+    distance = np.abs(np.minimum(h.astype(np.float64), values[-1])[:, None] - values)
+    near = distance == distance.min(-1, keepdims=True)
+    near &= (near.sum(-1, keepdims=True) == 1) | (np.arange(len(values)) % 2 == 0)
+    for run in (lambda f: f, jax.jit):
+        assert_array_equal(run(table.encode)(h), near.argmax(-1))
+        assert_array_equal(run(table.decode)(np.arange(len(values))), np.float32(values))
+        assert np.all(np.isnan(run(table.decode)(np.arange(len(values), 256))))
+
+
+def test_a_table_may_round_up():
+    table = TableScale("mine", (0.0, 1.0, 1.5, 4.0), "up")
+    assert_array_equal(table.encode(np.float32([0, 0.2, 1, 1.1, 1.5, 3, 4, 9, np.inf])), [0, 1, 1, 2, 2, 3, 3, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"values": (1.0,)}, "2 to 256 ascending"), ({"values": (0.0, 2.0, 1.0)}, "2 to 256 ascending"),
+        ({"values": (-1.0, 1.0)}, "2 to 256 ascending"), ({"values": (0.0, float("inf"))}, "finite"),
+        ({"rounding": "down"}, "rounding must be"), ({"nan": 1}, "nan must be a payload from 3"),
+        ({"last": 3}, "last must be a payload from 1 to 2"),
+    ],
+)  # fmt: skip
+def test_a_table_proves_itself(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TableScale(**{"name": "mine", "values": (0.0, 1.0, 2.0)} | fields)

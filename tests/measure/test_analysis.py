@@ -3,7 +3,6 @@
 import json
 import math
 import struct
-import sys
 import tracemalloc
 
 import jax
@@ -14,8 +13,11 @@ import pytest
 
 import ifjax
 from ifjax import measure as analysis
-from ifjax.measure import plots
-from ifjax.measure.errors import Error, error, tensor_report
+from ifjax.arrays import packed_shapes
+from ifjax.files import FileError, pieces
+from ifjax.files.safetensors import read_header
+from ifjax.measure import ErrorStats, error, plots, tensor_report
+from ifjax.models.names import keep_reason
 
 # Squares are summed in float32 over 256 values and in float64 from there on.
 SUMS = {"rtol": 1e-5}
@@ -53,7 +55,7 @@ def test_error_is_what_numpy_computes_from_the_decoded_values(fmt):
     np.testing.assert_allclose(e.normalized_mse, relative**2, **SUMS)
     np.testing.assert_allclose(e.sqnr_db, -20 * np.log10(relative), **SUMS)
     assert (e.nbytes, e.bits_per_value) == (q.nbytes, q.bits_per_value)
-    assert e.second_share == (np.mean(np.asarray(q.choices())) if fmt == "if4" else None)
+    assert e.choice_share == (np.mean(np.asarray(q.choices())) if fmt == "if4" else None)
 
 
 def test_error_passes_settings_on():
@@ -64,13 +66,14 @@ def test_error_passes_settings_on():
     assert square.noise > error(x, "nvfp4").noise
 
 
+@pytest.mark.parametrize("fmt", ["nvfp4", "if4"])  # one candidate, and two that are chosen by squares
 @pytest.mark.parametrize("power", [-110, 110])
-def test_squares_of_tiny_and_huge_values_neither_vanish_nor_overflow(power):
+def test_squares_of_tiny_and_huge_values_neither_vanish_nor_overflow(power, fmt):
     x = normal(64, 16)
-    # A format with one candidate: those with two choose by squares that do vanish, as the published code does.
-    moved = error(x * np.float32(2.0**power), "nvfp4")
-    np.testing.assert_allclose(moved.relative_error, error(x, "nvfp4").relative_error, **SUMS)
-    np.testing.assert_allclose(moved.mse, error(x, "nvfp4").mse * 4.0**power, **SUMS)
+    moved, e = error(x * np.float32(2.0**power), fmt), error(x, fmt)
+    np.testing.assert_allclose(moved.relative_error, e.relative_error, **SUMS)
+    np.testing.assert_allclose(moved.mse, e.mse * 4.0**power, **SUMS)
+    assert moved.others == e.others
 
 
 def test_zeros_lose_nothing_and_nan_shows():
@@ -80,10 +83,10 @@ def test_zeros_lose_nothing_and_nan_shows():
 
 
 def test_errors_add_up():
-    a = Error(values=10, signal=4.0, noise=1.0, nbytes=6, blocks=2, second=1)
-    b = Error(values=30, signal=12.0, noise=3.0, nbytes=20, blocks=6, second=5)
-    assert a + b == Error(values=40, signal=16.0, noise=4.0, nbytes=26, blocks=8, second=6)
-    assert ((a + b).mse, (a + b).relative_error, (a + b).second_share) == (0.1, 0.5, 0.75)
+    a = ErrorStats(values=10, signal=4.0, noise=1.0, nbytes=6, blocks=2, others=1)
+    b = ErrorStats(values=30, signal=12.0, noise=3.0, nbytes=20, blocks=6, others=5)
+    assert a + b == ErrorStats(values=40, signal=16.0, noise=4.0, nbytes=26, blocks=8, others=6)
+    assert ((a + b).mse, (a + b).relative_error, (a + b).choice_share) == (0.1, 0.5, 0.75)
     assert (a + b).bits_per_value == 8 * 26 / 40
     with pytest.raises(TypeError):
         a + 1
@@ -92,8 +95,8 @@ def test_errors_add_up():
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def assert_same(a: Error, b: Error):
-    assert (a.values, a.nbytes, a.blocks, a.second) == (b.values, b.nbytes, b.blocks, b.second)
+def assert_same(a: ErrorStats, b: ErrorStats):
+    assert (a.values, a.nbytes, a.blocks, a.others) == (b.values, b.nbytes, b.blocks, b.others)
     np.testing.assert_allclose([a.signal, a.noise], [b.signal, b.noise], **SUMS)
 
 
@@ -116,9 +119,11 @@ def test_blocks_lie_along_the_axis():
 
 
 def test_bytes_are_those_of_a_qtensor(monkeypatch):
-    # Bytes do not depend on values: nothing need be compiled.
-    nothing = lambda *args, **settings: (np.zeros(1), np.zeros(1), 0)  # noqa: E731
-    monkeypatch.setattr(sys.modules["ifjax.measure.errors"], "_piece_sums", nothing)
+    def nothing(x, amax, how, axis, measured):  # bytes do not depend on values: nothing need be compiled
+        codes, scales = (np.zeros(shape, np.uint8) for shape in packed_shapes(x.shape, how.fmt, axis))
+        return x, codes, scales, x
+
+    monkeypatch.setattr(pieces, "_start", nothing)
     x = np.ones((3, 37), np.float32)
     formats = ["nvint3", "nvint3_bs8", "nvint6", "nvint4_bs8", "nvfp4", "mxfp4", "mxfp6_e2m3"]
     for fmt, e in tensor_report("w", x, formats).errors.items():
@@ -165,7 +170,7 @@ def test_what_cannot_be_measured_is_skipped_with_the_reason(x, axis, reason):
     ],
 )
 def test_what_keeps_its_precision(name, shape, reason):
-    assert analysis.keep_reason(name, shape) == reason
+    assert keep_reason(name, shape) == reason
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -177,7 +182,7 @@ def test_tensors_are_read_as_they_were_written(tmp_path):
         "BF16": normal(5, 7).astype(ml_dtypes.bfloat16),
     }  # fmt: skip
     path = write(tmp_path / "a.safetensors", {k.lower(): (k, v) for k, v in arrays.items()}, {"format": "pt"})
-    entries = analysis.read_header(path)
+    entries = read_header(path)
     assert {(e.name, e.dtype, e.shape) for e in entries} == {(k.lower(), k, v.shape) for k, v in arrays.items()}
     for entry in entries:
         np.testing.assert_array_equal(analysis.read_tensor(path, entry), arrays[entry.dtype])
@@ -186,7 +191,7 @@ def test_tensors_are_read_as_they_were_written(tmp_path):
 def test_layer_2_comes_before_layer_10(tmp_path):
     names = ["h.10.w", "h.2.w", "h.2.b", "a", "2", "h..w"]
     path = write(tmp_path / "a.safetensors", {name: ("F32", normal(2)) for name in names})
-    assert [e.name for e in analysis.read_header(path)] == ["2", "a", "h.2.b", "h.2.w", "h.10.w", "h..w"]
+    assert [e.name for e in read_header(path)] == ["2", "a", "h.2.b", "h.2.w", "h.10.w", "h..w"]
 
 
 def test_every_tensor_of_a_file_is_reported(tmp_path):
@@ -195,7 +200,7 @@ def test_every_tensor_of_a_file_is_reported(tmp_path):
         "i": ("I64", np.arange(4)), "q": ("F8_E4M3", np.zeros((4, 4), np.uint8)),
     }  # fmt: skip
     path = write(tmp_path / "a.safetensors", tensors)
-    entries = analysis.read_header(path)
+    entries = read_header(path)
 
     def status(**options):
         return {r.name: r.status for r in analysis.file_reports(path, entries, ["mxfp4"], **options)}
@@ -234,25 +239,25 @@ def test_the_total_joins_all_tensors():
 def test_a_broken_file_is_named(tmp_path, content):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)
-    with pytest.raises(analysis.FileError, match=r"broken\.safetensors is not a whole safetensors file"):
-        analysis.read_header(path)
+    with pytest.raises(FileError, match=r"broken\.safetensors is not a whole safetensors file"):
+        read_header(path)
 
 
 def test_a_file_cut_while_it_is_read_is_named(tmp_path):
     path = write(tmp_path / "a.safetensors", {"w": ("F32", normal(8, 32))})
-    (entry,) = analysis.read_header(path)
+    (entry,) = read_header(path)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(analysis.FileError, match="ends within w"):
+    with pytest.raises(FileError, match="ends within w"):
         analysis.read_tensor(path, entry)
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     x = normal(2**10, 2**12)  # 16 MB, and six of them
     path = write(tmp_path / "a.safetensors", {f"w{i}": ("F32", x) for i in range(6)})
-    list(analysis.file_reports(path, analysis.read_header(path)[:1], ["mxfp4"]))
+    list(analysis.file_reports(path, read_header(path)[:1], ["mxfp4"]))
     tracemalloc.start()
     try:
-        assert sum(1 for _ in analysis.file_reports(path, analysis.read_header(path), ["mxfp4"])) == 6
+        assert sum(1 for _ in analysis.file_reports(path, read_header(path), ["mxfp4"])) == 6
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -266,18 +271,18 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
 def test_the_package_carries_a_sample_of_real_weights():
     path = analysis.sample_path()
     assert path.stat().st_size < 300_000
-    entries = analysis.read_header(path)
+    entries = read_header(path)
     assert len(entries) == 39
     assert {(entry.dtype, math.prod(entry.shape)) for entry in entries} == {("BF16", 3072)}
-    assert all(analysis.keep_reason(entry.name, entry.shape) is None for entry in entries)
+    assert all(keep_reason(entry.name, entry.shape) is None for entry in entries)
 
 
 @pytest.mark.bert
 def test_the_sample_is_what_its_readme_says(bert_file):
-    sample = {entry.name: entry for entry in analysis.read_header(analysis.sample_path())}
+    sample = {entry.name: entry for entry in read_header(analysis.sample_path())}
     names = set()
-    for entry in analysis.read_header(bert_file):
-        if entry.dtype != "F32" or analysis.keep_reason(entry.name, entry.shape) or math.prod(entry.shape) < 3072:
+    for entry in read_header(bert_file):
+        if entry.dtype != "F32" or keep_reason(entry.name, entry.shape) or math.prod(entry.shape) < 3072:
             continue
         x = analysis.read_tensor(bert_file, entry)
         k = 3072 // x.shape[1]
@@ -290,7 +295,7 @@ def test_the_sample_is_what_its_readme_says(bert_file):
 @pytest.mark.bert
 def test_the_sample_stands_for_the_whole_model(bert_file):
     def total(path):
-        reports = analysis.file_reports(path, analysis.read_header(path), ["if4", "mxfp4"])
+        reports = analysis.file_reports(path, read_header(path), ["if4", "mxfp4"])
         return analysis.Report("", tuple(reports)).total
 
     sample, whole = total(analysis.sample_path()), total(bert_file)
@@ -299,7 +304,7 @@ def test_the_sample_stands_for_the_whole_model(bert_file):
     assert abs(sample["mxfp4"].sqnr_db - whole["mxfp4"].sqnr_db) < 0.2
     # The figures that README quotes.
     assert round(whole["if4"].sqnr_db, 2) == 22.06
-    assert round(100 * whole["if4"].second_share, 1) == 61.2
+    assert round(100 * whole["if4"].choice_share, 1) == 61.2
 
 
 # --- random samples --------------------------------------------------------------------------------------------------
@@ -344,7 +349,7 @@ def made_report(names, formats):
     reports = []
     for i, name in enumerate(names):
         errors = {
-            fmt: Error(1024, 100.0, 1.0 + 0.1 * i + j, 576, 64, 10 + i if chooses else None)
+            fmt: ErrorStats(1024, 100.0, 1.0 + 0.1 * i + j, 576, 64, 10 + i if chooses else None)
             for j, (fmt, chooses) in enumerate(formats.items())
         }
         reports.append(analysis.TensorReport(name, (32, 32), "F32", 4096, errors))

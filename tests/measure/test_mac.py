@@ -1,5 +1,6 @@
 """The units give the bits of the published vectors and of a numpy model, in every way of calling them."""
 
+import dataclasses
 import functools
 import math
 from fractions import Fraction
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from ifjax.formats import FORMATS, Format
+from ifjax.formats import E4M3 as E4M3_SCALE
+from ifjax.formats import FORMATS, Candidate, Format
 from ifjax.measure import mac as mac_module
 from ifjax.measure.mac import if4_mac, mac_error, nvfp4_mac
 
@@ -386,6 +388,16 @@ def test_a_unit_can_be_told_any_decoding_of_its_width():
 def test_formats_that_the_unit_cannot_decode_are_refused(fmt):
     with pytest.raises(ValueError, match=f"4-bit codes in blocks of 16 with e4m3 scales; {FORMATS[fmt].name} has"):
         mac_error(*beats_of([1], ONE), *beats_of([1], ONE), fmt=fmt)
+
+
+def test_offsets_and_other_tops_of_the_scale_are_refused():
+    shifted = Format("shifted", (Candidate(FORMATS["nvfp4"].grid, offset=0.25),), 16)
+    with pytest.raises(ValueError, match="shifted adds an offset"):
+        mac_error(*beats_of([1], ONE), *beats_of([1], ONE), fmt=shifted)
+    scale = dataclasses.replace(E4M3_SCALE, name="low", last=100)
+    low = Format("low", (Candidate(FORMATS["nvfp4"].grid),), 16, scale, tensor_peak=1.0)
+    with pytest.raises(ValueError, match="with low scales"):
+        mac_error(*beats_of([1], ONE), *beats_of([1], ONE), fmt=low)
 
 
 # --- what the tests are worth

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from test_checkpoint import HALVES
 
 import ifjax
 from ifjax.measure import plots
@@ -95,6 +96,14 @@ def test_the_kept_candidate_is_the_one_of_the_loss(tmp_path):
     plots.plot_block(np.zeros(16), "if4")
 
 
+def test_among_equals_the_one_that_the_format_takes_is_kept():
+    twice = tuple(ifjax.Candidate(ifjax.FORMATS["nvfp4"].grid) for _ in range(2))
+    for ties, kept in (("first", [True, False]), ("last", [False, True])):
+        fmt = ifjax.Format("twice", twice, 16, ties=ties)
+        titles = [axes.get_title(loc="left") for axes in plots.plot_block(X[0, :16], fmt).axes]
+        assert [title.endswith("kept") for title in titles] == kept
+
+
 @pytest.mark.parametrize(
     ("x", "loss", "match"),
     [
@@ -118,13 +127,25 @@ def test_bytes_show_the_bits_that_are_stored(fmt, tmp_path):
     bits = "".join(cell for cell in cells if cell in ("0", "1"))
     stored = bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))
     size = q.fmt.block * q.fmt.bits // 8
-    assert stored[0] == int(q.scale_bytes()[1])
+    assert stored[0] == int(q.scales[1])
     assert stored[1:] == bytes(np.asarray(q.codes)[size : 2 * size].tolist())
     captions = [text.get_text() for text in axes.texts if text.get_fontsize() == 8]
-    assert captions[0].startswith(f"scale byte 0x{stored[0]:02X}")
+    assert captions[0].startswith(f"header 0x{stored[0]:02X}")
     if q.fmt.bits == 4:  # the low half, on the right, is the first
         first, second = np.asarray(q.dequantize())[q.fmt.block : q.fmt.block + 2]
         assert captions[1] == f"{second:.3g}, {first:.3g}"
+
+
+def test_a_header_of_two_bytes_is_shown_lowest_byte_first(tmp_path):
+    q = ifjax.quantize(X[0], HALVES)
+    (axes,) = saved(plots.plot_bytes(q, 2), tmp_path).axes
+    cells = [text.get_text() for text in axes.texts if text.get_fontsize() == 10]
+    bits = "".join(cell for cell in cells if cell in ("0", "1"))
+    stored = bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))
+    assert stored == bytes(np.r_[np.asarray(q.scales)[4:6], np.asarray(q.codes)[16:24]].tolist())
+    (header,) = (text.get_text() for text in axes.texts if text.get_text().startswith("header"))
+    assert header.startswith(f"header 0x{stored[1]:02X}{stored[0]:02X}: decoded as ")
+    assert "a block of 16 values in 80 bits, 5 a value" in axes.get_title()
 
 
 def test_bytes_of_what_is_no_row_are_refused():

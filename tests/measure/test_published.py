@@ -39,10 +39,8 @@ def sums(x, key=None, **settings):
     q = ifjax.quantize(x, key=key, **settings)
     error = q.dequantize() - x
     largest = jnp.max(jnp.abs((q.unpacked_codes() & 7).astype(jnp.int32)).reshape(x.shape[0], -1, q.fmt.block), -1)
-    second = q.choices() if q.fmt.has_flag else jnp.zeros(largest.shape, bool)
-    return tuple(
-        jnp.sum(a.astype(jnp.float32), -1) for a in (jnp.square(x), jnp.square(error), second, largest < 7)
-    )
+    second = q.choices() if q.fmt.has_selector else jnp.zeros(largest.shape, bool)
+    return tuple(jnp.sum(a.astype(jnp.float32), -1) for a in (jnp.square(x), jnp.square(error), second, largest < 7))
 
 
 def ratio(above, below) -> Figure:
@@ -139,11 +137,11 @@ def test_worked_example_of_four_over_six():
     # arXiv 2512.02010: 10, 20, 30, 40 without a tensor scale, that is with one of 1: amax = 6 * 448 or 6 * 256.
     x = jnp.array([10.0, 20, 30, 40])
     six = ifjax.quantize(x, "nvfp4", amax=2688.0)
-    np.testing.assert_array_equal(six.scales.astype(jnp.float32), [6.5])
+    np.testing.assert_array_equal(six.scales.view(jnp.float8_e4m3fn).astype(jnp.float32), [6.5])
     np.testing.assert_array_equal(six.dequantize(), [9.75, 19.5, 26, 39])
     assert np.mean((six.dequantize() - x) ** 2) == pytest.approx(4.33, abs=0.005)
     four = ifjax.quantize(x, "fouroversix", amax=1536.0)
-    np.testing.assert_array_equal(four.scales.astype(jnp.float32), [10])
+    np.testing.assert_array_equal(four.scales.view(jnp.float8_e4m3fn).astype(jnp.float32), [10])
     np.testing.assert_array_equal(four.dequantize(), x)
 
 
@@ -193,8 +191,8 @@ def test_numbers_of_an_independent_program(distribution, fmt, number):
     # Four significant digits, or three: the numbers below 1e-3 were written down with at least three.
     digit = 1e-5 if number.normalized_mse > 1e-3 else 1e-6
     assert_close(mse, number.normalized_mse, digit, samples=2)
-    if number.second_share is not None:
-        assert_close(second, number.second_share, digit=1e-3, samples=2)
+    if number.choice_share is not None:
+        assert_close(second, number.choice_share, digit=1e-3, samples=2)
 
 
 @pytest.mark.sampled

@@ -551,7 +551,7 @@ def test_no_dense_kernel_is_in_a_program_that_has_the_packed_one(platform, kind,
         text = jax.jit(fn).trace(packed, x).lower(lowering_platforms=(platform,)).as_text()
         return re.findall(r"tensor<512x256x(?:f|bf)\d+>", text), "custom_call @" in text
 
-    monkeypatch.setattr(sys.modules["ifjax.products.plan"], "device_kind", lambda *_: kind)
+    monkeypatch.setattr(sys.modules["ifjax.products.dot_general"], "device_kind", lambda *_: kind)
     model, x = nn.Dense(256, dtype=dtype), jnp.ones((8, 512), dtype)
     variables = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), jax.eval_shape(model.init, jax.random.key(0), x))
     packed, _ = ifjax.quantize_params(variables, EVERYWHERE, model=model, sample=x)
@@ -605,7 +605,7 @@ def test_layers_that_rewrite_their_parameters_fail_loudly(rewriting):
 def test_arithmetic_on_packed_codes_is_noticed():
     _, variables, _ = build("Dense")
     q = ifjax.quantize(variables["params"]["kernel"], FMT, axis=-2)
-    with pytest.raises(TypeError, match="made float32 of packed uint8"):
+    with pytest.raises(TypeError, match="made float32 of a QTensor's codes, which are uint8: cast the tree with"):
         jax.tree.map(lambda a: a.astype(jnp.float32) * 1.5, q).unbox()
 
 

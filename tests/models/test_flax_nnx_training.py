@@ -10,7 +10,7 @@ from flax import nnx
 import ifjax
 from ifjax import Rule
 from ifjax.models.flax.nnx import RecipeProduct
-from ifjax.training.recipes import Operand, Product, Recipe
+from ifjax.training import Operand, Product, Recipe
 
 PLAIN = Recipe("plain", Product(Operand("nvfp4"), Operand("nvfp4")))  # no noise
 NOISY = Recipe("noisy", wgrad=Product(Operand(), Operand("nvfp4", "stochastic_unbiased")))

@@ -8,7 +8,7 @@ import pytest
 
 import ifjax
 from ifjax import Rule
-from ifjax.training.recipes import RECIPES, Operand, Product, Recipe
+from ifjax.training import RECIPES, Operand, Product, Recipe
 
 PLAIN = Recipe("plain", Product(Operand("nvfp4"), Operand("nvfp4")))  # no noise
 NOISY = Recipe("noisy", wgrad=Product(Operand(), Operand("nvfp4", "stochastic_unbiased")))

@@ -49,7 +49,7 @@ def test_kernels_of_a_dictionary_are_packed_along_the_rules_axis():
     x = np.asarray(params["up"]["kernel"], np.float64)
     signal, noise = np.square(x).sum(), np.square(x - np.asarray(q.dequantize())).sum()
     assert entry.sqnr_db == pytest.approx(10 * math.log10(signal / noise), rel=1e-5)  # float32 sums
-    assert entry.int_share == q.choices().mean()
+    assert entry.choice_share == (q.choices() > 0).mean()
     assert (entry.bits_per_value, entry.bytes_before, entry.bytes_after) == (q.bits_per_value, 192, q.nbytes)
     assert (entry.fmt, entry.rule, entry.module) == ("if4_bs4", ".*/kernel", None)
     assert entry_of(report, "up/bias").reason == "it is no matrix"
@@ -289,7 +289,7 @@ def test_jit_packs_the_same_bytes_and_eval_shape_the_same_shapes(fmt):
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), abstract, eager)
     for report in reports:
         entry = entry_of(report.check(), "up/kernel")
-        assert (entry.sqnr_db, entry.int_share) == (None, None)
+        assert (entry.sqnr_db, entry.choice_share) == (None, None)
         assert entry.bits_per_value == eager["up"]["kernel"].bits_per_value
 
 
@@ -314,7 +314,7 @@ def test_faking_gives_what_the_packed_tree_stands_for():
             assert faked[name]["kernel"].dtype == dtype
             assert faked[name]["bias"] is params[name]["bias"]
         for a, b in zip(report.entries, fake_report.check().entries, strict=True):
-            assert (a.sqnr_db, a.int_share, a.fmt, a.reason) == (b.sqnr_db, b.int_share, b.fmt, b.reason)
+            assert (a.sqnr_db, a.choice_share, a.fmt, a.reason) == (b.sqnr_db, b.choice_share, b.fmt, b.reason)
             assert (b.bytes_after, b.bits_per_value) == (b.bytes_before, 8.0 * dtype.dtype.itemsize)
 
 

@@ -12,8 +12,8 @@ from ifjax.models.report import Entry, Report, Totals
 
 
 def quantized(path="mlp/kernel", sqnr_db=21.5, **fields):
-    defaults = {"module": "Dense", "shape": (64, 32), "dtype": "float32", "fmt": "if4", "act_fmt": None}
-    defaults |= {"bits_per_value": 4.516, "bytes_before": 8192, "bytes_after": 1156, "int_share": 0.625, "rule": ".*"}
+    defaults = {"module": "Dense", "shape": (64, 32), "dtype": "float32", "fmt": "if4", "act_fmt": None, "rule": ".*"}
+    defaults |= {"bits_per_value": 4.516, "bytes_before": 8192, "bytes_after": 1156, "choice_share": 0.625}
     return Entry(path=path, sqnr_db=sqnr_db, **(defaults | fields))
 
 
@@ -27,7 +27,7 @@ REPORT = Report(
     (
         quantized(note="weights are dequantized for the module's own dot_general"),
         kept(),
-        quantized("zeros/kernel", math.inf, fmt="nvfp4", act_fmt="if4", int_share=None),
+        quantized("zeros/kernel", math.inf, fmt="nvfp4", act_fmt="if4", choice_share=None),
         quantized("empty/kernel", None, shape=(64, 0), bits_per_value=math.nan, bytes_before=0, bytes_after=4),
         kept("moe/wi", "no module tells", module=None, expected=False, rule="moe/.*"),
     )
@@ -80,6 +80,11 @@ def test_json_gives_the_report_back_exactly():
     assert repr(again) == repr(REPORT)  # NaN, too, which equals nothing
     finite = Report([entry for entry in REPORT.entries if not math.isnan(entry.bits_per_value)])
     assert Report.from_json(finite.to_json()) == finite
+
+
+def test_what_earlier_versions_wrote_is_read():
+    text = REPORT.to_json().replace('"choice_share"', '"int_share"')
+    assert repr(Report.from_json(text)) == repr(REPORT)
 
 
 def test_json_is_strict_json():

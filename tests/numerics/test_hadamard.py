@@ -158,7 +158,6 @@ def test_rank_one_is_a_single_row():
     assert_array_equal(hadamard(x), hadamard(x[None])[0])
 
 
-@pytest.mark.sampled
 @each_size
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_short_floats_are_rounded_once_from_float32(dtype, size):
@@ -236,7 +235,6 @@ def test_fixed_signs_can_be_written_out():
         assert_array_equal(hadamard(x, signs=signs), hadamard(x))
 
 
-@pytest.mark.sampled
 @each_size
 def test_random_signs_follow_from_the_key(size):
     signs = random_signs(jax.random.key(3), size)
@@ -277,7 +275,6 @@ def test_wrong_signs_are_refused(signs, message):
 # --- transformations
 
 
-@pytest.mark.sampled
 @each_direction
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("size, dtype", [(16, np.float32), (128, jnp.bfloat16)])
@@ -312,7 +309,6 @@ def test_the_tangent_is_the_transform_itself(size):
     assert_array_equal(out, hadamard(tangent, size=size))
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("spec", [("d", None, None), (None, "d", None), (None, None, "d")])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_a_sharded_array_stays_where_it_is(spec, axis):

@@ -1,4 +1,4 @@
-"""Division is numpy's to the last bit, however it is compiled; a stage changes no value, only where it is computed."""
+"""Division is numpy's to the last bit, however it is compiled; `materialize` changes where a value is made, alone."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from numpy.testing import assert_array_equal
 
-from ifjax.numerics.xla import correct_quotient, divide, stage
+from ifjax.numerics.xla import correct_quotient, divide, materialize
 
 # Of formats, and of exponents and mantissas at which rounding is easily wrong.
 CONSTANTS = [1.0, 3.0, 6.0, 7.0, 2688.0, 12544.0, float(np.float32(2688 * 16 / 17)), 1 + 2.0**-23, 2 - 2.0**-23, -0.3]
@@ -46,7 +46,6 @@ each_run = pytest.mark.parametrize(
 # --- divide
 
 
-@pytest.mark.sampled
 @each_run
 @pytest.mark.parametrize("columns", [1, A.shape[1]], ids=["broadcast", "full"])
 def test_every_quotient_is_the_nearest_float32(run, columns):
@@ -166,7 +165,7 @@ def test_what_is_not_a_normal_number_passes_unchanged():
     assert_array_equal(correct_quotient(a, b, q)[odd], q[odd])
 
 
-# --- stage
+# --- materialize
 
 
 def centred(x, scale):
@@ -177,13 +176,13 @@ def test_a_stage_returns_what_its_function_returns():
     x, scale = A[0], np.float32(3)
     want = jax.jit(centred)(x, scale)
     for run in (lambda f: f, jax.jit):
-        assert_array_equal(run(functools.partial(stage, centred))(x, scale), want)
+        assert_array_equal(run(functools.partial(materialize, centred))(x, scale), want)
 
 
 @pytest.mark.parametrize("scale_axis", [0, None])
 def test_a_stage_maps_over_rows(scale_axis):
     scale = np.float32(3) if scale_axis is None else np.arange(len(A), dtype=np.float32)
-    mapped = jax.vmap(functools.partial(stage, centred), (0, scale_axis))
+    mapped = jax.vmap(functools.partial(materialize, centred), (0, scale_axis))
     want = jax.jit(jax.vmap(centred, (0, scale_axis)))(A, scale)
     assert_array_equal(jax.jit(mapped)(A, scale), want)
     assert_array_equal(mapped(A, scale), want)
@@ -191,7 +190,7 @@ def test_a_stage_maps_over_rows(scale_axis):
 
 def test_a_stage_maps_over_other_arguments_than_the_first():
     scale = np.arange(5, dtype=np.float32)
-    got = jax.vmap(functools.partial(stage, lambda x, s: x * s), (None, 0))(A[0], scale)
+    got = jax.vmap(functools.partial(materialize, lambda x, s: x * s), (None, 0))(A[0], scale)
     assert_array_equal(got, A[0] * scale[:, None])
 
 
@@ -199,7 +198,7 @@ def test_a_stage_maps_twice():
     x = A.reshape(4, 16, 512)
     f = lambda f: jax.vmap(jax.vmap(f, (0, None)), (0, 0))  # noqa: E731
     scale = np.arange(4, dtype=np.float32)
-    got = jax.jit(f(functools.partial(stage, lambda x, s: x.max() * s)))(x, scale)
+    got = jax.jit(f(functools.partial(materialize, lambda x, s: x.max() * s)))(x, scale)
     assert_array_equal(got, x.max(-1) * scale[:, None])
 
 
@@ -210,32 +209,32 @@ def test_a_stage_takes_tuples_lists_and_nothing(mapped):
         return x * pair[0] + pair[1] - many[0]
 
     whole = A[:8], (A[8:16], A[16:24]), None, [A[24:32]]
-    run = functools.partial(stage, f)
+    run = functools.partial(materialize, f)
     if mapped:
         run = jax.vmap(run)
     assert_array_equal(jax.jit(run)(*whole), jax.jit(f)(*whole))
 
 
 def test_a_stage_runs_in_a_scan():
-    _, got = lax.scan(lambda c, x: (c, stage(lambda x: x + x.max(), x)), None, A)
+    _, got = lax.scan(lambda c, x: (c, materialize(lambda x: x + x.max(), x)), None, A)
     assert_array_equal(got, A + A.max(-1, keepdims=True))
 
 
 @pytest.mark.parametrize("first", [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45])
 def test_a_stage_runs_whatever_its_first_number_is(first):
     x = np.float32([first, 2])
-    assert_array_equal(jax.jit(functools.partial(stage, jnp.negative))(x), -x)
+    assert_array_equal(jax.jit(functools.partial(materialize, jnp.negative))(x), -x)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32, jnp.uint8, jnp.bool_])
 def test_a_stage_takes_any_dtype(dtype):
     x = jnp.array([0, 1, 1, 0]).astype(dtype)
-    assert_array_equal(jax.jit(functools.partial(stage, lambda x: x[::-1]))(x), x[::-1])
+    assert_array_equal(jax.jit(functools.partial(materialize, lambda x: x[::-1]))(x), x[::-1])
 
 
 def test_a_stage_of_nothing_is_empty():
     for run in (lambda f: f, jax.jit, jax.vmap):
-        got = run(functools.partial(stage, lambda x: x.astype(jnp.int32)))(jnp.zeros((3, 0)))
+        got = run(functools.partial(materialize, lambda x: x.astype(jnp.int32)))(jnp.zeros((3, 0)))
         assert got.shape == (3, 0) and got.dtype == jnp.int32
 
 
@@ -246,7 +245,7 @@ def lowered_for(platform, f, *args):
 @pytest.mark.parametrize("run", [lambda f: f, jax.vmap], ids=["plain", "vmap"])
 def test_a_stage_is_a_conditional_on_cpu_alone(run):
     """What stops XLA:CPU from fusing would cost a GPU kernels; vmap must not turn a conditional into a select."""
-    f = run(functools.partial(stage, jnp.cumsum))
+    f = run(functools.partial(materialize, jnp.cumsum))
     # the choice of platform is a case as well, of which XLA keeps one branch
     on_cpu, on_cuda = (lowered_for(platform, f, A).count("stablehlo.case") for platform in ("cpu", "cuda"))
     assert on_cpu == on_cuda + 1

@@ -3,7 +3,6 @@
 That a kernel's own arithmetic is right is its own test's; here it is handed real products, interpreted.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -39,9 +38,9 @@ def assert_same(a, b):
 @pytest.mark.parametrize(
     ("target", "path", "reason"),
     [
-        ("NVIDIA H200", "mosaic_gpu", "H200"), ("NVIDIA H100 80GB HBM3", "mosaic_gpu", "H100"),
+        ("NVIDIA H200", "hopper", "H200"), ("NVIDIA H100 80GB HBM3", "hopper", "H100"),
         ("NVIDIA A100-SXM4-40GB", "xla", "no kernel for NVIDIA A100"), ("NVIDIA B200", "xla", "two QTensors"),
-        ("TPU v5 lite", "mosaic_tpu", "v5 lite"), ("TPU v6e", "mosaic_tpu", "v6e"), ("TPU v4", "xla", "no kernel"),
+        ("TPU v5 lite", "tpu", "v5 lite"), ("TPU v6e", "tpu", "v6e"), ("TPU v4", "xla", "no kernel"),
         ("cpu", "xla", "no kernel for cpu"),
     ],
 )  # fmt: skip
@@ -57,6 +56,22 @@ def test_the_first_device_or_a_platform_stands_for_a_target():
     assert "cpu" in ifjax.explain_matmul(x, q).reason
     assert "no kernel for cuda" in ifjax.explain_matmul(x, q, platform="cuda").reason
     assert ifjax.explain_matmul(x, x.T) == ("xla", "neither operand is packed")
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "path"),
+    [
+        (4, "float32", "xla_few_rows"), (4, "bfloat16", "xla_few_rows"), (5, "float32", "xla"),
+        (63, "bfloat16", "xla"), (64, "bfloat16", "xla_float32"), (64, "float32", "xla"),
+    ],
+)  # fmt: skip
+def test_on_a_cpu_the_rows_decide(rows, dtype, path):
+    def explain(n):
+        q = jax.eval_shape(lambda w: ifjax.quantize(w, axis=-2), jax.ShapeDtypeStruct((256, n), dtype))
+        return ifjax.explain_matmul(jax.ShapeDtypeStruct((rows, 256), dtype), q, platform="cpu").path
+
+    assert explain(256) == path
+    assert explain(255) == ("xla" if path == "xla_few_rows" else path)  # too small a matrix
 
 
 @pytest.mark.parametrize(
@@ -83,7 +98,7 @@ def test_what_the_hopper_kernel_cannot_take_goes_by_xla_and_says_why(settings, d
 def test_shapes_suffice():
     x = jax.ShapeDtypeStruct((3, 64), jnp.bfloat16)
     q = jax.eval_shape(lambda w: ifjax.quantize(w, axis=-2), jax.ShapeDtypeStruct((64, 32), jnp.bfloat16))
-    assert ifjax.explain_matmul(x, q, target="H200").path == "mosaic_gpu"
+    assert ifjax.explain_matmul(x, q, target="H200").path == "hopper"
 
 
 def test_two_nvfp4_matrices_multiply_by_their_scales_on_blackwell():
@@ -102,6 +117,12 @@ def test_two_nvfp4_matrices_multiply_by_their_scales_on_blackwell():
     np.testing.assert_allclose(product(a, b), a.dequantize() @ b.dequantize(), rtol=1e-5, atol=1e-5)
     assert "scaled" in lowered(product, a, b, platform="cuda").lower()
     assert "scaled" not in lowered(product, a, b, platform="cpu").lower()
+    forced = functools.partial(ifjax.matmul, impl="scaled_matmul")
+    assert "scaled" in lowered(forced, a, b, platform="cuda").lower()
+    with pytest.raises(ValueError, match=r"'scaled_matmul' cannot take this product: .* marks in their signs"):
+        forced(a, ifjax.quantize(b.dequantize(), axis=0))
+    with pytest.raises(ValueError, match="'scaled_matmul' cannot take this product: it multiplies two QTensors"):
+        forced(a.dequantize(), b)
 
 
 def test_a_matrix_with_batch_axes_goes_by_xla():
@@ -142,10 +163,10 @@ def test_a_product_exports_for_a_platform(target, platform):
 
 def test_a_forced_kernel_refuses_what_it_cannot_take():
     x, q = normal(3, 64, dtype=jnp.bfloat16), ifjax.quantize(normal(64, 32, dtype=jnp.bfloat16), axis=0)
-    with pytest.raises(ValueError, match="prepacked for mosaic_gpu"):
-        ifjax.matmul(x, ifjax.prepack(q, "H200"), impl="mosaic_tpu")
+    with pytest.raises(ValueError, match="prepacked for hopper"):
+        ifjax.matmul(x, ifjax.prepack(q, "H200"), impl="tpu")
     with pytest.raises(ValueError, match="float16 or bfloat16"):
-        ifjax.matmul(x.astype(jnp.float32), dataclasses.replace(q, dtype=np.dtype(np.float32)), impl="mosaic_gpu")
+        ifjax.matmul(x.astype(jnp.float32), q.astype(np.float32), impl="hopper")
 
 
 # --- prepacking -------------------------------------------------------------------------------------------------------
@@ -218,7 +239,7 @@ def test_products_reach_the_kernel_and_return(interpreted, spec, left, right, ax
         a = ifjax.quantize(a, axis=axis)
     else:
         b = ifjax.quantize(b, axis=axis)
-    got = ifjax.einsum(spec, a, b, impl="mosaic_tpu")
+    got = ifjax.einsum(spec, a, b, impl="tpu")
     values = [q.dequantize() if isinstance(q, ifjax.QTensor) else q for q in (a, b)]
     np.testing.assert_allclose(got, jnp.einsum(spec, *values), rtol=1e-5, atol=1e-4)
     assert len(interpreted) == 1
@@ -226,7 +247,7 @@ def test_products_reach_the_kernel_and_return(interpreted, spec, left, right, ax
 
 def test_vmap_folds_rows_and_loops_over_weights(interpreted):
     xs, q = normal(3, 2, 70), ifjax.quantize(normal(3, 40, 70, seed=1), amax_axes=(0,))
-    product = functools.partial(ifjax.einsum, "mk,nk->mn", impl="mosaic_tpu")
+    product = functools.partial(ifjax.einsum, "mk,nk->mn", impl="tpu")
     got = jax.vmap(product, (0, None))(xs, q[0])
     np.testing.assert_allclose(got, xs @ q[0].dequantize().T, rtol=1e-5, atol=1e-4)
     assert interpreted[-1] == (6, 80)
@@ -235,14 +256,22 @@ def test_vmap_folds_rows_and_loops_over_weights(interpreted):
     assert interpreted[-1] == (2, 80)
 
 
+@pytest.mark.parametrize(("target", "call"), [("H200", "mosaic_gpu"), ("TPU v6e", "tpu_custom_call")])
+def test_vmap_over_weights_keeps_the_kernel(target, call):
+    xs, q = (jax.ShapeDtypeStruct((3, *shape), jnp.bfloat16) for shape in ((2, 256), (128, 256)))
+    q = jax.eval_shape(functools.partial(ifjax.quantize, amax_axes=(0,)), q)
+    product = jax.vmap(functools.partial(ifjax.einsum, "mk,nk->mn", target=target))
+    assert call in lowered(product, xs, q, platform={"H200": "cuda"}.get(target, "tpu"))
+
+
 def test_both_operands_packed(interpreted):
     a, b = ifjax.quantize(normal(5, 70)), ifjax.quantize(normal(40, 70, seed=1))
-    got = ifjax.einsum("mk,nk->mn", a, b, impl="mosaic_tpu")
+    got = ifjax.einsum("mk,nk->mn", a, b, impl="tpu")
     np.testing.assert_allclose(got, a.dequantize() @ b.dequantize().T, rtol=1e-5, atol=1e-4)
 
 
 def test_the_gradient_of_a_kernels_product(interpreted):
     x, q = normal(5, 70), ifjax.prepack(ifjax.quantize(normal(40, 70, seed=1)), "TPU v6e")
-    got = jax.grad(lambda x: jnp.sin(ifjax.einsum("mk,nk->mn", x, q, impl="mosaic_tpu")).sum())(x)
+    got = jax.grad(lambda x: jnp.sin(ifjax.einsum("mk,nk->mn", x, q, impl="tpu")).sum())(x)
     want = jax.grad(lambda x: jnp.sin(x @ q.dequantize().T).sum())(x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

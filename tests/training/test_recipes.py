@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose, assert_array_equal
 
 import ifjax
-from ifjax.arrays.ms_eden import ms_eden
-from ifjax.training.product import quantized_dot_general
-from ifjax.training.recipes import RECIPES, Operand, Product, Recipe, get_recipe
+from ifjax.arrays import ms_eden
+from ifjax.codec import LOSSES, ROUNDINGS
+from ifjax.training import RECIPES, Operand, Product, Recipe, get_recipe, quantized_dot_general
 
 pytestmark = pytest.mark.sampled
 
@@ -427,6 +427,7 @@ def test_named_recipes_are_hashable_state_their_source_and_are_found(name):
 
 def test_named_formats_are_equal_by_name_and_by_record():
     assert Operand(ifjax.FORMATS["if4"]) == Operand("if4")
+    assert Operand("if4", ROUNDINGS["stochastic"], loss=LOSSES["mae"]) == Operand("if4", "stochastic", loss="mae")
     mine = dataclasses.replace(ifjax.FORMATS["if4"], name="mine", block=32)
     y = quantized_dot_general(X, W, MATRICES, Recipe("mine", Product(Operand(mine), Operand(mine))))
     assert_is_product(y, *explicit(Recipe("mine", Product(Operand(mine), Operand(mine))), X, W, G, KEY)[0])
@@ -442,7 +443,7 @@ def test_a_fixed_amax_is_the_one_that_is_used():
 if4, again = Operand("if4"), Operand(reuse=True)
 eden = Operand("nvfp4", "ms_eden")
 WRONG = {
-    "rounding": (lambda: Operand("if4", "up"), "rounding must be one of 'nearest'.*got 'up'"),
+    "rounding": (lambda: Operand("if4", "up"), "Operand: unknown rounding 'up'; did you mean .*nearest"),
     "format": (lambda: Operand("if5"), "unknown format 'if5'; did you mean"),
     "rounding of nothing": (lambda: Operand(rounding="stochastic"), "no effect with fmt=None.*or name a fmt"),
     "squares of nothing": (lambda: Operand(block_2d=True), "block_2d=True has no effect"),
@@ -482,5 +483,5 @@ def test_what_cannot_be_is_refused(case):
 
 
 def test_a_recipe_is_a_name_or_a_record():
-    with pytest.raises(TypeError, match=r"a recipe's name or an ifjax\.recipes\.Recipe, got Format"):
+    with pytest.raises(TypeError, match=r"recipe must be a name or an ifjax\.recipes\.Recipe, got Format"):
         get_recipe(ifjax.FORMATS["if4"])

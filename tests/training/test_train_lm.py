@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ifjax.training.recipes import RECIPES
+from ifjax.training import RECIPES
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "train_lm.py"
 FALL = 2.3  # nats a byte in 30 steps; measured 2.9

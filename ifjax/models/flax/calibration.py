@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifjax.arrays.qtensor import QTensor
+from ifjax.arrays import QTensor
 from ifjax.formats import Format
 from ifjax.models.flax.linen import Operands, Watcher, as_arguments, inside, joined, layer_of, split_arrays
 from ifjax.models.rules import OPERANDS, Rule, as_rules, first_match
@@ -98,7 +98,7 @@ def calibrate(
 
 def _wants_amax(rule):
     formats = [rule.activation_format, *rule.operand_formats.values()]
-    return rule.act_amax == "static" and any(fmt is not None and fmt.scale.largest is not None for fmt in formats)
+    return rule.act_amax == "static" and any(fmt is not None and fmt.has_tensor_scale for fmt in formats)
 
 
 def _tracked(batches):

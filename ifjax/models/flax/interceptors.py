@@ -8,16 +8,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ifjax.arrays.qtensor import QTensor
-from ifjax.arrays.quantize import quantize
+from ifjax.arrays import QTensor, quantize
+from ifjax.codec import Encoding
 from ifjax.formats import Format
 from ifjax.models.flax.calibration import Calibration, value_name
 from ifjax.models.flax.linen import Layer, Operands, Watcher, attention_refusal, inside, layer_of, training_refusal
 from ifjax.models.rule_checks import reason_against
 from ifjax.models.rules import OPERANDS, Rule, as_rules, first_match, training_rules
 from ifjax.models.sites import Seen, blocked_axis, join_path
-from ifjax.training.product import quantized_dot_general
-from ifjax.training.recipes import Recipe, get_recipe
+from ifjax.training import Recipe, get_recipe, quantized_dot_general
 
 
 def inference(
@@ -148,20 +147,20 @@ class _Inference(Watcher):
             return next_fun(*args, **kwargs)
         rule = first_match(self.rules, path, name)
         weights = self._weights(layer, module, args, kwargs, path, rule)
-        formats = self._formats(layer, rule, path)
-        if weights is None and not formats:
+        encodings = self._encodings(layer, rule, path)
+        if weights is None and not encodings:
             return next_fun(*args, **kwargs)
 
         def activation(x, axes, operand):
-            fmt = formats.get(operand)
-            if fmt is None or rule is None:
+            how = encodings.get(operand)
+            if how is None or rule is None:
                 return x
-            if operand in OPERANDS[:2] and x.shape[axes[0]] < fmt.block:
+            if operand in OPERANDS[:2] and x.shape[axes[0]] < how.fmt.block:
                 raise ValueError(
-                    f"{path!r}: the head size of {operand} is {x.shape[axes[0]]}, below the block of {fmt.block} of "
-                    f"{fmt.name}: take shorter blocks"
+                    f"{path!r}: the head size of {operand} is {x.shape[axes[0]]}, below the block of {how.fmt.block} "
+                    f"of {how.fmt.name}: take shorter blocks"
                 )
-            return quantized_activation(x, axes, fmt, rule, self._static_amax(rule, value_name(path, operand)))
+            return quantized_activation(x, axes, how, rule, self._static_amax(rule, value_name(path, operand)))
 
         return layer.run(module, next_fun, args, kwargs, Operands(weights, activation))
 
@@ -186,24 +185,22 @@ class _Inference(Watcher):
             return None
         if rule.gptq:
             raise ValueError(f"{path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
-        fmt = rule.weight_format
-        axis = blocked_axis(axes, kernel.shape, fmt.block)
-        kernel = _without_gradient(kernel, path)
-        return quantize(kernel, fmt, axis=axis, loss=rule.loss, search=rule.search, block_2d=rule.block_2d)
+        axis = blocked_axis(axes, kernel.shape, rule.weights.fmt.block)
+        return quantize(_without_gradient(kernel, path), rule.weights, axis=axis)
 
-    def _formats(self, layer, rule, path) -> dict[str, Format]:
-        """Formats of the activations that the layer multiplies."""
+    def _encodings(self, layer, rule, path) -> dict[str, Encoding]:
+        """Of the activations that the layer multiplies."""
         if rule is None:
             return {}
         if layer.kernel is None:
             refused = self.layers[path].reason is not None and rule.optional
-            return {} if refused else rule.operand_formats
+            return {} if refused else rule.operand_encodings
         seen = self.layers.get(join_path((path, layer.kernel) if path else (layer.kernel,)))
-        if rule.activation_format is None or seen is None or reason_against(rule, seen) is not None:
+        if rule.activations is None or seen is None or reason_against(rule, seen) is not None:
             return {}
         if layer.activations is not None:
             return {}  # the report of quantize_params says so
-        return {"input": rule.activation_format}
+        return {"input": rule.activations}
 
     def _static_amax(self, rule, name):
         if rule.act_amax != "static":
@@ -270,20 +267,15 @@ def _without_gradient(kernel, path):
     return same(kernel)
 
 
-def quantized_activation(x: jax.Array, axes: tuple[int, ...], fmt: Format, rule: Rule, amax: float | None) -> Any:
+def quantized_activation(
+    x: jax.Array, axes: tuple[int, ...], how: Encoding, rule: Rule, amax: float | None
+) -> QTensor:
     """x quantized along one of the contracted axes (which come in the kernel's order), with amax as the rule says."""
     x = jnp.asarray(x)
-    axis = blocked_axis(axes, x.shape, fmt.block) % x.ndim - x.ndim
-    if fmt.scale.largest is None:
-        return quantize(x, fmt, axis=axis, loss=rule.act_loss)
+    axis = blocked_axis(axes, x.shape, how.fmt.block)
+    if not how.fmt.has_tensor_scale:
+        return quantize(x, how, axis=axis)
     if rule.act_amax != "token":
-        amax = None if amax is None else jnp.float32(amax)
-        return quantize(x, fmt, axis=axis, loss=rule.act_loss, amax=amax)
-    free = [i for i in range(x.ndim) if i - x.ndim not in {a % x.ndim - x.ndim for a in axes}]
-    if free == list(range(len(free))):
-        return quantize(x, fmt, axis=axis, loss=rule.act_loss, amax_axes=tuple(free))
-    # An amax of its own is for leading axes.
-    order, lead = [*free, *[i for i in range(x.ndim) if i not in free]], tuple(range(len(free)))
-    moved = order.index(x.ndim + axis) - x.ndim
-    q = quantize(x.transpose(order), fmt, axis=moved, loss=rule.act_loss, amax_axes=lead)
-    return jnp.moveaxis(q.dequantize(), lead, free)
+        return quantize(x, how, axis=axis, amax=None if amax is None else jnp.float32(amax))
+    contracted = {a % x.ndim for a in axes}
+    return quantize(x, how, axis=axis, amax_axes=[a for a in range(x.ndim) if a not in contracted])

@@ -19,13 +19,14 @@ from flax.linen.linear import _Conv
 from flax.linen.recurrent import DenseParams
 from opt_einsum.parser import parse_einsum_input
 
-from ifjax.arrays.qtensor import QTensor
+from ifjax.arrays import QTensor
 from ifjax.arrays.quantize import straight_through
 from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import OPERANDS, Rule
 from ifjax.models.sites import LOOKUP, Kernel, Seen, Walk, innermost, join_path, without_matmul
-from ifjax.products.dot_general import dot_general, no_gradient
-from ifjax.products.einsum import einsum, einsum_of_two
+from ifjax.products import dot_general, einsum
+from ifjax.products.dot_general import no_gradient
+from ifjax.products.einsum import einsum_of_two
 
 
 class Layer(NamedTuple):

@@ -1,6 +1,5 @@
 """NNX: a variable that holds packed values and reads as an array, and where a model's matmul kernels are."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -12,12 +11,12 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from ifjax.arrays.qtensor import QTensor, shardings
+from ifjax.arrays import QTensor, shardings
+from ifjax.arrays.sharding import partition_specs
 from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import Rule, first_match, training_rules
 from ifjax.models.sites import Kernel, Walk, join_path, seen_in_training, without_matmul
-from ifjax.training.product import quantized_dot_general
-from ifjax.training.recipes import Recipe, get_recipe
+from ifjax.training import Recipe, get_recipe, quantized_dot_general
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -373,8 +372,7 @@ def _spread(q: Any, value: Any) -> Any:
     """What flax puts in a variable's place and is meant for its one array, made to fit the arrays of q."""
     if isinstance(q, QTensor):
         if isinstance(value, PartitionSpec):
-            amax = None if q.amax is None else PartitionSpec(*value[: q.amax.ndim])
-            return dataclasses.replace(q, codes=value, scales=value, amax=amax)
+            return partition_specs(q, value)
         if isinstance(value, jax.ShapeDtypeStruct) and value.sharding is not None:
             return jax.tree.map(_abstract, q, shardings(q, value.sharding))
     return value

@@ -1,4 +1,4 @@
-"""Arrays of ml_dtypes, as jax.nn.scaled_matmul takes them."""
+"""Arrays of ml_dtypes' types, as jax.nn.scaled_matmul takes them: QTensors to them and back."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,42 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array
 
+from ifjax.arrays.blocking import Blocking
 from ifjax.arrays.qtensor import QTensor
-from ifjax.exchange.layouts import _E4M3, _E8M0, _is_plain_e2m1
-from ifjax.formats import Format, get_format
+from ifjax.codec.blocks import merge_blocks
+from ifjax.formats import E2M1, E4M3, E8M0, Format, get_format
+from ifjax.numerics.xla import divide
+
+_SCALES = {E4M3.dtype: E4M3, E8M0.dtype: E8M0}
+
+
+def is_plain_e2m1(fmt: Format) -> bool:
+    """Whether the format's values are E2M1 times a scale, whatever the encoder does: what NVFP4 readers decode."""
+    # How a grid rounds is the encoder's business.
+    decoding, *others = fmt.decodings
+    return not others and decoding.grid.values == E2M1.values and (decoding.step, decoding.offset) == (1.0, 0.0)
+
+
+def to_ml_dtypes(q: QTensor) -> tuple[Array, Array, Array | None]:
+    """Return (elements, scales, factor) of a format whose bytes are plain NVFP4 or MXFP4, for `jax.nn.scaled_matmul`.
+
+    Elements are float4_e2m1fn of q's shape, scales float8 [..., m, ...]; a value is element * scale * factor, where
+    factor is amax / K in float32 (None for MX). The last block keeps its filling zeros if it is not full.
+
+    Raises:
+        ValueError: the format has other elements, or marks choices in the scales' signs.
+    """
+    if not is_plain_e2m1(q.fmt) or q.fmt.scale.dtype not in _SCALES:
+        raise ValueError(
+            f"{q.fmt.name} is not E2M1 with plain scales, so no NVFP4 reader decodes it: quantize to nvfp4, "
+            "fouroversix or mxfp4"
+        )
+    elements = lax.bitcast_convert_type(q.codes, jnp.float4_e2m1fn)
+    elements = merge_blocks(jnp.moveaxis(elements, -1, q.axis), q.axis)
+    scales = lax.bitcast_convert_type(q.scales, np.dtype(q.fmt.scale.dtype))
+    return elements, scales, None if q.amax is None else divide(q.amax, q.fmt.tensor_constant(q.headroom))
 
 
 def from_ml_dtypes(
@@ -23,7 +55,7 @@ def from_ml_dtypes(
     dtype: DTypeLike = "float32",
     headroom: float = 1.0,
 ) -> QTensor:
-    """The QTensor of the arrays that `jax.nn.scaled_matmul` takes: the inverse of `ifjax.to_ml_dtypes`.
+    """Return the QTensor of the arrays that `jax.nn.scaled_matmul` takes: the inverse of `to_ml_dtypes`.
 
     Works inside jit, where signs of scales cannot be checked.
 
@@ -44,20 +76,20 @@ def from_ml_dtypes(
     Example:
         >>> import jax.numpy as jnp
         >>> import ifjax
-        >>> from ifjax.exchange import from_ml_dtypes
+        >>> from ifjax.exchange import from_ml_dtypes, to_ml_dtypes
         >>> q = ifjax.quantize(jnp.arange(32.0), "fouroversix")
-        >>> again = from_ml_dtypes(*ifjax.to_ml_dtypes(q), fmt="fouroversix")
+        >>> again = from_ml_dtypes(*to_ml_dtypes(q), fmt="fouroversix")
         >>> bool((again.codes == q.codes).all()), bool(again.amax == q.amax)
         (True, True)
     """
     elements, scales = jnp.asarray(elements), jnp.asarray(scales)
-    if elements.dtype != jnp.float4_e2m1fn or scales.dtype not in (_E4M3, _E8M0):
+    if elements.dtype != jnp.float4_e2m1fn or scales.dtype not in _SCALES:
         raise TypeError(
             "needs float4_e2m1fn elements and float8_e4m3fn or float8_e8m0fnu scales, got "
             f"{elements.dtype} and {scales.dtype}"
         )
-    fmt = get_format(fmt if fmt is not None else "nvfp4" if scales.dtype == _E4M3 else "mxfp4")
-    if not _is_plain_e2m1(fmt) or fmt.scale.dtype != scales.dtype:
+    fmt = get_format(fmt if fmt is not None else "nvfp4" if scales.dtype == E4M3.dtype else "mxfp4")
+    if not is_plain_e2m1(fmt) or fmt.scale.dtype != scales.dtype:
         raise ValueError(f"{fmt.name} is not made of float4_e2m1fn and {scales.dtype}: name a format that is, or none")
     if not -elements.ndim <= axis < elements.ndim:
         raise ValueError(f"axis {axis} is out of range for shape {elements.shape}")
@@ -74,16 +106,14 @@ def from_ml_dtypes(
     if not stored - fmt.block < length <= stored:
         raise ValueError(f"length must end in the last of the blocks of {fmt.block}, got {length} of {stored}")
     byte = lax.bitcast_convert_type(scales, jnp.uint8)
-    if fmt.scale.dtype == _E4M3 and not isinstance(byte, Tracer) and bool((byte >= 0x80).any()):
+    if fmt.scale == E4M3 and not isinstance(byte, Tracer) and bool((byte >= 0x80).any()):
         raise ValueError(f"scales with signs, which {fmt.name} does not have: IF4 marks integers so, others negate")
-    _, largest = fmt.constants(headroom)
-    if fmt.scale.largest is None:
-        if factor is not None:
-            raise ValueError(f"{fmt.name} has no tensor scale: leave factor out")
-        amax = None
-    else:
-        amax = jnp.asarray(1.0 if factor is None else factor, jnp.float32) * largest
-    return QTensor(_packed(elements, axis), scales, amax, fmt, headroom, axis, length, np.dtype(dtype), False)
+    amax = None
+    if fmt.has_tensor_scale:
+        amax = jnp.asarray(1.0 if factor is None else factor, jnp.float32) * fmt.tensor_constant(headroom)
+    elif factor is not None:
+        raise ValueError(f"{fmt.name} has no tensor scale: leave factor out")
+    return QTensor(_packed(elements, axis), byte, amax, Blocking(fmt, axis, length, np.dtype(dtype), headroom))
 
 
 @jax.jit(static_argnums=1)

@@ -1,0 +1,105 @@
+"""Indexing of quantized arrays along unblocked axes."""
+
+import operator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+
+def take(q: Any, indices: ArrayLike, axis: int) -> Any:
+    """Entries of a QTensor along an unblocked axis; see `QTensor.take`."""
+    axis = unblocked(q, axis)
+    nan = np.frombuffer(int(q.fmt.scale.nan).to_bytes(q.fmt.scale.nbytes, "little"), np.uint8)
+
+    def pick(a, fill):
+        return jnp.take(a, indices, axis=axis, mode="fill", fill_value=fill)
+
+    amax = q.amax
+    if amax is not None and axis < amax.ndim:
+        shared = (*amax.shape[:axis], *[1] * jnp.ndim(indices), *amax.shape[axis + 1 :])
+        amax = pick(amax, 0) if amax.shape[axis] > 1 or q.shape[axis] == 1 else amax.reshape(shared)
+    scales = pick(q.scales, int(nan[0]))
+    if len(nan) > 1:  # what is out of range is a header of NaN, whose bytes differ
+        missing = (jnp.asarray(indices) < -q.shape[axis]) | (jnp.asarray(indices) >= q.shape[axis])
+        missing = missing.reshape((1,) * axis + missing.shape + (1,) * (scales.ndim - axis - missing.ndim))
+        place = jnp.arange(scales.shape[q.axis]) % len(nan)
+        place = place.reshape((-1,) + (1,) * (-q.axis - 1))
+        scales = jnp.where(missing, jnp.asarray(nan)[place], scales)
+    return _picked(q, axis, pick(q.codes, 0), scales, amax)
+
+
+def index(q: Any, entries: Any) -> Any:
+    """q[entries]: integers, slices and at most one integer array or traced integer, along unblocked axes."""
+    entries = entries if isinstance(entries, tuple) else (entries,)
+    dots = [i for i, entry in enumerate(entries) if entry is Ellipsis]
+    if len(dots) > 1:
+        raise IndexError("an index can have one ellipsis at most")
+    for at in dots:
+        entries = (*entries[:at], *[slice(None)] * (q.ndim - len(entries) + 1), *entries[at + 1 :])
+    if len(entries) > q.ndim:
+        raise IndexError(f"{len(entries)} indices for a QTensor of {q.ndim} axes")
+    if sum(_is_index_array(entry) for entry in entries) > 1:
+        raise IndexError("at most one index array: take one axis after the other")
+    for axis, entry in reversed(list(enumerate(entries))):
+        q = _index(q, axis, entry)
+    return q
+
+
+def unblocked(q: Any, axis: int) -> int:
+    """The axis counted from the front.
+
+    Raises:
+        ValueError: no such axis, or blocks lie along it.
+    """
+    if not -q.ndim <= axis < q.ndim:
+        raise ValueError(f"axis {axis} is out of range for shape {q.shape}")
+    axis %= q.ndim
+    if axis - q.ndim in q.blocked_axes:
+        raise ValueError(
+            f"axis {axis} of shape {q.shape} is blocked ({q.fmt.name}, axis={q.axis}"
+            f"{', 2-D' if q.block_2d else ''}): only other axes can be indexed; dequantize first"
+        )
+    return axis
+
+
+def _index(q, axis, entry):
+    if isinstance(entry, slice):
+        if entry == slice(None):
+            return q
+        axis = unblocked(q, axis)
+    elif _is_integer(entry):
+        axis = unblocked(q, axis)
+        if not -q.shape[axis] <= operator.index(entry) < q.shape[axis]:
+            raise IndexError(f"index {entry} is out of range for axis {axis} of shape {q.shape}")
+    elif _is_index_array(entry):
+        return take(q, entry, axis)
+    else:
+        raise TypeError(f"QTensor indices are integers, slices and integer arrays, got {entry!r}")
+    at = (slice(None),) * axis + (entry,)
+    amax = q.amax
+    if amax is not None and axis < amax.ndim:
+        if amax.shape[axis] > 1 or q.shape[axis] == 1:
+            amax = amax[at]
+        elif not isinstance(entry, slice):
+            amax = amax.squeeze(axis)
+    return _picked(q, axis, q.codes[at], q.scales[at], amax)
+
+
+def _picked(q, axis, codes, scales, amax):
+    """What was picked along `axis`, which leaves any number of axes behind: q.axis counts those after it."""
+    moved = q.ndim - codes.ndim if axis > q.ndim + q.axis else 0
+    names, new = q.names, codes.ndim - q.ndim + 1
+    if names is not None and new != 1:
+        names = (*names[:axis], *[None] * new, *names[axis + 1 :])
+    return q.replaced(codes=codes, scales=scales, amax=amax, axis=q.axis + moved, names=names)
+
+
+def _is_integer(entry):
+    return hasattr(entry, "__index__") and not isinstance(entry, bool | Tracer) and np.ndim(entry) == 0
+
+
+def _is_index_array(entry):
+    return hasattr(entry, "dtype") and jnp.issubdtype(entry.dtype, jnp.integer) and not _is_integer(entry)

@@ -1,0 +1,112 @@
+"""The encoder with feedback: each row of a block is rounded with what the rows before it left (see `ifjax.gptq`)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ifjax.codec.blocks import pick, tree, unstack
+from ifjax.codec.decode import decode
+from ifjax.codec.encode import (
+    Encoding,
+    block_peaks,
+    choose,
+    codes_of,
+    decoded_place,
+    inverse_for,
+    one_for_each_decoding,
+    wanted_payload,
+)
+from ifjax.codec.headers import TensorScale
+from ifjax.codec.losses import squared
+from ifjax.codec.search import best_trial, word_parts
+
+
+class FeedbackBlock(NamedTuple):
+    """A block with blocks along axis 0; columns N stand for all other axes.
+
+    Attributes:
+        x: float32 [B, N]: the block with what earlier blocks left, in units of the tensor's power.
+        w: float32 [B, N]: the block itself, in the same units.
+        within: float32 [B, B], strictly lower triangular: what a row gets of the errors of the rows before it.
+        weight: float32 [B]: of each row's squared error.
+        unit: float32 []: the power of two that errors are reckoned in.
+    """
+
+    x: jax.Array
+    w: jax.Array
+    within: jax.Array
+    weight: jax.Array
+    unit: jax.Array
+
+
+def encode_block(
+    step: FeedbackBlock, tensor: TensorScale | None, how: Encoding, own_loss: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """uint8 codes [B, N], int32 headers [N], and errors w - q [B, N] of what they decode to.
+
+    With `own_loss` the header is chosen by the weighted errors of all rows with the feedback between them; else by
+    `how.loss` of the block as it stands when its first row is reached.
+    """
+    fmt = how.fmt
+    peaks, runs = block_peaks(step.x, -2, how)
+    if own_loss:
+        own = [wanted_payload(c, peaks, runs, tensor, fmt, 1.0) for c in fmt.candidates]
+
+        def loss_of(i, payload, own, multiplier):
+            terms = _weighted_errors(step, payload, own, multiplier, tensor, how, i)
+            return tree(jnp.add, unstack(terms, 0))
+
+        word = jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, loss_of, fmt, how.search))
+    else:
+        word = choose(step.x, peaks, runs, tensor, None, how, -2)
+    header, _, own, multiplier = word_parts(word, fmt)
+    codes, errors = _codes(step, header, own, multiplier, tensor, how)
+    return codes, header, errors
+
+
+def with_feedback(w: jax.Array, feedback: jax.Array) -> jax.Array:
+    """w + feedback, and w itself where there is none: adding 0 would flush subnormals and drop the sign of -0."""
+    return jnp.where(feedback == 0, w, w + feedback)
+
+
+def _weighted_errors(step, payload, own, multiplier, tensor, how, i):
+    """Weighted squared errors [B, N] of candidate i with payloads [N], one row after the other."""
+    fmt = how.fmt
+
+    def next_row(errors, at):
+        x = _row(step, errors, at)
+        inverse = inverse_for(payload, own, multiplier, at, tensor, how)
+        scale = fmt.scale.decode(payload, at)
+        x, decoded = decoded_place(x, None, inverse, scale, tensor, fmt.candidates[i], fmt, 1.0)
+        errors = errors.at[at].set(_finite(step.w[at] - decoded))
+        return errors, squared((decoded - x) * step.unit) * step.weight[at]
+
+    return lax.scan(next_row, jnp.zeros_like(step.x), jnp.arange(fmt.block))[1]
+
+
+def _codes(step, header, own, multiplier, tensor, how):
+    """uint8 codes [B, N] for the chosen headers, and errors w - q [B, N] of what they decode to."""
+    fmt = how.fmt
+    selector, payload = fmt.split(header)
+    amax = None if tensor is None else tensor.amax.reshape(())
+    candidates = one_for_each_decoding(fmt)
+
+    def next_row(errors, at):
+        x = _row(step, errors, at)
+        inverse = inverse_for(payload, own, multiplier, at, tensor, how)
+        codes = pick(selector, codes_of(x, None, inverse, 1, candidates, fmt))
+        decoded = decode(codes, header, fmt, place=at, amax=amax)
+        return errors.at[at].set(_finite(step.w[at] - decoded)), codes.astype(jnp.uint8)
+
+    errors, codes = lax.scan(next_row, jnp.zeros_like(step.x), jnp.arange(fmt.block))
+    return codes, errors
+
+
+def _row(step, errors, at):
+    return with_feedback(step.x[at], jnp.dot(step.within[at], errors, precision=lax.Precision.HIGHEST))
+
+
+def _finite(error):
+    return jnp.where(jnp.isfinite(error), error, 0)

@@ -1,0 +1,63 @@
+"""Headers of blocks: bytes in arrays, words in arithmetic; and the tensor's own scale."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks, unstack
+
+
+def header_words(scales: jax.Array, nbytes: int, axis: int) -> jax.Array:
+    """uint8 [..., m * W, ...] -> int32 [..., m, ...]: the headers of blocks whose bytes follow one another."""
+    if nbytes == 1:
+        return scales.astype(jnp.int32)
+    parts = unstack(split_blocks(scales, nbytes, axis).astype(jnp.int32), axis)
+    return sum((part << (8 * i) for i, part in enumerate(parts[1:], 1)), parts[0])
+
+
+def header_bytes(words: jax.Array, nbytes: int, axis: int) -> jax.Array:
+    """int32 [..., m, ...] -> uint8 [..., m * W, ...], lowest byte first; higher bits of the words are dropped."""
+    if nbytes == 1:
+        return words.astype(jnp.uint8)
+    parts = [(lax.shift_right_logical(words, np.int32(8 * i)) & 0xFF).astype(jnp.uint8) for i in range(nbytes)]
+    return merge_blocks(jnp.stack(parts, axis=words.ndim + 1 + axis), axis)
+
+
+class TensorScale(NamedTuple):
+    """The tensor-wide scale, in units in which no product of the codec overflows or is flushed to zero.
+
+    x * power has the absolute maximum `amax`.
+    """
+
+    power: jax.Array
+    amax: jax.Array
+
+
+def normalized(amax: jax.Array, ndim: int) -> TensorScale:
+    """The scale of an encoder: `power` is the power of two that brings amax to [1, 2), so that losses neither
+    underflow nor overflow, and so that multiplying a tensor by a power of two changes neither codes nor choices.
+
+    `amax` is float32, of the shape of leading axes; it broadcasts against `ndim` axes.
+    """
+    exponent = (bits_of(amax) >> 23) - 127
+    # 2^127 has no normal reciprocal. Zero stays as it is.
+    power = as_float((127 - jnp.clip(exponent, -126, 126)) << 23)
+    return _scaled(amax, jnp.where(amax > 0, power, 1), ndim)
+
+
+def safe(amax: jax.Array, ndim: int) -> TensorScale:
+    """The scale of a decoder: `power` is 1 but for tensors near the ends of float32's range.
+
+    From 2^113 on, amax * 448 * 28 overflows; below 2^-100, a reciprocal does or is flushed. Multiplying by a power of
+    two changes no other bit.
+    """
+    power = jnp.where(amax < np.float32(2.0**-100), np.float32(2.0**64), np.float32(1))
+    return _scaled(amax, jnp.where(amax >= np.float32(2.0**113), np.float32(2.0**-64), power), ndim)
+
+
+def _scaled(amax, power, ndim):
+    shape = amax.shape + (1,) * (ndim - amax.ndim)
+    return TensorScale(power.reshape(shape), (amax * power).reshape(shape))

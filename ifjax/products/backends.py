@@ -1,0 +1,361 @@
+"""Backends of products with packed weights: which device has which, as records, and the layouts that they read.
+
+The only importer of `pallas_kernels`, and only when a kernel is asked for.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from ifjax.arrays import Blocking, QTensor
+from ifjax.arrays.ml_dtypes import is_plain_e2m1, to_ml_dtypes
+from ifjax.codec.blocks import pad_axis
+from ifjax.formats import E4M3, E8M0, Format
+from ifjax.lookup import Registry
+from ifjax.numerics.packing import pack
+from ifjax.numerics.xla import divide
+
+
+class Kernel(Protocol):
+    """What a backend's module offers: products of float rows with one packed matrix W [N, K].
+
+    Weights are sign-magnitude nibbles uint8 [N, K] and scale bytes uint8 [N, K / block]; a `decoding` says what they
+    mean (see `pallas_kernels.decoding.Decoding`).
+    """
+
+    def supports(self, decoding: Any, dtype: Any, *, m: int) -> str | None:
+        """Why `matmul` cannot take m rows of this dtype; None if it can."""
+
+    def pack(self, nibbles: jax.Array, scales: jax.Array, decoding: Any) -> tuple[jax.Array, jax.Array]:
+        """The arrays that `matmul` reads."""
+        ...
+
+    def unpack(
+        self, words: jax.Array, scales: jax.Array, n: int, k: int, decoding: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The inverse of `pack`."""
+        ...
+
+    def matmul(
+        self, x: jax.Array, words: jax.Array, scales: jax.Array, factor: jax.Array, *, n: int, k: int, decoding: Any,
+        out_dtype: Any,
+    ) -> jax.Array:  # fmt: skip
+        """x [M, k] @ W.T * factor."""
+        ...
+
+
+class PairKernel(Protocol):
+    """What a backend's module offers for products of two QTensors."""
+
+    def supports(self, a: QTensor, b: QTensor, dims: Any) -> str | None:
+        """Why `matmul` cannot take this product; None if it can."""
+
+    def matmul(self, a: QTensor, b: QTensor, dtype: Any) -> jax.Array:
+        """The product of the matrices along their blocks."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A kernel for products with packed operands, and the devices that it is for.
+
+    Attributes:
+        name: as `impl=` takes it.
+        platform: JAX's name of the platform that it compiles for: "cuda", "tpu", "cpu".
+        devices: a regular expression, found in the device kinds that it is for, as JAX spells them and as people do.
+        load: gives the module, a `Kernel`; or a `PairKernel`, if `pairs`.
+        pairs: whether it multiplies two QTensors instead of an array with one.
+    """
+
+    name: str
+    platform: str
+    devices: str
+    load: Callable[[], Any]
+    pairs: bool = False
+
+
+def _hopper():
+    from pallas_kernels import gpu_matmul
+
+    return gpu_matmul
+
+
+def _tpu():
+    from pallas_kernels import tpu_matmul
+
+    return tpu_matmul
+
+
+class _ScaledMatmul:
+    """`jax.nn.scaled_matmul` of two NVFP4 matrices."""
+
+    @staticmethod
+    def supports(a, b, dims):
+        if not (isinstance(a, QTensor) and isinstance(b, QTensor)):
+            return "it multiplies two QTensors"
+        for q, contracted, batch in ((a, dims.x_contracted, dims.x_batch), (b, dims.q_contracted, dims.q_batch)):
+            if not is_plain_e2m1(q.fmt) or q.fmt.scale != E4M3 or q.fmt.block != 16 or q.amax is None:
+                return f"it reads plain NVFP4, and {q.fmt.name} has other elements, scales or marks in their signs"
+            if q.ndim != 2 or q.amax.ndim or batch or contracted != (2 + q.axis,):
+                return "it multiplies matrices with one amax along their blocks"
+        return None
+
+    @staticmethod
+    def matmul(a, b, dtype):
+        (x, x_scales, x_factor), (w, w_scales, w_factor) = map(to_ml_dtypes, (a, b))
+        arrays = (a, x), (b, w), (a, x_scales), (b, w_scales)
+        batches = [jnp.moveaxis(array, q.axis, -1)[None] for q, array in arrays]
+        y: Any = jax.nn.scaled_matmul(*batches, preferred_element_type=np.float32)[0]
+        return (y * x_factor * w_factor).astype(dtype)
+
+
+BACKENDS: Registry[Backend] = Registry(
+    "impl", Backend, "ifjax.products.BACKENDS",
+    (
+        Backend("hopper", "cuda", r"\bG?H(100|200|800|20)\b", _hopper),
+        Backend("tpu", "tpu", r"\bv[56] ?(lite|e)\b", _tpu),
+        Backend("scaled_matmul", "cuda", r"\bG?B[123]00\b", _ScaledMatmul, pairs=True),
+    ),
+)  # fmt: skip
+
+
+def backend_for(device: str) -> Backend | None:
+    """The backend for a device kind."""
+    return next((backend for backend in BACKENDS.values() if re.search(backend.devices, device)), None)
+
+
+def device_kind(target: str | None, platform: str | None = None) -> str:
+    """The device kind to compile for. A platform without a target stands for devices of no particular kind."""
+    if target is not None:
+        return target
+    device = jax.devices()[0]
+    named = {"gpu": "cuda"}.get(device.platform, device.platform)
+    return device.device_kind if platform in (None, named) else platform
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Prepacked:
+    """A QTensor in the layout that a kernel reads. Made by `prepack`, for products; a pytree like QTensor.
+
+    Attributes:
+        words, scales: the kernel's arrays, after any leading axes (layers of `lax.scan`).
+        amax: as in QTensor.
+        backend: the name of the backend.
+        blocking: as in QTensor.
+        matrix: shape of the array, leading axes aside.
+        rank: number of axes of `words` for one matrix.
+    """
+
+    words: jax.Array
+    scales: jax.Array
+    amax: jax.Array | None
+    backend: str
+    blocking: Blocking
+    matrix: tuple[int, ...]
+    rank: int
+
+    @property
+    def fmt(self) -> Format:
+        """The format's record."""
+        return self.blocking.fmt
+
+    @property
+    def axis(self) -> int:
+        """The blocked axis, negative."""
+        return self.blocking.axis
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the original array."""
+        return self.blocking.dtype
+
+    @property
+    def headroom(self) -> float:
+        """As in QTensor."""
+        return self.blocking.headroom
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that this stands for."""
+        return self.words.shape[: self.words.ndim - self.rank] + self.matrix
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays together."""
+        return sum(a.nbytes for a in jax.tree.leaves(self))
+
+    def unpack(self) -> QTensor:
+        """Return the QTensor that this was made of."""
+        unpack = functools.partial(_unpack, like=self)
+        for _ in range(self.words.ndim - self.rank):
+            unpack = jax.vmap(unpack)
+        codes, scales = unpack(self.words, self.scales)
+        return QTensor(codes, scales, self.amax, self.blocking)
+
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
+        """Return the values, as `QTensor.dequantize` gives them."""
+        return self.unpack().dequantize(dtype)
+
+    def __repr__(self) -> str:
+        return f"Prepacked({self.fmt.name}, {'x'.join(map(str, self.matrix))}, for {self.backend})"
+
+
+jax.tree_util.register_dataclass(
+    Prepacked, data_fields=["words", "scales", "amax"], meta_fields=["backend", "blocking", "matrix", "rank"]
+)
+
+
+def prepack(q: QTensor, target: str | None = None) -> Prepacked:
+    """Arrange q in the layout of the kernel for a device kind, still packed: once, when weights are loaded.
+
+    `Prepacked.unpack` is the exact inverse for everything that `quantize` writes. Products take the result directly;
+    without it they arrange the weights anew at each call. Leading axes with an amax of their own (layers) stay.
+
+    Args:
+        q: blocked along the axis that products will contract, in a 4-bit format.
+        target: the device kind, such as "H200" or "TPU v6e"; the first device's unless given.
+
+    Raises:
+        TypeError: q is no QTensor.
+        ValueError: there is no kernel for the device kind, or it cannot hold the format.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import ifjax
+        >>> ifjax.prepack(ifjax.quantize(jnp.ones((256, 512))), "H200")
+        Prepacked(if4, 256x512, for hopper)
+    """
+    if not isinstance(q, QTensor):
+        raise TypeError(f"prepack needs a QTensor, got {type(q).__name__}: make one with ifjax.quantize")
+    target = device_kind(target)
+    backend = backend_for(target)
+    if backend is None or backend.pairs:
+        raise ValueError(f"no kernel for {target!r} has a layout of its own: products take the QTensor itself there")
+    lead = 0 if q.amax is None else q.amax.ndim
+    if decoding_of(q.fmt) is None or q.ndim - lead < 2:
+        raise ValueError(f"{backend.name} multiplies by matrices of 4-bit codes, got {q!r}: products take it as it is")
+    return _prepack(q, backend.name)
+
+
+# Kernels' names of scales, and the scales.
+_KERNEL_SCALES = {E4M3: "e4m3", E8M0: "e8m0"}
+
+
+@functools.lru_cache
+def decoding_of(fmt: Format) -> Any:
+    """The format as kernels know formats, a `Decoding`; None where they cannot."""
+    from pallas_kernels import decoding
+
+    # Multipliers are the smallest integers in proportion to the steps: 7 and 6 for 1 and 6/7.
+    steps, common = _fractions(fmt), common_multiple(fmt)
+    exact = all(np.float32(float(a)) == np.float32(d.step) for a, d in zip(steps, fmt.decodings, strict=True))
+    magnitudes = [d.grid.magnitudes for d in fmt.decodings]
+    plain = not any(d.offset for d in fmt.decodings) and all(magnitudes)
+    if fmt.bits != 4 or not exact or not plain or fmt.scale not in _KERNEL_SCALES:
+        return None
+    try:
+        multipliers = tuple(int(step * common) for step in steps)
+        return decoding.Decoding(tuple(magnitudes), multipliers, _KERNEL_SCALES[fmt.scale], fmt.block)  # pyright: ignore
+    except ValueError:
+        return None
+
+
+def common_multiple(fmt: Format) -> int:
+    """What the multipliers of `decoding_of` have to be divided by."""
+    return math.lcm(*(step.denominator for step in _fractions(fmt)))
+
+
+def _fractions(fmt: Format) -> list[Fraction]:
+    """The steps as the simple fractions that they stand for."""
+    return [Fraction(d.step).limit_denominator(16) for d in fmt.decodings]
+
+
+@jax.jit(static_argnums=1)
+def _prepack(q, backend):
+    lead = 0 if q.amax is None else q.amax.ndim
+    kernel = BACKENDS[backend].load()
+
+    def of_matrix(codes, scales):
+        codes, scales = (_rows(a, q.axis) for a in (codes, scales))
+        return kernel.pack(_flip(codes, scales, q.fmt), scales, decoding_of(q.fmt))
+
+    for _ in range(lead):
+        of_matrix = jax.vmap(of_matrix)
+    # Whole blocks: the last one's filling zeros too.
+    words, scales = of_matrix(q.replaced(length=_filled(q)).unpacked_codes(), q.scales)
+    return Prepacked(words, scales, q.amax, backend, q.blocking, q.shape[lead:], words.ndim - lead)
+
+
+def _filled(q):
+    """The length of the blocked axis with the last block's filling zeros."""
+    return -(-q.shape[q.axis] // q.fmt.block) * q.fmt.block
+
+
+def _unblocked_lengths(q: Prepacked) -> tuple[int, ...]:
+    """The lengths of the matrix's other axes, whose product is N."""
+    return tuple(n for i, n in enumerate(q.matrix) if i != len(q.matrix) + q.axis)
+
+
+def _rows(a, axis):
+    """[..., K, ...] -> [N, K]"""
+    a = jnp.moveaxis(a, axis, -1)
+    return a.reshape(-1, a.shape[-1])
+
+
+def _flip(codes, scales, fmt: Format):
+    """Between two's complement and sign-magnitude, its own inverse: negative codes of integer grids are negated."""
+    selector, _ = fmt.split(scales.astype(jnp.int32))
+    if isinstance(selector, int):
+        applies = fmt.grid.is_twos_complement
+    else:
+        selector = jnp.repeat(selector, fmt.block, axis=-1)[..., : codes.shape[-1]]
+        applies = functools.reduce(
+            jnp.logical_or, [selector == i for i, d in enumerate(fmt.decodings) if d.grid.is_twos_complement], False
+        )
+    half = 2 ** (fmt.bits - 1)
+    return jnp.where(applies & (codes > half), 3 * half - codes, codes).astype(jnp.uint8)
+
+
+def _unpack(words, scales, like: Prepacked):
+    """One matrix's canonical packed codes and scales."""
+    rest, kernel = _unblocked_lengths(like), BACKENDS[like.backend].load()
+    codes, scales = kernel.unpack(words, scales, math.prod(rest), _filled(like), decoding_of(like.fmt))
+    codes = pack(_flip(codes, scales, like.fmt), like.fmt.bits)
+    return tuple(jnp.moveaxis(a.reshape(*rest, -1), -1, like.axis) for a in (codes, scales))
+
+
+def kernel_product(rows: jax.Array, q: QTensor | Prepacked, backend: str, dtype: Any, out_dtype: Any) -> jax.Array:
+    """rows [..., K], multiplied as `dtype`, times q along its blocked axis: [..., q's other axes]."""
+    q = _prepack(q, backend) if isinstance(q, QTensor) else q
+    k = _filled(q)
+    rest = _unblocked_lengths(q)
+    rows_of_k = pad_axis(rows, k, -1).reshape(-1, k).astype(dtype)
+    factor = divide(np.float32(1) if q.amax is None else factor_of(q), np.float32(common_multiple(q.fmt)))
+    # All kernels write these two types.
+    written = np.dtype(jnp.bfloat16 if out_dtype == jnp.bfloat16 else np.float32)
+    y = BACKENDS[backend].load().matmul(
+        rows_of_k, q.words, q.scales, factor, n=math.prod(rest), k=k, decoding=decoding_of(q.fmt), out_dtype=written
+    )
+    return y.reshape(*rows.shape[:-1], *rest).astype(out_dtype)
+
+
+def factor_of(q: Any) -> jax.Array:
+    """amax / K of a QTensor or a prepacked one: what its unscaled values are to be multiplied by."""
+    return divide(q.amax, q.fmt.tensor_constant(q.headroom))
