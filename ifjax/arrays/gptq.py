@@ -32,7 +32,7 @@ from ifjax.codec import Encoding, Loss, Search
 from ifjax.codec.blocks import pad_axis, split_blocks
 from ifjax.codec.encode import amax_of
 from ifjax.codec.feedback import FeedbackBlock, encode_block, with_feedback
-from ifjax.codec.headers import TensorScale, header_bytes, normalized
+from ifjax.codec.headers import header_bytes, normalized, power_near
 from ifjax.formats import Format
 from ifjax.numerics.packing import pack
 
@@ -148,11 +148,11 @@ def _gptq(w, factor, order, *, how, axis, own_loss):
     columns = jnp.moveaxis(w, axis, 0).astype(jnp.float32)
     blocks = split_blocks(columns.reshape(k, -1), block, -2)[order]  # [m, B, N]
     amax = amax_of(jnp.where(jnp.isfinite(blocks), jnp.abs(blocks), 0), ())
-    power, normal = normalized(amax, 1)
-    unit, tensor = power.reshape(()), None
+    unit, tensor = power_near(amax), None
     if fmt.has_tensor_scale:
         # From here on all is in units of the power, which then is 1.
-        blocks, unit, tensor = blocks * unit, jnp.float32(1), TensorScale(jnp.ones_like(power), normal)
+        tensor = normalized(amax * unit, fmt.tensor_constant(), 1)
+        blocks, unit = blocks * unit, jnp.float32(1)
 
     r = jnp.diagonal(factor)
     lower = (factor / r[None]).T.reshape(*blocks.shape[:2], len(factor))  # [m, B, m B]

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from ifjax.codec import ROUNDINGS, Rounding
 from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks
-from ifjax.codec.headers import normalized
+from ifjax.codec.headers import power_near
 from ifjax.formats import E4M3, Candidate, Format, get_format
 from ifjax.numerics.hadamard import SIZES, hadamard
 from ifjax.numerics.xla import divide
@@ -116,7 +116,8 @@ def _rounded(z, noise, amax, *, fmt, axis, size):
     peaks = jnp.max(jnp.abs(z), axis, keepdims=True, initial=0)
     if amax is None:
         amax = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0), initial=0)
-    power, amax = normalized(amax, z.ndim)  # keeps `unit` from being subnormal
+    power = power_near(amax)  # keeps `unit` from being subnormal
+    amax = amax * power
     peak = np.float32(fmt.grid.max / _PEAK_OVER)
     unit = jnp.where(amax > 0, divide(divide(amax, np.float32(_LARGEST_SCALE)), peak), 1)
     byte = fmt.scale.encode(divide(divide(peaks * power, peak), unit))

@@ -321,11 +321,12 @@ def _values(q, amax):
         # [..., m, groups of a block, codes of a group, ...]: decoded in the groups they were packed in.
         packed = split_blocks(q.codes, packed_length(block, fmt.bits), axis)
         codes, headers = unpack(packed, fmt.bits, axis), jnp.expand_dims(headers, axis)
-        place = jnp.arange(block, dtype=jnp.int32).reshape(codes.shape[at + 1], codes.shape[at + 2], *[1] * (-axis - 1))
+        shape = codes.shape[at + 1 : at + 3]
     else:
         codes = merge_blocks(unpack(q.codes, fmt.bits, axis), axis)
         codes = split_blocks(crop(codes, q.blocks * block, axis), block, axis)
-        place = jnp.arange(block, dtype=jnp.int32).reshape(block, *[1] * (-axis - 1))
+        shape = (block,)
+    place = jnp.arange(block, dtype=jnp.int32).reshape(*[1] * (at + 1), *shape, *[1] * (-axis - 1))
     if amax is not None and amax.ndim > at:
         amax = jnp.expand_dims(amax, range(at + 1, at + 1 + codes.ndim - q.ndim))
     values = decode(codes, headers, fmt, place=place, amax=amax, headroom=q.headroom)

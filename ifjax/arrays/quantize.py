@@ -237,9 +237,8 @@ def _fake_quantize(x, key, amax, *, how, axis, amax_axes, clipped):
     encoded = functools.partial(_encoded, how=how, axis=axis, amax_axes=amax_axes)
     codes, scales, amax = opaque(encoded, x, key, amax)
     headers = jnp.expand_dims(header_words(scales, fmt.scale.nbytes, axis), axis)
-    place = jnp.arange(fmt.block, dtype=jnp.int32).reshape(-1, *[1] * (-axis - 1))
-    at = x.ndim + axis
-    wide = amax
+    at, wide = x.ndim + axis, amax
+    place = jnp.arange(fmt.block, dtype=jnp.int32).reshape(*[1] * (at + 1), -1, *[1] * (-axis - 1))
     if amax is not None and amax.ndim > at:
         wide = jnp.expand_dims(amax, at + 1)
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 
@@ -108,4 +107,4 @@ def as_float(bits: jax.Array) -> jax.Array:
 
 def magnitude_bits(bits: jax.Array) -> jax.Array:
     """Bits without the sign: integers that are ordered as the magnitudes are."""
-    return bits & np.int32(0x7FFFFFFF)
+    return lax.bitwise_and(bits, lax.full_like(bits, 0x7FFFFFFF))

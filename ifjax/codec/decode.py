@@ -56,10 +56,15 @@ def grid_values(codes: jax.Array, decoding: Decoding) -> jax.Array:
     return values + np.float32(decoding.offset) if decoding.offset else values
 
 
-def scaled(values: jax.Array, scale: jax.Array, step: Any, tensor: TensorScale | None, divisor: Any) -> jax.Array:
-    """((values * scale) * amax) * step / divisor, each operation rounded once; in units of `tensor`."""
+def scaled(
+    values: jax.Array, scale: jax.Array, step: Any, tensor: TensorScale | None, divisor: Any, *, varies: bool = False
+) -> jax.Array:
+    """((values * scale) * amax) * step / divisor, each operation rounded once; in units of `tensor`.
+
+    `varies`: see `ifjax.numerics.xla.divide`.
+    """
     d = values * scale
     d = d if tensor is None else d * tensor.amax
     # A step of 1 is left out, not multiplied by, only where that is known beforehand.
     d = d if isinstance(step, float) and step == 1 else d * step
-    return d if tensor is None else divide(d, divisor)
+    return d if tensor is None else divide(d, divisor, varies=varies)

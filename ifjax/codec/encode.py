@@ -31,12 +31,12 @@ from ifjax.codec.blocks import (
     unstack,
 )
 from ifjax.codec.decode import scaled
-from ifjax.codec.headers import header_bytes, normalized
+from ifjax.codec.headers import header_bytes, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss, Loss, get_loss
 from ifjax.codec.rounding import NEAREST, ROUNDINGS, Rounding
 from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
 from ifjax.formats import Candidate, Format, get_format
-from ifjax.numerics.xla import divide, materialize
+from ifjax.numerics.xla import depending_on, divide, materialize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +100,15 @@ def reference(x: jax.Array, fmt: Format, amax: jax.Array | None = None) -> tuple
     The algorithm, to be read and to test the encoder against. `amax` is that of the tensor; x's own unless given.
     """
     peak = jnp.max(jnp.abs(x))
-    tensor = normalized(peak if amax is None else amax, 0) if fmt.has_tensor_scale else None
+    amax, constant = peak if amax is None else amax, fmt.tensor_constant()
+    tensor = normalized(amax, constant, 0) if fmt.has_tensor_scale else None
     power = 1 if tensor is None else tensor.power
     best: Any = None
     for candidate in fmt.candidates:
         runs = [list(jnp.max(jnp.abs(x.reshape(-1, run)), axis=1)) for run in fmt.scale.runs]
         payload = wanted_payload(candidate, bits_of(peak), runs, tensor, fmt, 1.0)
         place = jnp.arange(fmt.block)
-        scale, inverse = fmt.scale.decode(payload, place), _inverse(payload, place, tensor, fmt, 1.0)
+        scale, inverse = fmt.scale.decode(payload, place), _inverse(payload, place, tensor, fmt)
         (codes,) = codes_of(x, None, inverse, power, [candidate], fmt)
         values = candidate.grid.decode(codes) + np.float32(candidate.offset)
         decoded = scaled(values, scale, candidate.step, tensor, fmt.tensor_constant())
@@ -149,7 +150,7 @@ def encode(
     else:
         if amax is None:
             amax = amax_of(as_float(magnitude_bits(peaks)), amax_axes)
-        tensor = normalized(amax, peaks.ndim)
+        tensor = normalized(amax, fmt.tensor_constant(how.headroom), peaks.ndim)
     encoded = functools.partial(_encode_in_stages, how=how, axis=axis)
     # With one candidate nothing is chosen, and stages without boundaries are one pass already.
     plain = isinstance(how.loss, BlockLoss) and not (how.block_2d or how.search or fmt.scale.runs or fmt.ties == "last")
@@ -174,16 +175,16 @@ def _encode_in_stages(blocks, peaks, runs, tensor, noise, how, axis):
     """uint8 codes [..., m, B, ...] and int32 headers [..., m, ...]: the choice, then the codes of what it took."""
     fmt = how.fmt
 
-    def chosen(blocks, peaks, runs, tensor, noise):
-        return choose(blocks, peaks, runs, tensor, noise, how, axis)
-
     def inverse_of(word, tensor, place: Any = 0):
         header, _, own, multiplier = word_parts(word, fmt)
         return inverse_for(fmt.split(header)[1], own, multiplier, place, tensor, how)
 
-    word = materialize(chosen, blocks, peaks, runs, tensor, noise)
-    # One for each place if the scale has several factors: then as each place is encoded.
-    inverse = None if fmt.scale.runs else materialize(inverse_of, word, tensor)
+    def chosen(blocks, peaks, runs, tensor, noise):
+        word = choose(blocks, peaks, runs, tensor, noise, how, axis)
+        # One inverse for each place if the scale has several factors: then as each place is encoded.
+        return word, None if fmt.scale.runs else inverse_of(word, tensor)
+
+    word, inverse = materialize(chosen, blocks, peaks, runs, tensor, noise)
 
     def codes_of_blocks(blocks, word, inverse, tensor, noise):
         word, inverse, tensor = insert_axis((word, inverse, tensor), axis)
@@ -218,12 +219,13 @@ def _encode_in_one_pass(blocks, peaks, runs, tensor, noise, how, axis):
         """(payload, loss, header, words of codes) of candidate i."""
         # The NaN payload makes zeros of the codes, and NaN of the losses, so that no other candidate is taken.
         payload = jnp.where(peaks < 0, fmt.scale.nan, wanted_payload(candidate, peaks, runs, tensor, fmt, how.headroom))
-        scale, inverse = fmt.scale.decode(payload), _inverse(payload, 0, tensor, fmt, how.headroom)
+        scale, inverse = fmt.scale.decode(payload), _inverse(payload, 0, tensor, fmt)
+        divisor = fmt.tensor_constant(how.headroom)
         inverse, scale, wide = insert_axis((inverse, scale, tensor), axis)
         power = 1 if wide is None else wide.power
         terms, words = [], []
         for x, r in zip(xs, jnp.split(noise[i], len(xs), axis) if noise else [None] * len(xs), strict=True):
-            x_scaled, decoded = decoded_place(x, r, inverse, scale, wide, candidate, fmt, how.headroom)
+            x_scaled, decoded = decoded_place(x, r, inverse, scale, wide, divisor, candidate, fmt)
             terms.append(term(_error(x_scaled, decoded, unit)))
             (codes,) = codes_of(x, r, inverse, power, [candidate], fmt)
             words.append(tree(jnp.bitwise_or, unstack(codes << shifts, axis)))
@@ -250,14 +252,14 @@ def block_peaks(blocks, axis, how):
     infinity = np.int32(0x7F800000)
     poison = infinity + 1 if how.fmt.saturates else infinity
     bits = [magnitude_bits(bits_of(x)) for x in places(blocks, axis)]
-    kept = [jnp.where(b < poison, b, 0) for b in bits]
-    peak = tree(jnp.maximum, kept)
-    runs = [[tree(jnp.maximum, kept[i : i + n]) for i in range(0, len(kept), n)] for n in how.fmt.scale.runs]
-    poisoned = (tree(jnp.maximum, bits) >= poison).astype(jnp.int32)
+    kept = [lax.select(lax.lt(b, lax.full_like(b, poison)), b, lax.full_like(b, 0)) for b in bits]
+    peak = tree(lax.max, kept)
+    runs = [[tree(lax.max, kept[i : i + n]) for i in range(0, len(kept), n)] for n in how.fmt.scale.runs]
+    poisoned = (tree(lax.max, bits) >= poison).astype(jnp.int32)
     if how.block_2d:
         square = -3 - axis
         parts = [unstack(split_blocks(a, len(bits), square), square) for a in (peak, poisoned)]
-        peak, poisoned = (repeat(tree(jnp.maximum, part), len(bits), square) for part in parts)
+        peak, poisoned = (repeat(tree(lax.max, part), len(bits), square) for part in parts)
     return peak | (poisoned << 31), runs
 
 
@@ -286,35 +288,30 @@ def wanted_payload(candidate: Candidate, peaks, runs, tensor, fmt, headroom):
             # Not below the smallest normal number, which a platform may flush: it has the payload of all smaller ones.
             scale = jnp.where(peak > 0, jnp.maximum(divide(peak, quantum), np.float32(2.0**-126)), 0)
         else:
-            scale = divide(peak * tensor.power, quantum) * divide(fmt.tensor_constant(headroom), tensor.amax)
-            scale = jnp.where(tensor.amax > 0, scale, 0)
+            scale = divide(peak * tensor.power, quantum) * tensor.ratio
         return scale if candidate.scale_multiplier == 1 else scale * np.float32(candidate.scale_multiplier)
 
     payload = fmt.scale.encode(wanted(peaks), *[[wanted(part) for part in run] for run in runs])
     return jnp.maximum(payload, 1) if fmt.prevent_zero else payload
 
 
-def _inverse(payload, place, tensor, fmt, headroom):
+def _inverse(payload, place, tensor, fmt):
     """What takes x, times the tensor's power, to units of the first grid; 0 for blocks whose scale is zero or NaN."""
     if tensor is None:
         return fmt.scale.inverse(payload, place)
-    return _reciprocal(_tensor_unit(tensor, fmt, headroom) * fmt.scale.decode(payload, place))
+    return _reciprocal(tensor.unit * fmt.scale.decode(payload, place))
 
 
 def inverse_for(payload, own, multiplier, place, tensor, how):
     """The same, of blocks that may round with a multiple of their own scale (see `Search.multipliers`)."""
     fmt = how.fmt
-    inverse = _inverse(payload, place, tensor, fmt, how.headroom)
+    inverse = _inverse(payload, place, tensor, fmt)
     if multiplier is None or how.search is None or how.search.multipliers is None:
         return inverse
     factors = jnp.asarray((1.0, *how.search.multipliers), jnp.float32)[multiplier]
     scale = fmt.scale.decode(own, place) * factors
-    unit = 1 if tensor is None else _tensor_unit(tensor, fmt, how.headroom)
+    unit = 1 if tensor is None else tensor.unit
     return jnp.where(multiplier > 0, _reciprocal(unit * scale), inverse)
-
-
-def _tensor_unit(tensor, fmt, headroom):
-    return divide(1.0, divide(fmt.tensor_constant(headroom), tensor.amax))
 
 
 def _reciprocal(scale):
@@ -355,18 +352,23 @@ def one_for_each_decoding(fmt: Format):
 # --- the loss of a block ---------------------------------------------------------------------------------------------
 
 
-@jax.jit(static_argnames=("candidate", "fmt", "headroom"))  # traced once for all places
-def decoded_place(x, r, inverse, scale, tensor, candidate, fmt, headroom):
-    """x and what it decodes to, in units of `tensor`."""
+@jax.jit(static_argnames=("candidate", "fmt"))  # traced once for all places
+def decoded_place(x, r, inverse, scale, tensor, divisor, candidate, fmt):
+    """x and what it decodes to, in units of `tensor`; `divisor` is K, or from `divisor_of` in the shape of x."""
     x = x if tensor is None else x * tensor.power
     v = candidate.grid.round(_to_grid(x * inverse, candidate, fmt), r)
     v = v + np.float32(candidate.offset) if candidate.offset else v
-    return x, scaled(v, scale, candidate.step, tensor, fmt.tensor_constant(headroom))
+    return x, scaled(v, scale, candidate.step, tensor, divisor, varies=divisor is not None and divisor.ndim > 0)
+
+
+def divisor_of(scale, tensor, fmt, headroom):
+    """K for each of the scales, which no compiler can know beforehand; None without a tensor scale."""
+    return None if tensor is None else depending_on(scale, np.float32(fmt.tensor_constant(headroom)))
 
 
 def _loss_unit(peaks, tensor):
     """The power of two that losses are reckoned in; None where numbers are in units of the tensor's already."""
-    return None if tensor is not None else normalized(as_float(magnitude_bits(peaks)), peaks.ndim).power
+    return None if tensor is not None else power_near(as_float(magnitude_bits(peaks)))
 
 
 def _error(x, decoded, unit):
@@ -395,7 +397,8 @@ def _block_loss(blocks, noise, trial, multiplier, tensor, how, i, axis) -> jax.A
             if at == 0 or fmt.scale.runs:
                 scale = fmt.scale.decode(payload, first + at)
                 inverse = inverse_for(payload, own, multiplier, first + at, tensor, how)
-            x, decoded = decoded_place(x, r, inverse, scale, tensor, fmt.candidates[i], fmt, how.headroom)
+                divisor = divisor_of(scale, tensor, fmt, how.headroom)
+            x, decoded = decoded_place(x, r, inverse, scale, tensor, divisor, fmt.candidates[i], fmt)
             yield x, decoded, unit
 
     if not isinstance(loss, BlockLoss):
@@ -422,14 +425,20 @@ def _block_loss(blocks, noise, trial, multiplier, tensor, how, i, axis) -> jax.A
     if square is None:
         return along(blocks, noise, trial, multiplier, tensor, axis)
     # Summed over rows first and over columns first, and both added: transposing the square changes no bit.
-    over_rows = materialize(functools.partial(along, axis=axis), blocks, noise, trial, multiplier, tensor)
-    over_rows = tree(loss.over, unstack(split_blocks(over_rows, fmt.block, square), square))
-    other = square - 1 if square < axis else square  # the same axis, where the array has B too
-    blocks, noise = jax.tree.map(lambda a: split_blocks(a, fmt.block, other), (blocks, noise))
-    trial = jax.tree.map(
-        lambda a: lax.index_in_dim(split_blocks(a, fmt.block, square), 0, square, keepdims=False), trial
-    )
-    trial, tensor = insert_axis((trial, tensor), axis)
-    over_columns = materialize(functools.partial(along, axis=other), blocks, noise, trial, multiplier, tensor)
-    over_columns = tree(loss.over, unstack(over_columns, axis))
-    return repeat(loss.over(over_rows, over_columns), fmt.block, square)
+    def terms(blocks, noise, trial, multiplier, tensor):
+        payload, own, unit = trial
+        inverse, scale = inverse_for(payload, own, multiplier, 0, tensor, how), fmt.scale.decode(payload)
+        (inverse, scale, unit), tensor = insert_axis(((inverse, scale, unit), tensor), axis)
+        x, constant = blocks.astype(jnp.float32), fmt.tensor_constant(how.headroom)
+        x, decoded = decoded_place(x, noise, inverse, scale, tensor, constant, fmt.candidates[i], fmt)
+        return loss.term(_error(x, decoded, unit))
+
+    def of_squares(terms):
+        over_rows = tree(loss.over, unstack(terms, axis))
+        over_rows = tree(loss.over, unstack(split_blocks(over_rows, fmt.block, square), square))
+        other = square - 1 if square < axis else square  # the same axis, where the array has B too
+        over_columns = tree(loss.over, unstack(split_blocks(terms, fmt.block, other), other))
+        return loss.over(over_rows, tree(loss.over, unstack(over_columns, axis)))
+
+    found = materialize(of_squares, materialize(terms, blocks, noise, trial, multiplier, tensor))
+    return repeat(found, fmt.block, square)

@@ -79,7 +79,7 @@ def _weighted_errors(step, payload, own, multiplier, tensor, how, i):
         x = _row(step, errors, at)
         inverse = inverse_for(payload, own, multiplier, at, tensor, how)
         scale = fmt.scale.decode(payload, at)
-        x, decoded = decoded_place(x, None, inverse, scale, tensor, fmt.candidates[i], fmt, 1.0)
+        x, decoded = decoded_place(x, None, inverse, scale, tensor, fmt.tensor_constant(), fmt.candidates[i], fmt)
         errors = errors.at[at].set(_finite(step.w[at] - decoded))
         return errors, squared((decoded - x) * step.unit) * step.weight[at]
 

@@ -1,6 +1,6 @@
 """Headers of blocks: bytes in arrays, words in arithmetic; and the tensor's own scale."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks, unstack
+from ifjax.numerics.xla import divide
 
 
 def header_words(scales: jax.Array, nbytes: int, axis: int) -> jax.Array:
@@ -29,23 +30,30 @@ def header_bytes(words: jax.Array, nbytes: int, axis: int) -> jax.Array:
 class TensorScale(NamedTuple):
     """The tensor-wide scale, in units in which no product of the codec overflows or is flushed to zero.
 
-    x * power has the absolute maximum `amax`.
+    x * power has the absolute maximum `amax`. An encoder has `ratio`, K / amax (0 where amax is), and its reciprocal.
     """
 
     power: jax.Array
     amax: jax.Array
+    ratio: Any = None
+    unit: Any = None
 
 
-def normalized(amax: jax.Array, ndim: int) -> TensorScale:
-    """The scale of an encoder: `power` is the power of two that brings amax to [1, 2), so that losses neither
-    underflow nor overflow, and so that multiplying a tensor by a power of two changes neither codes nor choices.
+def power_near(amax: jax.Array) -> jax.Array:
+    """The power of two that brings float32 amax to [1, 2), 2^127 (without reciprocal) to 2; 1 for zeros."""
+    exponent = lax.clamp(np.int32(-126), (bits_of(amax) >> 23) - 127, np.int32(126))
+    return jnp.where(amax > 0, as_float((127 - exponent) << 23), 1)
 
-    `amax` is float32, of the shape of leading axes; it broadcasts against `ndim` axes.
+
+def normalized(amax: jax.Array, constant: np.float32, ndim: int) -> TensorScale:
+    """The scale of an encoder: its power brings amax to [1, 2), so that losses neither underflow nor overflow, and so
+    that multiplying a tensor by a power of two changes neither codes nor choices.
+
+    `amax` is float32, of the shape of leading axes; it broadcasts against `ndim` axes. `constant` is K.
     """
-    exponent = (bits_of(amax) >> 23) - 127
-    # 2^127 has no normal reciprocal. Zero stays as it is.
-    power = as_float((127 - jnp.clip(exponent, -126, 126)) << 23)
-    return _scaled(amax, jnp.where(amax > 0, power, 1), ndim)
+    tensor = _scaled(amax, power_near(amax), ndim)
+    ratio = jnp.where(tensor.amax > 0, divide(constant, tensor.amax), 0)
+    return tensor._replace(ratio=ratio, unit=divide(1.0, ratio))
 
 
 def safe(amax: jax.Array, ndim: int) -> TensorScale:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+from jax import lax
 
 from ifjax.codec.blocks import as_float, bits_of
 from ifjax.lookup import Registry
@@ -17,7 +17,7 @@ class BlockLoss:
     Attributes:
         name: of the loss.
         term: float32 error (decoded - x) of a value to its loss.
-        over: two losses to one: `jnp.add` or `jnp.maximum`.
+        over: two losses to one: `lax.add` or `lax.max`.
     """
 
     name: str
@@ -35,15 +35,16 @@ def squared(e: jax.Array) -> jax.Array:
 
     They do so in some programs and not in others, and the choice of a block would depend on what surrounds it.
     """
-    return as_float(bits_of(e * e) & ~1)
+    bits = bits_of(e * e)
+    return as_float(lax.bitwise_and(bits, lax.full_like(bits, ~1)))
 
 
 LOSSES: Registry[BlockLoss] = Registry(
     "loss", BlockLoss, "ifjax.codec.LOSSES",
     (
-        BlockLoss("mse", squared, jnp.add),
-        BlockLoss("mae", jnp.abs, jnp.add),
-        BlockLoss("abs_max", jnp.abs, jnp.maximum),
+        BlockLoss("mse", squared, lax.add),
+        BlockLoss("mae", lax.abs, lax.add),
+        BlockLoss("abs_max", lax.abs, lax.max),
     ),
 )  # fmt: skip
 

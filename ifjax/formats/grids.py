@@ -150,25 +150,24 @@ class Grid:
         """
         if self._form == "any":
             return _select(self._is_above(y, noise), [self.values[c] for c in self._order])
-        a = jnp.abs(y)
         if m := self._mantissa_to_round:
-            step, _, n = nearest_multiple(a, m, self.magnitudes[1], self.max, noise)
-            magnitude = jnp.minimum(n * step, np.float32(self.max))
-        else:
-            magnitude = _select(self._is_above(a, noise), self.magnitudes)
-        return jnp.copysign(magnitude, y)
+            # Rounding is symmetric, but noise moves magnitudes.
+            step, _, n = nearest_multiple(y if noise is None else lax.abs(y), m, self.magnitudes[1], self.max, noise)
+            rounded = lax.clamp(np.float32(-self.max), n * step, np.float32(self.max))
+            return rounded if noise is None else jnp.copysign(rounded, y)
+        return jnp.copysign(_select(self._is_above(lax.abs(y), noise), self.magnitudes), y)
 
     def encode(self, y: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """Return int32 codes of y (finite float32), saturating; `noise` as in `round`."""
         if self._form == "any":
             return _select(self._is_above(y, noise), [np.int32(c) for c in self._order])
-        a = jnp.abs(y)
+        a = lax.abs(y)
         count = len(self.magnitudes)
         if m := self._mantissa_to_round:
             _, binade, n = nearest_multiple(a, m, self.magnitudes[1], self.max, noise)
             # Rounding up out of a binade carries into the next one by itself. The float is bounded before its
             # conversion, which is undefined for large values.
-            n = jnp.minimum(n, np.float32(2 ** (m + 1))).astype(jnp.int32)
+            n = lax.min(n, np.float32(2 ** (m + 1))).astype(jnp.int32)
             index = jnp.minimum(n + (binade << m), count - 1)
         else:
             above = self._is_above(a, noise)
@@ -256,23 +255,27 @@ class Grid:
         return farther if self.ties == "away" else not farther
 
 
-def nearest_multiple(a, mantissa_bits: int, unit: float, largest: float, noise=None):
-    """Round a >= 0 to `mantissa_bits` after the leading one, or to multiples of `unit` where that is coarser.
+def nearest_multiple(y, mantissa_bits: int, unit: float, largest: float, noise=None):
+    """Round y to `mantissa_bits` after the leading one, or to multiples of `unit` where that is coarser.
 
     Returns (step, binade, n): the result is n * step, where step = unit * 2^binade (binade 0 holds the subnormals
     too, that of `largest` all that is larger) and n is a float. Half to even; `noise` is added before rounding.
-    Every operation but the rounding itself is exact.
+    Every operation but the rounding itself is exact. Without noise y may have either sign, and n has it too.
     """
+    binades = np.int32(0xFF << 23)
     lowest = np.float32(unit * 2**mantissa_bits).view(np.int32)
     highest = np.float32(largest).view(np.int32)
-    shift = np.int32(mantissa_bits << 23)
-    bits = lax.bitcast_convert_type(a, jnp.int32)
-    exponent = jnp.clip(bits, lowest, highest) & np.int32(0xFF << 23)
-    step = lax.bitcast_convert_type(exponent - shift, jnp.float32)
-    inverse = lax.bitcast_convert_type(np.int32(254 << 23) - (exponent - shift), jnp.float32)
-    n = a * inverse
-    n = jnp.round(n if noise is None else n + noise)
-    return step, (exponent - (lowest & np.int32(0xFF << 23))) >> 23, n
+    if lowest & binades == highest & binades:  # integers: all steps are the same
+        step, binade, n = np.float32(unit), np.int32(0), y if unit == 1 else y * np.float32(1 / unit)
+    else:
+        shift = np.int32(mantissa_bits << 23)
+        bits = lax.bitcast_convert_type(y if noise is not None else lax.abs(y), jnp.int32)
+        exponent = lax.clamp(lowest, bits, highest) & binades
+        own = exponent - shift
+        step = lax.bitcast_convert_type(own, jnp.float32)
+        n = y * lax.bitcast_convert_type(np.int32(254 << 23) - own, jnp.float32)
+        binade = (exponent - (lowest & binades)) >> 23
+    return step, binade, lax.round(n if noise is None else n + noise, lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
 def decode_float(index, mantissa_bits: int, unit: float):

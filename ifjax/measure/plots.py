@@ -472,7 +472,8 @@ def _trials_of(x: np.ndarray, fmt: Format, amax: float | None, loss: str) -> lis
         raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {loss!r}")
     whole = jnp.asarray(np.pad(x, (0, fmt.block - x.size)))
     peak = jnp.max(jnp.abs(whole))
-    tensor = normalized(peak if amax is None else jnp.float32(amax), 0) if fmt.has_tensor_scale else None
+    constant = fmt.tensor_constant()
+    tensor = normalized(peak if amax is None else jnp.float32(amax), constant, 0) if fmt.has_tensor_scale else None
     runs = [[bits_of(jnp.max(jnp.abs(part))) for part in whole.reshape(-1, run)] for run in fmt.scale.runs]
     place, how = jnp.arange(fmt.block, dtype=jnp.int32), Encoding.of(fmt)
     power = np.float32(1 if tensor is None else tensor.power)
@@ -481,13 +482,13 @@ def _trials_of(x: np.ndarray, fmt: Format, amax: float | None, loss: str) -> lis
         payload = wanted_payload(candidate, bits_of(peak), runs, tensor, fmt, 1.0)
         inverse = inverse_for(payload, None, None, place, tensor, how)
         scale = fmt.scale.decode(payload, place)
-        _, decoded = decoded_place(whole, None, inverse, scale, tensor, candidate, fmt, 1.0)
+        _, decoded = decoded_place(whole, None, inverse, scale, tensor, constant, candidate, fmt)
         decoded = np.asarray(decoded)[: x.size] / power
         e = np.abs(decoded.astype(np.float64) - x)
         total = {"mse": np.sum(e * e), "mae": np.sum(e), "abs_max": np.max(e)}[loss]
         values = jnp.asarray(_written(candidate))
         first = fmt.scale.decode(payload)
-        offered = np.asarray(scaled(values, first, candidate.step, tensor, fmt.tensor_constant())) / power
+        offered = np.asarray(scaled(values, first, candidate.step, tensor, constant)) / power
         unit = 1.0 if tensor is None else float(tensor.amax / fmt.tensor_constant()) / float(power)
         trials.append(_Trial(decoded, offered, float(first) * unit, float(total)))
     return trials

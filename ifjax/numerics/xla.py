@@ -16,29 +16,32 @@ from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
 
-@jax.jit  # not for speed at run time: the hundreds of divisions of a codec are traced once for each shape
-def divide(a: ArrayLike, b: ArrayLike) -> jax.Array:
+@jax.jit(static_argnames="varies")  # not for speed: the hundreds of divisions of a codec are traced once for each shape
+def divide(a: ArrayLike, b: ArrayLike, *, varies: bool = False) -> jax.Array:
     """float32 a / b, correctly rounded on every platform, jitted or not, batched or not.
 
-    Subnormal quotients are exempt (XLA:CPU flushes subnormals to zero; so do TPUs).
+    Subnormal quotients are exempt (XLA:CPU flushes subnormals to zero; so do TPUs). With `varies`, b is an array of a's
+    shape that came from `depending_on`, so that nothing need be done to keep XLA from rewriting the division.
     """
     a, b = jnp.broadcast_arrays(jnp.float32(a), jnp.float32(b))
+    if varies:
+        return lax.platform_dependent(a, b, cpu=lax.div, default=lambda a, b: correct_quotient(a, b, a / b))
     return lax.platform_dependent(a, b, cpu=_quotient, default=_corrected_quotient)
 
 
 def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
     # The barrier, which XLA:CPU drops before it fuses, keeps a from being seen as a broadcast, and with it the divisor.
     a = lax.optimization_barrier(a)
-    return a / _depending_on(a, b)
+    return a / depending_on(a, b)
 
 
 def _corrected_quotient(a: jax.Array, b: jax.Array) -> jax.Array:
     # No barrier: it would cut XLA:GPU's kernels. So here a must not be a broadcast of computed values.
-    return correct_quotient(a, b, a / _depending_on(a, b))
+    return correct_quotient(a, b, a / depending_on(a, b))
 
 
-def _depending_on(a: jax.Array, b: jax.Array) -> jax.Array:
-    """b, wherever a / b is a number.
+def depending_on(a: jax.Array, b: ArrayLike) -> jax.Array:
+    """b in the shape of a, wherever both are numbers.
 
     What XLA rewrites is a division by a scalar, by a broadcast or by another division. This divisor is none of them,
     because it depends on every element of a. It fuses away.
@@ -91,7 +94,7 @@ def opaque(f, *args):
 
 
 def materialize(f, *args):
-    """f(*args), one array; on CPU, computed once and kept, instead of being fused into whatever reads it.
+    """f(*args); on CPU, computed once and kept, instead of being fused into whatever reads it.
 
     XLA:CPU fuses the reduction of a block into its consumers and recomputes it for every byte they write;
     `lax.optimization_barrier` does not stop it, a conditional does. Other platforms see f(*args) alone.
@@ -101,9 +104,9 @@ def materialize(f, *args):
 
 
 def _materialize_on_cpu(f, *args):
-    result = jax.eval_shape(f, *args)
-    if not result.size:
-        return jnp.zeros(result.shape, result.dtype)
+    results = jax.eval_shape(f, *args)
+    if not all(result.size for result in jax.tree.leaves(results)):
+        return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)
 
     # vmap would turn the conditional into a select, and those fuse: the batched stage is a stage of the batched f.
     @custom_vmap
@@ -112,10 +115,11 @@ def _materialize_on_cpu(f, *args):
         witness = jnp.max(min(jax.tree.leaves(args), key=jnp.size).astype(jnp.float32))
         always = (witness == witness) | (witness != witness)  # XLA does not fold this, as NaN differs from itself
         # Zeros made from the result: of its sharding, and inside shard_map varying where it does.
-        return lax.cond(always, f, lambda *args: jnp.zeros_like(f(*args)), *args)
+        return lax.cond(always, f, lambda *args: jax.tree.map(jnp.zeros_like, f(*args)), *args)
 
     @kept.def_vmap
     def batched(axis_size, in_batched, *args):
-        return _materialize_on_cpu(jax.jit(jax.vmap(f, in_axes(in_batched), axis_size=axis_size)), *args), True
+        result = _materialize_on_cpu(jax.jit(jax.vmap(f, in_axes(in_batched), axis_size=axis_size)), *args)
+        return result, jax.tree.map(lambda _: True, result)
 
     return kept(*args)
