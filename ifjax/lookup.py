@@ -51,14 +51,14 @@ class Registry(Mapping[str, R], Generic[R]):
             raise TypeError(
                 f"{self.kind} must be a name or an {module}.{self.record_type.__name__}, got {type(record).__name__}"
             )
-        if record not in self._records:
+        if record not in self:
             raise ValueError(f"unknown {self.kind} {record!r}; {did_you_mean(record, self)} See {self.where}")
-        return self._records[record]
+        return self[record]
 
     def name_of(self, record: R) -> "str | R":
         """Return the name of a record that the table holds under its own name, else the record."""
         name = getattr(record, "name", None)
-        return name if isinstance(name, str) and self._records.get(name) == record else record
+        return name if isinstance(name, str) and self.get(name) == record else record
 
     def __getitem__(self, name: str) -> R:
         return self._records[name]

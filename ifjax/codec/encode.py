@@ -9,7 +9,7 @@ is the algorithm; the two arrangements below it compute the same bits and are la
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from ifjax.codec.blocks import (
 )
 from ifjax.codec.decode import scaled
 from ifjax.codec.headers import header_bytes, normalized, power_near
-from ifjax.codec.losses import LOSSES, BlockLoss, Loss, get_loss
+from ifjax.codec.losses import LOSSES, BlockLoss, Loss, get_loss, without_last_bit
 from ifjax.codec.rounding import NEAREST, ROUNDINGS, Rounding
 from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
 from ifjax.formats import Candidate, Format, get_format
@@ -127,6 +127,7 @@ def encode(
     amax: jax.Array | None = None,
     amax_axes: tuple[int, ...] = (),
     noise: Sequence[jax.Array] | None = None,
+    weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Encode blocks [..., m, B, ...] (see `split_blocks`) to codes and headers.
 
@@ -137,6 +138,7 @@ def encode(
             without a tensor scale.
         amax_axes: axes of what a block has one of, [..., m, ...], that keep an amax of their own.
         noise: for each candidate, float32 in [-1/2, 1/2) of the shape of `blocks`, if `how.rounding` has noise.
+        weights: float32 >= 0 [m, B]: of the squared errors of values along the axis, whatever the other axes.
 
     Returns:
         uint8 codes [..., m, B, ...], uint8 headers [..., m * W, ...] and amax (None without a tensor scale), which
@@ -154,11 +156,20 @@ def encode(
     encoded = functools.partial(_encode_in_stages, how=how, axis=axis)
     # With one candidate nothing is chosen, and stages without boundaries are one pass already.
     plain = isinstance(how.loss, BlockLoss) and not (how.block_2d or how.search or fmt.scale.runs or fmt.ties == "last")
-    if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and plain and fmt.scale.nbytes == 1:
+    extras = Extras(None if noise is None else tuple(noise), _unit_weights(weights, blocks.ndim, axis))
+    if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and plain and fmt.scale.nbytes == 1 and weights is None:
         in_one_pass = functools.partial(_encode_in_one_pass, how=how, axis=axis)
         encoded = functools.partial(lax.platform_dependent, cpu=encoded, default=in_one_pass)
-    codes, headers = encoded(blocks, peaks, runs, tensor, noise)
+    codes, headers = encoded(blocks, peaks, runs, tensor, extras)
     return codes, header_bytes(headers, fmt.scale.nbytes, axis), amax
+
+
+def _unit_weights(weights, ndim, axis):
+    """Weights [1, ..., m, B, 1, ...], in units of a power of two near the block's largest."""
+    if weights is None:
+        return None
+    weights = weights * power_near(jnp.max(weights, axis=1, keepdims=True))
+    return weights.reshape(*[1] * (ndim + axis - 1), *weights.shape, *[1] * (-axis - 1))
 
 
 def amax_of(magnitudes: jax.Array, amax_axes: tuple[int, ...]) -> jax.Array:
@@ -171,20 +182,20 @@ def amax_of(magnitudes: jax.Array, amax_axes: tuple[int, ...]) -> jax.Array:
 # --- the two arrangements of the encoder -----------------------------------------------------------------------------
 
 
-def _encode_in_stages(blocks, peaks, runs, tensor, noise, how, axis):
+def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis):
     """uint8 codes [..., m, B, ...] and int32 headers [..., m, ...]: the choice, then the codes of what it took."""
     fmt = how.fmt
 
     def inverse_of(word, tensor, place: Any = 0):
-        header, _, own, multiplier = word_parts(word, fmt)
-        return inverse_for(fmt.split(header)[1], own, multiplier, place, tensor, how)
+        header, _, rounding, multiplier = word_parts(word, fmt)
+        return inverse_for(fmt.split(header)[1], rounding, multiplier, place, tensor, how)
 
-    def chosen(blocks, peaks, runs, tensor, noise):
-        word = choose(blocks, peaks, runs, tensor, noise, how, axis)
+    def chosen(blocks, peaks, runs, tensor, extras):
+        word = choose(blocks, peaks, runs, tensor, extras, how, axis)
         # One inverse for each place if the scale has several factors: then as each place is encoded.
         return word, None if fmt.scale.runs else inverse_of(word, tensor)
 
-    word, inverse = materialize(chosen, blocks, peaks, runs, tensor, noise)
+    word, inverse = materialize(chosen, blocks, peaks, runs, tensor, extras)
 
     def codes_of_blocks(blocks, word, inverse, tensor, noise):
         word, inverse, tensor = insert_axis((word, inverse, tensor), axis)
@@ -197,18 +208,18 @@ def _encode_in_stages(blocks, peaks, runs, tensor, noise, how, axis):
         codes = codes_of(blocks.astype(jnp.float32), noise, inverse, power, one_for_each_decoding(fmt), fmt)
         return pick(selector, codes).astype(jnp.uint8)
 
-    codes = materialize(codes_of_blocks, blocks, word, inverse, tensor, noise)
+    codes = materialize(codes_of_blocks, blocks, word, inverse, tensor, extras.noise)
     return codes, word_parts(word, fmt)[0]
 
 
-def _encode_in_one_pass(blocks, peaks, runs, tensor, noise, how, axis):
+def _encode_in_one_pass(blocks, peaks, runs, tensor, extras, how, axis):
     """The same bits: the codes of all candidates, then the choice. XLA:GPU compiles it to one pass over the blocks.
 
     It makes one kernel of all that leads to arrays of one shape, as long as no result needs another one (so codes come
     before the choice), it reads at most 96 arrays (so a block is not taken place by place) and computes nothing at
     more than 15 places (so runs of the block are short). The shape is [..., m, ...]: a thread has a block.
     """
-    fmt, term, op = how.fmt, how.loss.term, how.loss.over
+    fmt, term, op, noise = how.fmt, how.loss.term, how.loss.over, extras.noise
     run = 8 if fmt.bits <= 4 else 4  # a run's codes leave in a word of 32 bits
     xs = [x.astype(jnp.float32) for x in jnp.split(blocks, fmt.block // run, axis)]
     shifts = fmt.bits * lax.broadcasted_iota(jnp.int32, xs[0].shape, blocks.ndim + axis)
@@ -263,19 +274,14 @@ def block_peaks(blocks, axis, how):
     return peak | (poisoned << 31), runs
 
 
-def choose(blocks, peaks, runs, tensor, noise, how, axis):
+def choose(blocks, peaks, runs, tensor, extras: "Extras", how, axis):
     """int32 [..., m, ...]: the word of the best trial (see `ifjax.codec.search`)."""
     fmt = how.fmt
     own = [wanted_payload(candidate, peaks, runs, tensor, fmt, how.headroom) for candidate in fmt.candidates]
     if len(own) == 1 and how.search is None:
         return jnp.where(peaks < 0, fmt.scale.nan, own[0])
-
-    unit = _loss_unit(peaks, tensor)
-
-    def loss_of(i, payload, own, multiplier):
-        return _block_loss(blocks, noise and noise[i], (payload, own, unit), multiplier, tensor, how, i, axis)
-
-    return jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, loss_of, fmt, how.search))
+    trials = _BlockTrials(blocks, peaks, tensor, extras, how, axis)
+    return jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
 
 
 def wanted_payload(candidate: Candidate, peaks, runs, tensor, fmt, headroom):
@@ -302,16 +308,16 @@ def _inverse(payload, place, tensor, fmt):
     return _reciprocal(tensor.unit * fmt.scale.decode(payload, place))
 
 
-def inverse_for(payload, own, multiplier, place, tensor, how):
-    """The same, of blocks that may round with a multiple of their own scale (see `Search.multipliers`)."""
+def inverse_for(payload, rounding, multiplier, place, tensor, how):
+    """The same, of blocks that may be rounded with a multiple of another scale (see `ifjax.codec.Search`)."""
     fmt = how.fmt
-    inverse = _inverse(payload, place, tensor, fmt)
-    if multiplier is None or how.search is None or how.search.multipliers is None:
+    inverse = None if payload is None else _inverse(payload, place, tensor, fmt)
+    if multiplier is None or how.search is None or not how.search.is_decoupled:
         return inverse
     factors = jnp.asarray((1.0, *how.search.multipliers), jnp.float32)[multiplier]
-    scale = fmt.scale.decode(own, place) * factors
-    unit = 1 if tensor is None else tensor.unit
-    return jnp.where(multiplier > 0, _reciprocal(unit * scale), inverse)
+    scale = fmt.scale.decode(rounding, place) * factors
+    decoupled = _reciprocal(scale if tensor is None else tensor.unit * scale)
+    return decoupled if inverse is None else jnp.where(multiplier > 0, decoupled, inverse)
 
 
 def _reciprocal(scale):
@@ -352,13 +358,39 @@ def one_for_each_decoding(fmt: Format):
 # --- the loss of a block ---------------------------------------------------------------------------------------------
 
 
+class Extras(NamedTuple):
+    """What an encoder may be given besides the blocks [..., m, B, ...].
+
+    Attributes:
+        noise: for each candidate, of the shape of the blocks.
+        weights: of squared errors, [1, ..., m, B, 1, ...], their largest in each block near 1.
+    """
+
+    noise: tuple[jax.Array, ...] | None = None
+    weights: jax.Array | None = None
+
+    def of(self, i: int) -> "Extras":
+        """Of one candidate."""
+        return self._replace(noise=self.noise and self.noise[i])
+
+
+class _Trial(NamedTuple):
+    """One way to encode blocks, [..., m, ...]: what decodes (None: 1), what rounds (None: the same), and the power of
+    two that losses are reckoned in (None: that of the tensor)."""
+
+    payload: jax.Array | None
+    rounding: jax.Array | None
+    unit: jax.Array | None
+
+
 @jax.jit(static_argnames=("candidate", "fmt"))  # traced once for all places
 def decoded_place(x, r, inverse, scale, tensor, divisor, candidate, fmt):
     """x and what it decodes to, in units of `tensor`; `divisor` is K, or from `divisor_of` in the shape of x."""
     x = x if tensor is None else x * tensor.power
     v = candidate.grid.round(_to_grid(x * inverse, candidate, fmt), r)
     v = v + np.float32(candidate.offset) if candidate.offset else v
-    return x, scaled(v, scale, candidate.step, tensor, divisor, varies=divisor is not None and divisor.ndim > 0)
+    varies = divisor is not None and divisor.ndim > 0
+    return x, scaled(v, scale, candidate.step, tensor, divisor, varies=varies)
 
 
 def divisor_of(scale, tensor, fmt, headroom):
@@ -375,70 +407,151 @@ def _error(x, decoded, unit):
     return decoded - x if unit is None else decoded * unit - x * unit
 
 
-def _block_loss(blocks, noise, trial, multiplier, tensor, how, i, axis) -> jax.Array:
-    """The loss [..., m, ...] of each block if candidate i encodes it.
+class _BlockTrials:
+    """`ifjax.codec.search.Trials` of blocks."""
 
-    `trial` is what a block has one of: the payload that decodes, its own payload and the power of two that the loss is
-    reckoned in (the last two may be None); `multiplier` is that of the search.
-    """
-    fmt, loss = how.fmt, how.loss
-    square = -3 - axis if how.block_2d else None
+    def __init__(self, blocks, peaks, tensor, extras, how, axis):
+        self.blocks, self.tensor, self.extras, self.how, self.axis = blocks, tensor, extras, how, axis
+        self.unit = _loss_unit(peaks, tensor)
 
-    def pairs(blocks, noise, trial, multiplier, tensor, axis, in_parts=False):
-        """x and what it decodes to: a pair of arrays for each place along `axis`, of which each part of a block has one
-        if the block is cut in parts, which lie along the same axis of what comes out."""
-        payload, own, unit = trial
-        first = 0
-        if in_parts:
-            shape = (blocks.shape[axis - 1], *[1] * (-axis - 1))
-            first = blocks.shape[axis] * lax.broadcasted_iota(jnp.int32, shape, 0)
-        rs = [None] * blocks.shape[axis] if noise is None else unstack(noise, axis)
-        for at, (x, r) in enumerate(zip(places(blocks, axis), rs, strict=True)):
-            if at == 0 or fmt.scale.runs:
-                scale = fmt.scale.decode(payload, first + at)
-                inverse = inverse_for(payload, own, multiplier, first + at, tensor, how)
-                divisor = divisor_of(scale, tensor, fmt, how.headroom)
-            x, decoded = decoded_place(x, r, inverse, scale, tensor, divisor, fmt.candidates[i], fmt)
-            yield x, decoded, unit
+    def loss(self, i, payload, rounding, multiplier):
+        loss, trial = self.how.loss, _Trial(payload, rounding, self.unit)
+        if isinstance(loss, BlockLoss):
+            return self._over_blocks(_WeightedLoss(loss), i, trial, multiplier)
+        return self._own_loss(loss, i, trial, multiplier)
 
-    if not isinstance(loss, BlockLoss):
-        xs, ds, units = zip(*pairs(blocks, noise, trial, multiplier, tensor, axis), strict=True)
-        x, d = jnp.stack(xs, -1), jnp.stack(ds, -1)
-        if units[0] is not None:
-            x, d = x * units[0][..., None], d * units[0][..., None]
+    def refitted(self, i, rounding, multiplier):
+        trial, fmt = _Trial(None, rounding, self.unit), self.how.fmt
+        above, below = (self._over_blocks(term, i, trial, multiplier) for term in (_PRODUCT, _SQUARE))
+        scale = jnp.where(below > 0, divide(above, jnp.where(below > 0, below, 1)), 0)
+        # Values that are all zero, or a scale that would flip signs, say nothing: the scale stays.
+        return jnp.where(scale > 0, fmt.scale.encode(scale), rounding)
+
+    def refined(self, payload):
+        scale = self.how.fmt.scale
+        if not scale.runs:
+            return payload
+        run = scale.runs[-1]
+
+        def losses(payload):
+            term, trial = _WeightedLoss(self.how.loss), _Trial(payload, None, self.unit)
+            terms = self._terms(term, self.blocks, self.extras.of(0), trial, None, self.tensor, 0)
+            parts = jnp.split(terms, self.how.fmt.block // run, self.axis)
+            return [tree(self.how.loss.over, unstack(part, self.axis)) for part in parts]
+
+        return scale.refined(payload, lambda payload: materialize(losses, payload))
+
+    def _own_loss(self, loss, i, trial, multiplier):
+        """By a function of [..., values of a block]."""
+        how, axis = self.how, self.axis
+        square = -3 - axis if how.block_2d else None
+        x, d = self._terms(lambda x, d, unit, weight: (x, d), self.blocks, self.extras.of(i), trial, multiplier,
+                           self.tensor, i)  # fmt: skip
+        if trial.unit is not None:
+            unit = insert_axis(trial.unit, axis)
+            x, d = x * unit, d * unit
         if square is None:
-            return jnp.asarray(loss(x, d))
-        return repeat(loss(gather_squares(x, square - 1), gather_squares(d, square - 1)), fmt.block, square)
+            return jnp.asarray(loss(jnp.moveaxis(x, axis, -1), jnp.moveaxis(d, axis, -1)))
+        x, d = (gather_squares(jnp.moveaxis(a, axis, -1), square - 1) for a in (x, d))
+        return repeat(loss(x, d), how.fmt.block, square)
 
-    def along(blocks, noise, trial, multiplier, tensor, axis, in_parts=False):
-        part = largest_divisor(blocks.shape[axis], 32)
-        if part == blocks.shape[axis]:
-            found = pairs(blocks, noise, trial, multiplier, tensor, axis, in_parts)
-            return tree(loss.over, [loss.term(_error(*triple)) for triple in found])
-        # A long block in parts: unrolled as a whole it would take minutes to compile.
-        blocks, noise = jax.tree.map(lambda a: split_blocks(a, part, axis), (blocks, noise))
-        trial, tensor = insert_axis((trial, tensor), axis)
-        of_part = functools.partial(along, axis=axis, in_parts=True)
-        parts = materialize(of_part, blocks, noise, trial, multiplier, tensor)
-        return tree(loss.over, unstack(parts, axis))
-
-    if square is None:
-        return along(blocks, noise, trial, multiplier, tensor, axis)
-    # Summed over rows first and over columns first, and both added: transposing the square changes no bit.
-    def terms(blocks, noise, trial, multiplier, tensor):
-        payload, own, unit = trial
-        inverse, scale = inverse_for(payload, own, multiplier, 0, tensor, how), fmt.scale.decode(payload)
-        (inverse, scale, unit), tensor = insert_axis(((inverse, scale, unit), tensor), axis)
+    def _terms(self, term, blocks, extras, trial, multiplier, tensor, i):
+        """term(x, decoded, unit, weight) of whole blocks [..., m, B, ...]."""
+        fmt, how, axis = self.how.fmt, self.how, self.axis
+        place = 0
+        if fmt.scale.runs:
+            trial, tensor = insert_axis((trial, tensor), axis)
+            place = lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim + axis)
+        inverse, scale = _scales(trial, multiplier, place, tensor, how)
+        if not fmt.scale.runs:
+            (inverse, scale, trial), tensor = insert_axis(((inverse, scale, trial), tensor), axis)
         x, constant = blocks.astype(jnp.float32), fmt.tensor_constant(how.headroom)
-        x, decoded = decoded_place(x, noise, inverse, scale, tensor, constant, fmt.candidates[i], fmt)
-        return loss.term(_error(x, decoded, unit))
+        x, decoded = decoded_place(x, extras.noise, inverse, scale, tensor, constant, fmt.candidates[i], fmt)
+        return term(x, decoded, trial.unit, extras.weights)
 
-    def of_squares(terms):
-        over_rows = tree(loss.over, unstack(terms, axis))
-        over_rows = tree(loss.over, unstack(split_blocks(over_rows, fmt.block, square), square))
-        other = square - 1 if square < axis else square  # the same axis, where the array has B too
-        over_columns = tree(loss.over, unstack(split_blocks(terms, fmt.block, other), other))
-        return loss.over(over_rows, tree(loss.over, unstack(over_columns, axis)))
+    def _over_blocks(self, term, i, trial, multiplier):
+        """The terms of each block's values, summed (or whatever `term.over` does) in one fixed order."""
+        how, fmt, axis, over = self.how, self.how.fmt, self.axis, term.over
+        extras = self.extras.of(i)
+        if how.block_2d:
+            return self._over_squares(term, i, trial, multiplier)
+        if fmt.scale.runs:
+            of_blocks = functools.partial(self._terms, term, i=i)
+            terms = materialize(of_blocks, self.blocks, extras, trial, multiplier, self.tensor)
+            return tree(over, unstack(terms, axis))
 
-    found = materialize(of_squares, materialize(terms, blocks, noise, trial, multiplier, tensor))
-    return repeat(found, fmt.block, square)
+        def along(blocks, extras, trial, multiplier, tensor, axis):
+            part = largest_divisor(blocks.shape[axis], 32)
+            if part == blocks.shape[axis]:
+                inverse, scale = _scales(trial, multiplier, 0, tensor, how)
+                divisor = divisor_of(scale, tensor, fmt, how.headroom)
+                others = [[None] * part if a is None else unstack(a, axis) for a in extras]
+                terms = []
+                for x, r, weight in zip(places(blocks, axis), *others, strict=True):
+                    x, decoded = decoded_place(x, r, inverse, scale, tensor, divisor, fmt.candidates[i], fmt)
+                    terms.append(term(x, decoded, trial.unit, weight))
+                return tree(over, terms)
+            # A long block in parts: unrolled as a whole it would take minutes to compile.
+            blocks, extras = jax.tree.map(lambda a: split_blocks(a, part, axis), (blocks, extras))
+            trial, tensor = insert_axis((trial, tensor), axis)
+            parts = materialize(functools.partial(along, axis=axis), blocks, extras, trial, multiplier, tensor)
+            return tree(over, unstack(parts, axis))
+
+        return along(self.blocks, extras, trial, multiplier, self.tensor, axis)
+
+    def _over_squares(self, term, i, trial, multiplier):
+        fmt, axis, over = self.how.fmt, self.axis, term.over
+        square = -3 - axis
+
+        # Summed over rows first and over columns first, and both added: transposing the square changes no bit.
+        def of_squares(terms):
+            over_rows = tree(over, unstack(terms, axis))
+            over_rows = tree(over, unstack(split_blocks(over_rows, fmt.block, square), square))
+            other = square - 1 if square < axis else square  # the same axis, where the array has B too
+            over_columns = tree(over, unstack(split_blocks(terms, fmt.block, other), other))
+            return over(over_rows, tree(over, unstack(over_columns, axis)))
+
+        arguments = self.blocks, self.extras.of(i), trial, multiplier, self.tensor
+        terms = materialize(functools.partial(self._terms, term, i=i), *arguments)
+        return repeat(materialize(of_squares, terms), fmt.block, square)
+
+
+class _WeightedLoss(NamedTuple):
+    loss: BlockLoss
+
+    def __call__(self, x, decoded, unit, weight):
+        term = self.loss.term(_error(x, decoded, unit))
+        return term if weight is None else without_last_bit(term * weight)
+
+    @property
+    def over(self):
+        return self.loss.over
+
+
+class _Term(NamedTuple):
+    """A sum that the least-squares scale is made of: of products of decoded values with x, or with themselves."""
+
+    with_itself: bool
+
+    def __call__(self, x, decoded, unit, weight):
+        if unit is not None:
+            x, decoded = x * unit, decoded * unit
+        product = without_last_bit(decoded * (decoded if self.with_itself else x))
+        return product if weight is None else without_last_bit(product * weight)
+
+    @property
+    def over(self):
+        return lax.add
+
+
+_PRODUCT, _SQUARE = _Term(False), _Term(True)
+
+
+def _scales(trial, multiplier, place, tensor, how):
+    """What x is multiplied by to be rounded, and what decodes; in units of the grid and of the tensor."""
+    fmt = how.fmt
+    if trial.payload is None:
+        scale = jnp.ones(trial.rounding.shape, jnp.float32)
+    else:
+        scale = fmt.scale.decode(trial.payload, place)
+    return inverse_for(trial.payload, trial.rounding, multiplier, place, tensor, how), scale

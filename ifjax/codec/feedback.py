@@ -10,6 +10,7 @@ from ifjax.codec.blocks import pick, tree, unstack
 from ifjax.codec.decode import decode
 from ifjax.codec.encode import (
     Encoding,
+    Extras,
     block_peaks,
     choose,
     codes_of,
@@ -21,6 +22,7 @@ from ifjax.codec.encode import (
 from ifjax.codec.headers import TensorScale
 from ifjax.codec.losses import squared
 from ifjax.codec.search import best_trial, word_parts
+from ifjax.numerics.xla import divide
 
 
 class FeedbackBlock(NamedTuple):
@@ -54,15 +56,12 @@ def encode_block(
     if own_loss:
         own = [wanted_payload(c, peaks, runs, tensor, fmt, 1.0) for c in fmt.candidates]
 
-        def loss_of(i, payload, own, multiplier):
-            terms = _weighted_errors(step, payload, own, multiplier, tensor, how, i)
-            return tree(jnp.add, unstack(terms, 0))
-
-        word = jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, loss_of, fmt, how.search))
+        trials = _FeedbackTrials(step, tensor, how)
+        word = jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
     else:
-        word = choose(step.x, peaks, runs, tensor, None, how, -2)
-    header, _, own, multiplier = word_parts(word, fmt)
-    codes, errors = _codes(step, header, own, multiplier, tensor, how)
+        word = choose(step.x, peaks, runs, tensor, Extras(), how, -2)
+    header, _, rounding, multiplier = word_parts(word, fmt)
+    codes, errors = _codes(step, header, rounding, multiplier, tensor, how)
     return codes, header, errors
 
 
@@ -71,22 +70,57 @@ def with_feedback(w: jax.Array, feedback: jax.Array) -> jax.Array:
     return jnp.where(feedback == 0, w, w + feedback)
 
 
-def _weighted_errors(step, payload, own, multiplier, tensor, how, i):
-    """Weighted squared errors [B, N] of candidate i with payloads [N], one row after the other."""
-    fmt = how.fmt
+class _FeedbackTrials(NamedTuple):
+    """`ifjax.codec.search.Trials`, by the weighted squared errors of all rows with the feedback between them."""
 
-    def next_row(errors, at):
-        x = _row(step, errors, at)
-        inverse = inverse_for(payload, own, multiplier, at, tensor, how)
-        scale = fmt.scale.decode(payload, at)
-        x, decoded = decoded_place(x, None, inverse, scale, tensor, fmt.tensor_constant(), fmt.candidates[i], fmt)
-        errors = errors.at[at].set(_finite(step.w[at] - decoded))
-        return errors, squared((decoded - x) * step.unit) * step.weight[at]
+    step: FeedbackBlock
+    tensor: TensorScale | None
+    how: Encoding
 
-    return lax.scan(next_row, jnp.zeros_like(step.x), jnp.arange(fmt.block))[1]
+    def loss(self, i, payload, rounding, multiplier):
+        def term(x, decoded):
+            return squared((decoded - x) * self.step.unit)
+
+        return self._over_rows(term, i, payload, rounding, multiplier)
+
+    def refitted(self, i, rounding, multiplier):
+        fmt, unit = self.how.fmt, self.step.unit
+        own = fmt.scale.decode(rounding)
+
+        # Feedback is of what the rounding payload decodes to; divided by its scale, values are of a scale of 1.
+        def over(term):
+            def of_row(x, decoded):
+                return term(x * unit, divide(decoded, own) * unit)
+
+            return self._over_rows(of_row, i, rounding, rounding, multiplier)
+
+        above, below = over(lambda x, v: x * v), over(lambda x, v: v * v)
+        scale = jnp.where(below > 0, divide(above, jnp.where(below > 0, below, 1)), 0)
+        return jnp.where(scale > 0, fmt.scale.encode(scale), rounding)
+
+    def refined(self, payload):
+        return payload
+
+    def _over_rows(self, term, i, payload, rounding, multiplier):
+        """The sum of term(x, decoded) over rows, by their weights."""
+        step, tensor, how = self
+        fmt = how.fmt
+
+        def next_row(errors, at):
+            x = _row(step, errors, at)
+            inverse = inverse_for(payload, rounding, multiplier, at, tensor, how)
+            scale = fmt.scale.decode(payload, at)
+            x, decoded = decoded_place(
+                x, None, inverse, scale, tensor, fmt.tensor_constant(), fmt.candidates[i], fmt
+            )  # fmt: skip
+            errors = errors.at[at].set(_finite(step.w[at] - decoded))
+            return errors, term(x, decoded) * step.weight[at]
+
+        terms = lax.scan(next_row, jnp.zeros_like(step.x), jnp.arange(fmt.block))[1]
+        return tree(lax.add, unstack(terms, 0))
 
 
-def _codes(step, header, own, multiplier, tensor, how):
+def _codes(step, header, rounding, multiplier, tensor, how):
     """uint8 codes [B, N] for the chosen headers, and errors w - q [B, N] of what they decode to."""
     fmt = how.fmt
     selector, payload = fmt.split(header)
@@ -95,7 +129,7 @@ def _codes(step, header, own, multiplier, tensor, how):
 
     def next_row(errors, at):
         x = _row(step, errors, at)
-        inverse = inverse_for(payload, own, multiplier, at, tensor, how)
+        inverse = inverse_for(payload, rounding, multiplier, at, tensor, how)
         codes = pick(selector, codes_of(x, None, inverse, 1, candidates, fmt))
         decoded = decode(codes, header, fmt, place=at, amax=amax)
         return errors.at[at].set(_finite(step.w[at] - decoded)), codes.astype(jnp.uint8)

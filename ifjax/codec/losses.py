@@ -31,11 +31,16 @@ Loss = str | BlockLoss | Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def squared(e: jax.Array) -> jax.Array:
-    """e^2 without its last bit, so that compilers cannot contract the square and a sum to a fused multiply-add.
+    """e^2 without its last bit."""
+    return without_last_bit(e * e)
+
+
+def without_last_bit(product: jax.Array) -> jax.Array:
+    """A product that compilers cannot contract with the sum that takes it, to a fused multiply-add.
 
     They do so in some programs and not in others, and the choice of a block would depend on what surrounds it.
     """
-    bits = bits_of(e * e)
+    bits = bits_of(product)
     return as_float(lax.bitwise_and(bits, lax.full_like(bits, ~1)))
 
 

@@ -1,8 +1,7 @@
 """Searches: which scales a block tries besides the one that its maximum asks for, as records."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +16,47 @@ from ifjax.lookup import Registry
 class Search:
     """Scales to try; the block keeps the one with the least loss. The format of the result is the same.
 
+    A trial rounds the elements with one scale and decodes them with another or the same. The first trial is always
+    the candidate's own scale for both, so that no block's loss rises.
+
     Attributes:
         name: of the search.
-        offsets: payloads to try, relative to that of the candidate's own scale; None tries all payloads.
+        offsets: payloads to decode with, relative to that of the candidate's own scale; None tries all payloads.
         multipliers: what the candidate's own scale is multiplied by for rounding elements, each with each of the
-            offsets; a block then rounds with one scale and decodes with another. None rounds with the scale that
-            decodes.
+            offsets. None rounds with the scale that decodes.
+        refit: whether offsets count from the payload nearest to the least-squares scale of the rounded elements,
+            sum(x v) / sum(v v), instead of from the candidate's own. Without multipliers elements are rounded with the
+            candidate's own scale.
+        descends: whether each trial rounds with the scale that the one before decoded with: coordinate descent between
+            scales and codes. Needs `refit`.
 
     Raises:
-        ValueError: nothing to try, or more than 255 multipliers.
+        ValueError: nothing to try, more than 255 multipliers, or fields that do not go together.
     """
 
     name: str
     offsets: tuple[int, ...] | None
     multipliers: tuple[float, ...] | None = None
+    _: dataclasses.KW_ONLY
+    refit: bool = False
+    descends: bool = False
 
     def __post_init__(self):
         for field in ("offsets", "multipliers"):
             values = getattr(self, field)
             if values is not None:
                 object.__setattr__(self, field, tuple(values))
+        if self.refit and self.multipliers is None:
+            object.__setattr__(self, "multipliers", (1.0,))
         if self.offsets == () or self.multipliers == () or len(self.multipliers or ()) > 255:
             raise ValueError(f"Search {self.name!r} needs offsets, and at most 255 multipliers, to try")
+        if (self.refit and self.offsets is None) or (self.descends and not self.refit):
+            raise ValueError(f"Search {self.name!r}: refit needs offsets, such as (0,), and descends needs refit")
+
+    @property
+    def is_decoupled(self) -> bool:
+        """Whether elements may be rounded with another scale than the one that decodes them."""
+        return self.multipliers is not None
 
     def trials(self, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
         """int32 [t] payloads or offsets, and int32 [t] 1 + the index of the multiplier (0: none)."""
@@ -49,23 +67,38 @@ class Search:
         return np.array(payloads, np.int32), np.array(multipliers, np.int32)
 
 
-# Measured on normal data, blocks of 16: -3..+6 finds all that the exhaustive search does for IF4 and NVFP4, -2..+2
-# does not. Smaller scales clip the maximum, larger ones trade its error for the others'.
+def _both_ways(n: int) -> tuple[int, ...]:
+    """-1, 1, -2, 2, ... -n, n."""
+    return tuple(sign * i for i in range(1, n + 1) for sign in (-1, 1))
+
+
+_HALF_TO_THREE_HALVES = tuple(j / 100 for j in range(50, 151))
 SEARCHES: Registry[Search] = Registry(
     "search", Search, "ifjax.codec.SEARCHES",
-    (Search("fast", (-3, -2, -1, 1, 2, 3, 4, 5, 6)), Search("exhaustive", None)),
+    (
+        # Measured on normal data, blocks of 16: -3..+6 finds all that the exhaustive search does for IF4 and NVFP4,
+        # -2..+2 does not. Smaller scales clip the maximum, larger ones trade its error for the others'.
+        Search("fast", (-3, -2, -1, 1, 2, 3, 4, 5, 6)),
+        # ScaleSearch, arXiv 2605.12464.
+        Search("wide", _both_ways(8)),
+        Search("exhaustive", None),
+        # SOAR's decoupled search, arXiv 2605.12245; with the least-squares scale it does better (ours).
+        Search("decoupled", (0, -1, 1), _HALF_TO_THREE_HALVES),
+        Search("least_squares", (0,), _HALF_TO_THREE_HALVES, refit=True),
+        Search("descent", (0,), (1.0,) * 12, refit=True, descends=True),
+    ),
 )  # fmt: skip
 
 # The word of a trial: what the encoder has to know of it to make its codes.
 #   bits 0..8W-1       the header
 #   the next 4         the candidate
-#   the next 8 (W = 1) the candidate's own payload, if elements were rounded with a multiple of its scale
-#   the next 8 (W = 1) 1 + the index of the multiplier, or 0
+#   the next 8 (W = 1) the payload that elements were rounded with a multiple of
+#   the next 8 (W = 1) 1 + the index of the multiplier; 0 if they were rounded with the scale that decodes
 _CANDIDATE_BITS = 4
 
 
 def word_parts(word: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(header, candidate, own payload, 1 + index of the multiplier or 0) of a trial's word."""
+    """(header, candidate, payload to round with, 1 + index of the multiplier or 0) of a trial's word."""
     width = 8 * fmt.scale.nbytes
     if width == 32:
         return word, jnp.zeros_like(word), word, jnp.zeros_like(word)
@@ -73,43 +106,62 @@ def word_parts(word: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array, jax.
     return header, rest & (2**_CANDIDATE_BITS - 1), rest >> 4 & 0xFF, rest >> 12
 
 
-def best_trial(
-    own: list[jax.Array], loss_of: Callable[[int, jax.Array, Any, Any], jax.Array], fmt: Format, search: Search | None
-) -> jax.Array:
-    """int32 word of the trial with the least loss.
+class Trials(Protocol):
+    """What an encoder offers a search: losses of blocks, and least-squares scales."""
 
-    Args:
-        own: for each candidate, the int32 payloads [..., m, ...] that blocks ask for.
-        loss_of: (candidate, payload that decodes, own payload, 1 + index of the multiplier or 0) to losses. The last
-            two are None where elements are rounded with the scale that decodes.
-    """
-    if search is not None and search.multipliers is not None and fmt.scale.nbytes > 1:
+    def loss(self, i: int, payload: jax.Array, rounding: Any, multiplier: Any) -> jax.Array:
+        """Losses if candidate i decodes with `payload` what it rounded with a multiple of `rounding`, or with `payload`
+        too if that is None; `multiplier` is 1 + its index."""
+        ...
+
+    def refitted(self, i: int, rounding: jax.Array, multiplier: Any) -> jax.Array:
+        """The payload nearest to the least-squares scale of what candidate i rounded."""
+        ...
+
+    def refined(self, payload: jax.Array) -> jax.Array:
+        """The payload with the best factors for its runs; the same for scales without any."""
+        ...
+
+
+def best_trial(own: list[jax.Array], trials: Trials, fmt: Format, search: Search | None) -> jax.Array:
+    """int32 word of the trial with the least loss; `own` has for each candidate the payloads that blocks ask for."""
+    if search is not None and search.is_decoupled and (fmt.scale.nbytes > 1 or fmt.scale.runs):
         raise ValueError(f"{search.name!r} rounds with multiples of scales, which needs headers of one byte")
 
-    def tries(payloads, multiplier=None):
+    def tries(payloads, rounding=None, multiplier=None):
         for i, payload in enumerate(payloads):
-            loss = loss_of(i, payload, None if multiplier is None else own[i], multiplier)
-            yield i, payload, loss, _word(fmt, i, payload, own[i], multiplier)
+            source = None if rounding is None else rounding[i]
+            yield i, payload, trials.loss(i, payload, source, multiplier), _word(fmt, i, payload, source, multiplier)
 
     first, *others = tries(own)
     best = first[3], first[2]
     pending = [trial[1:] for trial in others]
     if search is not None:
-        payloads, multipliers = search.trials(fmt)
+        offsets, multipliers = search.trials(fmt)
         pending = [first[1:], *pending]
 
         def try_next(state, trial):
             # Compares what the last step computed: XLA would compute a loss again for each of its two readers here.
-            best, pending = state
+            best, pending, rounding = state
             best = better(best, pending, fmt)
-            payload, multiplier = trial
-            payloads = [jnp.full_like(p, payload) if search.offsets is None else p + payload for p in own]
-            payloads = [jnp.clip(p, 1, fmt.scale.top) for p in payloads]
-            multiplier = None if search.multipliers is None else multiplier
-            return (best, [t[1:] for t in tries(payloads, multiplier)]), None
+            offset, multiplier = trial
+            if search.offsets is None:
+                payloads = [jnp.full_like(p, offset) for p in own]
+            elif search.refit:
+                payloads = [trials.refitted(i, p, multiplier) + offset for i, p in enumerate(rounding)]
+            else:
+                payloads = [p + offset for p in own]
+            payloads = [trials.refined(_clipped(p, fmt)) for p in payloads]
+            found = tries(payloads, *((rounding, multiplier) if search.is_decoupled else ()))
+            return (best, [t[1:] for t in found], payloads if search.descends else rounding), None
 
-        (best, pending), _ = lax.scan(try_next, (best, pending), (payloads, multipliers))
+        (best, pending, _), _ = lax.scan(try_next, (best, pending, own), (offsets, multipliers))
     return better(best, pending, fmt)[0]
+
+
+def _clipped(payload, fmt):
+    """Of a payload with bits for runs above its scale, the scale alone is moved: they are chosen anew."""
+    return jnp.clip(payload & (2**8 - 1) if fmt.scale.runs else payload, 1, fmt.scale.top)
 
 
 def better(best: tuple, trials: list[tuple], fmt: Format) -> tuple:
@@ -124,7 +176,7 @@ def better(best: tuple, trials: list[tuple], fmt: Format) -> tuple:
     return best
 
 
-def _word(fmt, candidate, payload, own, multiplier):
+def _word(fmt, candidate, payload, rounding, multiplier):
     header = fmt.join(fmt.selector_of(fmt.candidates[candidate]), payload)
     width = 8 * fmt.scale.nbytes
     if width == 32:
@@ -132,4 +184,4 @@ def _word(fmt, candidate, payload, own, multiplier):
     header = header | candidate << width
     if multiplier is None:
         return header
-    return header | own << (width + 4) | multiplier << (width + 12)
+    return header | rounding << (width + 4) | multiplier << (width + 12)

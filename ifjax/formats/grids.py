@@ -119,6 +119,17 @@ class Grid:
         """The magnitudes in the order of their codes, if the grid is symmetric about zero; () for others."""
         return self.values[: len(self.values) // 2] if self._form != "any" else ()
 
+    def mirrored(self) -> "Grid":
+        """Return the grid whose code i stands for minus the value of the last code but i, with the same ties."""
+        values, last = tuple(-v for v in reversed(self.values)), len(self.values) - 1
+        fields = {name: tuple(last - c for c in getattr(self, name)) for name in ("preferred", "unused")}
+        return dataclasses.replace(self, name=f"{self.name} mirrored", values=values, **fields)
+
+    def replaced(self, code: int, value: float) -> "Grid":
+        """Return a grid in which a code has another value, which takes ties."""
+        values = (*self.values[:code], value, *self.values[code + 1 :])
+        return Grid(f"{self.name} with {value:g}", values, self.ties, preferred=(*self.preferred, code))
+
     @property
     def is_twos_complement(self) -> bool:
         """Whether negative values are the two's complements of positive ones."""
@@ -331,3 +342,37 @@ E3M2 = Grid.sign_magnitude("E3M2", _ml_dtypes_magnitudes(ml_dtypes.float6_e3m2fn
 INT3 = Grid.sign_magnitude("INT3", range(4), zero="unsigned")
 INT4 = Grid.twos_complement("INT4", 4)
 INT6 = Grid.sign_magnitude("INT6", range(32), zero="unsigned")
+INT4_SIGNED = Grid.sign_magnitude("INT4 sign-magnitude", range(8), zero="unsigned")
+# Quarters: HiFloat4's elements.
+S1P2 = Grid.sign_magnitude("S1P2", [c / 4 for c in range(8)], ties="away")
+# Quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E).
+NF4 = Grid(
+    "NF4",
+    (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ), "lower",
+)  # fmt: skip
+# Learned on normal numbers, zero held fast at code 8 (see `ifjax.learn_format`). Each is used with its mirror image.
+SPLIT87 = Grid(
+    "Split87",
+    (
+        -0.9928, -0.8343, -0.6614, -0.5155, -0.3897, -0.2776, -0.1751, -0.0817, 0.0, 0.1094, 0.2172, 0.3290, 0.4501,
+        0.5864, 0.7490, 0.9814,
+    ), "lower",
+)  # fmt: skip
+QUAD_A = Grid(
+    "Quad A",
+    (
+        -0.9962, -0.8533, -0.7027, -0.5509, -0.4203, -0.3039, -0.1960, -0.0944, 0.0, 0.1183, 0.2325, 0.3530, 0.4813,
+        0.6276, 0.8046, 0.9854,
+    ), "lower",
+)  # fmt: skip
+QUAD_B = Grid(
+    "Quad B",
+    (
+        -0.9862, -0.7422, -0.5777, -0.4503, -0.3424, -0.2463, -0.1554, -0.0709, 0.0, 0.0860, 0.1789, 0.2796, 0.3892,
+        0.5097, 0.6521, 0.9878,
+    ), "lower",
+)  # fmt: skip

@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -67,6 +67,14 @@ class Scale(abc.ABC):
         """
         scale = self.decode(payload, place)
         return jnp.where(scale > 0, divide(1.0, scale), 0)
+
+    def refined(self, payload: jax.Array, losses: Callable[[jax.Array], list[jax.Array]]) -> jax.Array:
+        """Return the payload of the same main scale with the factors of its runs that err least.
+
+        `losses` gives, for a payload, those of the shortest runs, in order. Scales with one factor have no choice.
+        """
+        del losses
+        return payload
 
     def to_dict(self) -> dict[str, Any] | str:
         """Return plain JSON values from which `scale_from_dict` makes an equal record.
@@ -227,4 +235,8 @@ E8M0 = TableScale(
     "e8m0", (0.0, *(2.0 ** (i - 127) for i in range(1, 255))), "up", last=253,
     dtype=np.dtype(ml_dtypes.float8_e8m0fnu),
 )  # fmt: skip
-SCALES: Registry[Scale] = Registry("scale", Scale, "ifjax.formats.SCALES", (E4M3, E8M0))
+# Unsigned, as PTX ISA 9.4 and AMD have it: an exponent bit more in place of the sign. No bit is left for a selector.
+UE5M3 = TableScale.minifloat("ue5m3", 5, 3, 15)
+# Six bits, which leave two for a selector; from 2^-5 to 28.
+E3M3 = TableScale.minifloat("e3m3", 3, 3, 3)
+SCALES: Registry[Scale] = Registry("scale", Scale, "ifjax.formats.SCALES", (E4M3, E8M0, UE5M3, E3M3))

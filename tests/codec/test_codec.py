@@ -29,7 +29,7 @@ from ifjax.formats.grids import E2M1, E2M3, INT4
 from ifjax.formats.scales import E8M0
 from ifjax.numerics.packing import pack
 
-NAMED = {name: fmt for name, fmt in ifjax.FORMATS.items() if name == fmt.name}
+NAMED = {name: ifjax.get_format(name) for name in oracle.FORMATS}
 each_format = pytest.mark.parametrize("fmt", NAMED.values(), ids=NAMED)
 few_examples = hypothesis.settings(max_examples=8)  # of 14 tensors each
 

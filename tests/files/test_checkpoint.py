@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import oracle
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -331,12 +332,12 @@ def tree_1(*names):
     return {name: WRITTEN_1[name].q for name in names} | {"floats": PLAIN_1["floats"]}
 
 
-def test_the_files_of_layout_1_are_of_layout_1_and_hold_every_named_format():
+def test_the_files_of_layout_1_are_of_layout_1_and_hold_every_format_named_then():
     for path in (LAYOUT_1 / "one.safetensors", *LAYOUT_1.glob("shards/*.safetensors")):
         data = path.read_bytes()
         own = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["ifjax"])
         assert own["layout"] == 1
-    assert {*FORMATS, *STATED_1} == set(WRITTEN_1) and set(PLAIN_1) == {"floats", "integers"}
+    assert {*oracle.FORMATS, *STATED_1} == set(WRITTEN_1) and set(PLAIN_1) == {"floats", "integers"}
 
 
 def test_a_file_of_layout_1_is_mapped():

@@ -35,6 +35,14 @@ PLAIN = [
     "nvint3", "nvint4", "nvint6", "mxfp3", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2",
 ]  # fmt: skip
 BS8 = [f"{name}_bs8" for name in PLAIN if "6" not in name]
+# bits a value, and candidates
+SIZES = {
+    "hifloat4": (4.5, 1), "hifloat4_half_even": (4.5, 1), "nvfp4_ue5m3": (4.5, 1), "fp4_ue5m3": (4.5, 1),
+    "fp4_ue5m3_pz": (4.5, 1), "fp4_e4m3": (4.5, 1), "fp4_e4m3_pz": (4.5, 1), "fp4_e4m3_46": (4.5, 2), "nf4": (4.5, 1),
+    "nf4_mirror": (4.5, 2), "split87": (4.5, 2), "quad": (4.5, 4), "sfp4": (4.5, 3), "razer": (4.5, 4),
+    "razer_act": (4.5, 2), "mixfp4": (4.5, 2),
+}  # fmt: skip
+of_the_if_paper = pytest.mark.parametrize("fmt", map(get_format, [*PLAIN, *BS8]), ids=lambda fmt: fmt.name)
 
 
 def bits(word):
@@ -45,7 +53,8 @@ def bits(word):
 
 
 def test_all_names_are_there():
-    assert set(FORMATS) == {*PLAIN, *BS8, "nvfp4_static4", "mxfp4_static4", "if6"} and len(BS8) == 9
+    assert set(FORMATS) == {*PLAIN, "nvfp4_static4", "mxfp4_static4", "if6", *SIZES}
+    assert all(name in FORMATS for name in BS8) and "if4_bs" not in FORMATS and "if5_bs8" not in FORMATS
 
 
 def test_a_format_is_listed_under_its_name_and_if6_is_an_alias():
@@ -63,7 +72,7 @@ def test_static4_differs_in_the_peak_alone(name):
     assert FORMATS[f"{name}_static4"] == dataclasses.replace(FORMATS[name], name=f"{name}_static4", peak=4.0)
 
 
-@each_format
+@of_the_if_paper
 def test_mx_formats_have_blocks_of_32_and_no_tensor_scale(fmt):
     is_mx, is_bs8 = fmt.name.startswith("mx"), fmt.name.endswith("_bs8")
     assert fmt.block == (8 if is_bs8 else 32 if is_mx else 16)
@@ -72,16 +81,21 @@ def test_mx_formats_have_blocks_of_32_and_no_tensor_scale(fmt):
     assert fmt.tensor_peak == (None if is_mx else peak)
 
 
-@each_format
+@of_the_if_paper
 def test_the_flag_marks_if_formats_alone(fmt):
     assert fmt.has_selector == fmt.name.startswith("if") == (len(fmt.decodings) == 2)
 
 
-@each_format
+@of_the_if_paper
 def test_bits_are_those_of_the_name(fmt):
     digit = next(int(c) for c in fmt.name.replace("fouroversix", "4") if c.isdigit())
     assert fmt.bits == digit and fmt.bits_per_value == digit + 8 / fmt.block
     assert all(c.grid.bits == fmt.bits for c in fmt.candidates)
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES.items())
+def test_frontier_formats_keep_their_sizes(name, size):
+    assert (FORMATS[name].bits_per_value, len(FORMATS[name].candidates)) == size
 
 
 @pytest.mark.parametrize(
@@ -229,7 +243,7 @@ def test_a_list_of_candidates_becomes_a_tuple():
 def test_equal_records_hash_alike_and_a_changed_field_differs(fmt):
     again = dataclasses.replace(fmt)
     assert again == fmt and hash(again) == hash(fmt)
-    for field, value in {"name": "other", "block": fmt.block + 1, "peak": 0.5}.items():
+    for field, value in {"name": "other", "block": fmt.block * 2, "peak": 0.5}.items():
         assert dataclasses.replace(fmt, **{field: value}) != fmt
 
 
@@ -333,7 +347,7 @@ def test_what_is_no_record_is_refused(record):
 
 def test_named_grids_are_shared():
     """A decoder is written once for each grid, not once for each format."""
-    used = {candidate.grid for fmt in FORMATS.values() for candidate in fmt.candidates}
+    used = {candidate.grid for name in PLAIN for candidate in FORMATS[name].candidates}
     assert used == {E2M0, E2M1, E2M3, E3M2, INT3, INT4, INT6}
 
 

@@ -185,7 +185,8 @@ def test_no_format_means_left_alone():
         ("loss", {"loss": "mes"}, "loss must be one of ['abs_max', 'mae', 'mse'] or a function, got 'mes'"),
         ("act_loss", {"act_fmt": "if4", "act_loss": 2}, "act_loss must be one of"),
         ("search", {"search": "slow"},
-         "unknown search 'slow'; did you mean exhaustive, fast? See ifjax.codec.SEARCHES"),
+         "unknown search 'slow'; did you mean decoupled, descent, exhaustive, fast, least_squares, wide? See "
+         "ifjax.codec.SEARCHES"),
         ("search", {"search": 3}, "search must be a name or "),
         ("block", {"block": 0}, "block must be an integer >= 1, or None for the format's own, got 0"),
         ("block", {"block": True}, "block must be an integer >= 1"),
@@ -271,7 +272,9 @@ def rules_of_all_kinds(draw):
     values["weight_fmt"] = draw(st.none() | formats)
     if values["weight_fmt"] is not None:
         values |= {"loss": draw(losses), "search": draw(st.sampled_from([None, "fast", "exhaustive"]))}
-        values |= {"block": draw(st.none() | st.integers(1, 64)), "block_2d": draw(st.booleans())}
+        runs = get_format(values["weight_fmt"]).scale.runs
+        lengths = st.sampled_from([16, 64]) if runs else st.integers(1, 64)
+        values |= {"block": draw(st.none() | lengths), "block_2d": not runs and draw(st.booleans())}
         values |= {"axis": draw(st.sampled_from([None, -1, -2])), "act_fmt": draw(st.none() | formats)}
     inputs = [fmt for fmt in (values.get("act_fmt"), *values["operands"].values()) if fmt is not None]
     if inputs:
@@ -351,8 +354,8 @@ YAML_FAULTS = {
     ),
     "bad value": (
         "# c\n\n- path: a\n  act_fmt: if4\n  search: slow\n",
-        "rule 1, key 'search': Rule('a'): unknown search 'slow'; did you mean exhaustive, fast? See "
-        "ifjax.codec.SEARCHES",
+        "rule 1, key 'search': Rule('a'): unknown search 'slow'; did you mean decoupled, descent, exhaustive, fast, "
+        "least_squares, wide? See ifjax.codec.SEARCHES",
     ),
     "bad expression": ("- weight_fmt: if4\n  path: a(\n", f"rule 1, key 'path': Rule('a('): {NO_EXPRESSION}"),
     "no path": (
