@@ -1,7 +1,7 @@
 """Adaptive block-scaled number formats for JAX.
 
 Quantize:    quantize, dequantize, fake_quantize, QTensor
-Formats:     FORMATS, get_format, Format, Candidate, Grid, Scale, TableScale
+Formats:     FORMATS, get_format, learn_format, Format, Candidate, Grid, Scale, TableScale
 Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
 Models:      quantize_params, fake_quantize_params, gptq, trainable_mask, Report
              Rule, default_rules, load_rules, save_rules
@@ -21,7 +21,17 @@ exchange, measure, cli.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ifjax.arrays import QTensor, dequantize, device_put, fake_quantize, gptq, ms_eden, quantize, shardings
+from ifjax.arrays import (
+    QTensor,
+    dequantize,
+    device_put,
+    fake_quantize,
+    gptq,
+    learn_format,
+    ms_eden,
+    quantize,
+    shardings,
+)
 from ifjax.files import load_file, open_file, save_file
 from ifjax.formats import FORMATS, Candidate, Format, Grid, Scale, TableScale, get_format
 from ifjax.models import (
@@ -85,6 +95,7 @@ __all__ = [
     "hadamard",
     "interceptors",
     "inverse_hadamard",
+    "learn_format",
     "load_file",
     "load_rules",
     "mac",

@@ -2,12 +2,14 @@
 
 from ifjax.arrays.blocking import DTYPES, Blocking, packed_shapes
 from ifjax.arrays.gptq import gptq
+from ifjax.arrays.learn import learn_format
 from ifjax.arrays.ms_eden import ms_eden
 from ifjax.arrays.qtensor import QTensor, dequantize
 from ifjax.arrays.quantize import fake_quantize, quantize
 from ifjax.arrays.sharding import device_put, shardings
 
 __all__ = [
-    "DTYPES", "Blocking", "QTensor", "dequantize", "device_put", "fake_quantize", "gptq", "ms_eden",
+    "DTYPES", "Blocking", "QTensor", "dequantize", "device_put", "fake_quantize", "gptq", "learn_format",
+    "ms_eden",
     "packed_shapes", "quantize", "shardings",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from ifjax.arrays import indexing
 from ifjax.arrays.blocking import DTYPES, Blocking, with_length
 from ifjax.arrays.flax_box import FlaxBox, introduce_to_flax
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, split_blocks
-from ifjax.codec.decode import decode
+from ifjax.codec.decode import decode, narrowed
 from ifjax.codec.headers import header_bytes, header_words
 from ifjax.formats import Format
 from ifjax.numerics.packing import group_of, pack, packed_length, unpack
@@ -305,7 +305,7 @@ def check_arrays(q: QTensor) -> None:
 
 @jax.jit(static_argnames="dtype")
 def _dequantize(q, dtype):
-    return _values(q, q.amax).astype(dtype)
+    return narrowed(_values(q, q.amax), dtype)
 
 
 def unscaled_values(q: QTensor) -> Float[Array, "..."]:

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 
 from ifjax.arrays.blocking import DTYPES, Blocking
 from ifjax.arrays.qtensor import QTensor
-from ifjax.codec import Encoding, Loss, Rounding, Search, decode, encode
+from ifjax.codec import BlockLoss, Encoding, Loss, Rounding, Search, decode, encode
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, pick, split_blocks
+from ifjax.codec.decode import narrowed
 from ifjax.codec.headers import header_words
 from ifjax.formats import Format
 from ifjax.numerics.packing import pack
@@ -33,6 +34,7 @@ def quantize(
     amax: Float[ArrayLike, "..."] | None = None,
     amax_axes: Sequence[int] = (),
     search: str | Search | None = None,
+    weights: Float[ArrayLike, " k"] | None = None,
 ) -> QTensor:
     """Quantize to a block-scaled format.
 
@@ -59,7 +61,9 @@ def quantize(
             lengths.
         amax_axes: unblocked axes whose entries keep an amax of their own: layers, experts, tokens.
         search: try scales around the one that the block's maximum asks for, and keep the least loss: "fast" ten of
-            them, "exhaustive" all. Slower to encode; the result is of the same format.
+            them, "exhaustive" all (`ifjax.codec.SEARCHES`). Slower to encode; the result is of the same format.
+        weights: float >= 0 [k], k = x.shape[axis], such as the mean squares of a product's inputs: what the loss of a
+            value counts in its block's choice of a candidate and of a searched scale.
 
     Returns:
         A QTensor of x's shape and dtype.
@@ -81,7 +85,8 @@ def quantize(
     """
     how = Encoding.of(fmt, loss=loss, rounding=rounding, search=search, block_2d=block_2d)
     x, place = checked(x, how, axis, amax, amax_axes, key)
-    return _quantize(lax.stop_gradient(x), key, place.pop("amax"), how=how, **place)
+    weights = _checked_weights(weights, x.shape[axis], how)
+    return _quantize(lax.stop_gradient(x), key, place.pop("amax"), weights, how=how, **place)
 
 
 def fake_quantize(
@@ -96,6 +101,7 @@ def fake_quantize(
     amax: Float[ArrayLike, "..."] | None = None,
     amax_axes: Sequence[int] = (),
     search: str | Search | None = None,
+    weights: Float[ArrayLike, " k"] | None = None,
     gradient: Literal["straight_through", "clipped"] = "straight_through",
 ) -> Float[Array, "..."]:
     """Round x to what `quantize` can represent, in x's shape and dtype, with a gradient.
@@ -122,8 +128,9 @@ def fake_quantize(
         raise ValueError(f"gradient must be 'straight_through' or 'clipped', got {gradient!r}")
     how = Encoding.of(fmt, loss=loss, rounding=rounding, search=search, block_2d=block_2d)
     x, place = checked(x, how, axis, amax, amax_axes, key)
-    clipped = gradient == "clipped"
-    y, passes = _fake_quantize(lax.stop_gradient(x), key, place.pop("amax"), how=how, clipped=clipped, **place)
+    weights = _checked_weights(weights, x.shape[axis], how)
+    data = lax.stop_gradient(x), key, place.pop("amax"), weights
+    y, passes = _fake_quantize(*data, how=how, clipped=gradient == "clipped", **place)
     return straight_through(x, y, passes)
 
 
@@ -183,6 +190,23 @@ def _checked_amax(amax, shape, axes, fmt):
     return amax
 
 
+def _checked_weights(weights, k, how):
+    """float32 [k] or None."""
+    if weights is None:
+        return None
+    if how.block_2d or not isinstance(how.loss, BlockLoss):
+        raise ValueError("weights go with 1-D blocks and a named loss: leave out block_2d or your loss function")
+    weights = jnp.asarray(weights)
+    if not jnp.issubdtype(weights.dtype, jnp.floating) or weights.shape != (k,):
+        raise ValueError(
+            f"weights must be float of shape ({k},), one for each place along the axis of blocks, got {weights.dtype} "
+            f"{weights.shape}"
+        )
+    if not isinstance(weights, Tracer) and not bool(jnp.all((weights >= 0) & (weights < jnp.inf))):
+        raise ValueError("weights must be finite and not negative")
+    return lax.stop_gradient(weights.astype(jnp.float32))
+
+
 @jax.custom_jvp
 def straight_through(x, y, passes):
     """y, with the gradient of x where it passes."""
@@ -199,7 +223,7 @@ def _straight_through_jvp(primals, tangents):
 # --- below the surface -----------------------------------------------------------------------------------------------
 
 
-def _encoded(x, key, amax, *, how, axis, amax_axes):
+def _encoded(x, key, amax, weights, *, how, axis, amax_axes):
     """codes uint8 [..., m, B, ...], scales uint8 [..., m * W, ...] and amax, rows of filled-up squares included."""
     fmt = how.fmt
 
@@ -212,17 +236,19 @@ def _encoded(x, key, amax, *, how, axis, amax_axes):
     noise = None
     if how.rounding.noise is not None:
         noise = [blocks_of(r) for r in how.rounding.noise(key, x.shape, len(fmt.candidates))]
-    return encode(blocks_of(x), how, axis=axis, amax=amax, amax_axes=amax_axes, noise=noise)
+    if weights is not None:
+        weights = split_blocks(weights, fmt.block, -1)
+    return encode(blocks_of(x), how, axis=axis, amax=amax, amax_axes=amax_axes, noise=noise, weights=weights)
 
 
 _STATIC = ("how", "axis", "amax_axes")
 
 
 @jax.jit(static_argnames=_STATIC)
-def _quantize(x, key, amax, *, how, axis, amax_axes):
+def _quantize(x, key, amax, weights, *, how, axis, amax_axes):
     fmt = how.fmt
     encoded = functools.partial(_encoded, how=how, axis=axis, amax_axes=amax_axes)
-    codes, scales, amax = opaque(encoded, x, key, amax)
+    codes, scales, amax = opaque(encoded, x, key, amax, weights)
     codes = merge_blocks(codes, axis)
     if how.block_2d:
         other = -3 - axis
@@ -232,10 +258,10 @@ def _quantize(x, key, amax, *, how, axis, amax_axes):
 
 
 @jax.jit(static_argnames=(*_STATIC, "clipped"))
-def _fake_quantize(x, key, amax, *, how, axis, amax_axes, clipped):
+def _fake_quantize(x, key, amax, weights, *, how, axis, amax_axes, clipped):
     fmt = how.fmt
     encoded = functools.partial(_encoded, how=how, axis=axis, amax_axes=amax_axes)
-    codes, scales, amax = opaque(encoded, x, key, amax)
+    codes, scales, amax = opaque(encoded, x, key, amax, weights)
     headers = jnp.expand_dims(header_words(scales, fmt.scale.nbytes, axis), axis)
     at, wide = x.ndim + axis, amax
     place = jnp.arange(fmt.block, dtype=jnp.int32).reshape(*[1] * (at + 1), -1, *[1] * (-axis - 1))
@@ -260,4 +286,4 @@ def _fake_quantize(x, key, amax, *, how, axis, amax_axes, clipped):
         low, high = end(0), end(1)
         # A block whose scale is zero is not clipped.
         passes = ((x.astype(jnp.float32) >= low) & (x.astype(jnp.float32) <= high)) | (low == high)
-    return values_of(codes).astype(x.dtype), passes
+    return narrowed(values_of(codes), x.dtype), passes

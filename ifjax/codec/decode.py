@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
 
 from ifjax.codec.blocks import pick
 from ifjax.codec.headers import TensorScale, safe
@@ -34,6 +36,15 @@ def decode(
     tensor = None if amax is None else safe(amax, codes.ndim)
     divisor = None if tensor is None else fmt.tensor_constant(headroom) * tensor.power
     return scaled(values, fmt.scale.decode(payload, place), step, tensor, divisor)
+
+
+def narrowed(values: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Decoded float32 values in a type, in which those beyond its largest finite value saturate, as they do in grids.
+
+    float32's own end, too: a block's largest value may lie above the tensor's maximum, and no code means infinity.
+    """
+    end = np.float32(min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max)))
+    return lax.clamp(-end, values, end).astype(dtype)
 
 
 def unscaled(codes: jax.Array, selector: Any, fmt: Format) -> jax.Array:

@@ -61,6 +61,8 @@ class Search:
     def trials(self, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
         """int32 [t] payloads or offsets, and int32 [t] 1 + the index of the multiplier (0: none)."""
         tries = range(1, fmt.scale.top + 1) if self.offsets is None else self.offsets
+        if fmt.scale.runs and self.offsets is not None:  # the own scale with other factors for its runs
+            tries = (0, *(offset for offset in self.offsets if offset))
         which = (0,) if self.multipliers is None else range(1, len(self.multipliers) + 1)
         pairs = [(offset, j) for j in which for offset in tries]
         payloads, multipliers = zip(*pairs, strict=True)

@@ -16,6 +16,7 @@ from ifjax.formats.grids import (
     INT4_SIGNED,
     INT6,
     NF4,
+    OCTET,
     QUAD_A,
     QUAD_B,
     S1P2,
@@ -23,7 +24,7 @@ from ifjax.formats.grids import (
 )
 from ifjax.formats.hifloat4 import HiFloat4Scale
 from ifjax.formats.records import Candidate, Format
-from ifjax.formats.scales import E3M3, E8M0, SCALES, UE5M3
+from ifjax.formats.scales import E3M3, E8M0, SCALES, UE2M3, UE5M3
 from ifjax.lookup import Registry
 
 
@@ -154,6 +155,13 @@ QUAD = _named(
     "Two grids of sixteen learned values and their mirror images, a 6-bit E3M3 scale and two bits for the choice. "
     f"Blocks below amax / 1792 are lost. {_GAMES}",
     scale=E3M3, peak=1.0, tensor_peak=28.0,
+)  # fmt: skip
+OCTET_8 = _named(
+    "octet", tuple(Candidate(grid) for a in OCTET for grid in (a, a.mirrored())), 16,
+    "Four grids of sixteen learned values and their mirror images, a 5-bit UE2M3 scale and three bits for the choice; "
+    "the scales of a tensor span 1 to 56, so give rows an amax of their own where their sizes differ. Learned by "
+    "`ifjax.learn_format` on normal numbers; form: Grid Games, arXiv 2605.12327.",
+    scale=UE2M3, peak=1.0, tensor_peak=7.0, prevent_zero=True,
 )  # fmt: skip
 SFP4 = _named(
     "sfp4", tuple(Candidate(E2M1, offset=offset) for offset in (0.0, 0.375, -0.375)), 16,

@@ -239,4 +239,6 @@ E8M0 = TableScale(
 UE5M3 = TableScale.minifloat("ue5m3", 5, 3, 15)
 # Six bits, which leave two for a selector; from 2^-5 to 28.
 E3M3 = TableScale.minifloat("e3m3", 3, 3, 3)
-SCALES: Registry[Scale] = Registry("scale", Scale, "ifjax.formats.SCALES", (E4M3, E8M0, UE5M3, E3M3))
+# Five bits, which leave three; from 2^-3 to 7.
+UE2M3 = TableScale.minifloat("ue2m3", 2, 3, 1)
+SCALES: Registry[Scale] = Registry("scale", Scale, "ifjax.formats.SCALES", (E4M3, E8M0, UE5M3, E3M3, UE2M3))

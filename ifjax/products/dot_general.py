@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from ifjax.arrays import QTensor
 from ifjax.arrays.qtensor import unscaled_values
 from ifjax.codec.blocks import split_blocks
-from ifjax.codec.decode import block_scale, unscaled
+from ifjax.codec.decode import block_scale, narrowed, unscaled
 from ifjax.numerics.xla import divide, in_axes, materialize
 from ifjax.products.backends import (
     BACKENDS,
@@ -325,7 +325,7 @@ def _in_units(q, dtype):
     The two roundings to float32 that the values took before do not show.
     """
     units = common_multiple(q.fmt) if dtype == np.float16 and decoding_of(q.fmt) else 1
-    return (unscaled_values(q) * np.float32(units)).astype(dtype), units
+    return narrowed(unscaled_values(q) * np.float32(units), dtype), units
 
 
 def _spread(factor, ndim, dims, x_ndim, q_ndim):

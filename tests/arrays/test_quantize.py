@@ -726,3 +726,67 @@ def test_noise_makes_no_error_larger_than_the_gap_between_values(name):
     top = largest_value(q)
     widest = {"nvfp4": 2 / 6, "if4": 2 / 6, "if3": 2 / 4}[name]  # of the largest value
     assert np.all(np.abs(q.dequantize() - x) <= top * widest * (1 + 2.0**-20))
+
+
+# --- weights
+
+
+@pytest.mark.parametrize(("name", "search"), [("if4", None), ("nvfp4", "fast"), ("quad", None)])
+def test_weights_count_errors_in_the_choice_alone(name, search):
+    """Each block has the least weighted error of all that its candidates and scales give."""
+    fmt = short(name)
+    x, weights = normal(24, 12, seed=40), np.random.default_rng(41).uniform(0, 4, 12).astype(np.float32)
+    weights[3] = 0
+
+    def lost(q):
+        e = np.square(np.asarray(q.dequantize(), np.float64) - np.asarray(x)) * weights
+        return e.reshape(24, 3, 4).sum(-1)
+
+    q = ifjax.quantize(x, fmt, search=search, weights=weights)
+    plain = ifjax.quantize(x, fmt, search=search)
+    assert np.all(lost(q) <= lost(plain) * (1 + 1e-6)) and np.any(lost(q) < 0.9 * lost(plain))
+    if search is None:
+        alone = [dataclasses.replace(fmt, candidates=(c,)) for c in fmt.candidates if c.step == 1]
+        each = np.stack([lost(ifjax.quantize(x, one)) for one in alone])
+        assert np.all(lost(q) <= each.min(0) * (1 + 1e-6))
+    assert_same(ifjax.quantize(x, fmt, search=search, weights=weights * 64), q)
+    assert_same(jax.jit(lambda x, w: ifjax.quantize(x, fmt, search=search, weights=w))(x, weights), q)
+    np.testing.assert_array_equal(ifjax.fake_quantize(x, fmt, search=search, weights=weights), q.dequantize())
+    columns = ifjax.quantize(x.T, fmt, axis=0, search=search, weights=weights)
+    np.testing.assert_array_equal(columns.dequantize(), q.dequantize().T)
+
+
+def test_equal_weights_are_none():
+    x = normal(8, 10, seed=42)
+    assert_same(ifjax.quantize(x, IF4, weights=jnp.full(10, 3.0)), ifjax.quantize(x, IF4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": np.ones(3, np.float32)}, r"weights must be float of shape \(8,\).* got float32 \(3,\)"),
+        ({"weights": np.ones(8, np.int32)}, r"weights must be float of shape \(8,\).* got int32"),
+        ({"weights": -np.ones(8, np.float32)}, "finite and not negative"),
+        ({"weights": np.ones(8, np.float32), "block_2d": True}, "1-D blocks and a named loss"),
+        ({"weights": np.ones(8, np.float32), "loss": lambda x, d: jnp.sum(abs(x - d), -1)}, "a named loss"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ifjax.quantize(normal(8, 8), IF4, **settings)
+
+
+# --- the ends of types
+
+
+@pytest.mark.parametrize(("dtype", "end"), [("float16", 65504), ("bfloat16", 3.3895314e38), ("float32", 3.4028235e38)])
+@pytest.mark.parametrize("name", ["mxfp4", "if6_e2m3", "sfp4"])
+def test_values_saturate_at_the_end_of_a_type(name, dtype, end):
+    """60000 is 65536 in mxfp4, which float16 cannot hold."""
+    rows = [[end, -end, end / 2, 0], [-0.92 * end, 0.6 * end, 0, end / 9]]
+    x, fmt = jnp.asarray(rows, dtype), short(name)
+    q = ifjax.quantize(x, fmt)
+    for values in (q.dequantize(), ifjax.fake_quantize(x, fmt), jax.jit(lambda q: q.dequantize(jnp.float16))(q)):
+        assert np.all(np.isfinite(np.asarray(values, np.float64)))
+    np.testing.assert_allclose(np.asarray(q.dequantize(), np.float64), np.asarray(x, np.float64), atol=0.3 * end)
+    assert np.all(np.isnan(ifjax.quantize(x.at[0, 0].set(jnp.nan), fmt).dequantize()[0]))
