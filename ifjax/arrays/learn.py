@@ -78,7 +78,7 @@ def learn_format(
     found = None if search is None else SEARCHES.find(search)
     if found is not None and (found.offsets is None or found.is_decoupled):
         raise ValueError(f"learn_format can search payloads by offsets only, such as 'fast', got {found.name!r}")
-    offsets = (0,) if found is None else (0, *found.offsets)
+    offsets = (0,) if found is None else (0, *(found.offsets or ()))
     levels = _start(grids, bits)
     fields = {"block": block, "scale": scale, "prevent_zero": prevent_zero}
     _format(name, levels, mirror, fields)  # refuses what cannot be
@@ -129,7 +129,8 @@ def _blocks(x, fmt: Format, offsets):
     payloads = np.asarray(q.scales, np.int32).reshape(-1, 1) + np.array(offsets)
     payloads[:, 1:] = np.clip(payloads[:, 1:], 1, fmt.scale.top)
     scales = np.asarray(fmt.scale.decode(jnp.arange(fmt.scale.top + 1))).astype(np.float64)[payloads]
-    scales *= float(q.amax.item()) / float(fmt.tensor_constant())
+    amax: Any = q.amax
+    scales *= float(amax.item()) / float(fmt.tensor_constant())
     kept = scales[:, 0] > 0
     return np.asarray(x, np.float64).reshape(-1, fmt.block)[kept], scales[kept]
 

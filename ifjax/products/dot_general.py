@@ -53,6 +53,7 @@ class _Product:
     dtype: np.dtype  # that operands are multiplied in
     out_dtype: np.dtype
     out_sharding: Any = None
+    x_sharding: jax.sharding.NamedSharding | None = None  # on meshes with explicit axes: that of x and its gradient
     impl: Impl | None = None  # None: the plan of each platform
     device: str = "cpu"  # the device kind that accelerators are planned for
 
@@ -157,7 +158,14 @@ def _two_packed(lhs, rhs, how):
 
 def _one_packed(x, q, how) -> Any:
     checked_impl(how.impl, x, q, how.dims, how.dtype)
-    return _product(as_varying(x, q), q, dataclasses.replace(how, x_dtype=np.dtype(x.dtype)))
+    x = as_varying(x, q)
+    return _product(x, q, dataclasses.replace(how, x_dtype=np.dtype(x.dtype), x_sharding=explicit_sharding(x)))
+
+
+def explicit_sharding(x: jax.Array) -> jax.sharding.NamedSharding | None:
+    """The sharding that x's type states: on a mesh with explicit axes, whose products must say how they come out."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def as_varying(x: jax.Array, q: Any) -> jax.Array:
@@ -191,13 +199,17 @@ def _product_bwd(how, q, g):
         x_batch=tuple(range(batch)),
         q_batch=dims.q_batch,
     )
-    how = dataclasses.replace(
-        how, dims=back, x_dtype=how.dtype, out_dtype=how.x_dtype, out_sharding=None, impl="xla"
-    )
-    dx: Any = _product(g.astype(how.dtype), q, how)
     # dx has x's batch axes, its free ones, and what was contracted in q's order.
     order = [x_axis for _, x_axis in sorted(zip(dims.q_contracted, dims.x_contracted, strict=True))]
-    return jnp.transpose(dx, np.argsort([*dims.x_batch, *x_free, *order]).tolist()), no_gradient(q)
+    order = [*dims.x_batch, *x_free, *order]
+    sharding = how.x_sharding
+    if sharding is not None:
+        sharding = sharding.update(spec=PartitionSpec(*[sharding.spec[axis] for axis in order]))
+    how = dataclasses.replace(
+        how, dims=back, x_dtype=how.dtype, out_dtype=how.x_dtype, out_sharding=sharding, x_sharding=None, impl="xla"
+    )
+    dx: Any = _product(g.astype(how.dtype), q, how)
+    return jnp.transpose(dx, np.argsort(order).tolist()), no_gradient(q)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
