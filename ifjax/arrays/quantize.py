@@ -55,7 +55,9 @@ def quantize(
             a block's maximum; "stochastic_unbiased": leaves 1/17 of the range free, so that nothing is clipped.
             Formats with a single candidate are then unbiased. Choosing by the rounded values adds a bias: of normal
             numbers, if4 gives means 0.6% too large, if3 0.5%, fouroversix 0.7%, if6 0.01% (measured).
-        key: of jax.random, for stochastic rounding. Every value draws its own noise.
+        key: of jax.random, for stochastic rounding. Every value draws its own noise. Inside `jax.vmap` and
+            `jax.shard_map` a key that all share gives all the same noise, as everywhere in jax.random: split it, or
+            fold in the device, jax.random.fold_in(key, jax.lax.axis_index(axis)).
         block_2d: share scale and choice in squares of the last two axes, so that q.T is the quantized x.T.
         amax: the tensor's absolute maximum, if it is known or fixed; larger values saturate. With `amax_axes`, of their
             lengths.

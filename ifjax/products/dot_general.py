@@ -53,7 +53,6 @@ class _Product:
     dtype: np.dtype  # that operands are multiplied in
     out_dtype: np.dtype
     out_sharding: Any = None
-    x_sharding: jax.sharding.NamedSharding | None = None  # on meshes with explicit axes: that of x and its gradient
     impl: Impl | None = None  # None: the plan of each platform
     device: str = "cpu"  # the device kind that accelerators are planned for
 
@@ -107,6 +106,14 @@ def dot_general(
             out_sharding=out_sharding,
         )  # fmt: skip
     lhs, rhs = (_with_one_amax(a) if is_packed(a) else jnp.asarray(a) for a in (lhs, rhs))
+    sharding = explicit_sharding(lhs, rhs, dimension_numbers, out_sharding)
+    if sharding is not None:
+        product = functools.partial(
+            dot_general, dimension_numbers=dimension_numbers, precision=precision,
+            preferred_element_type=preferred_element_type, impl=impl, target=target,
+        )  # fmt: skip
+        placed: Any = jax.sharding.auto_axes(product, out_sharding=sharding)
+        return placed(lhs, rhs)
     dims = checked_dims(lhs, rhs, dimension_numbers)
     lhs, rhs, dims = as_one_axis(lhs, rhs, dims)
     dtype = np.dtype(jnp.promote_types(lhs.dtype, rhs.dtype))
@@ -122,6 +129,24 @@ def dot_general(
     batch, count = len(dims.x_batch), len(swapped.x_free(x.ndim))
     y = jnp.moveaxis(y, range(batch, batch + count), range(y.ndim - count, y.ndim))
     return y if out_sharding is None else jax.reshard(y, out_sharding)
+
+
+def explicit_sharding(lhs: Any, rhs: Any, dimension_numbers: DimensionNumbers, out_sharding: Any = None) -> Any:
+    """How a product comes out on a mesh with explicit axes, by the rules of `jax.lax.dot_general`; None elsewhere.
+
+    Inside, axes are automatic: blocks and packed bytes may be cut anywhere, and gradients come back as operands are.
+    """
+    if not jax.sharding.get_abstract_mesh().explicit_axes:
+        return None
+    if out_sharding is not None:
+        return out_sharding
+
+    def dense(a):
+        sharding = jax.typeof(a.codes if is_packed(a) else a).sharding
+        return jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=sharding)
+
+    plain = functools.partial(lax.dot_general, dimension_numbers=dimension_numbers)
+    return jax.eval_shape(plain, dense(lhs), dense(rhs)).sharding
 
 
 def multiples(q: QTensor, dtype: Any) -> tuple[jax.Array, Any]:
@@ -158,14 +183,7 @@ def _two_packed(lhs, rhs, how):
 
 def _one_packed(x, q, how) -> Any:
     checked_impl(how.impl, x, q, how.dims, how.dtype)
-    x = as_varying(x, q)
-    return _product(x, q, dataclasses.replace(how, x_dtype=np.dtype(x.dtype), x_sharding=explicit_sharding(x)))
-
-
-def explicit_sharding(x: jax.Array) -> jax.sharding.NamedSharding | None:
-    """The sharding that x's type states: on a mesh with explicit axes, whose products must say how they come out."""
-    sharding = jax.typeof(x).sharding
-    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+    return _product(as_varying(x, q), q, dataclasses.replace(how, x_dtype=np.dtype(x.dtype)))
 
 
 def as_varying(x: jax.Array, q: Any) -> jax.Array:
@@ -199,17 +217,13 @@ def _product_bwd(how, q, g):
         x_batch=tuple(range(batch)),
         q_batch=dims.q_batch,
     )
-    # dx has x's batch axes, its free ones, and what was contracted in q's order.
-    order = [x_axis for _, x_axis in sorted(zip(dims.q_contracted, dims.x_contracted, strict=True))]
-    order = [*dims.x_batch, *x_free, *order]
-    sharding = how.x_sharding
-    if sharding is not None:
-        sharding = sharding.update(spec=PartitionSpec(*[sharding.spec[axis] for axis in order]))
     how = dataclasses.replace(
-        how, dims=back, x_dtype=how.dtype, out_dtype=how.x_dtype, out_sharding=sharding, x_sharding=None, impl="xla"
+        how, dims=back, x_dtype=how.dtype, out_dtype=how.x_dtype, out_sharding=None, impl="xla"
     )
     dx: Any = _product(g.astype(how.dtype), q, how)
-    return jnp.transpose(dx, np.argsort(order).tolist()), no_gradient(q)
+    # dx has x's batch axes, its free ones, and what was contracted in q's order.
+    order = [x_axis for _, x_axis in sorted(zip(dims.q_contracted, dims.x_contracted, strict=True))]
+    return jnp.transpose(dx, np.argsort([*dims.x_batch, *x_free, *order]).tolist()), no_gradient(q)
 
 
 _product.defvjp(_product_fwd, _product_bwd)

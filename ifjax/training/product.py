@@ -14,7 +14,7 @@ from ifjax.arrays import QTensor, quantize
 from ifjax.codec.blocks import pad_axis
 from ifjax.numerics.hadamard import hadamard, random_signs
 from ifjax.products import dot_general
-from ifjax.products.dot_general import accumulator, as_varying, multiples
+from ifjax.products.dot_general import accumulator, as_varying, explicit_sharding, multiples
 from ifjax.products.plan import DimensionNumbers
 from ifjax.training.recipes import Recipe, get_recipe
 
@@ -76,6 +76,14 @@ def quantized_dot_general(
     )
     if not recipe.is_quantized or 0 in (*x.shape, *w.shape):
         return plain(x.astype(dtype), w.astype(dtype), out_sharding=out_sharding)
+    sharding = explicit_sharding(x, w, numbers, out_sharding)
+    if sharding is not None:
+        product = functools.partial(
+            quantized_dot_general, dimension_numbers=numbers, recipe=recipe, precision=precision,
+            preferred_element_type=preferred_element_type,
+        )  # fmt: skip
+        placed: Any = jax.sharding.auto_axes(lambda x, w, key: product(x, w, key=key), out_sharding=sharding)
+        return placed(x, w, key)
     result: Any = jax.eval_shape(plain, *(jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, w)))
 
     settings = _Settings(recipe, precision, np.dtype(dtype), result.dtype, x.dtype, w.dtype)

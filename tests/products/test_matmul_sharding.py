@@ -106,6 +106,35 @@ def test_meshes_with_explicit_axes(weights):
     np.testing.assert_allclose(y, ifjax.einsum(spec_of(weights), normal(8, K), weights), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("by_recipe", "w_spec"),
+    [(True, P(None, "b")), (True, P("a", "b")), (False, P()), (False, P(None, "b")), (False, P("b", "a"))], ids=str,
+)  # fmt: skip
+def test_gradients_on_explicit_axes_are_placed_as_those_of_a_plain_product(by_recipe, w_spec):
+    """By recipe also blocks of 16 along an axis of 32 that four devices share, and squares that are cut through."""
+    numbers = ((2,), (0,)), ((), ())
+    x, w = normal(4, 2, 32), normal(32, 8)
+
+    def quantized(x, w):
+        if by_recipe:
+            return ifjax.quantized_dot_general(x, w, numbers, "nvfp4", jax.random.key(0))
+        return ifjax.dot_general(x, ifjax.quantize(w, "nvfp4", axis=0), numbers)
+
+    def gradients(product, x, w):
+        return jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w))), (0, 1)))(x, w)
+
+    want = gradients(quantized, x, w)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, P() if "b" in w_spec else P("b"))
+        w = jax.device_put(w, w_spec)
+        plain = gradients(functools.partial(jax.lax.dot_general, dimension_numbers=numbers), x, w)
+        got = gradients(quantized, x, w)
+        assert [jax.typeof(a).sharding for a in got] == [jax.typeof(a).sharding for a in plain]
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 WORKER = """
