@@ -308,10 +308,12 @@ def write_items(
     *,
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int | None = None,
+    own: bool = True,
 ) -> Path:
     """Write a checkpoint of tensors that need not be in memory; see `save_file`, whose `path` this takes.
 
-    `metadata` is added to the file's own. Items are filled in their order.
+    `metadata` is added to the file's own, which are left out unless `own`: for files in other tools' layouts. Items are
+    filled in their order.
     """
     path = Path(path)
     if path.name.endswith(safetensors.INDEX):
@@ -325,7 +327,7 @@ def write_items(
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     if not sharded:
         old = safetensors.replaced_by_file(path)
-        _write_one(path, items, metadata or {})
+        _write_one(path, items, metadata or {}, own)
         safetensors.remove(old)  # else a reader of the folder would find the old index
         return path
     if not path.parent.is_dir():
@@ -336,7 +338,7 @@ def write_items(
     written = []
     try:
         for shard, group in zip(shards, groups, strict=True):
-            _write_one(shard, group, metadata or {})
+            _write_one(shard, group, metadata or {}, own)
             written.append(shard)
         pairs = zip(shards, groups, strict=True)
         places = {slot.name: shard for shard, group in pairs for item in group for slot in item.slots}
@@ -376,9 +378,10 @@ def _groups(items: Sequence[Item], limit: int) -> list[list[Item]]:
     return groups or [[]]
 
 
-def _write_one(path: Path, items: Sequence[Item], metadata: Mapping[str, str]) -> None:
+def _write_one(path: Path, items: Sequence[Item], metadata: Mapping[str, str], own: bool) -> None:
     slots = [slot for item in items for slot in item.slots]
-    with safetensors.safetensors_writer(path, slots, _metadata_of(items, slots, metadata)) as write:
+    stated = _metadata_of(items, slots, metadata) if own else lambda sums: dict(metadata)
+    with safetensors.safetensors_writer(path, slots, stated) as write:
         for item in items:
             item.fill(write)
 
