@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from ifjax.atomic import replacing
-from ifjax.exchange.layouts import Spec
+from ifjax.exchange.layouts import LAYOUTS, Spec
 from ifjax.files import safetensors
 from ifjax.files.checkpoint import Item, open_file, write_items
 from ifjax.files.safetensors import FileError, Foreign
@@ -119,8 +119,11 @@ def _open_gguf(path: Path) -> Source:
 
     def array(name: str) -> np.ndarray:
         data = tensors[name].data
+        if data.dtype == np.uint8 and tensors[name].tensor_type.name not in known:
+            raise FileError(f"{path}: {name} is of type {tensors[name].tensor_type.name}, which is not read here")
         return data.view(ml_dtypes.bfloat16) if tensors[name].tensor_type.name == "BF16" else data
 
+    known = {"BF16", *(kind for lay in LAYOUTS.values() if lay.container == "gguf" for kind in lay.parts[0].dtypes)}
     specs = {name: Spec(t.tensor_type.name, tuple(array(name).shape)) for name, t in tensors.items()}
     return Source(path, None, specs, array, "gguf")
 

@@ -59,7 +59,7 @@ def scale_blocks(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, 
 
     Scales with fewer axes are of the leading ones. Blocks are powers of two: of these at most one fits a shape.
     """
-    if not math.prod(weight):
+    if not math.prod(weight) or not math.prod(scale):
         return None
     if math.prod(scale) == 1:
         return weight

@@ -161,6 +161,10 @@ def read_all(
             yield found.name, value
         elif how.decode:
             yield found.name, whole(value, how)
+        elif found.layout.container != "safetensors":
+            raise ValueError(
+                f"{found.name} is {found.layout.algorithm}, which has no format here: decode=True makes floats of it"
+            )
         else:
             yield from ((name, array(name)) for name in found.arrays if name is not None)
     yield from ((name, array(name)) for name in tensors.rest)

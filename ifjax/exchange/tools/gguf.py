@@ -85,5 +85,5 @@ for _kind in (
 ):  # fmt: skip
     LAYOUTS.register(Layout(
         f"gguf {_kind}", "gguf", _kind, (Part("{}", (_kind,)),), plain="{}", floats=True, stacks=True,
-        read=functools.partial(_read_floats, _kind),
+        read=functools.partial(_read_floats, _kind), container="gguf",
     ))  # fmt: skip
