@@ -11,6 +11,7 @@ from ifjax.exchange.containers import open_checkpoint
 from ifjax.exchange.fused import FUSED, common_amax, fused_groups
 from ifjax.exchange.layouts import LAYOUTS, Blocks, Declared, Floats, InputFactor, Layout, Model, Part, Size, Spec
 from ifjax.exchange.read import import_tensors, load
+from ifjax.exchange.recast import recast
 from ifjax.exchange.recognize import Found, companions, declared, recognize
 from ifjax.exchange.swizzle import swizzle_scales, unswizzle_scales
 from ifjax.exchange.tools import TOOLS
@@ -19,6 +20,6 @@ from ifjax.exchange.write import export_tensor, export_tensors, save
 __all__ = [
     "FUSED", "LAYOUTS", "TOOLS", "Blocks", "Declared", "Floats", "Found", "InputFactor", "Layout", "Model", "Part",
     "Size", "Spec", "common_amax", "companions", "declared", "export_tensor", "export_tensors", "from_ml_dtypes",
-    "fused_groups", "import_tensors", "load", "open_checkpoint", "recognize", "save", "swizzle_scales", "to_ml_dtypes",
-    "unswizzle_scales",
+    "fused_groups", "import_tensors", "load", "open_checkpoint", "recast", "recognize", "save", "swizzle_scales",
+    "to_ml_dtypes", "unswizzle_scales",
 ]  # fmt: skip

@@ -97,7 +97,7 @@ def zeros_for_nan(scales: np.ndarray, codes: np.ndarray, fmt: Format) -> np.ndar
     nan = _is_nan(scales, fmt)
     if not nan.any():
         return scales
-    return np.where(nan & _are_zeros(scales, codes, fmt), np.uint8(0), scales)
+    return np.where(nan & are_zeros(scales, codes, fmt), np.uint8(0), scales)
 
 
 def _is_nan(scales: np.ndarray, fmt: Format) -> np.ndarray:
@@ -110,14 +110,14 @@ def check_zero_blocks(scales: np.ndarray, codes: np.ndarray, fmt: Format) -> Non
     """Raise if blocks with scale byte 0, on which tools disagree for powers of two, hold other values than zeros."""
     if fmt.scale.nbytes > 1 or fmt.scale.bits < 8 or (scales != 0).all():
         return
-    if ((scales == 0) & ~_are_zeros(scales, codes, fmt)).any():
+    if ((scales == 0) & ~are_zeros(scales, codes, fmt)).any():
         raise ValueError(
             "a block with scale byte 0 has codes that are not zero: that byte is 2^-127 for some readers and 0 for "
             "others, ifjax among them. Scale the weight up"
         )
 
 
-def _are_zeros(scales: np.ndarray, codes: np.ndarray, fmt: Format) -> np.ndarray:
+def are_zeros(scales: np.ndarray, codes: np.ndarray, fmt: Format) -> np.ndarray:
     """Whether all codes of a block stand for 0, in the block's own decoding."""
     selector = scales >> fmt.scale.bits if fmt.has_selector else np.zeros(scales.shape, np.uint8)
     found = np.zeros(scales.shape, bool)
