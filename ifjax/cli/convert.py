@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ifjax import convert
 from ifjax.arrays import DTYPES
 from ifjax.atomic import write_text
 from ifjax.cli.terminal import (
@@ -31,7 +32,7 @@ from ifjax.cli.terminal import (
     terminal_console,
     ticks,
 )
-from ifjax.files import FileError, checkpoint, convert, safetensors
+from ifjax.files import FileError, checkpoint, safetensors
 from ifjax.formats import get_format
 from ifjax.models.rule_files import load_rules
 from ifjax.models.rules import default_rules

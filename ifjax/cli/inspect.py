@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from ifjax import convert
 from ifjax import measure as analysis
 from ifjax.cli.convert import IN_HELP
 from ifjax.cli.terminal import (
@@ -20,8 +21,8 @@ from ifjax.cli.terminal import (
     ticks,
     without_infinities,
 )
-from ifjax.files import checkpoint, convert
-from ifjax.files.verify import verify
+from ifjax.convert import verify
+from ifjax.files import checkpoint
 
 
 def add_inspect(commands) -> None:

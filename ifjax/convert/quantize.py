@@ -7,12 +7,11 @@ Bytes are those of `ifjax.quantize` on whole tensors; of a stack of matrices eac
     header -> rules -> plan -> (dry run: its report) -> tensor by tensor, piece by piece -> file and report
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,19 +21,17 @@ from jax.typing import DTypeLike
 
 from ifjax.arrays import DTYPES, Blocking, packed_shapes
 from ifjax.codec import Encoding
+from ifjax.convert.tensors import Tick, cast_of, no_tick, plain_item
 from ifjax.files import safetensors
 from ifjax.files.checkpoint import Checkpoint, Item, Packed, open_file, packed_slots, write_items
-from ifjax.files.pieces import amax_of, chosen, decode, encode
-from ifjax.files.safetensors import FileError, Foreign, Slot, StoredTensor
+from ifjax.files.pieces import amax_of, chosen, encode
+from ifjax.files.safetensors import FileError, StoredTensor
 from ifjax.models.names import keep_reason
 from ifjax.models.ptq import Rules
 from ifjax.models.report import Entry, Report, decibels
 from ifjax.models.rule_checks import check_used, reason_against
 from ifjax.models.rules import Rule, as_rules, first_match
 from ifjax.models.sites import Seen
-
-# Called with a tensor's name and with bytes of it that have been dealt with.
-Tick = Callable[[str, int], None]
 
 
 class Task(NamedTuple):
@@ -101,7 +98,7 @@ class Plan:
         stored = task.stored
         dtype = safetensors.numpy_dtype(stored.dtype) if self.dtype is None else self.dtype
         if task.how is None:
-            return _plain(self.source, stored, _cast(stored, self.dtype), results, tick)
+            return plain_item(self.source, stored, cast_of(stored, self.dtype), results, tick)
         assert dtype is not None
         fmt, length = task.how.fmt, stored.shape[task.axis]
         packed = Packed(Blocking(fmt, task.axis, length, dtype, block_2d=task.how.block_2d), stored.shape)
@@ -174,7 +171,7 @@ def quantize_file(
         >>> import tempfile
         >>> import jax
         >>> import ifjax
-        >>> from ifjax.files.convert import quantize_file
+        >>> from ifjax.convert import quantize_file
         >>> weights = {"mlp.weight": jax.random.normal(jax.random.key(0), (64, 256)), "mlp.bias": jax.numpy.zeros(64)}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = ifjax.save_file(weights, f"{folder}/model.safetensors")
@@ -186,43 +183,6 @@ def quantize_file(
     """
     work = plan(source, rules, axis=axis, dtype=dtype, measured=measured)
     return work.write(target, max_shard_bytes=max_shard_bytes, tick=tick)[1]
-
-
-def dequantize_file(
-    source: str | os.PathLike | Checkpoint,
-    target: str | os.PathLike,
-    *,
-    dtype: DTypeLike | None = None,
-    max_shard_bytes: int | None = None,
-    tick: Tick | None = None,
-) -> Path:
-    """Write a copy of a packed checkpoint in floats, piece by piece; gives its path.
-
-    Args:
-        dtype: of what was packed; the original dtypes unless given.
-
-    Raises:
-        FileError: the source is broken or holds nothing packed.
-        OSError: it cannot be read or written. What was there is as it was.
-    """
-    source = source if isinstance(source, Checkpoint) else open_file(source)
-    if not source.packed:
-        raise FileError(f"{source.path} holds nothing packed: there is nothing to dequantize")
-    items, tick = [], tick or no_tick
-    for name in source:
-        if name not in source.packed:
-            items.append(_plain(source, source.entries[name], None, None, tick))
-            continue
-        p = source.packed[name]
-        to = p.blocking.dtype if dtype is None else jnp.dtype(dtype)
-        slot = Slot(name, safetensors.CODES[to.name], p.shape)
-        items.append(Item(name, (slot,), None, functools.partial(_unpack, source, name, to, tick)))
-    return write_items(target, items, metadata=source.metadata, max_shard_bytes=max_shard_bytes)
-
-
-def contents(source: Checkpoint) -> Report:
-    """What a checkpoint holds, as a report, from its headers; sizes before are those in its tensors' dtypes."""
-    return Report(tuple(_held(source, name) for name in source))
 
 
 def _check_rules(rules: Iterable[Rule], axis: int) -> None:
@@ -253,12 +213,6 @@ def _judge(stored: StoredTensor, rules, axis: int) -> tuple[Seen, Task]:
     return seen, Task(stored, rule, rule.weights, axis, None)
 
 
-def _cast(stored: StoredTensor, dtype: np.dtype | None) -> np.dtype | None:
-    """What a tensor that is not packed is to be cast to; None to copy its bytes."""
-    own = safetensors.numpy_dtype(stored.dtype)
-    return None if dtype is None or own is None or own.name not in DTYPES or own == dtype else dtype
-
-
 def _entry(task: Task, item: Item, result: Mapping[str, Any]) -> Entry:
     stored, how = task.stored, task.how
     values, after = math.prod(stored.shape), sum(slot.nbytes for slot in item.slots)
@@ -270,53 +224,6 @@ def _entry(task: Task, item: Item, result: Mapping[str, Any]) -> Entry:
         stored.name, None, stored.shape, dtype, fmt, None, bits, stored.nbytes, after, rule=rule, reason=task.reason,
         **result,
     )  # fmt: skip
-
-
-def _held(source: Checkpoint, name: str) -> Entry:
-    nbytes = sum(source.entries[part].nbytes for part in source.parts(name).values())
-    if name not in source.packed:
-        stored = source.entries[name]
-        values = math.prod(stored.shape)
-        bits = 8 * nbytes / values if values else math.nan
-        dtype = safetensors.NAMES.get(stored.dtype, stored.dtype)
-        return Entry(name, None, stored.shape, dtype, None, None, bits, nbytes, nbytes, reason="it is not packed")
-    p = source.packed[name]
-    values = math.prod(p.shape)
-    bits, before = 8 * nbytes / values if values else math.nan, values * p.blocking.dtype.itemsize
-    return Entry(name, None, p.shape, p.blocking.dtype.name, p.fmt.name, None, bits, before, nbytes)
-
-
-def no_tick(name: str, count: int) -> None:
-    del name, count
-
-
-def _plain(source: Checkpoint, stored: StoredTensor, dtype: np.dtype | None, results, tick: Tick) -> Item:
-    """A tensor that stays: its bytes, or its values in another dtype."""
-    name = stored.name
-    own = safetensors.numpy_dtype(stored.dtype)
-    foreign = Foreign(name, stored.dtype, stored.shape, stored.nbytes)
-    slot = foreign if own is None else Slot(name, stored.dtype, stored.shape)
-    if dtype is not None:
-        slot = Slot(name, safetensors.CODES[dtype.name], stored.shape)
-
-    def fill(write):
-        source.check(name)
-        lost = 0
-        with source.reader(name) as reader:
-            for chunk in reader.chunks():
-                if dtype is None or own is None:
-                    write(name, chunk)
-                else:
-                    x = chunk.view(own)
-                    with np.errstate(over="ignore"):
-                        y = x.astype(dtype)
-                    lost += int((np.isfinite(x) & ~np.isfinite(y)).sum())
-                    write(name, y)
-                tick(name, len(chunk))
-        if lost and results is not None:
-            results[name] = {"note": f"{lost} values are beyond {dtype}'s range", "expected": False}
-
-    return Item(name, (slot,), None, fill)
 
 
 def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: Tick, write) -> None:
@@ -350,47 +257,3 @@ def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: 
     }
 
 
-def _unpack(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick, write) -> None:
-    for values in values_of(source, name, dtype, tick):
-        write(name, values)
-
-
-def values_of(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick) -> Iterator[np.ndarray]:
-    """The values of a packed tensor in order, some at a time; its bytes are checked before."""
-    p, parts = source.packed[name], source.parts(name)
-    for stored in parts.values():
-        source.check(stored)
-    if not math.prod(p.shape):
-        yield np.zeros(p.shape, dtype)
-        return
-    amax = source.array(parts["amax"]) if "amax" in parts else None
-    at = len(p.shape) + p.blocking.axis
-    last = max((i + 1 for i, n in enumerate(() if amax is None else amax.shape) if n > 1), default=0)
-    inner = math.prod(p.shape[at + 1 :])
-    # float64 is decoded in float32, in which every value was computed.
-    device = np.dtype(np.float32) if dtype == np.float64 else dtype
-    if last > at:  # an amax for each of the axes after the blocked one: not by pieces
-        q: Any = source[name]
-        yield np.asarray(q.dequantize(device)).astype(dtype)
-        return
-    # Matrices with an amax each: rows [.., n] if nothing comes after the blocked axis, else [n, ..].
-    lead = last if inner == 1 else at
-    shape = (math.prod(p.shape[lead:at]), p.shape[at]) if inner == 1 else (p.shape[at], inner)
-    axis, count = (-1 if inner == 1 else -2), math.prod(p.shape[:lead])
-    if amax is not None:
-        amax = amax.reshape(amax.shape[:lead] + (1,) * (lead - amax.ndim))
-        amax = np.broadcast_to(amax, p.shape[:lead]).reshape(-1)
-    with contextlib.ExitStack() as stack:
-        codes, scales = (stack.enter_context(source.reader(parts[part])) for part in ("codes", "scales"))
-        sizes = [math.prod(s) for s in packed_shapes(shape, p.fmt, axis)]
-        for i in range(count):
-            reads = [functools.partial(_shifted, r, i * size) for r, size in zip((codes, scales), sizes, strict=True)]
-            own = None if amax is None else amax[i]
-            blocking = Blocking(p.fmt, axis, shape[axis], p.blocking.dtype, p.blocking.headroom)
-            for values in decode(reads[0], reads[1], shape, own, blocking, device):
-                yield values.astype(dtype, copy=False)
-                tick(name, values.size)
-
-
-def _shifted(reader, first, start, count):
-    return reader.values(first + start, count)
