@@ -21,9 +21,10 @@ from jax.typing import DTypeLike
 
 from ifjax.arrays import DTYPES, Blocking, packed_shapes
 from ifjax.codec import Encoding
+from ifjax.convert.folders import is_file, output, without_quantization
 from ifjax.convert.tensors import Tick, cast_of, no_tick, plain_item
 from ifjax.files import safetensors
-from ifjax.files.checkpoint import Checkpoint, Item, Packed, open_file, packed_slots, write_items
+from ifjax.files.checkpoint import SHARD_BYTES, Checkpoint, Item, Packed, open_file, packed_slots, write_items
 from ifjax.files.pieces import amax_of, chosen, encode
 from ifjax.files.safetensors import FileError, StoredTensor
 from ifjax.models.names import keep_reason
@@ -61,12 +62,14 @@ class Plan:
         tasks: in the file's order.
         dtype: of what stays in floats, and what packed tensors decode to; None for each tensor's own.
         measured: whether errors are measured.
+        beside: the source's folder, whose other files go along into a folder.
     """
 
     source: Checkpoint
     tasks: tuple[Task, ...]
     dtype: np.dtype | None
     measured: bool = True
+    beside: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +84,10 @@ class Plan:
     def write(
         self, target: str | os.PathLike, *, max_shard_bytes: int | None = None, tick: Tick | None = None
     ) -> tuple[Path, Report]:
-        """Write the packed checkpoint, as `ifjax.save_file` does; gives its path and the report.
+        """Write the packed checkpoint, as `ifjax.save_file` does; return its path and the report.
+
+        A target that does not end as files of weights do is a folder, new or empty, and gets all that the source's
+        folder has besides weights.
 
         Raises:
             FileError: the source changed or is damaged.
@@ -90,7 +96,12 @@ class Plan:
         results: dict[str, dict[str, Any]] = {}
         items = [self._item(task, results, tick or no_tick) for task in self.tasks]
         metadata = self.source.metadata
-        path = write_items(target, items, metadata=metadata, max_shard_bytes=max_shard_bytes)
+        target = Path(target)
+        if max_shard_bytes is None and not is_file(target):
+            max_shard_bytes = SHARD_BYTES
+        with output(target, ".safetensors", self.beside, without_quantization) as weights:
+            path = write_items(weights, items, metadata=metadata, max_shard_bytes=max_shard_bytes)
+        path = path if is_file(target) else target
         entries = [_entry(t, i, results.get(i.name, {})) for t, i in zip(self.tasks, items, strict=True)]
         return path, Report(tuple(entries))
 
@@ -134,6 +145,7 @@ def plan(
         FileError: the source is broken, packed already, or holds nothing.
         ValueError: rules that are of no use on it, or need more than a file.
     """
+    beside = None if isinstance(source, Checkpoint) or not Path(source).is_dir() else Path(source)
     source = source if isinstance(source, Checkpoint) else open_file(source)
     rules = as_rules(rules)
     if source.packed:
@@ -151,7 +163,7 @@ def plan(
         seen.append(s)
         tasks.append(task)
     check_used(rules, seen)
-    return Plan(source, tuple(tasks), dtype, measured)
+    return Plan(source, tuple(tasks), dtype, measured, beside)
 
 
 def quantize_file(

@@ -7,9 +7,21 @@ A layout is a record (`Layout`), and one reader and one writer serve all of them
 """
 
 from ifjax.arrays.ml_dtypes import from_ml_dtypes, to_ml_dtypes
-from ifjax.exchange.containers import open_checkpoint
+from ifjax.exchange.containers import Source, open_checkpoint
 from ifjax.exchange.fused import FUSED, common_amax, fused_groups
-from ifjax.exchange.layouts import LAYOUTS, Blocks, Declared, Floats, InputFactor, Layout, Model, Part, Size, Spec
+from ifjax.exchange.layouts import (
+    LAYOUTS,
+    Blocks,
+    Declared,
+    Floats,
+    InputFactor,
+    Layout,
+    Model,
+    Part,
+    Size,
+    Spec,
+    layouts_of,
+)
 from ifjax.exchange.read import import_tensors, load
 from ifjax.exchange.recast import recast
 from ifjax.exchange.recognize import Found, companions, declared, recognize
@@ -19,7 +31,7 @@ from ifjax.exchange.write import export_tensor, export_tensors, save
 
 __all__ = [
     "FUSED", "LAYOUTS", "TOOLS", "Blocks", "Declared", "Floats", "Found", "InputFactor", "Layout", "Model", "Part",
-    "Size", "Spec", "common_amax", "companions", "declared", "export_tensor", "export_tensors", "from_ml_dtypes",
-    "fused_groups", "import_tensors", "load", "open_checkpoint", "recast", "recognize", "save", "swizzle_scales",
-    "to_ml_dtypes", "unswizzle_scales",
+    "Size", "Source", "Spec", "common_amax", "companions", "declared", "export_tensor", "export_tensors",
+    "from_ml_dtypes", "fused_groups", "import_tensors", "layouts_of", "load", "open_checkpoint", "recast", "recognize",
+    "save", "swizzle_scales", "to_ml_dtypes", "unswizzle_scales",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """QTensors to the `Blocks` that layouts write, and back, with the checks that both ways share."""
 
 import functools
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,18 +23,7 @@ def blocks_of(q: QTensor, layout: Layout) -> Blocks:
         ValueError: readers of the layout would decode something else.
     """
     check_arrays(q)
-    if q.ndim < 2 or (q.ndim > 2 and not layout.stacks):
-        raise ValueError(
-            f"{layout.name} stores matrices, got shape {q.shape}: export stacked layers one by one (q[i]), and reshape "
-            "other kernels before they are quantized"
-        )
-    if q.axis not in (-1, -2):
-        raise ValueError(f"{layout.name} has its blocks along one of the last two axes, got axis {q.axis} of {q.shape}")
-    if not q.size or q.shape[q.axis] % q.fmt.block:
-        raise ValueError(
-            f"the blocked axis {q.axis} of {q.shape} must be a multiple of {q.fmt.block}, because readers know no "
-            "filled-up blocks: append zeros to the weight, and to the layer's inputs, before quantizing"
-        )
+    check_shape(q.shape, q.axis, q.fmt, layout)
     codes, scales = (np.moveaxis(np.asarray(a), q.axis, -1) for a in (q.codes, q.scales))
     *batch, rows, _ = codes.shape
     size = Size(tuple(batch), rows, q.shape[q.axis], scales.shape[-1] // q.fmt.scale.nbytes)
@@ -41,6 +31,22 @@ def blocks_of(q: QTensor, layout: Layout) -> Blocks:
     check_zero_blocks(scales, codes, q.fmt)
     amax, multiplier, divisor = _factors(q, scales, size)
     return Blocks(codes, scales, amax, multiplier, divisor, q.fmt, size)
+
+
+def check_shape(shape: tuple[int, ...], axis: int, fmt: Format, layout: Layout) -> None:
+    """Raise if a layout stores no tensors of this shape, blocked along `axis`."""
+    if len(shape) < 2 or (len(shape) > 2 and not layout.stacks):
+        raise ValueError(
+            f"{layout.name} stores matrices, got shape {shape}: export stacked layers one by one (q[i]), and reshape "
+            "other kernels before they are quantized"
+        )
+    if axis not in (-1, -2):
+        raise ValueError(f"{layout.name} has its blocks along one of the last two axes, got axis {axis} of {shape}")
+    if not math.prod(shape) or shape[axis] % fmt.block:
+        raise ValueError(
+            f"the blocked axis {axis} of {shape} must be a multiple of {fmt.block}, because readers know no filled-up "
+            "blocks: append zeros to the weight, and to the layer's inputs, before quantizing"
+        )
 
 
 def qtensor_of(blocks: Blocks, layout: Layout, fmt: Format, axis: int, dtype: np.dtype, headroom: float) -> QTensor:

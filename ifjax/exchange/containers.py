@@ -4,7 +4,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ class Source(NamedTuple):
         folder: where configurations lie; None if the file says itself what it is.
         specs: of all arrays, by name.
         array: an array by name, mapped to the file and read where it is looked at.
+        read: from a name, a first byte and a number of bytes to uint8 [count], in memory of its own.
         declared: the configuration of its quantization, as the file or the folder states it.
     """
 
@@ -33,11 +34,27 @@ class Source(NamedTuple):
     folder: Path | None
     specs: dict[str, Spec]
     array: Callable[[str], np.ndarray]
+    read: Callable[[str, int, int], np.ndarray]
     declared: str | Mapping[str, Any] | None
 
     def copied(self, name: str) -> np.ndarray:
         """Return an array in memory of its own."""
-        return np.array(self.array(name))
+        mapped = self.array(name)
+        return self.read(name, 0, mapped.nbytes).view(mapped.dtype).reshape(mapped.shape)
+
+    def part(self, name: str, batch: tuple[int, ...], i: int) -> np.ndarray:
+        """Return the i-th entry of the leading axes `batch`, in memory of its own; all, if it has not these axes."""
+        mapped = self.array(name)
+        if not batch or mapped.shape[: len(batch)] != batch:
+            return self.copied(name)
+        size = mapped.nbytes // math.prod(batch)
+        return self.read(name, i * size, size).view(mapped.dtype).reshape(mapped.shape[len(batch) :])
+
+    def chunks(self, name: str, size: int = 2**22) -> Iterator[np.ndarray]:
+        """Yield all bytes of an array, some at a time."""
+        nbytes = self.array(name).nbytes
+        for start in range(0, nbytes, size):
+            yield self.read(name, start, min(size, nbytes - start))
 
 
 def open_checkpoint(path: str | os.PathLike) -> Source:
@@ -57,7 +74,12 @@ def open_checkpoint(path: str | os.PathLike) -> Source:
     opened = open_file(path)
     specs = {name: Spec(entry.dtype, entry.shape) for name, entry in opened.entries.items()}
     folder = opened.path.parent
-    return Source(opened.path, folder, specs, opened.array, declared_in(folder, opened.metadata))
+
+    def read(name: str, start: int, count: int) -> np.ndarray:
+        with opened.reader(name) as reader:
+            return reader.bytes(start, count)
+
+    return Source(opened.path, folder, specs, opened.array, read, declared_in(folder, opened.metadata))
 
 
 def declared_in(folder: Path, metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
@@ -125,7 +147,11 @@ def _open_gguf(path: Path) -> Source:
 
     known = {"BF16", *(kind for lay in LAYOUTS.values() if lay.container == "gguf" for kind in lay.parts[0].dtypes)}
     specs = {name: Spec(t.tensor_type.name, tuple(array(name).shape)) for name, t in tensors.items()}
-    return Source(path, None, specs, array, "gguf")
+
+    def read(name: str, start: int, count: int) -> np.ndarray:
+        return np.array(array(name).reshape(-1).view(np.uint8)[start : start + count])
+
+    return Source(path, None, specs, array, read, "gguf")
 
 
 def _write_gguf(path: Path, items: Sequence[Item], metadata: Mapping[str, str]) -> None:

@@ -79,9 +79,9 @@ def _with_amax(q: QTensor, amax: float) -> QTensor:
     return new.replaced(dtype=q.dtype, names=q.names)
 
 
-def warn_of_fused(packed: Mapping[str, Any]) -> None:
-    """Warn where layers that servers multiply as one have several factors."""
-    several = [group for group in fused_groups(packed) if not _agree([packed[name].amax for name in group])]
+def warn_of_fused(amaxes: Mapping[str, Any]) -> None:
+    """Warn where layers that servers multiply as one have several amax; None is of formats without one."""
+    several = [group for group in fused_groups(amaxes) if not _agree([amaxes[name] for name in group])]
     if several:
         more = f", and {len(several) - 1} more groups" if len(several) > 1 else ""
         warnings.warn(

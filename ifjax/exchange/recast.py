@@ -67,15 +67,20 @@ def recast(q: QTensor, fmt: str | Format = "nvfp4") -> QTensor:
     return QTensor(codes, new, jnp.asarray(amax), blocking)
 
 
-def _check(source: Format, target: Format) -> None:
+def can_recast(source: Format, target: Format) -> bool:
+    """Return whether tensors of one format can be recast to another, if their scales lie near enough."""
     def elements(f: Format):
         return [(d.grid.values, d.step, d.offset) for d in f.decodings]
 
     scales = all(isinstance(f.scale, TableScale) and f.scale.nbytes == 1 for f in (source, target))
     powers = scales and all(v == 0 or math.frexp(v)[0] == 0.5 for v in _values(source)[:-1])
-    if elements(source) != elements(target) or source.has_tensor_scale or not target.has_tensor_scale or not powers or (
-        source.block % target.block or source.has_selector or target.block * target.bits % 8
-    ):  # fmt: skip
+    plain = not source.has_selector and not source.has_tensor_scale and target.has_tensor_scale
+    whole = source.block % target.block == 0 and target.block * target.bits % 8 == 0
+    return elements(source) == elements(target) and powers and plain and whole
+
+
+def _check(source: Format, target: Format) -> None:
+    if not can_recast(source, target):
         raise ValueError(
             f"{source.name} cannot be recast to {target.name} code for code: needs the same elements, scales that are "
             "powers of two without a tensor scale, and blocks that divide them, as from mxfp4 to nvfp4"

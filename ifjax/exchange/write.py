@@ -174,7 +174,7 @@ def export_all(params: Mapping[str, Any], tool: str, input_amax: Mapping[str, fl
     plain = {name: Spec.of(array) for name, array in arrays.items() if name in params}
     if input_amax is not None:
         arrays |= _input_factors(input_amax, {layer: layout for layout, layer, _ in quantized.values()})
-    warn_of_fused({name: q for name, q in params.items() if isinstance(q, QTensor)})
+    warn_of_fused({name: q.amax for name, q in params.items() if isinstance(q, QTensor)})
     types = {name: Spec.of(array).dtype for name, array in arrays.items()} | types
     config = configuration(quantized.values(), plain, tool, input_amax is not None)
     return Exported(arrays, types, config, next(iter(quantized.values()))[0])
@@ -297,7 +297,8 @@ def save(
     with new_folder(path) as folder:
         container.write(folder / f"model{container.suffix}", items_of(out), metadata)
         if out.config or config:
-            write_text(folder / "config.json", config_text(config or {}, out.layout, out.config))
+            text = json.dumps(config_of(config or {}, out.layout, out.config), indent=2)
+            write_text(folder / "config.json", text + "\n")
 
 
 def items_of(out: Exported) -> list[Item]:
@@ -308,7 +309,7 @@ def items_of(out: Exported) -> list[Item]:
     return [item(name, array) for name, array in out.arrays.items()]
 
 
-def config_text(config: Mapping[str, Any], layout: Layout, quantization: Mapping[str, Any]) -> str:
-    """Return the text of a config.json: the model's own one with that of the quantization."""
+def config_of(config: Mapping[str, Any], layout: Layout, quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config.json holds: the model's own one, and that of the quantization."""
     kept = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
-    return json.dumps(kept | {key: quantization for key in layout.config_keys if quantization}, indent=2) + "\n"
+    return kept | {key: quantization for key in layout.config_keys if quantization}

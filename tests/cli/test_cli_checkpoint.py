@@ -232,7 +232,7 @@ def test_help_has_examples(capsys, command):
         (["quantize", "a", "b", "--fmt", "if4", "--rules", "r.json"], "not allowed with"),
         (["quantize", "a", "b", "--shard-size", "5XB"], "must be a size such as 500MB"),
         (["quantize", "a", "b", "--shard-size", "0"], "must be a size such as 500MB"),
-        (["dequantize", "a"], "OUT"), (["verify"], "FILE"), (["verify", "a", "--min-sqnr", "x"], "invalid float"),
+        (["dequantize", "a"], "OUT"), (["verify"], "FILE"), (["verify", "a", "--min-sqnr", "x"], "number of decibels"),
     ],
 )  # fmt: skip
 def test_wrong_usage_exits_with_2(capsys, arguments, message):
