@@ -27,6 +27,7 @@ from ifjax.cli.terminal import (
     terminal_console,
     ticks,
 )
+from ifjax.exchange import LAYOUTS
 from ifjax.files import checkpoint
 from ifjax.models.rule_files import load_rules
 from ifjax.models.rules import default_rules
@@ -51,6 +52,10 @@ def add_quantize(commands) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--fmt", type=format_name, metavar="FORMAT", help="a format's name (default: if4)")
     which.add_argument("--rules", type=Path, metavar="FILE", help="rules in YAML or JSON, instead of --fmt")
+    parser.add_argument(
+        "--source", dest="tool", choices=_fp8_tools(),
+        help="whose FP8 weights IN has: decode them, weight x scale, and pack that (default: they stay as they are)",
+    )  # fmt: skip
     parser.add_argument("--embeddings", action="store_true", help="quantize embeddings and output heads too")
     parser.add_argument(
         "--axis", type=int, choices=(-1, -2), default=-1,
@@ -65,6 +70,11 @@ def add_quantize(commands) -> None:
     parser.add_argument("--dry-run", action="store_true", help="write nothing; report what would be done")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON there, too")
     _add_output(parser)
+
+
+def _fp8_tools() -> list[str]:
+    floats = (lay for lay in LAYOUTS.values() if lay.floats and lay.container == "safetensors")
+    return list(dict.fromkeys(lay.tool for lay in floats))
 
 
 def add_dequantize(commands) -> None:
@@ -96,7 +106,8 @@ def _quantize(options: argparse.Namespace) -> None:
     with files_of(options) as (source, target):
         with as_file_error():
             plan = convert.plan(
-                source, _rules(options), axis=options.axis, dtype=options.dtype, measured=not options.no_errors
+                source, _rules(options), axis=options.axis, dtype=options.dtype, measured=not options.no_errors,
+                tool=options.tool,
             )
         report = plan.report
         if not options.dry_run:

@@ -7,11 +7,12 @@ Bytes are those of `ifjax.quantize` on whole tensors; of a stack of matrices eac
     header -> rules -> plan -> (dry run: its report) -> tensor by tensor, piece by piece -> file and report
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ from ifjax.arrays import DTYPES, Blocking, packed_shapes
 from ifjax.codec import Encoding
 from ifjax.convert.folders import is_file, output, without_quantization
 from ifjax.convert.tensors import Tick, cast_of, no_tick, plain_item
+from ifjax.exchange import read as exchange
+from ifjax.exchange.layouts import Floats, Spec, layouts_of
+from ifjax.exchange.recognize import Found, companions
 from ifjax.files import safetensors
 from ifjax.files.checkpoint import SHARD_BYTES, Checkpoint, Item, Packed, open_file, packed_slots, write_items
 from ifjax.files.pieces import amax_of, chosen, encode
@@ -44,6 +48,8 @@ class Task(NamedTuple):
         how: its encoding; None where it stays as it is.
         axis: of its blocks.
         reason: why it stays.
+        found: of what it is decoded, where it is stored in other numbers; `stored` has what these make up.
+        part: whether it belongs to a tensor that is quantized already, so that its bytes have to stay.
     """
 
     stored: StoredTensor
@@ -51,6 +57,8 @@ class Task(NamedTuple):
     how: Encoding | None
     axis: int
     reason: str | None
+    found: Found | None = None
+    part: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +117,8 @@ class Plan:
         stored = task.stored
         dtype = safetensors.numpy_dtype(stored.dtype) if self.dtype is None else self.dtype
         if task.how is None:
-            return plain_item(self.source, stored, cast_of(stored, self.dtype), results, tick)
+            dtype = None if task.part else cast_of(stored, self.dtype)
+            return plain_item(self.source, stored, dtype, results, tick)
         assert dtype is not None
         fmt, length = task.how.fmt, stored.shape[task.axis]
         packed = Packed(Blocking(fmt, task.axis, length, dtype, block_2d=task.how.block_2d), stored.shape)
@@ -126,12 +135,16 @@ def plan(
     axis: int = -1,
     dtype: DTypeLike | None = None,
     measured: bool = True,
+    tool: str | None = None,
 ) -> Plan:
-    """What the rules make of a safetensors checkpoint; reads headers only.
+    """Return what the rules make of a safetensors checkpoint; reads headers only.
 
     A tensor's path is its name with '.' written as '/', and without "weight" or "kernel" at its end, as in
     "encoder/layer/0/attention/self/query". Biases, norms and other vectors stay as they are whatever the rules say.
     Rules apply as in `ifjax.quantize_params`; what they say of activations and training is for others to read.
+
+    What is quantized already stays byte for byte with all its scales, whatever the rules say
+    (`ifjax.exchange.companions`). `tool` has weights in FP8 decoded, weight times scale in float32, and packed.
 
     Args:
         source: a path, as for `ifjax.load_file`, or what `ifjax.open_file` gave.
@@ -140,10 +153,12 @@ def plan(
             [in, out].
         dtype: of what stays in floats, and what packed tensors decode to; each tensor's own unless given.
         measured: whether errors are measured, which takes time.
+        tool: whose FP8 weights the source has, such as "fp8" for DeepSeek's blocks with `weight_scale_inv`. Packed
+            tensors of them decode to bfloat16 unless `dtype` is given.
 
     Raises:
         FileError: the source is broken, packed already, or holds nothing.
-        ValueError: rules that are of no use on it, or need more than a file.
+        ValueError: rules that are of no use on it, or need more than a file; no such FP8 weights.
     """
     beside = None if isinstance(source, Checkpoint) or not Path(source).is_dir() else Path(source)
     source = source if isinstance(source, Checkpoint) else open_file(source)
@@ -157,11 +172,22 @@ def plan(
         dtype = jnp.dtype(dtype)
         if dtype.name not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype.name}")
+    specs = {name: Spec(entry.dtype, entry.shape) for name, entry in source.entries.items()}
+    parts, decoded = companions(specs), {} if tool is None else _floats(specs, tool)
     seen, tasks = [], []
     for name in source:
-        s, task = _judge(source.entries[name], rules, axis)
+        found = decoded.get(name)
+        if found is not None and name != found.arrays[0]:
+            continue
+        stored = source.entries[name] if found is None else _stored(source, found)
+        s, task = _judge(stored, rules, axis, None if found is not None else parts.get(name))
         seen.append(s)
-        tasks.append(task)
+        if found is None:
+            tasks.append(task)
+        elif task.how is not None:
+            tasks.append(task._replace(found=found))
+        else:
+            tasks += [task._replace(stored=source.entries[n], part=True) for n in found.arrays if n is not None]
     check_used(rules, seen)
     return Plan(source, tuple(tasks), dtype, measured, beside)
 
@@ -176,6 +202,7 @@ def quantize_file(
     measured: bool = True,
     max_shard_bytes: int | None = None,
     tick: Tick | None = None,
+    tool: str | None = None,
 ) -> Report:
     """Write a packed copy of a safetensors checkpoint, piece by piece: `plan`, then `Plan.write`.
 
@@ -193,7 +220,7 @@ def quantize_file(
         >>> report.check(min_sqnr_db=20).totals.quantized
         1
     """
-    work = plan(source, rules, axis=axis, dtype=dtype, measured=measured)
+    work = plan(source, rules, axis=axis, dtype=dtype, measured=measured, tool=tool)
     return work.write(target, max_shard_bytes=max_shard_bytes, tick=tick)[1]
 
 
@@ -207,9 +234,24 @@ def _check_rules(rules: Iterable[Rule], axis: int) -> None:
             raise ValueError(f"Rule({rule.path!r}): files are quantized along axis -1 or -2, got {axis_of_rule}")
 
 
-def _judge(stored: StoredTensor, rules, axis: int) -> tuple[Seen, Task]:
+def _floats(specs: Mapping[str, Spec], tool: str) -> dict[str, Found]:
+    """Tensors that a tool stores in other numbers, by the names of all their arrays."""
+    layouts = [lay for lay in layouts_of(tool) if lay.container == "safetensors"]
+    found = [f for f in exchange.survey(specs, layouts).found if f.layout.floats] if layouts else []
+    if not found:
+        raise ValueError(f"no weights in FP8 with scales beside them, as {tool} stores them: leave out the tool")
+    return {name: f for f in found for name in f.arrays if name is not None}
+
+
+def _stored(source: Checkpoint, found: Found) -> StoredTensor:
+    """What a tensor decodes to, as if it were in the file."""
+    entries = [source.entries[name] for name in found.arrays if name is not None]
+    return StoredTensor(found.name, "BF16", entries[0].shape, 0, sum(entry.nbytes for entry in entries))
+
+
+def _judge(stored: StoredTensor, rules, axis: int, part: str | None = None) -> tuple[Seen, Task]:
     path = stored.name.replace(".", "/").removesuffix("/weight").removesuffix("/kernel")
-    reason = keep_reason(stored.name, stored.shape)
+    reason = part or keep_reason(stored.name, stored.shape)
     dtype = safetensors.numpy_dtype(stored.dtype)
     if reason is None and (dtype is None or dtype.name not in DTYPES):
         reason = f"{stored.dtype} is not quantized: {', '.join(DTYPES)} are"
@@ -218,10 +260,10 @@ def _judge(stored: StoredTensor, rules, axis: int) -> tuple[Seen, Task]:
         axis = rule.axis
     seen = Seen(path, None, reason is None, reason, stored.shape[axis] if reason is None else None)
     if rule is None:
-        return seen, Task(stored, None, None, axis, reason or "no rule matches it")
-    reason = reason_against(rule, seen)
+        return seen, Task(stored, None, None, axis, reason or "no rule matches it", part=part is not None)
+    reason = part or reason_against(rule, seen)
     if reason is not None:
-        return seen, Task(stored, rule, None, axis, reason)
+        return seen, Task(stored, rule, None, axis, reason, part=part is not None)
     return seen, Task(stored, rule, rule.weights, axis, None)
 
 
@@ -232,6 +274,8 @@ def _entry(task: Task, item: Item, result: Mapping[str, Any]) -> Entry:
     bits = 8 * after / values if values else math.nan
     fmt = None if how is None else how.fmt.name
     rule = None if task.rule is None else task.rule.path
+    if task.found is not None:
+        result = {"note": f"decoded from {task.found.layout.name}"} | dict(result)
     return Entry(
         stored.name, None, stored.shape, dtype, fmt, None, bits, stored.nbytes, after, rule=rule, reason=task.reason,
         **result,
@@ -246,12 +290,11 @@ def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: 
     *lead, r, c = stored.shape
     size, itemsize = r * c, stored.nbytes // math.prod(stored.shape)
     peaks, signal, noise, counts = [], 0.0, 0.0, np.zeros(len(fmt.decodings), np.int64)
-    source.check(stored.name)
-    with source.reader(stored.name) as reader:
+    with _values(source, task) as values:
         for i in range(math.prod(lead)):
 
             def read(start, count, first=i * size):
-                return reader.values(first + start, count)
+                return values(first + start, count)
 
             peaks.append(amax_of(read, size) if amax or measured else np.float32(0))
             for piece in encode(read, (r, c), peaks[-1], how, axis, measured=measured):
@@ -269,3 +312,22 @@ def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: 
     }
 
 
+@contextlib.contextmanager
+def _values(source: Checkpoint, task: Task) -> Iterator[Callable[[int, int], np.ndarray]]:
+    """What reads so many values of a tensor from a first one on."""
+    if task.found is None:
+        source.check(task.stored.name)
+        with source.reader(task.stored.name) as reader:
+            yield reader.values
+        return
+    how = exchange.Reading(None, None, -1, np.dtype(np.float32), 1.0, True)
+    floats = exchange.read(task.found, source.array, how)
+    assert isinstance(floats, Floats)
+    columns = floats.shape[-1]
+
+    def values(start: int, count: int) -> np.ndarray:
+        first = start // columns
+        rows = floats.rows(first, -(-(start + count) // columns))
+        return rows.reshape(-1)[start - first * columns :][:count]
+
+    yield values
