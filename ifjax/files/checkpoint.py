@@ -186,6 +186,7 @@ class Checkpoint(Mapping[str, Any]):
         self.metadata: dict[str, str] = {}
         self.sums: dict[str, int] = {}
         self._file_of: dict[str, Path] = {}
+        self._identities: dict[Path, safetensors.Identity] = {}
         for file in files:
             contents = safetensors.read_contents(file)
             if index is not None:
@@ -197,6 +198,7 @@ class Checkpoint(Mapping[str, Any]):
             self.sums |= sums
             self.metadata |= {k: v for k, v in contents.metadata.items() if k not in (META, _SEAL)}
             self._file_of |= dict.fromkeys(contents.entries, file)
+            self._identities[file] = contents.identity
         inside = {part for name, p in self.packed.items() for part in _parts(name, p.fmt)}
         names = [*self.packed, *(name for name in self.entries if name not in inside)]
         self._names = dict.fromkeys(sorted(names, key=natural_order))
@@ -261,7 +263,8 @@ class Checkpoint(Mapping[str, Any]):
 
     def reader(self, stored: str) -> Reader:
         """What reads an array by parts, and does not check it."""
-        return Reader(self._file_of[stored], self.entries[stored])
+        file = self._file_of[stored]
+        return Reader(file, self.entries[stored], self._identities[file])
 
     def check(self, stored: str) -> None:
         """Compare an array's bytes with its checksum, once; what has no checksum passes.
@@ -292,7 +295,9 @@ class Checkpoint(Mapping[str, Any]):
     def _bytes(self, stored: str) -> np.ndarray:
         path, entry = self._file_of[stored], self.entries[stored]
         if path not in self._maps:
-            self._maps[path] = np.asarray(np.memmap(path, np.uint8, mode="r"))
+            with path.open("rb") as file:
+                safetensors.check_identity(file, path, self._identities[path])
+                self._maps[path] = np.asarray(np.memmap(file, np.uint8, mode="r"))
         data = self._maps[path][entry.start : entry.start + entry.nbytes]
         if data.size != entry.nbytes:
             raise FileError(f"{path} ends within {stored!r}: it has been changed since it was opened")
@@ -496,7 +501,7 @@ def _check_shard(index: Path, contents: Contents, weight_map: Mapping[str, str])
 
 def _read_metadata(contents: Contents) -> tuple[int | None, dict[str, Packed], dict[str, int]]:
     """The layout, packed tensors and checksums of a file; none, if it is an ordinary one. Everything is checked."""
-    path, entries, metadata = contents
+    path, entries, metadata, _ = contents
     if META not in metadata and _SEAL not in metadata:
         return None, {}, {}
 
