@@ -1,5 +1,7 @@
 """Files that are quantized already: no scale is taken for a weight, and FP8 is decoded where that is asked for."""
 
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -91,3 +93,16 @@ def test_fp8_from_the_command_line(tmp_path, capsys):
     assert list(ifjax.open_file(out).packed) == ["up.weight"]
     assert main(["quantize", out.replace("out", "m"), out, "--source", "modelopt", "--force"]) == 1
     assert "weight_scale is missing beside it" in capsys.readouterr().err
+
+
+def test_compare_takes_a_folder_and_measures_no_scales(tmp_path, capsys):
+    layer = {f"up.{name}": array for name, array in FAMILIES["fp8 in blocks"].items()}
+    save_file(layer, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"other.weight": floats(32, 64)}, tmp_path / "model-00002-of-00002.safetensors")
+    files = dict.fromkeys(layer, "model-00001-of-00002.safetensors")
+    files["other.weight"] = "model-00002-of-00002.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert main(["compare", str(tmp_path), "--formats", "nvfp4", "--json"]) == 0
+    tensors = {t["name"]: t for t in json.loads(capsys.readouterr().out)["tensors"]}
+    assert {name for name, t in tensors.items() if t["status"] == "quantized"} == {"other.weight"}
+    assert "quantized already" in tensors["up.weight_scale_inv"]["reason"]
