@@ -34,7 +34,9 @@ import numpy as np
 from codec import machine
 
 import ifjax
-from ifjax.files import checkpoint, convert, verify
+from ifjax import convert
+from ifjax.convert import verify
+from ifjax.files import checkpoint
 from ifjax.files import safetensors as _files
 from ifjax.files.pieces import as_float32
 

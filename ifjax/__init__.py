@@ -15,7 +15,7 @@ Look:        analysis (errors), plots (imports matplotlib)
 Hardware:    mac (IF4 and NVFP4 multiply-accumulate units)
 
 The rooms that these come from, bottom to top: numerics, formats, codec, arrays, products, training, models, files,
-exchange, measure, cli.
+exchange, convert, measure, cli.
 """
 
 import importlib
@@ -51,8 +51,7 @@ from ifjax.training import quantized_dot_general
 from ifjax.version import __version__
 
 if TYPE_CHECKING:
-    from ifjax import exchange
-    from ifjax import files as convert
+    from ifjax import convert, exchange
     from ifjax import measure as analysis
     from ifjax import training as recipes
     from ifjax.files import checkpoint
@@ -124,7 +123,7 @@ __all__ = [
 _LAZY_MODULES = {
     "analysis": ("ifjax.measure", None),
     "checkpoint": ("ifjax.files", None),
-    "convert": ("ifjax.files", None),
+    "convert": ("ifjax.convert", None),
     "exchange": ("ifjax.exchange", None),
     "interceptors": ("ifjax.models.flax.interceptors", "flax"),
     "mac": ("ifjax.measure.mac", None),

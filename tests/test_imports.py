@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. The first three are single files.
 ROOMS = (
     "version", "lookup", "atomic", "numerics", "formats", "codec", "arrays", "products", "training", "models", "files",
-    "exchange", "measure", "cli",
+    "exchange", "convert", "measure", "cli",
 )  # fmt: skip
 FLOORS = {room: floor for floor, room in enumerate(ROOMS)} | {"__main__": len(ROOMS), "__init__": len(ROOMS)}
 

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 bad input (a file that cannot be read, measured or written
 
 import argparse
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -28,8 +29,9 @@ from ifjax.cli.terminal import (
     tracked,
     without_infinities,
 )
+from ifjax.exchange import Spec, companions
 from ifjax.files import FileError
-from ifjax.files.safetensors import read_header
+from ifjax.files.safetensors import read_header, resolve
 from ifjax.formats import get_format
 from ifjax.version import __version__
 
@@ -47,7 +49,7 @@ def add_compare(commands) -> None:
         "ifjax compare model.safetensors --formats if4 nvfp4 --out plots",
         "ifjax compare gpt2.safetensors --axis -2 --json > report.json",
     )  # fmt: skip
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a safetensors file")
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a safetensors file, an index, or a folder")
     parser.add_argument(
         "--formats", nargs="+", type=_formats, metavar="FORMAT", default=[list(analysis.DEFAULT_FORMATS)],
         help=f"names, separated by spaces or commas (default: {' '.join(analysis.DEFAULT_FORMATS)})",
@@ -86,15 +88,18 @@ def _compare(options: argparse.Namespace) -> None:
         path, source = analysis.sample_path(), analysis.SAMPLE_SOURCE
     else:
         path, source = options.file, options.file.name
-    entries = read_header(path)
+    _, files, _ = resolve(path)
+    headers = {file: read_header(file) for file in files}
+    entries = [entry for header in headers.values() for entry in header]
+    kept = companions({entry.name: Spec(entry.dtype, entry.shape) for entry in entries})
     with progress_bar() as progress:
         if options.file is None:
             rows = analysis.synthetic_table(formats, search=options.search)
             count = len(formats) * len(analysis.DISTRIBUTIONS)
             synthetic = tuple(tracked(progress, rows, [1] * count, ["random samples"] * count))
-        reports = analysis.file_reports(
-            path, entries, formats, axis=options.axis, everything=options.all, search=options.search
-        )
+        how = {"axis": options.axis, "everything": options.all, "search": options.search, "kept": kept}
+        of_files = (analysis.file_reports(file, header, formats, **how) for file, header in headers.items())
+        reports = itertools.chain.from_iterable(of_files)
         names, sizes = [entry.name for entry in entries], [entry.nbytes for entry in entries]
         report = analysis.Report(source, tuple(tracked(progress, reports, sizes, names)))
     if not report.quantized:

@@ -1,46 +1,37 @@
 """ifjax quantize and ifjax dequantize."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
-import os
-import re
-import shutil
-import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
+from ifjax import convert
 from ifjax.arrays import DTYPES
 from ifjax.atomic import write_text
+from ifjax.cli.files import IN_HELP, OUT_HELP, bytes_of, check_report, files_of, format_name
 from ifjax.cli.terminal import (
     Misused,
     add_command,
     add_json,
     add_search,
     as_file_error,
-    input_file,
+    printable,
     progress_bar,
+    shown,
     size_of,
     terminal_console,
     ticks,
 )
-from ifjax.files import FileError, checkpoint, convert, safetensors
-from ifjax.formats import get_format
+from ifjax.exchange import LAYOUTS
+from ifjax.files import checkpoint
 from ifjax.models.rule_files import load_rules
 from ifjax.models.rules import default_rules
 from ifjax.version import __version__
-
-IN_HELP = "a safetensors file, an index (*.index.json), a folder with one checkpoint, or - for stdin"
-
-
-_OUT = "the file to write, *.safetensors, or - for stdout; *.safetensors.index.json for several files"
 
 
 def add_quantize(commands) -> None:
@@ -57,10 +48,14 @@ def add_quantize(commands) -> None:
         "Rules match a tensor's name with '.' written as '/', without 'weight' or 'kernel' at its end.",
     )  # fmt: skip
     parser.add_argument("source", type=Path, metavar="IN", help=IN_HELP)
-    parser.add_argument("target", type=Path, metavar="OUT", help=_OUT)
+    parser.add_argument("target", type=Path, metavar="OUT", help=OUT_HELP)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--fmt", type=_format, metavar="FORMAT", help="a format's name (default: if4)")
+    which.add_argument("--fmt", type=format_name, metavar="FORMAT", help="a format's name (default: if4)")
     which.add_argument("--rules", type=Path, metavar="FILE", help="rules in YAML or JSON, instead of --fmt")
+    parser.add_argument(
+        "--source", dest="tool", choices=_fp8_tools(),
+        help="whose FP8 weights IN has: decode them, weight x scale, and pack that (default: they stay as they are)",
+    )  # fmt: skip
     parser.add_argument("--embeddings", action="store_true", help="quantize embeddings and output heads too")
     parser.add_argument(
         "--axis", type=int, choices=(-1, -2), default=-1,
@@ -77,6 +72,11 @@ def add_quantize(commands) -> None:
     _add_output(parser)
 
 
+def _fp8_tools() -> list[str]:
+    floats = (lay for lay in LAYOUTS.values() if lay.floats and lay.container == "safetensors")
+    return list(dict.fromkeys(lay.tool for lay in floats))
+
+
 def add_dequantize(commands) -> None:
     parser = add_command(
         commands, "dequantize", _dequantize, "write a copy of a packed checkpoint in floats",
@@ -85,42 +85,29 @@ def add_dequantize(commands) -> None:
         "ifjax dequantize packed.safetensors floats.safetensors --dtype bfloat16 --shard-size 5GB",
     )  # fmt: skip
     parser.add_argument("source", type=Path, metavar="IN", help=IN_HELP)
-    parser.add_argument("target", type=Path, metavar="OUT", help=_OUT)
+    parser.add_argument("target", type=Path, metavar="OUT", help=OUT_HELP)
     parser.add_argument("--dtype", choices=DTYPES, help="of what was packed (default: what it was)")
     _add_output(parser)
 
 
 def _add_output(parser) -> None:
     parser.add_argument(
-        "--shard-size", type=_bytes, metavar="SIZE", help="of more than this write several files and an index, as 5GB"
+        "--shard-size", type=bytes_of, metavar="SIZE", help="of more than this write several files and an index, as 5GB"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
     add_json(parser)
 
 
-def _format(text: str) -> str:
-    try:
-        return get_format(text).name
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kMGT]?)B?", text)
-    size = int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")) if match else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"must be a size such as 500MB or 5GB, got {text!r}")
-    return size
-
-
 def _quantize(options: argparse.Namespace) -> None:
     if str(options.target) == "-" and options.json and not options.dry_run:
         raise Misused("OUT and --json both ask for stdout: write the report by --report FILE")
+    check_report(None if options.dry_run else options.report)
     started = time.perf_counter()
-    with _files_of(options) as (source, target):
+    with files_of(options) as (source, target):
         with as_file_error():
             plan = convert.plan(
-                source, _rules(options), axis=options.axis, dtype=options.dtype, measured=not options.no_errors
+                source, _rules(options), axis=options.axis, dtype=options.dtype, measured=not options.no_errors,
+                tool=options.tool,
             )
         report = plan.report
         if not options.dry_run:
@@ -141,7 +128,7 @@ def _quantize(options: argparse.Namespace) -> None:
     else:
         to_stdout = str(options.target) == "-" and not options.dry_run
         console = Console(stderr=True, markup=False) if to_stdout else terminal_console()
-        console.print(report)
+        console.print(shown(report))
         wrote = "would write" if options.dry_run else "wrote"
         rate = "" if options.dry_run else f" in {seconds:.1f} s, {plan.nbytes / 1e6 / seconds:.0f} MB/s"
         after = report.totals.bytes_after
@@ -149,7 +136,7 @@ def _quantize(options: argparse.Namespace) -> None:
     odd = [entry for entry in report.entries if not entry.expected or math.isnan(entry.sqnr_db or 0)]
     for entry in odd:
         note = entry.note or "holds values that are not finite: their blocks decode to NaN"
-        print(f"ifjax: warning: {entry.path}: {note}", file=sys.stderr)
+        print(f"ifjax: warning: {printable(f'{entry.path}: {note}')}", file=sys.stderr)
 
 
 def _rules(options: argparse.Namespace):
@@ -173,7 +160,7 @@ def _dequantize(options: argparse.Namespace) -> None:
     if str(options.target) == "-" and options.json:
         raise Misused("OUT and --json both ask for stdout: leave out --json")
     started = time.perf_counter()
-    with _files_of(options) as (source, target), progress_bar(rate=True) as progress, as_file_error():
+    with files_of(options) as (source, target), progress_bar(rate=True) as progress, as_file_error():
         opened = checkpoint.open_file(source)
         report = convert.contents(opened)
         tick = ticks(progress, report.totals.values)
@@ -188,61 +175,3 @@ def _dequantize(options: argparse.Namespace) -> None:
         print(f"wrote {options.target}: {count} tensors dequantized in {seconds:.1f} s", file=sys.stderr)
 
 
-@contextlib.contextmanager
-def _files_of(options: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
-    """Where to read and to write. What comes by pipes goes through files of a temporary folder."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_ended_by_signal())
-        source, target = stack.enter_context(input_file(options.source)), options.target
-        to_stdout = str(target) == "-"
-        if to_stdout:
-            if sys.stdout.isatty():
-                raise Misused("OUT is -, and stdout is a terminal: name a file, or pipe it into one")
-            if options.shard_size is not None:
-                raise Misused("OUT is -, which is one file: leave out --shard-size")
-            target = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "out.safetensors"
-        elif not getattr(options, "dry_run", False):
-            _check_target(source, target, options.force)
-        yield source, target
-        if to_stdout and not getattr(options, "dry_run", False):
-            sys.stdout.flush()
-            with target.open("rb") as file:
-                shutil.copyfileobj(file, sys.stdout.buffer, 2**20)
-
-
-def _check_target(source: Path, target: Path, force: bool) -> None:
-    index = target if target.suffix == ".json" else target.with_name(target.name + ".index.json")
-    plain = target.with_name(target.name.removesuffix(".index.json"))
-    if not target.name.endswith((".safetensors", ".safetensors.index.json")):
-        raise FileError(f"{target}: OUT must end in .safetensors (for several files, .safetensors.index.json)")
-    for path in (plain, index):
-        if not os.path.lexists(path):
-            continue
-        if any(os.path.exists(f) and os.path.samefile(path, f) for f in _sources(source)):
-            raise FileError(f"{path} is IN: name another file for OUT")
-        if not force:
-            raise FileError(f"{path} exists already: name another file, or replace it by --force")
-
-
-def _sources(source: Path) -> list[Path]:
-    index, files, _ = safetensors.resolve(source)
-    return files if index is None else [index, *files]
-
-
-@contextlib.contextmanager
-def _ended_by_signal() -> Iterator[None]:
-    """A polite request to end leaves no temporary files behind."""
-
-    def leave(number, frame):
-        del frame
-        sys.exit(128 + number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not in the main thread, which alone has handlers
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ifjax.cli.compare import add_compare
 from ifjax.cli.convert import add_dequantize, add_quantize
+from ifjax.cli.exchange import add_export, add_import
 from ifjax.cli.inspect import add_inspect, add_verify
 from ifjax.cli.terminal import Misused, sentence
 from ifjax.files import FileError
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="where to begin:\n"
         "  ifjax compare                      what each format costs, on samples\n"
         "  ifjax quantize IN OUT --dry-run    what would be packed in a checkpoint, and why not the rest\n"
+        "  ifjax import SRC OUT               another tool's 4-bit checkpoint, and `ifjax export` the other way\n"
         "  ifjax COMMAND --help               options and examples\n"
         "  python -m pydoc ifjax              what to call from Python, such as ifjax.quantize(x, fmt='if4')",
     )  # fmt: skip
@@ -48,4 +50,6 @@ def _parser() -> argparse.ArgumentParser:
     add_inspect(commands)
     add_verify(commands)
     add_dequantize(commands)
+    add_import(commands)
+    add_export(commands)
     return parser

@@ -2,13 +2,11 @@
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -23,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ifjax.files import FileError
+from ifjax.models.report import Entry, Report
 
 
 class Misused(Exception):
@@ -59,19 +58,6 @@ def without_infinities(value):
 
 
 @contextlib.contextmanager
-def input_file(path: Path) -> Iterator[Path]:
-    """The path itself, or that of a file that holds what stdin gave."""
-    if str(path) != "-":
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "stdin.safetensors"
-        with copy.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
-        yield copy
-
-
-@contextlib.contextmanager
 def as_file_error() -> Iterator[None]:
     """Rules and settings that do not fit the file: a sentence, not a traceback."""
     try:
@@ -84,7 +70,7 @@ def ticks(progress: Progress, total: int):
     task = progress.add_task("", total=total)
 
     def tick(name, count):
-        progress.update(task, description=name, advance=count)
+        progress.update(task, description=printable(name), advance=count)
 
     return tick
 
@@ -118,13 +104,42 @@ def tracked(progress: Progress, items: Iterator, sizes: Sequence[int], names: Se
     """The items, each shown while it is made."""
     task = progress.add_task("", total=sum(sizes))
     for size, name in zip(sizes, names, strict=True):
-        progress.update(task, description=name)
+        progress.update(task, description=printable(name))
         yield next(items)
         progress.advance(task, size)
     progress.remove_task(task)
 
 
+_LONGEST, _MOST_LINES = 1000, 40  # of a message
+
+
 def sentence(error: Exception) -> str:
+    """Return an error as text that a terminal can be trusted with."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+        return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return printable(str(error))
+
+
+def printable(text: str) -> str:
+    """Return text with control characters escaped, and neither longer lines nor more of them than anybody reads.
+
+    Names come from files, and what moves a terminal's cursor or changes its colours is written out.
+    """
+
+    def escaped(line: str) -> str:
+        line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}... ({len(line)} characters)"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
+
+    lines = text.split("\n")
+    more = [f"... ({len(lines)} lines)"] if len(lines) > _MOST_LINES else []
+    return "\n".join([*map(escaped, lines[:_MOST_LINES]), *more])
+
+
+def shown(report: Report) -> Report:
+    """Return a report whose texts a terminal can be trusted with."""
+
+    def of(entry: Entry) -> Entry:
+        texts = {f: getattr(entry, f) for f in ("path", "dtype", "rule", "reason", "note")}
+        return dataclasses.replace(entry, **{f: t and printable(t).replace("\n", "\\n") for f, t in texts.items()})
+
+    return Report(tuple(map(of, report.entries)))

@@ -1,63 +1,81 @@
-"""Tensors and checkpoints in, from other tools' layouts."""
+"""The one reader of all layouts: tensors and checkpoints in."""
 
-import json
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from ifjax.arrays import DTYPES, Blocking, QTensor
-from ifjax.exchange.fouroversix import PART, fouroversix_format, from_fouroversix
+from ifjax.arrays import DTYPES, QTensor
+from ifjax.exchange.blocks import qtensor_of
+from ifjax.exchange.containers import open_checkpoint
 from ifjax.exchange.layouts import (
-    E4M3_TYPE,
-    E8M0_TYPE,
     LAYOUTS,
-    TOOLS,
-    U8,
+    Blocks,
+    Floats,
     Layout,
-    Matrix,
-    Nibbles,
-    Source,
-    join_name,
-    split_name,
+    Spec,
+    decodes_as,
+    known_tools,
+    layouts_of,
     swapped_nibbles,
 )
-from ifjax.exchange.write import check_scales, check_zero_blocks
-from ifjax.files import safetensors
-from ifjax.formats import E4M3, E8M0, Format, get_format
+from ifjax.exchange.recognize import Found, Specs, declared, find
+from ifjax.formats import Format, get_format
+
+Nibbles = Literal["low_first", "high_first"]
+
+
+class Reading(NamedTuple):
+    """How tensors are read; see `import_tensors`."""
+
+    fmt: Format | None
+    nibbles: Nibbles | None
+    axis: int
+    dtype: np.dtype
+    headroom: float
+    decode: bool
+
+
+class Tensors(NamedTuple):
+    """What `survey` found among the arrays of a checkpoint: quantized tensors, and the names of all other arrays."""
+
+    found: list[Found]
+    rest: list[str]
 
 
 def import_tensors(
     tensors: Mapping[str, ArrayLike],
-    tool: Source | Mapping[str, Any] | None = None,
+    tool: str | Mapping[str, Any] | None = None,
     *,
     fmt: str | Format | None = None,
     nibbles: Nibbles | None = None,
     axis: Literal[-1, -2] = -1,
     dtype: DTypeLike = "float32",
     headroom: float = 1.0,
+    decode: bool = False,
 ) -> dict[str, QTensor | np.ndarray]:
-    """QTensors, under NAME.weight, of all quantized matrices among `tensors`; the other arrays as they are.
+    """Return QTensors, under NAME.weight, of all quantized tensors among `tensors`, and the other arrays as they are.
 
     Codes and scale bytes come through bit for bit, and so does the fouroversix package's amax. The amax of other tools'
     tensors is the float32 whose factor is the stored one: exporting what was imported gives the stored bytes again.
-    For one factor in ten there is no such number; then it is the nearest.
+    For one factor in ten there is no such number; then it is the nearest. A scale byte that is NaN over a block of
+    zeros, which is 0 / 0 of the tool that wrote it, is read as 0.
 
     Args:
         tensors: numpy or jax arrays by name, scales as ml_dtypes' float8 types or, for MX, as uint8.
-        tool: "compressed-tensors", "modelopt" or "fouroversix", or the model's `quantization_config`. None: by the
-            names, if they decide it.
-        fmt: the format to read them as: nvfp4 and mxfp4 unless stated. The fouroversix package's tensors do not say
+        tool: one of `ifjax.exchange.TOOLS`, or the model's `quantization_config`. None: by the names, if they decide
+            it.
+        fmt: the format to read them as: that of the layout unless stated. The fouroversix package's tensors do not say
             theirs, so without its configuration it is needed: "fouroversix" for nvfp4 with an adaptive rule (its
             default), "nvfp4" for static_6, "nvfp4_static4", "if4", and so on.
-        nibbles: where the earlier code of a byte lies, if not as the tool declares it ("low_first", for all three).
-        axis: -1 for [out, in] as stored; -2 for the transposed matrix [in, out] with blocks along -2, a Flax kernel.
-        dtype: what the QTensors stand for.
+        nibbles: where the earlier code of a byte lies, if not as the tool declares it.
+        axis: -1 for [.., out, in] as stored; -2 for the transposed matrix [.., in, out] with blocks along -2, a Flax
+            kernel.
+        dtype: what the QTensors stand for, and what is decoded.
         headroom: 16/17 for tensors that the fouroversix package rounded "stochastic_unbiased".
+        decode: whether tensors in FP8 with scales become floats. Else their arrays stay as they are.
 
     Raises:
         ValueError: the layout is unknown, or cannot be decided by what is there; shapes, types or padding contradict
@@ -73,233 +91,169 @@ def import_tensors(
         {'up.weight': QTensor(nvfp4, 64x8 float32, axis=-2, 4.562 bits a value)}
     """
     arrays = {name: np.asarray(array) for name, array in tensors.items()}
+    specs = {name: Spec.of(array) for name, array in arrays.items()}
+    layouts, how = choose(specs, tool, fmt=fmt, nibbles=nibbles, axis=axis, dtype=dtype, headroom=headroom,
+                          decode=decode)  # fmt: skip
+    tensors_ = survey(specs, layouts)
+    return dict(read_all(tensors_, arrays.__getitem__, how))
+
+
+def choose(specs: Specs, tool: str | Mapping[str, Any] | None, **settings: Any) -> tuple[tuple[Layout, ...], Reading]:
+    """Return the layouts to look for, and how to read them; arguments and errors as for `import_tensors`."""
+    fmt, nibbles, axis = settings.get("fmt"), settings.get("nibbles"), settings.get("axis", -1)
     if isinstance(tool, Mapping):
-        tool, declared = _declared(tool)
-        fmt = declared if fmt is None else fmt
-    if tool is None:
-        tool = _tool_by_names(arrays, nibbles)
-    if tool not in (*TOOLS, "fouroversix"):
-        raise ValueError(f"tool must be one of {', '.join(map(repr, (*TOOLS, 'fouroversix')))}, got {tool!r}")
+        layouts, says = declared(tool)
+        fmt = says.fmt if fmt is None else fmt
+    else:
+        layouts = _layouts_by_names(specs, nibbles) if tool is None else layouts_of(tool)
     if nibbles not in (None, "low_first", "high_first"):
         raise ValueError(f"nibbles must be 'low_first', 'high_first' or None, got {nibbles!r}")
     if axis not in (-1, -2):
         raise ValueError(f"axis must be -1 ([out, in], as stored) or -2 (the transposed matrix), got {axis}")
-    dtype = np.dtype(dtype)
+    dtype = np.dtype(settings.get("dtype", "float32"))
     if dtype.name not in DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    settings = {"fmt": fmt, "swap": nibbles == "high_first", "headroom": headroom}
-    found = from_fouroversix(arrays, **settings) if tool == "fouroversix" else _from_layouts(arrays, tool, **settings)
-    return {
-        name: _as_qtensor(value, axis, dtype, headroom) if isinstance(value, Matrix) else value
-        for name, value in found.items()
-    }
+    if fmt is not None:
+        fmt = get_format(fmt)
+        fits = [_reads_as(layout, fmt) for layout in layouts]
+        if not any(fits):
+            names = ", ".join(lay.name for lay in layouts)
+            raise ValueError(f"{names} cannot be read as {fmt.name}: leave out fmt")
+        layouts = tuple(lay for _, lay in sorted(zip(fits, layouts, strict=True), key=lambda pair: not pair[0]))
+    return layouts, Reading(fmt, nibbles, axis, dtype, settings.get("headroom", 1.0), settings.get("decode", False))
 
 
-def _as_qtensor(matrix: Matrix, axis: int, dtype: np.dtype, headroom: float) -> QTensor:
-    codes, scales = (jnp.asarray(np.moveaxis(a, -1, axis)) for a in (matrix.codes, matrix.scales))
-    amax = None if matrix.amax is None else jnp.asarray(matrix.amax)
-    return QTensor(codes, scales, amax, Blocking(matrix.fmt, axis, matrix.length, dtype, headroom))
-
-
-def _from_layouts(arrays, tool, *, fmt, swap, headroom):
-    """The matrices in a tool's layouts, as Matrix, and all other arrays."""
-    layouts = [layout for layout in LAYOUTS if layout.tool == tool]
-    packed, companions = layouts[0].packed, set(_names_of(layouts)[1:])
-    modules = [
-        split_name(name)[0] for name, array in arrays.items()
-        if split_name(name)[1] == packed and (packed != "weight" or array.dtype == np.uint8)
-    ]  # fmt: skip
-    found, used = {}, set()
-    for module in modules:
-        names = {part: join_name(module, part) for part in _names_of(layouts)}
-        parts = {part: arrays[name] for part, name in names.items() if name in arrays}
-        try:
-            found[join_name(module, "weight")] = _read_matrix(parts, layouts, fmt, swap, headroom)
-        except ValueError as error:
-            raise ValueError(f"{join_name(module, packed)}: {error}") from error
-        used |= {join_name(module, part) for part in parts}
-    for name in arrays.keys() - used:
-        module, tail = split_name(name)
-        # Zero points, orders of columns, scales of inputs that were folded in, scales of weights in other formats.
-        beside = tail.startswith("weight_") and join_name(module, "weight") in found
-        if beside or tail in companions or tail == "pre_quant_scale":
-            raise ValueError(
-                f"{name} changes what its layer's weight means, and is not known beside {packed}: {tool} has stored "
-                "another format than NVFP4 or MXFP4 there"
-            )
-    rest = {name: array for name, array in arrays.items() if name not in used}
-    if twice := rest.keys() & found.keys():
-        raise ValueError(f"{sorted(twice)} are there both packed and unpacked")
-    return found | rest
-
-
-def _names_of(layouts: Iterable[Layout]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for layout in layouts for name in layout.names()))
-
-
-def _read_matrix(parts, layouts, fmt, swap, headroom):
-    packed = parts[layouts[0].packed]
-    scales = parts.get(layouts[0].scales)
-    if scales is None:
-        raise ValueError(f"{layouts[0].scales} is missing beside it")
-    if packed.dtype != np.uint8 or packed.ndim != 2 or scales.ndim != 2 or not packed.size:
-        raise ValueError(
-            f"needs uint8 [out, in / 2] and scales [out, in / block], got {packed.dtype} {packed.shape} and "
-            f"{scales.dtype} {scales.shape}: swizzled scales and stacks of matrices have to be taken apart first"
-        )
-    types: dict[Any, tuple] = {E4M3: (E4M3_TYPE,), E8M0: (U8, E8M0_TYPE)}  # of the format: of the file
-    layout = next((lay for lay in layouts if scales.dtype in types[get_format(lay.fmt).scale]), None)
-    if layout is None:
-        raise ValueError(f"its scales are {scales.dtype}, where NVFP4 has float8_e4m3fn and MXFP4 uint8")
-    if packed.shape[0] != scales.shape[0] or packed.shape[1] * 2 != scales.shape[1] * layout.block:
-        raise ValueError(
-            f"{packed.shape[0]} x {packed.shape[1]} bytes and {scales.shape[0]} x {scales.shape[1]} {scales.dtype} "
-            f"scales do not make blocks of {layout.block}, as in {layout.algorithm}"
-        )
-    record = get_format(layout.fmt if fmt is None else fmt)
-    if not layout.accepts(record):
-        raise ValueError(f"it is {layout.algorithm}, which cannot be read as {record.name}: leave out fmt")
-    scales = scales.view(np.uint8)
-    check_scales(scales, record)
-    check_zero_blocks(scales, packed, record)
-    amax = None
-    if layout.factor is not None:
-        if layout.factor not in parts:
-            raise ValueError(
-                f"{layout.factor} is missing beside it: without the tensor's factor its values are unknown (1.0, if "
-                "whatever wrote it has none)"
-            )
-        amax = _amax_of(parts[layout.factor], scales, layout, record.tensor_constant(headroom))
-    return Matrix(swapped_nibbles(packed) if swap else packed, scales, amax, record, packed.shape[1] * 2)
-
-
-def _amax_of(stored: np.ndarray, scales: np.ndarray, layout: Layout, largest: np.float32) -> np.float32:
-    """The amax of which `_factor` makes what is stored, or the nearest."""
-    factor = np.asarray(stored)
-    if factor.size != 1 or not jnp.issubdtype(factor.dtype, jnp.floating):
-        raise ValueError(f"{layout.factor} must be one float, got {factor.dtype} {factor.shape}")
-    with np.errstate(over="ignore"):
-        factor = factor.reshape(()).astype(np.float32)[()]
-    if not 0 < factor < np.inf:
-        if not scales.any():
-            return np.float32(0)  # zeros, whatever they are multiplied by
-        raise ValueError(f"{layout.factor} must be finite and > 0, got {factor}")
-    # Going back and forth once more changes nothing: of all amax with this factor, if there are any, this is one
-    # (checked for each mantissa and the K of each named format).
-    with np.errstate(all="ignore"):
-        amax = np.float32(largest / factor if layout.reciprocal else factor * largest)
-    if not np.finfo(np.float32).tiny <= amax < np.inf:
-        raise ValueError(f"{layout.factor} {factor} makes amax {amax}, which is no normal float32 number")
-    return amax
-
-
-def _tool_by_names(arrays: Mapping[str, np.ndarray], nibbles: Nibbles | None) -> Source:
-    tails = {split_name(name)[1] for name in arrays}
-    if any(match and match[2] == "values" for match in map(PART.fullmatch, tails)):
-        return "fouroversix"
-    if "weight_packed" in tails:
-        return "compressed-tensors"
-    if "weight_scale_2" in tails:
-        if nibbles is None:
-            raise ValueError(
-                "weight and weight_scale_2 are ModelOpt's names, but files with them exist in both orders of nibbles, "
-                "and nothing in the bytes tells which: state tool='modelopt' (the earlier code is in the low nibble), "
-                "or nibbles='low_first' or 'high_first'"
-            )
-        return "modelopt"
-    raise ValueError(
-        "the names are of no layout that is known here, so what the bytes mean cannot be decided: state tool=, one of "
-        f"{', '.join(map(repr, (*TOOLS, 'fouroversix')))}"
-    )
-
-
-def _declared(config: Mapping[str, Any]) -> tuple[Source, str | None]:
-    """The tool whose `quantization_config` this is (for ModelOpt also hf_quant_config.json), and the format if it says.
+def survey(specs: Specs, layouts: Sequence[Layout]) -> Tensors:
+    """Return the tensors in these layouts and the rest, from what headers say.
 
     Raises:
-        ValueError: it declares something else than a known layout.
+        ValueError: arrays that look like the layouts' and are not, or that change what a weight means.
     """
+    found, missed = find(specs, layouts)
+    for miss in missed:
+        raise ValueError(f"{miss.name}: {miss.reason}")
+    used = {name for f in found for name in f.arrays if name is not None}
+    tails = {part.tail for layout in layouts for part in layout.parts if part.name.startswith("{}.")} - {"weight"}
+    read = {f.name for f in found}
+    for name in specs:
+        layer, _, tail = name.rpartition(".")
+        beside = tail.startswith("weight_") and (f"{layer}.weight" if layer else "weight") in read
+        # Zero points, orders of columns, scales of inputs that were folded in, scales of weights in other formats.
+        if name not in used and (beside or tail in tails or tail == "pre_quant_scale"):
+            tool = layouts[0].tool
+            raise ValueError(
+                f"{name} changes what its layer's weight means, and is not known beside it: {tool} has stored another "
+                f"format there than {', '.join(dict.fromkeys(lay.algorithm for lay in layouts))}"
+            )
+    rest = [name for name in specs if name not in used]
+    if twice := read & set(rest):
+        raise ValueError(f"{sorted(twice)} are there both packed and unpacked")
+    return Tensors(found, rest)
+
+
+def read_all(
+    tensors: Tensors, array: Callable[[str], np.ndarray], how: Reading
+) -> Iterator[tuple[str, QTensor | np.ndarray]]:
+    """Yield all tensors of a checkpoint by their names, the quantized ones first."""
+    for found in tensors.found:
+        value = read(found, array, how)
+        if isinstance(value, QTensor):
+            yield found.name, value
+        elif how.decode:
+            yield found.name, whole(value, how)
+        elif found.layout.container != "safetensors":
+            raise ValueError(
+                f"{found.name} is {found.layout.algorithm}, which has no format here: decode=True makes floats of it"
+            )
+        else:
+            yield from ((name, array(name)) for name in found.arrays if name is not None)
+    yield from ((name, array(name)) for name in tensors.rest)
+
+
+def read(found: Found, array: Callable[[str], np.ndarray], how: Reading) -> QTensor | Floats:
+    """Return a quantized tensor of a checkpoint, from the functions that read its arrays.
+
+    Raises:
+        ValueError: what is wrong with it, with its name.
+    """
+    layout, (first, *_) = found.layout, found.arrays
+    assert layout.read is not None
     try:
-        inner = config.get("quantization", config)
-        method = str(config.get("quant_method", "modelopt" if "quant_algo" in inner else None))
-        if method == "fouroversix":
-            return "fouroversix", fouroversix_format(config)
-        # Servers call it modelopt_fp4.
-        tool = "modelopt" if method.startswith("modelopt") else method
-        known = {layout.algorithm: layout.block for layout in LAYOUTS if layout.tool == tool}
-        algorithm = str(inner.get("quant_algo" if tool == "modelopt" else "format"))
-        if tool == "modelopt":
-            known["W4A16_NVFP4"] = known["NVFP4"]
-            algorithm = algorithm.upper()
-        groups = (config.get("config_groups") or {}).values()
-        sizes = {(group.get("weights") or {}).get("group_size") for group in groups} | {inner.get("group_size")}
-        rotated = bool((config.get("transform_config") or {}).get("config_groups"))
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"not a quantization_config, nor an hf_quant_config.json: {config!r:.200}") from error
-    if algorithm not in known:
+        arrays = [None if name is None else array(name) for name in found.arrays]
+        fmt = record_of(layout, how)
+        if how.nibbles == "high_first" and fmt is not None and fmt.bits == 4 and arrays[0] is not None:
+            arrays[0] = swapped_nibbles(arrays[0])
+        value = layout.read(fmt, *arrays)
+        if isinstance(value, Blocks):
+            assert fmt is not None
+            return qtensor_of(value, layout, fmt, how.axis, how.dtype, how.headroom)
+        return value
+    except ValueError as error:
+        raise ValueError(f"{first}: {error}") from error
+
+
+def record_of(layout: Layout, how: Reading) -> Format | None:
+    """Return the format that a layout's tensors are read as; None for those that are read as floats.
+
+    Raises:
+        ValueError: nothing says it.
+    """
+    if layout.floats:
+        return None
+    if how.fmt is not None and _reads_as(layout, how.fmt):
+        return how.fmt
+    if layout.fmt is None:
         raise ValueError(
-            f"quantization by {method!r} in {algorithm!r} is not known here, only "
-            f"{', '.join(f'{lay.tool} {lay.algorithm}' for lay in LAYOUTS)}: others give the same names and bytes "
-            "another meaning"
+            f"{layout.tool}'s tensors do not say their format: state fmt=, such as 'fouroversix' for NVFP4 with an "
+            "adaptive scale rule, 'nvfp4' or 'if4'"
         )
-    if sizes - {None, known[algorithm]}:
-        raise ValueError(f"{algorithm} has blocks of {known[algorithm]}, and the configuration says {sizes - {None}}")
-    if rotated:
-        raise ValueError("its weights are stored rotated (transform_config), which is not undone here")
-    return ("modelopt" if tool == "modelopt" else "compressed-tensors"), None
+    return layout.record
+
+
+def _reads_as(layout: Layout, fmt: Format) -> bool:
+    return not layout.floats and (layout.fmt is None or decodes_as(fmt, layout.record))
+
+
+def whole(floats: Floats, how: Reading) -> np.ndarray:
+    """Return all values of `Floats` as an array, the last two axes exchanged for axis -2."""
+    *batch, rows, columns = floats.shape
+    values = floats.rows(0, int(np.prod(batch)) * rows).reshape(*batch, rows, columns).astype(how.dtype)
+    return values if how.axis == -1 else np.ascontiguousarray(values.swapaxes(-1, -2))
 
 
 def load(
-    path: str | os.PathLike,
-    tool: Source | Mapping[str, Any] | None = None,
-    **settings: Any,
+    path: str | os.PathLike, tool: str | Mapping[str, Any] | None = None, **settings: Any
 ) -> dict[str, QTensor | np.ndarray]:
-    """What `import_tensors` makes of a file, an index of several, or a folder; all of it in memory.
+    """Return what `import_tensors` makes of a file, an index of several, or a folder; all of it in memory.
 
     Args:
-        path: a safetensors file, its index, or a folder with one checkpoint. Pickles are not read.
+        path: a safetensors file, its index, a GGUF file, or a folder with one checkpoint. Pickles are not read.
         tool: as for `import_tensors`. None: what the file's metadata or the folder's config.json or
             hf_quant_config.json declare; else by the names, if they decide it.
-        **settings: of `import_tensors`: fmt, nibbles, axis, dtype, headroom.
+        **settings: of `import_tensors`: fmt, nibbles, axis, dtype, headroom, decode.
 
     Raises:
-        ValueError: as `import_tensors`. A `FileError`: a broken file, or a type that numpy lacks.
+        ValueError: as `import_tensors`. A `FileError`: a broken file, an index that does not agree with its files, or a
+            type that numpy lacks.
         OSError: it cannot be read.
     """
-    _, files, _ = safetensors.resolve(path)
-    arrays: dict[str, np.ndarray] = {}
-    declared = None
-    for file in files:
-        contents = safetensors.read_contents(file)
-        declared = declared or contents.metadata.get("quantization_config")
-        for name, entry in contents.entries.items():
-            dtype = safetensors.numpy_dtype(entry.dtype)
-            if dtype is None:
-                raise safetensors.FileError(f"{file}: {name} is of type {entry.dtype}, which numpy lacks")
-            if name in arrays:
-                raise safetensors.FileError(f"{file}: {name} is in another file as well")
-            with safetensors.Reader(file, entry) as reader:
-                arrays[name] = reader.bytes(0, entry.nbytes).view(dtype).reshape(entry.shape)
-    if tool is None:
-        tool = _declared_config(files[0].parent, declared)
-    return import_tensors(arrays, tool, **settings)
+    source = open_checkpoint(path)
+    layouts, how = choose(source.specs, source.declared if tool is None else tool, **settings)
+    tensors = survey(source.specs, layouts)
+    return dict(read_all(tensors, source.copied, how))
 
 
-def _declared_config(folder: Path, in_metadata: str | None) -> Mapping[str, Any] | None:
-    """The quantization's configuration as a checkpoint declares it: in the file, or beside it."""
-    texts = {"its metadata": in_metadata}
-    for name in ("config.json", "hf_quant_config.json"):
-        if (folder / name).is_file():
-            texts[name] = (folder / name).read_text(encoding="utf-8")
-    for name, text in texts.items():
-        if text is None:
-            continue
-        try:
-            config = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise safetensors.FileError(f"{name} in {folder} is not JSON: {error}") from None
-        if name == "config.json":
-            config = config.get("quantization_config") if isinstance(config, dict) else None
-        if isinstance(config, dict):
-            return config
-    return None
+def _layouts_by_names(specs: Specs, nibbles: Nibbles | None) -> tuple[Layout, ...]:
+    readable = [layout for layout in LAYOUTS.values() if layout.read is not None]
+    found, _ = find(specs, readable)
+    sure = [f.layout for f in found if f.layout.doubt is None]
+    if nibbles is not None:
+        sure = sure or [f.layout for f in found]
+    if sure:
+        return layouts_of(sure[0].tool)
+    if found:
+        raise ValueError(found[0].layout.doubt)
+    raise ValueError(
+        "the names are of no layout that is known here, so what the bytes mean cannot be decided: state tool=, one of "
+        f"{', '.join(map(repr, known_tools()))}"
+    )

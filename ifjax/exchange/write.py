@@ -1,39 +1,32 @@
-"""Tensors and checkpoints out, in other tools' layouts."""
+"""The one writer of all layouts: tensors and checkpoints out."""
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from ifjax.arrays import QTensor
-from ifjax.arrays.ml_dtypes import is_plain_e2m1
-from ifjax.arrays.qtensor import check_arrays
 from ifjax.atomic import new_folder, write_text
-from ifjax.exchange.layouts import (
-    E4M3_TYPE,
-    E8M0_TYPE,
-    LAYOUTS,
-    TOOLS,
-    WEIGHTS,
-    Layout,
-    Tool,
-    join_name,
-    split_name,
-)
-from ifjax.files import safetensors
-from ifjax.formats import Format, get_format
+from ifjax.exchange import blocks
+from ifjax.exchange.containers import CONTAINERS
+from ifjax.exchange.fused import warn_of_fused
+from ifjax.exchange.layouts import WEIGHTS, Layout, Model, Part, Spec, layouts_of
+from ifjax.exchange.recognize import Specs, recognize
+from ifjax.files.checkpoint import Item
+from ifjax.files.safetensors import Slot
+from ifjax.formats import Format
 
 
-def export_tensor(q: QTensor, tool: Tool) -> dict[str, np.ndarray]:
-    """The arrays of one matrix in a tool's layout, by their names below the layer's.
+def export_tensor(q: QTensor, tool: str) -> dict[str, np.ndarray]:
+    """Return the arrays of one tensor in a tool's layout, by their names below the layer's.
 
-    `q` is [in, out] or [out, in] with its blocks along `in`; the arrays are [out, ...]. Codes and scale bytes are q's.
-    The tool's own decoding agrees with `q.dequantize` to 2 units in the last place of float32, for one amax in two
-    thousand to 3: it divides in another order.
+    `q` is [.., in, out] or [.., out, in] with its blocks along `in`; the arrays are [.., out, ..], as the layout has
+    them. Codes and scale bytes are q's. The tool's own decoding agrees with `q.dequantize` to 2 units in the last place
+    of float32, for one amax in two thousand to 3: it divides in another order.
 
     Raises:
         ValueError: no reader of the layout would decode it: IF formats (their scales' signs would flip those of the
@@ -53,67 +46,119 @@ def export_tensor(q: QTensor, tool: Tool) -> dict[str, np.ndarray]:
     """
     if not isinstance(q, QTensor):
         raise TypeError(f"needs a QTensor, got {type(q).__name__}: make one with ifjax.quantize")
-    layout = _layout_for(q.fmt, tool)
-    check_arrays(q)
-    if q.ndim != 2:
-        raise ValueError(
-            f"{tool} stores matrices, got shape {q.shape}: export stacked layers one by one (q[i]), and reshape other "
-            "kernels before they are quantized"
+    layout = layout_for(q.fmt, tool, q.ndim)
+    return {part.tail: array for part, array in written(q, layout).items()}
+
+
+def written(q: QTensor, layout: Layout) -> dict[Part, np.ndarray]:
+    """Return the arrays of a tensor in a layout, of the types and shapes that its parts state."""
+    assert layout.write is not None
+    matrices = blocks.blocks_of(q, layout)
+    arrays = layout.write(matrices)
+    found = {}
+    for part, array in zip(layout.parts, arrays, strict=True):
+        if array is not None:
+            array = np.asarray(array, order="C")
+            assert matrices.size is not None
+            assert part.shape is None or array.shape == part.shape(matrices.size), (part.name, array.shape)
+            found[part] = array
+    return found
+
+
+def layout_for(fmt: Format, tool: str, ndim: int = 2) -> Layout:
+    """Return the tool's layout for tensors of this format.
+
+    Raises:
+        ValueError: there is none; the message says why.
+    """
+    layouts = [layout for layout in layouts_of(tool) if layout.write is not None]
+    found = [layout for layout in layouts if layout.accepts(fmt)]
+    if found:
+        return next((layout for layout in found if layout.stacks or ndim == 2), found[0])
+    raise ValueError(f"{fmt.name} {_refusal(fmt, tool, layouts)}: quantize to fouroversix, nvfp4 or mxfp4 for it")
+
+
+def _refusal(fmt: Format, tool: str, layouts: list[Layout]) -> str:
+    if not layouts:
+        return f"cannot go out, because {tool}'s layouts are only read here"
+    if fmt.has_selector:
+        return (
+            "marks the blocks of its second decoding in the scale's sign, so an NVFP4 reader would flip the signs of "
+            "these blocks' values"
         )
-    if not q.size or q.shape[q.axis] % layout.block:
-        raise ValueError(
-            f"the blocked axis {q.axis} of {q.shape} must be a multiple of {layout.block}, because readers know no "
-            "filled-up blocks: append zeros to the weight, and to the layer's inputs, before quantizing"
-        )
-    codes, scales = (np.moveaxis(np.asarray(a), q.axis, -1) for a in (q.codes, q.scales))
-    check_scales(scales, q.fmt)
-    check_zero_blocks(scales, codes, q.fmt)
-    arrays = {layout.packed: codes, layout.scales: scales.view(layout.scales_dtype)}
-    if layout.factor is not None:
-        arrays[layout.factor] = _factor(q, scales, layout)
-    return {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    theirs = [layout.record for layout in layouts]
+    if all(_meaning(fmt) != _meaning(record) for record in theirs):
+        names = " or ".join(dict.fromkeys(map(_elements, theirs)))
+        return f"has elements {_elements(fmt)}, where {tool} reads {names}"
+    kinds = dict.fromkeys(f"{layout.record.block} with {layout.record.scale.name}" for layout in layouts)
+    return f"has blocks of {fmt.block} with {fmt.scale.name} scales, where {tool} reads {' or '.join(kinds)}"
+
+
+def _meaning(fmt: Format) -> Any:
+    return [(d.grid.values, d.step, d.offset) for d in fmt.decodings]
+
+
+def _elements(fmt: Format) -> str:
+    grid, _, offset = fmt.decodings[0]
+    return f"{grid.name} + {offset:g}" if offset else grid.name
 
 
 def export_tensors(
-    params: Mapping[str, QTensor | ArrayLike],
-    tool: Tool,
-    *,
-    input_amax: Mapping[str, float] | None = None,
+    params: Mapping[str, QTensor | ArrayLike], tool: str, *, input_amax: Mapping[str, float] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """All arrays of a model in a tool's layout, and the `quantization_config` that its config.json needs.
+    """Return all arrays of a model in a tool's layouts, and the configuration that its config.json needs.
 
     Args:
         params: by flat names joined with dots, as the reader's model calls them. QTensors, whose names end with
-            .weight, .kernel or .embedding, are stored in the layout; other arrays go along unchanged. All QTensors are
-            of one kind, NVFP4 (`fouroversix` is that) or MXFP4.
-        tool: "compressed-tensors" (vLLM, transformers) or "modelopt" (TensorRT-LLM, vLLM, SGLang).
+            .weight, .kernel or .embedding, are stored in the tool's layouts; other arrays go along unchanged. Where
+            there are several kinds, FP8 weights with scales among the other arrays included, the configuration says
+            which layer has which.
+        tool: one of `ifjax.exchange.TOOLS`, such as "compressed-tensors" (vLLM, transformers) or "modelopt"
+            (TensorRT-LLM, vLLM, SGLang).
         input_amax: by a layer's name without .weight, the largest magnitude of its inputs, for readers that quantize
             them as well. For all QTensors or none: without it the configuration says that only weights are quantized.
 
-    Servers multiply some layers as one (query, key and value; gate and up) and take one factor for them: quantize
-    these with a common `amax=`.
+    Servers multiply some layers as one (query, key and value; gate and up) and take one factor for them: `common_amax`
+    makes it one. A warning tells of layers that have several.
 
     Raises:
         ValueError: as for `export_tensor`, with the name; a name that does not end as said, or that is there twice;
-            several kinds; nothing is quantized; `input_amax` names other layers or is not positive.
+            nothing is quantized; `input_amax` names other layers or is not positive.
         TypeError: params is nested; something has changed the types of a QTensor's arrays.
     """
+    out = export_all(params, tool, input_amax)
+    return out.arrays, out.config
+
+
+class Exported(NamedTuple):
+    """A model in a tool's layouts.
+
+    Attributes:
+        arrays: by name.
+        types: the file's names for their types.
+        config: of the quantization.
+        layout: one of those that were used, for what belongs to the tool.
+    """
+
+    arrays: dict[str, np.ndarray]
+    types: dict[str, str]
+    config: dict[str, Any]
+    layout: Layout
+
+
+def export_all(params: Mapping[str, Any], tool: str, input_amax: Mapping[str, float] | None = None) -> Exported:
+    """Return a model in a tool's layouts; arguments and errors as for `export_tensors`."""
     arrays: dict[str, np.ndarray] = {}
-    layouts: dict[str, Layout] = {}
+    types: dict[str, str] = {}
+    quantized: dict[str, tuple[Layout, str, tuple[Spec | None, ...]]] = {}
     for name, value in params.items():
-        new = {name: value}
+        new: dict[str, Any] = {name: value}
         if isinstance(value, QTensor):
-            module, tail = split_name(name)
-            if tail not in WEIGHTS:
-                raise ValueError(
-                    f"{name!r} is a QTensor, so its name must end with .weight, .kernel or .embedding, which the "
-                    "layout's names replace"
-                )
-            try:
-                layouts[module] = _layout_for(value.fmt, tool)
-                new = {join_name(module, part): array for part, array in export_tensor(value, tool).items()}
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+            layout, layer, parts = exported(name, value, tool)
+            new = {part.of(layer): array for part, array in parts.items()}
+            types |= {part.of(layer): layout.type_of(part, array) for part, array in parts.items()}
+            specs = (None if part not in parts else Spec.of(parts[part]) for part in layout.parts)
+            quantized[name] = layout, layer, tuple(specs)
         elif isinstance(value, Mapping):
             raise TypeError(
                 f"{name!r} is a mapping: flatten the tree first, as by flax.traverse_util.flatten_dict(params, sep='.')"
@@ -124,143 +169,101 @@ def export_tensors(
         if any(array.dtype == object for array in new.values()):
             raise TypeError(f"{name!r} is a {type(value).__name__}: needs arrays and QTensors")
         arrays |= new
-    kinds = set(layouts.values())
-    if len(kinds) != 1:
-        found = sorted(layout.algorithm for layout in kinds) or "nothing"
-        raise ValueError(f"a configuration describes one kind of quantization, found {found}: quantize to one of them")
-    (layout,) = kinds
+    if not quantized:
+        raise ValueError(f"a configuration for {tool} describes quantized layers, found nothing: quantize some")
+    plain = {name: Spec.of(array) for name, array in arrays.items() if name in params}
     if input_amax is not None:
-        arrays |= _input_factors(input_amax, layouts, layout)
+        arrays |= _input_factors(input_amax, {layer: layout for layout, layer, _ in quantized.values()})
+    warn_of_fused({name: q.amax for name, q in params.items() if isinstance(q, QTensor)})
+    types = {name: Spec.of(array).dtype for name, array in arrays.items()} | types
+    config = configuration(quantized.values(), plain, tool, input_amax is not None)
+    return Exported(arrays, types, config, next(iter(quantized.values()))[0])
+
+
+def exported(name: str, q: QTensor, tool: str) -> tuple[Layout, str, dict[Part, np.ndarray]]:
+    """Return the layout, the layer and the arrays of one tensor; errors have its name."""
+    try:
+        layout = layout_for(q.fmt, tool, q.ndim)
+        return layout, layer_in(layout, name), written(q, layout)
+    except ValueError as error:
+        raise error if str(error).startswith(repr(name)) else ValueError(f"{name}: {error}") from error
+
+
+def layer_in(layout: Layout, name: str) -> str:
+    """Return the layer of a parameter.
+
+    Raises:
+        ValueError: its name does not end as those of weights do.
+    """
+    layer = layout.layer_of(name)
+    if layer is not None:
+        return layer
+    words = f".{', .'.join(WEIGHTS[:-1])} or .{WEIGHTS[-1]}"
+    if layout.plain == "{}.weight":
+        raise ValueError(f"{name!r} is a QTensor, so its name must end with {words}, which the layout's names replace")
+    raise ValueError(
+        f"{name!r} must not end with {words} in {layout.name}, which puts words behind the name of a parameter such as "
+        "'experts.gate_up_proj': rename it, or export its matrices one by one"
+    )
+
+
+def configuration(quantized: Any, plain: Specs, tool: str, inputs: bool) -> dict[str, Any]:
+    """Return the configuration of a model.
+
+    Args:
+        quantized: (layout, layer, specifications of its arrays) of all that is stored in the tool's layouts.
+        plain: of all other arrays, by name: FP8 weights with scales among them are described too.
+        tool: whose layouts these are.
+        inputs: whether factors of inputs are stored.
+    """
+    groups: dict[Layout, dict[str, tuple[Spec | None, ...]]] = {}
+    for layout, layer, specs in quantized:
+        groups.setdefault(layout, {})[layer] = specs
+    fp8 = [layout for layout in layouts_of(tool) if layout.floats]
+    for found in recognize(plain, fp8):
+        specs = tuple(None if name is None else plain[name] for name in found.arrays)
+        groups.setdefault(found.layout, {})[found.layer] = specs
+    packed = {layer for layers in groups.values() for layer in layers}
     # Readers look for quantized layers by class, so those that are not have to be named.
-    plain = {split_name(name)[0] for name, array in params.items() if not isinstance(array, QTensor)
-             and split_name(name)[1] in WEIGHTS and np.ndim(array) == 2}  # fmt: skip
-    return arrays, _config(layout, sorted(plain - layouts.keys()), input_amax is not None)
+    split = ((name.rpartition("."), spec) for name, spec in plain.items())
+    others = {layer for (layer, _, tail), spec in split if tail in WEIGHTS and len(spec.shape) > 1}
+    first = next(iter(groups))
+    return first.config(Model(groups, sorted(others - packed), inputs)) if first.config is not None else {}
 
 
-def _layout_for(fmt: Format, tool: str) -> Layout:
-    """The tool's layout for this format, or an error that says why there is none."""
-    if tool not in TOOLS:
-        raise ValueError(f"tool must be one of {', '.join(map(repr, TOOLS))}, got {tool!r}")
-    found = next((layout for layout in LAYOUTS if layout.tool == tool and layout.accepts(fmt)), None)
-    if found is not None:
-        return found
-    if fmt.has_selector:
-        reason = (
-            "marks the blocks of its second decoding in the scale's sign, so an NVFP4 reader would flip the signs of "
-            "these blocks' values"
-        )
-    elif not is_plain_e2m1(fmt):
-        offset = fmt.decodings[0].offset
-        elements = f"{fmt.grid.name} + {offset:g}" if offset else fmt.grid.name
-        reason = f"has elements {elements}, where {tool} reads E2M1"
-    else:
-        kinds = [f"{lay.block} with {get_format(lay.fmt).scale.name}" for lay in LAYOUTS if lay.tool == tool]
-        reason = f"has blocks of {fmt.block} with {fmt.scale.name} scales, where {tool} reads {' or '.join(kinds)}"
-    raise ValueError(f"{fmt.name} {reason}: quantize to fouroversix, nvfp4 or mxfp4 for it")
-
-
-def check_scales(scales: np.ndarray, fmt: Format) -> None:
-    """That the bytes are scales of this format, of finite blocks."""
-    if fmt.scale.dtype == E4M3_TYPE:
-        signs = int((scales >= 0x80).sum())
-        if signs and not fmt.has_selector:
-            raise ValueError(
-                f"{signs} of {scales.size} block scales have their sign set, which {fmt.name}'s never have: in IF4 and "
-                "MixFP4 it marks blocks of integers, which decode in two different ways, and elsewhere it negates. "
-                "It cannot be decided which is meant, and as NVFP4 these blocks would change their signs"
-            )
-        nan = scales & 0x7F == fmt.scale.nan
-    else:
-        nan = scales == fmt.scale.nan
-    if nan.any():
-        raise ValueError(f"{int(nan.sum())} of {scales.size} block scales are NaN: the weight was not finite")
-
-
-def check_zero_blocks(scales: np.ndarray, codes: np.ndarray, fmt: Format) -> None:
-    """That blocks with scale byte 0, on which tools disagree, hold zeros; codes are packed, [..., m * block / 2]."""
-    if fmt.scale.dtype == E8M0_TYPE and ((codes.reshape(*scales.shape, -1) & 0x77).any(-1) & (scales == 0)).any():
-        raise ValueError(
-            "a block with scale byte 0 has codes that are not zero: that byte is 2^-127 for some readers and 0 for "
-            "others, ifjax among them. Scale the weight up"
-        )
-
-
-def _factor(q: QTensor, scales: np.ndarray, layout: Layout) -> np.ndarray:
-    largest = q.fmt.tensor_constant(q.headroom)
-    # Without an amax a value is code * scale.
-    amax = np.asarray(largest if q.amax is None else q.amax, np.float32)
-    if amax.size != 1:
-        raise ValueError(
-            f"the layout has one factor for a tensor, and this one has amax of shape {amax.shape}: quantize without "
-            "amax_axes"
-        )
-    amax = amax.reshape(())[()]
-    if amax == 0 and not scales.any():
-        amax = largest  # any factor does for zeros, but 0 and its reciprocal are none
-    factor = _divided(largest, amax) if layout.reciprocal else _divided(amax, largest)
-    if not np.finfo(np.float32).tiny <= factor < np.inf:
-        raise ValueError(
-            f"amax {amax} makes {layout.factor} {factor}, which is no normal float32 number > 0: scale the weight"
-        )
-    return np.full(layout.factor_shape, factor, np.float32)
-
-
-def _divided(a, b) -> np.float32:
-    with np.errstate(all="ignore"):  # what comes of it is checked
-        return np.float32(a) / np.float32(b)
-
-
-def _input_factors(input_amax, layouts, layout):
-    if layout.input_factor is None:
-        raise ValueError(f"{layout.algorithm} scales its inputs by blocks alone: leave input_amax out")
+def _input_factors(input_amax: Mapping[str, float], layouts: Mapping[str, Layout]) -> dict[str, np.ndarray]:
+    for layout in layouts.values():
+        if layout.input_factor is None:
+            raise ValueError(f"{layout.algorithm} scales its inputs by blocks alone: leave input_amax out")
     if input_amax.keys() != layouts.keys():
         odd = sorted(input_amax.keys() ^ layouts.keys())
         raise ValueError(f"input_amax must name the quantized layers, all of them and no other: {odd[:5]}")
-    # The reader quantizes inputs to plain NVFP4, whatever the weights' own constants.
-    largest = get_format("nvfp4").tensor_constant()
     arrays = {}
-    for module, amax in input_amax.items():
-        amax = np.float32(amax)
-        factor = _divided(largest, amax) if layout.reciprocal else _divided(amax, largest)
-        if not np.finfo(np.float32).tiny <= factor < np.inf:
-            raise ValueError(f"input_amax of {module} must be finite and > 0, got {amax}")
-        arrays[join_name(module, layout.input_factor)] = np.full(layout.factor_shape, factor, np.float32)
+    for layer, amax in input_amax.items():
+        factor = layouts[layer].input_factor
+        assert factor is not None
+        try:
+            arrays[factor.part.of(layer)] = blocks.input_factor(factor, amax)
+        except ValueError as error:
+            raise ValueError(f"input_amax of {layer} {error}") from error
     return arrays
-
-
-def _config(layout: Layout, ignore: list[str], with_inputs: bool) -> dict[str, Any]:
-    """The `quantization_config` of a config.json."""
-    numbers = {"num_bits": 4, "type": "float", "group_size": layout.block}
-    if layout.tool == "modelopt":
-        weights, inputs = numbers | {"dynamic": False}, numbers | {"dynamic": False}
-        # Its name for NVFP4 without quantized inputs. MXFP4 says nothing of them.
-        algorithm = "W4A16_NVFP4" if layout.input_factor and not with_inputs else layout.algorithm
-        shared = {"quant_algo": algorithm}
-    else:
-        numbers |= {"symmetric": True, "strategy": layout.strategy, "scale_dtype": f"torch.{layout.scales_dtype}"}
-        weights, inputs = numbers | {"dynamic": False}, numbers | {"dynamic": "local"}
-        shared = {"format": layout.algorithm, "quantization_status": "compressed"}
-    group = {"targets": ["Linear"], "weights": weights}
-    if with_inputs:
-        group["input_activations"] = inputs
-    return {"quant_method": layout.tool, **shared, "config_groups": {"group_0": group}, "ignore": ignore}
 
 
 def save(
     params: Mapping[str, QTensor | ArrayLike],
     path: str | os.PathLike,
-    tool: Tool,
+    tool: str,
     *,
     config: Mapping[str, Any] | None = None,
     input_amax: Mapping[str, float] | None = None,
 ) -> None:
-    """A checkpoint that a tool reads, of what `export_tensors` makes of `params`. It appears whole or not at all.
+    """Write a checkpoint that a tool reads, of what `export_tensors` makes of `params`, whole or not at all.
 
     Args:
         params: as for `export_tensors`.
-        path: a file, if it ends with .safetensors: `quantization_config` is in its metadata, as JSON. Else a folder,
-            new or empty, for model.safetensors and config.json.
-        tool: "compressed-tensors" or "modelopt".
+        path: a file, if it ends with .safetensors (`quantization_config` is in its metadata, as JSON) or .gguf. Else a
+            folder, new or empty, for model.safetensors and config.json.
+        tool: as for `export_tensors`.
         config: what config.json holds besides: the model's own one, as readers need it.
         input_amax: as for `export_tensors`.
 
@@ -281,29 +284,32 @@ def save(
         [('up.bias', array([0., 0., 0., 0., 0., 0., 0., 0.], dtype=float32)),
          ('up.weight', QTensor(nvfp4, 64x8 float32, axis=-2, 4.562 bits a value))]
     """
-    arrays, quantization = export_tensors(params, tool, input_amax=input_amax)
-    path = Path(path)
-    # transformers wants to know the framework; it knows four, and the layouts are those of PyTorch's Linear.
-    metadata = {"format": "pt"}
-    if path.suffix == ".safetensors":
+    out, path = export_all(params, tool, input_amax), Path(path)
+    container, metadata = CONTAINERS[out.layout.container], dict(out.layout.metadata)
+    if path.suffix in {container.suffix, *(c.suffix for c in CONTAINERS.values())}:
         if config is not None:
             raise ValueError(f"{path} is a file, and config is for a folder's config.json: name a folder")
-        old = safetensors.replaced_by_file(path)
-        _write(path, arrays, metadata | {"quantization_config": json.dumps(quantization)})
-        safetensors.remove(old)
+        if path.suffix != container.suffix:
+            raise ValueError(f"{tool} has files that end in {container.suffix}, got {path}")
+        stated = {"quantization_config": json.dumps(out.config)} if out.config else {}
+        container.write(path, items_of(out), metadata | stated)
         return
-    text = json.dumps({**(config or {}), "quantization_config": quantization}, indent=2)
     with new_folder(path) as folder:
-        _write(folder / "model.safetensors", arrays, metadata)
-        write_text(folder / "config.json", text + "\n")
+        container.write(folder / f"model{container.suffix}", items_of(out), metadata)
+        if out.config or config:
+            text = json.dumps(config_of(config or {}, out.layout, out.config), indent=2)
+            write_text(folder / "config.json", text + "\n")
 
 
-def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
-    slots = []
-    for name, array in arrays.items():
-        if array.dtype.name not in safetensors.CODES:
-            raise ValueError(f"{name} is {array.dtype}, which a safetensors file cannot hold")
-        slots.append(safetensors.Slot(name, safetensors.CODES[array.dtype.name], array.shape))
-    with safetensors.safetensors_writer(path, slots, lambda sums: metadata) as write:
-        for name, array in arrays.items():
-            write(name, array)
+def items_of(out: Exported) -> list[Item]:
+    """Return what a container writes: arrays with their types."""
+    def item(name, array):
+        return Item(name, (Slot(name, out.types[name], array.shape),), None, lambda write: write(name, array))
+
+    return [item(name, array) for name, array in out.arrays.items()]
+
+
+def config_of(config: Mapping[str, Any], layout: Layout, quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config.json holds: the model's own one, and that of the quantization."""
+    kept = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
+    return kept | {key: quantization for key in layout.config_keys if quantization}

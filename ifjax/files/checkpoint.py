@@ -186,6 +186,7 @@ class Checkpoint(Mapping[str, Any]):
         self.metadata: dict[str, str] = {}
         self.sums: dict[str, int] = {}
         self._file_of: dict[str, Path] = {}
+        self._identities: dict[Path, safetensors.Identity] = {}
         for file in files:
             contents = safetensors.read_contents(file)
             if index is not None:
@@ -197,6 +198,7 @@ class Checkpoint(Mapping[str, Any]):
             self.sums |= sums
             self.metadata |= {k: v for k, v in contents.metadata.items() if k not in (META, _SEAL)}
             self._file_of |= dict.fromkeys(contents.entries, file)
+            self._identities[file] = contents.identity
         inside = {part for name, p in self.packed.items() for part in _parts(name, p.fmt)}
         names = [*self.packed, *(name for name in self.entries if name not in inside)]
         self._names = dict.fromkeys(sorted(names, key=natural_order))
@@ -261,7 +263,8 @@ class Checkpoint(Mapping[str, Any]):
 
     def reader(self, stored: str) -> Reader:
         """What reads an array by parts, and does not check it."""
-        return Reader(self._file_of[stored], self.entries[stored])
+        file = self._file_of[stored]
+        return Reader(file, self.entries[stored], self._identities[file])
 
     def check(self, stored: str) -> None:
         """Compare an array's bytes with its checksum, once; what has no checksum passes.
@@ -292,7 +295,9 @@ class Checkpoint(Mapping[str, Any]):
     def _bytes(self, stored: str) -> np.ndarray:
         path, entry = self._file_of[stored], self.entries[stored]
         if path not in self._maps:
-            self._maps[path] = np.asarray(np.memmap(path, np.uint8, mode="r"))
+            with path.open("rb") as file:
+                safetensors.check_identity(file, path, self._identities[path])
+                self._maps[path] = np.asarray(np.memmap(file, np.uint8, mode="r"))
         data = self._maps[path][entry.start : entry.start + entry.nbytes]
         if data.size != entry.nbytes:
             raise FileError(f"{path} ends within {stored!r}: it has been changed since it was opened")
@@ -308,10 +313,12 @@ def write_items(
     *,
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int | None = None,
+    own: bool = True,
 ) -> Path:
     """Write a checkpoint of tensors that need not be in memory; see `save_file`, whose `path` this takes.
 
-    `metadata` is added to the file's own. Items are filled in their order.
+    `metadata` is added to the file's own, which are left out unless `own`: for files in other tools' layouts. Items are
+    filled in their order.
     """
     path = Path(path)
     if path.name.endswith(safetensors.INDEX):
@@ -325,7 +332,7 @@ def write_items(
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     if not sharded:
         old = safetensors.replaced_by_file(path)
-        _write_one(path, items, metadata or {})
+        _write_one(path, items, metadata or {}, own)
         safetensors.remove(old)  # else a reader of the folder would find the old index
         return path
     if not path.parent.is_dir():
@@ -336,7 +343,7 @@ def write_items(
     written = []
     try:
         for shard, group in zip(shards, groups, strict=True):
-            _write_one(shard, group, metadata or {})
+            _write_one(shard, group, metadata or {}, own)
             written.append(shard)
         pairs = zip(shards, groups, strict=True)
         places = {slot.name: shard for shard, group in pairs for item in group for slot in item.slots}
@@ -376,9 +383,10 @@ def _groups(items: Sequence[Item], limit: int) -> list[list[Item]]:
     return groups or [[]]
 
 
-def _write_one(path: Path, items: Sequence[Item], metadata: Mapping[str, str]) -> None:
+def _write_one(path: Path, items: Sequence[Item], metadata: Mapping[str, str], own: bool) -> None:
     slots = [slot for item in items for slot in item.slots]
-    with safetensors.safetensors_writer(path, slots, _metadata_of(items, slots, metadata)) as write:
+    stated = _metadata_of(items, slots, metadata) if own else lambda sums: dict(metadata)
+    with safetensors.safetensors_writer(path, slots, stated) as write:
         for item in items:
             item.fill(write)
 
@@ -493,7 +501,7 @@ def _check_shard(index: Path, contents: Contents, weight_map: Mapping[str, str])
 
 def _read_metadata(contents: Contents) -> tuple[int | None, dict[str, Packed], dict[str, int]]:
     """The layout, packed tensors and checksums of a file; none, if it is an ordinary one. Everything is checked."""
-    path, entries, metadata = contents
+    path, entries, metadata, _ = contents
     if META not in metadata and _SEAL not in metadata:
         return None, {}, {}
 

@@ -34,6 +34,7 @@ NAMES = {code: name for name, code in CODES.items()}
 INDEX = ".index.json"
 SEAL = "ifjax.checksum"  # in the metadata of every checkpoint file that this library writes
 _HEADER_LIMIT = 100_000_000  # safetensors reads no longer one; an index is held to it, too
+_TRIES = 20  # to read a header of a file that is replaced meanwhile
 
 Write = Callable[[str, Any], None]
 
@@ -213,12 +214,33 @@ def read_header(path: str | os.PathLike) -> tuple[StoredTensor, ...]:
     return tuple(sorted(entries, key=lambda entry: natural_order(entry.name)))
 
 
+class Identity(NamedTuple):
+    """Which file is at a path: another one, or another version, has another identity."""
+
+    device: int
+    inode: int
+    size: int
+    time_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Identity":
+        """Return that of a file, from what `os.stat` or `os.fstat` says."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 class Contents(NamedTuple):
-    """What a safetensors file holds."""
+    """What a safetensors file holds, and the identity of the file that held it."""
 
     path: Path
     entries: dict[str, StoredTensor]
     metadata: dict[str, str]
+    identity: Identity
+
+
+def check_identity(file: Any, path: Path, identity: Identity | None) -> None:
+    """Raise a FileError if an open file is not the one whose header was read."""
+    if identity is not None and Identity.of(os.fstat(file.fileno())) != identity:
+        raise FileError(f"{path} has been changed since it was opened: open it again")
 
 
 def read_contents(path: str | os.PathLike) -> Contents:
@@ -228,13 +250,30 @@ def read_contents(path: str | os.PathLike) -> Contents:
         FileError: not a whole safetensors file.
         OSError: it cannot be opened.
     """
+    path = Path(path)
+    # A writer may put another file there while the header is read, of which the parts would not agree.
+    for _ in range(_TRIES):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            raise FileError(f"{path} is no plain file: only those can be read")
+        entries, metadata, fault = {}, {}, None
+        try:
+            entries, metadata = _header_of(path)
+        except FileError as error:
+            fault = error
+        if Identity.of(path.stat()) != Identity.of(status):
+            continue
+        if fault is not None:
+            raise fault
+        return Contents(path, entries, metadata, Identity.of(status))
+    raise FileError(f"{path} was replaced again and again while its header was read: open it again")
+
+
+def _header_of(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     from safetensors import safe_open
 
-    path = Path(path)
-    if not stat.S_ISREG(path.stat().st_mode):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        raise FileError(f"{path} is no plain file: only those can be read")
     try:
         entries = {entry.name: entry for entry in read_header(path)}
         with safe_open(path, framework="numpy") as file:
@@ -243,7 +282,7 @@ def read_contents(path: str | os.PathLike) -> Contents:
         raise
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise FileError(f"{path} is not a whole safetensors file: {error}") from error
-    return Contents(path, entries, metadata)
+    return entries, metadata
 
 
 def resolve(path: str | os.PathLike) -> tuple[Path | None, list[Path], dict[str, str]]:
@@ -326,9 +365,15 @@ def _is_plain_name(name: str) -> bool:
 class Reader:
     """Reads elements of one array of a file, without mapping it: what was read does not count as memory in use."""
 
-    def __init__(self, path: Path, entry: StoredTensor):
+    def __init__(self, path: Path, entry: StoredTensor, identity: Identity | None = None):
+        """Open the file; a FileError if `identity` is given and the file at `path` has another one."""
         self.path, self.entry = path, entry
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        try:
+            check_identity(self._file, path, identity)
+        except FileError:
+            self._file.close()
+            raise
 
     def __enter__(self) -> "Reader":
         return self

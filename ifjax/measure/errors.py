@@ -10,7 +10,7 @@ and one compiled program for each format serves tensors of every shape.
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -227,18 +227,21 @@ def file_reports(
     everything: bool = False,
     loss: Loss | None = None,
     search: str | Search | None = None,
+    kept: Mapping[str, str] | None = None,
 ) -> Iterator[TensorReport]:
     """A report for each of the `entries` (see `read_header`), with one tensor in memory at a time.
 
     A weight that is stored [out, in], as PyTorch does, has its contraction along the last axis, where blocks lie by
     default; for [in, out] (flax kernels, GPT-2's Conv1D) pass axis=-2. Biases, norms and other vectors are kept unless
-    `everything`.
+    `everything`; what `kept` gives a reason for, by name, always is.
     """
-    formats = tuple(formats)
+    formats, kept = tuple(formats), kept or {}
     for entry in entries:
         report = TensorReport(entry.name, entry.shape, entry.dtype, entry.nbytes, {})
         reason = keep_reason(entry.name, entry.shape)
-        if entry.dtype not in _READABLE:
+        if entry.name in kept:
+            yield dataclasses.replace(report, status="kept", reason=kept[entry.name])
+        elif entry.dtype not in _READABLE:
             reason = f"{entry.dtype} is not one of {', '.join(_READABLE)}"
             yield dataclasses.replace(report, status="skipped", reason=reason)
         elif not entry.shape or (reason and not everything):

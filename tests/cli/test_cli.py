@@ -229,9 +229,9 @@ def test_a_file_of_something_else_is_an_error(capsys, tmp_path):
     assert "a.safetensors is not a whole safetensors file" in fails(capsys, path)
 
 
-def test_a_missing_file_and_a_folder_are_errors(capsys, tmp_path):
+def test_a_missing_file_and_an_empty_folder_are_errors(capsys, tmp_path):
     assert f"{tmp_path / 'none'}: No such file or directory" in fails(capsys, tmp_path / "none")
-    assert f"{tmp_path}: Is a directory" in fails(capsys, tmp_path)
+    assert f"{tmp_path} holds no safetensors file" in fails(capsys, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_help_has_examples(capsys, command):
         (["quantize", "a", "b", "--fmt", "if4", "--rules", "r.json"], "not allowed with"),
         (["quantize", "a", "b", "--shard-size", "5XB"], "must be a size such as 500MB"),
         (["quantize", "a", "b", "--shard-size", "0"], "must be a size such as 500MB"),
-        (["dequantize", "a"], "OUT"), (["verify"], "FILE"), (["verify", "a", "--min-sqnr", "x"], "invalid float"),
+        (["dequantize", "a"], "OUT"), (["verify"], "FILE"), (["verify", "a", "--min-sqnr", "x"], "number of decibels"),
     ],
 )  # fmt: skip
 def test_wrong_usage_exits_with_2(capsys, arguments, message):
@@ -355,13 +355,13 @@ def test_a_kill_at_any_moment_of_a_conversion_leaves_the_old_or_the_new(tmp_path
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_a_request_to_end_removes_the_temporary_file(target, source, monkeypatch):
-    from ifjax.files import convert
+    from ifjax.convert import quantize
 
     def slow(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("not ended")
 
-    monkeypatch.setattr(convert, "_pack", slow)
+    monkeypatch.setattr(quantize, "_pack", slow)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
         run("quantize", source, target, "--fmt", "mxfp4")

@@ -115,6 +115,133 @@ def transformers(folder):
     yield from model.state_dict().items()
 
 
+def mlx(folder):
+    """By mlx.core's own dequantize, in float32."""
+    import mlx.core as mx
+
+    settings = json.loads((folder / "config.json").read_text())["quantization"]
+    tensors = mx.load(str(folder / "model.safetensors"))
+    for name in tensors:
+        if name.endswith(".scales"):
+            module = name.removesuffix(".scales")
+            how = settings.get(module, settings)
+            how = {"group_size": how["group_size"], "bits": how["bits"], "mode": how["mode"]}
+            value = mx.dequantize(tensors[f"{module}.weight"], tensors[name], dtype=mx.float32, **how)
+            yield f"{module}.float32", np.array(value)
+
+
+def write_mlx(folder):
+    """Matrices as MLX quantizes and stores them, in both modes."""
+    import mlx.core as mx
+
+    tensors, config = {}, {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+    for module, weight in weights():
+        for mode in ("nvfp4", "mxfp4"):
+            words, scales = mx.quantize(mx.array(weight.numpy()), mode=mode)
+            tensors |= {f"{module}.{mode}.weight": words, f"{module}.{mode}.scales": scales}
+            config[f"{module}.{mode}"] = {"group_size": 16 if mode == "nvfp4" else 32, "bits": 4, "mode": mode}
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps({"quantization": config, "quantization_config": config}))
+    yield from mlx(folder)
+
+
+def gguf(folder):
+    """By the gguf package's own dequantize, with the factor that stands beside."""
+    import gguf as package
+
+    tensors = {t.name: t for t in package.GGUFReader(folder / "model.gguf").tensors}
+    for name, t in tensors.items():
+        if t.tensor_type.name in ("NVFP4", "MXFP4"):
+            module = name.removesuffix(".weight")
+            value = package.quants.dequantize(t.data, t.tensor_type)
+            yield f"{module}.blocks", np.array(t.data)
+            if f"{module}.scale" in tensors:
+                factor = np.array(tensors[f"{module}.scale"].data)
+                value = value * factor.reshape(-1, *[1] * (value.ndim - 1))
+            yield f"{module}.float32", value.astype(np.float32).reshape(*t.data.shape[:-1], -1)
+        else:
+            yield name, np.array(t.data)
+
+
+def write_gguf(folder):
+    """Matrices as the gguf package quantizes them: MXFP4, a float type, and Q8_0, which has no format here."""
+    import gguf as package
+
+    folder.mkdir()
+    writer = package.GGUFWriter(folder / "model.gguf", "llama")
+    for module, weight in weights():
+        for kind in ("MXFP4", "Q8_0"):
+            of_kind = package.GGMLQuantizationType[kind]
+            writer.add_tensor(f"{module}.{kind}.weight", package.quants.quantize(weight.numpy(), of_kind),
+                              raw_dtype=of_kind)  # fmt: skip
+    writer.add_tensor("norm.weight", np.ones(3, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for name, t in ((t.name, t) for t in package.GGUFReader(folder / "model.gguf").tensors):
+        yield f"{name.removesuffix('.weight')}.float32", package.quants.dequantize(t.data, t.tensor_type)
+
+
+def gpt_oss(folder):
+    """By transformers' own function for the experts of gpt-oss: bfloat16, [experts, in, out]."""
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    tensors, config = opened(folder)
+    assert config["quant_method"] == "mxfp4"
+    for name in tensors:
+        if name.endswith("_blocks"):
+            stem = name.removesuffix("_blocks")
+            parts = tensors[name], tensors[f"{stem}_scales"]
+            yield f"{stem}.float32", convert_moe_packed_tensors(*parts, dtype=torch.float32)
+
+
+def fp8(folder):
+    """FP8 weights as compressed-tensors decompresses them, by each scheme of the configuration."""
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    tensors, config = opened(folder)
+    config = QuantizationConfig.model_validate(config)
+    for scheme in config.config_groups.values():
+        if scheme.weights.num_bits == 8:
+            compressor = BaseCompressor.get_value_from_registry(scheme.format)
+            for module, parts in modules(tensors, "weight_scale"):
+                if module in scheme.targets:
+                    state = {key: value.float() if key == "weight_scale" else value for key, value in parts.items()}
+                    assert state["weight"].dtype == torch.float8_e4m3fn
+                    yield f"{module}.float32", compressor.decompress(state, scheme)["weight"].float()
+
+
+def write_fp8(folder):
+    """A mixed model as compressed-tensors quantizes it: FP8 by tensor, channel and block, NVFP4, and plain bfloat16."""
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+    tensors, groups, generator = {}, {}, torch.Generator().manual_seed(1)
+    for strategy in ("tensor", "channel", "block"):
+        structure = {"block_structure": [128, 128]} if strategy == "block" else {}
+        args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy=strategy, **structure)
+        scheme = QuantizationScheme(targets=[f"m.{strategy}"], weights=args, format="naive-quantized")
+        weight = torch.randn((200, 300), generator=generator)
+        blocks = {"tensor": (200, 300), "channel": (1, 300), "block": (128, 128)}[strategy]
+        padded = torch.nn.functional.pad(weight, (0, -300 % blocks[1], 0, -200 % blocks[0]))
+        scale = padded.unfold(0, blocks[0], blocks[0]).unfold(1, blocks[1], blocks[1]).abs().amax((-1, -2)) / 448
+        scale = scale.reshape(1) if strategy == "tensor" else scale
+        compressor = BaseCompressor.get_value_from_registry("naive-quantized")
+        parts = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+        tensors |= {f"m.{strategy}.{key}": value for key, value in parts.items()}
+        groups[f"g_{strategy}"] = scheme
+    tensors["head.weight"] = torch.randn((4, 8), generator=generator).bfloat16()
+    config = QuantizationConfig(config_groups=groups, format="mixed-precision", quantization_status="compressed")
+    written(folder, tensors, config.model_dump(mode="json"))
+    yield from fp8(folder)
+
+
 def weights():
     import torch
 
@@ -191,6 +318,13 @@ NAMED = {
         write_nvfp4,
         write_mxfp4,
         write_modelopt,
+        mlx,
+        write_mlx,
+        gguf,
+        write_gguf,
+        gpt_oss,
+        fp8,
+        write_fp8,
     )
 }
 
@@ -200,8 +334,10 @@ def main(name, folder, result):
 
     with torch.no_grad():
         arrays = dict(NAMED[name](Path(folder)))
-    arrays = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in arrays.items()}
-    np.savez(result, **{key: value.detach().numpy() for key, value in arrays.items()})
+    torches = {key: value for key, value in arrays.items() if isinstance(value, torch.Tensor)}
+    arrays |= {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in torches.items()}
+    arrays |= {key: arrays[key].detach().numpy() for key in torches}
+    np.savez(result, **arrays)
 
 
 if __name__ == "__main__":

@@ -1151,3 +1151,35 @@ def test_a_description_makes_qtensors_of_what_orbax_restores_alone(orbax, tmp_pa
         orbax_files.rebuild({}, description)
     with pytest.raises(ValueError, match="not a description"):
         orbax_files.rebuild({}, {"layout": 1})
+
+
+def test_a_file_that_is_replaced_while_open_is_told(tmp_path):
+    """Its header says where the old arrays were: what lies there now is something else."""
+    old, new = {"a": np.arange(6.0, dtype=np.float32)}, {"b": np.ones(3, np.float32), "a": np.zeros(6, np.float32)}
+    path = ifjax.save_file(old, tmp_path / "m.safetensors")
+    opened, mapped = ifjax.open_file(path, check=False), ifjax.open_file(path)
+    np.testing.assert_array_equal(mapped["a"], old["a"])
+    ifjax.save_file(new, path)
+    with pytest.raises(FileError, match="changed since it was opened: open it again"):
+        opened["a"]
+    with pytest.raises(FileError, match="changed since it was opened: open it again"):
+        opened.reader("a")
+    np.testing.assert_array_equal(mapped["a"], old["a"])  # was mapped in time: the old file lives as long as the map
+    np.testing.assert_array_equal(ifjax.open_file(path)["a"], new["a"])
+
+
+def test_a_file_that_is_replaced_while_its_header_is_read_is_read_again(tmp_path, monkeypatch):
+    from ifjax.files import safetensors as files
+
+    path = ifjax.save_file({"a": np.zeros(2, np.float32)}, tmp_path / "m.safetensors")
+    read, count = files.read_header, []
+
+    def slowly(path):
+        header = read(path)
+        if not count:
+            count.append(ifjax.save_file({"longer": np.ones((9, 9), np.float32)}, path))
+        return header
+
+    monkeypatch.setattr(files, "read_header", slowly)
+    assert list(ifjax.open_file(path)) == ["longer"]
+    np.testing.assert_array_equal(ifjax.open_file(path)["longer"], np.ones((9, 9)))

@@ -22,19 +22,21 @@ from jax.typing import DTypeLike
 
 from ifjax.arrays import DTYPES, Blocking, packed_shapes
 from ifjax.codec import Encoding
+from ifjax.convert.folders import is_file, output, without_quantization
+from ifjax.convert.tensors import Tick, cast_of, no_tick, plain_item
+from ifjax.exchange import read as exchange
+from ifjax.exchange.layouts import Floats, Spec, layouts_of
+from ifjax.exchange.recognize import Found, companions
 from ifjax.files import safetensors
-from ifjax.files.checkpoint import Checkpoint, Item, Packed, open_file, packed_slots, write_items
-from ifjax.files.pieces import amax_of, chosen, decode, encode
-from ifjax.files.safetensors import FileError, Foreign, Slot, StoredTensor
+from ifjax.files.checkpoint import SHARD_BYTES, Checkpoint, Item, Packed, open_file, packed_slots, write_items
+from ifjax.files.pieces import amax_of, chosen, encode
+from ifjax.files.safetensors import FileError, StoredTensor
 from ifjax.models.names import keep_reason
 from ifjax.models.ptq import Rules
 from ifjax.models.report import Entry, Report, decibels
 from ifjax.models.rule_checks import check_used, reason_against
 from ifjax.models.rules import Rule, as_rules, first_match
 from ifjax.models.sites import Seen
-
-# Called with a tensor's name and with bytes of it that have been dealt with.
-Tick = Callable[[str, int], None]
 
 
 class Task(NamedTuple):
@@ -46,6 +48,8 @@ class Task(NamedTuple):
         how: its encoding; None where it stays as it is.
         axis: of its blocks.
         reason: why it stays.
+        found: of what it is decoded, where it is stored in other numbers; `stored` has what these make up.
+        part: whether it belongs to a tensor that is quantized already, so that its bytes have to stay.
     """
 
     stored: StoredTensor
@@ -53,6 +57,8 @@ class Task(NamedTuple):
     how: Encoding | None
     axis: int
     reason: str | None
+    found: Found | None = None
+    part: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +70,14 @@ class Plan:
         tasks: in the file's order.
         dtype: of what stays in floats, and what packed tensors decode to; None for each tensor's own.
         measured: whether errors are measured.
+        beside: the source's folder, whose other files go along into a folder.
     """
 
     source: Checkpoint
     tasks: tuple[Task, ...]
     dtype: np.dtype | None
     measured: bool = True
+    beside: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +92,10 @@ class Plan:
     def write(
         self, target: str | os.PathLike, *, max_shard_bytes: int | None = None, tick: Tick | None = None
     ) -> tuple[Path, Report]:
-        """Write the packed checkpoint, as `ifjax.save_file` does; gives its path and the report.
+        """Write the packed checkpoint, as `ifjax.save_file` does; return its path and the report.
+
+        A target that does not end as files of weights do is a folder, new or empty, and gets all that the source's
+        folder has besides weights.
 
         Raises:
             FileError: the source changed or is damaged.
@@ -93,7 +104,12 @@ class Plan:
         results: dict[str, dict[str, Any]] = {}
         items = [self._item(task, results, tick or no_tick) for task in self.tasks]
         metadata = self.source.metadata
-        path = write_items(target, items, metadata=metadata, max_shard_bytes=max_shard_bytes)
+        target = Path(target)
+        if max_shard_bytes is None and not is_file(target):
+            max_shard_bytes = SHARD_BYTES
+        with output(target, ".safetensors", self.beside, without_quantization) as weights:
+            path = write_items(weights, items, metadata=metadata, max_shard_bytes=max_shard_bytes)
+        path = path if is_file(target) else target
         entries = [_entry(t, i, results.get(i.name, {})) for t, i in zip(self.tasks, items, strict=True)]
         return path, Report(tuple(entries))
 
@@ -101,7 +117,8 @@ class Plan:
         stored = task.stored
         dtype = safetensors.numpy_dtype(stored.dtype) if self.dtype is None else self.dtype
         if task.how is None:
-            return _plain(self.source, stored, _cast(stored, self.dtype), results, tick)
+            dtype = None if task.part else cast_of(stored, self.dtype)
+            return plain_item(self.source, stored, dtype, results, tick)
         assert dtype is not None
         fmt, length = task.how.fmt, stored.shape[task.axis]
         packed = Packed(Blocking(fmt, task.axis, length, dtype, block_2d=task.how.block_2d), stored.shape)
@@ -118,12 +135,16 @@ def plan(
     axis: int = -1,
     dtype: DTypeLike | None = None,
     measured: bool = True,
+    tool: str | None = None,
 ) -> Plan:
-    """What the rules make of a safetensors checkpoint; reads headers only.
+    """Return what the rules make of a safetensors checkpoint; reads headers only.
 
     A tensor's path is its name with '.' written as '/', and without "weight" or "kernel" at its end, as in
     "encoder/layer/0/attention/self/query". Biases, norms and other vectors stay as they are whatever the rules say.
     Rules apply as in `ifjax.quantize_params`; what they say of activations and training is for others to read.
+
+    What is quantized already stays byte for byte with all its scales, whatever the rules say
+    (`ifjax.exchange.companions`). `tool` has weights in FP8 decoded, weight times scale in float32, and packed.
 
     Args:
         source: a path, as for `ifjax.load_file`, or what `ifjax.open_file` gave.
@@ -132,11 +153,14 @@ def plan(
             [in, out].
         dtype: of what stays in floats, and what packed tensors decode to; each tensor's own unless given.
         measured: whether errors are measured, which takes time.
+        tool: whose FP8 weights the source has, such as "fp8" for DeepSeek's blocks with `weight_scale_inv`. Packed
+            tensors of them decode to bfloat16 unless `dtype` is given.
 
     Raises:
         FileError: the source is broken, packed already, or holds nothing.
-        ValueError: rules that are of no use on it, or need more than a file.
+        ValueError: rules that are of no use on it, or need more than a file; no such FP8 weights.
     """
+    beside = None if isinstance(source, Checkpoint) or not Path(source).is_dir() else Path(source)
     source = source if isinstance(source, Checkpoint) else open_file(source)
     rules = as_rules(rules)
     if source.packed:
@@ -148,13 +172,24 @@ def plan(
         dtype = jnp.dtype(dtype)
         if dtype.name not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype.name}")
+    specs = {name: Spec(entry.dtype, entry.shape) for name, entry in source.entries.items()}
+    parts, decoded = companions(specs), {} if tool is None else _floats(specs, tool)
     seen, tasks = [], []
     for name in source:
-        s, task = _judge(source.entries[name], rules, axis)
+        found = decoded.get(name)
+        if found is not None and name != found.arrays[0]:
+            continue
+        stored = source.entries[name] if found is None else _stored(source, found)
+        s, task = _judge(stored, rules, axis, None if found is not None else parts.get(name))
         seen.append(s)
-        tasks.append(task)
+        if found is None:
+            tasks.append(task)
+        elif task.how is not None:
+            tasks.append(task._replace(found=found))
+        else:
+            tasks += [task._replace(stored=source.entries[n], part=True) for n in found.arrays if n is not None]
     check_used(rules, seen)
-    return Plan(source, tuple(tasks), dtype, measured)
+    return Plan(source, tuple(tasks), dtype, measured, beside)
 
 
 def quantize_file(
@@ -167,6 +202,7 @@ def quantize_file(
     measured: bool = True,
     max_shard_bytes: int | None = None,
     tick: Tick | None = None,
+    tool: str | None = None,
 ) -> Report:
     """Write a packed copy of a safetensors checkpoint, piece by piece: `plan`, then `Plan.write`.
 
@@ -174,7 +210,7 @@ def quantize_file(
         >>> import tempfile
         >>> import jax
         >>> import ifjax
-        >>> from ifjax.files.convert import quantize_file
+        >>> from ifjax.convert import quantize_file
         >>> weights = {"mlp.weight": jax.random.normal(jax.random.key(0), (64, 256)), "mlp.bias": jax.numpy.zeros(64)}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = ifjax.save_file(weights, f"{folder}/model.safetensors")
@@ -184,45 +220,8 @@ def quantize_file(
         >>> report.check(min_sqnr_db=20).totals.quantized
         1
     """
-    work = plan(source, rules, axis=axis, dtype=dtype, measured=measured)
+    work = plan(source, rules, axis=axis, dtype=dtype, measured=measured, tool=tool)
     return work.write(target, max_shard_bytes=max_shard_bytes, tick=tick)[1]
-
-
-def dequantize_file(
-    source: str | os.PathLike | Checkpoint,
-    target: str | os.PathLike,
-    *,
-    dtype: DTypeLike | None = None,
-    max_shard_bytes: int | None = None,
-    tick: Tick | None = None,
-) -> Path:
-    """Write a copy of a packed checkpoint in floats, piece by piece; gives its path.
-
-    Args:
-        dtype: of what was packed; the original dtypes unless given.
-
-    Raises:
-        FileError: the source is broken or holds nothing packed.
-        OSError: it cannot be read or written. What was there is as it was.
-    """
-    source = source if isinstance(source, Checkpoint) else open_file(source)
-    if not source.packed:
-        raise FileError(f"{source.path} holds nothing packed: there is nothing to dequantize")
-    items, tick = [], tick or no_tick
-    for name in source:
-        if name not in source.packed:
-            items.append(_plain(source, source.entries[name], None, None, tick))
-            continue
-        p = source.packed[name]
-        to = p.blocking.dtype if dtype is None else jnp.dtype(dtype)
-        slot = Slot(name, safetensors.CODES[to.name], p.shape)
-        items.append(Item(name, (slot,), None, functools.partial(_unpack, source, name, to, tick)))
-    return write_items(target, items, metadata=source.metadata, max_shard_bytes=max_shard_bytes)
-
-
-def contents(source: Checkpoint) -> Report:
-    """What a checkpoint holds, as a report, from its headers; sizes before are those in its tensors' dtypes."""
-    return Report(tuple(_held(source, name) for name in source))
 
 
 def _check_rules(rules: Iterable[Rule], axis: int) -> None:
@@ -235,9 +234,24 @@ def _check_rules(rules: Iterable[Rule], axis: int) -> None:
             raise ValueError(f"Rule({rule.path!r}): files are quantized along axis -1 or -2, got {axis_of_rule}")
 
 
-def _judge(stored: StoredTensor, rules, axis: int) -> tuple[Seen, Task]:
+def _floats(specs: Mapping[str, Spec], tool: str) -> dict[str, Found]:
+    """Tensors that a tool stores in other numbers, by the names of all their arrays."""
+    layouts = [lay for lay in layouts_of(tool) if lay.container == "safetensors"]
+    found = [f for f in exchange.survey(specs, layouts).found if f.layout.floats] if layouts else []
+    if not found:
+        raise ValueError(f"no weights in FP8 with scales beside them, as {tool} stores them: leave out the tool")
+    return {name: f for f in found for name in f.arrays if name is not None}
+
+
+def _stored(source: Checkpoint, found: Found) -> StoredTensor:
+    """What a tensor decodes to, as if it were in the file."""
+    entries = [source.entries[name] for name in found.arrays if name is not None]
+    return StoredTensor(found.name, "BF16", entries[0].shape, 0, sum(entry.nbytes for entry in entries))
+
+
+def _judge(stored: StoredTensor, rules, axis: int, part: str | None = None) -> tuple[Seen, Task]:
     path = stored.name.replace(".", "/").removesuffix("/weight").removesuffix("/kernel")
-    reason = keep_reason(stored.name, stored.shape)
+    reason = part or keep_reason(stored.name, stored.shape)
     dtype = safetensors.numpy_dtype(stored.dtype)
     if reason is None and (dtype is None or dtype.name not in DTYPES):
         reason = f"{stored.dtype} is not quantized: {', '.join(DTYPES)} are"
@@ -246,17 +260,11 @@ def _judge(stored: StoredTensor, rules, axis: int) -> tuple[Seen, Task]:
         axis = rule.axis
     seen = Seen(path, None, reason is None, reason, stored.shape[axis] if reason is None else None)
     if rule is None:
-        return seen, Task(stored, None, None, axis, reason or "no rule matches it")
-    reason = reason_against(rule, seen)
+        return seen, Task(stored, None, None, axis, reason or "no rule matches it", part=part is not None)
+    reason = part or reason_against(rule, seen)
     if reason is not None:
-        return seen, Task(stored, rule, None, axis, reason)
+        return seen, Task(stored, rule, None, axis, reason, part=part is not None)
     return seen, Task(stored, rule, rule.weights, axis, None)
-
-
-def _cast(stored: StoredTensor, dtype: np.dtype | None) -> np.dtype | None:
-    """What a tensor that is not packed is to be cast to; None to copy its bytes."""
-    own = safetensors.numpy_dtype(stored.dtype)
-    return None if dtype is None or own is None or own.name not in DTYPES or own == dtype else dtype
 
 
 def _entry(task: Task, item: Item, result: Mapping[str, Any]) -> Entry:
@@ -266,57 +274,12 @@ def _entry(task: Task, item: Item, result: Mapping[str, Any]) -> Entry:
     bits = 8 * after / values if values else math.nan
     fmt = None if how is None else how.fmt.name
     rule = None if task.rule is None else task.rule.path
+    if task.found is not None:
+        result = {"note": f"decoded from {task.found.layout.name}"} | dict(result)
     return Entry(
         stored.name, None, stored.shape, dtype, fmt, None, bits, stored.nbytes, after, rule=rule, reason=task.reason,
         **result,
     )  # fmt: skip
-
-
-def _held(source: Checkpoint, name: str) -> Entry:
-    nbytes = sum(source.entries[part].nbytes for part in source.parts(name).values())
-    if name not in source.packed:
-        stored = source.entries[name]
-        values = math.prod(stored.shape)
-        bits = 8 * nbytes / values if values else math.nan
-        dtype = safetensors.NAMES.get(stored.dtype, stored.dtype)
-        return Entry(name, None, stored.shape, dtype, None, None, bits, nbytes, nbytes, reason="it is not packed")
-    p = source.packed[name]
-    values = math.prod(p.shape)
-    bits, before = 8 * nbytes / values if values else math.nan, values * p.blocking.dtype.itemsize
-    return Entry(name, None, p.shape, p.blocking.dtype.name, p.fmt.name, None, bits, before, nbytes)
-
-
-def no_tick(name: str, count: int) -> None:
-    del name, count
-
-
-def _plain(source: Checkpoint, stored: StoredTensor, dtype: np.dtype | None, results, tick: Tick) -> Item:
-    """A tensor that stays: its bytes, or its values in another dtype."""
-    name = stored.name
-    own = safetensors.numpy_dtype(stored.dtype)
-    foreign = Foreign(name, stored.dtype, stored.shape, stored.nbytes)
-    slot = foreign if own is None else Slot(name, stored.dtype, stored.shape)
-    if dtype is not None:
-        slot = Slot(name, safetensors.CODES[dtype.name], stored.shape)
-
-    def fill(write):
-        source.check(name)
-        lost = 0
-        with source.reader(name) as reader:
-            for chunk in reader.chunks():
-                if dtype is None or own is None:
-                    write(name, chunk)
-                else:
-                    x = chunk.view(own)
-                    with np.errstate(over="ignore"):
-                        y = x.astype(dtype)
-                    lost += int((np.isfinite(x) & ~np.isfinite(y)).sum())
-                    write(name, y)
-                tick(name, len(chunk))
-        if lost and results is not None:
-            results[name] = {"note": f"{lost} values are beyond {dtype}'s range", "expected": False}
-
-    return Item(name, (slot,), None, fill)
 
 
 def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: Tick, write) -> None:
@@ -327,12 +290,11 @@ def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: 
     *lead, r, c = stored.shape
     size, itemsize = r * c, stored.nbytes // math.prod(stored.shape)
     peaks, signal, noise, counts = [], 0.0, 0.0, np.zeros(len(fmt.decodings), np.int64)
-    source.check(stored.name)
-    with source.reader(stored.name) as reader:
+    with _values(source, task) as values:
         for i in range(math.prod(lead)):
 
             def read(start, count, first=i * size):
-                return reader.values(first + start, count)
+                return values(first + start, count)
 
             peaks.append(amax_of(read, size) if amax or measured else np.float32(0))
             for piece in encode(read, (r, c), peaks[-1], how, axis, measured=measured):
@@ -350,47 +312,22 @@ def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: 
     }
 
 
-def _unpack(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick, write) -> None:
-    for values in values_of(source, name, dtype, tick):
-        write(name, values)
-
-
-def values_of(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick) -> Iterator[np.ndarray]:
-    """The values of a packed tensor in order, some at a time; its bytes are checked before."""
-    p, parts = source.packed[name], source.parts(name)
-    for stored in parts.values():
-        source.check(stored)
-    if not math.prod(p.shape):
-        yield np.zeros(p.shape, dtype)
+@contextlib.contextmanager
+def _values(source: Checkpoint, task: Task) -> Iterator[Callable[[int, int], np.ndarray]]:
+    """What reads so many values of a tensor from a first one on."""
+    if task.found is None:
+        source.check(task.stored.name)
+        with source.reader(task.stored.name) as reader:
+            yield reader.values
         return
-    amax = source.array(parts["amax"]) if "amax" in parts else None
-    at = len(p.shape) + p.blocking.axis
-    last = max((i + 1 for i, n in enumerate(() if amax is None else amax.shape) if n > 1), default=0)
-    inner = math.prod(p.shape[at + 1 :])
-    # float64 is decoded in float32, in which every value was computed.
-    device = np.dtype(np.float32) if dtype == np.float64 else dtype
-    if last > at:  # an amax for each of the axes after the blocked one: not by pieces
-        q: Any = source[name]
-        yield np.asarray(q.dequantize(device)).astype(dtype)
-        return
-    # Matrices with an amax each: rows [.., n] if nothing comes after the blocked axis, else [n, ..].
-    lead = last if inner == 1 else at
-    shape = (math.prod(p.shape[lead:at]), p.shape[at]) if inner == 1 else (p.shape[at], inner)
-    axis, count = (-1 if inner == 1 else -2), math.prod(p.shape[:lead])
-    if amax is not None:
-        amax = amax.reshape(amax.shape[:lead] + (1,) * (lead - amax.ndim))
-        amax = np.broadcast_to(amax, p.shape[:lead]).reshape(-1)
-    with contextlib.ExitStack() as stack:
-        codes, scales = (stack.enter_context(source.reader(parts[part])) for part in ("codes", "scales"))
-        sizes = [math.prod(s) for s in packed_shapes(shape, p.fmt, axis)]
-        for i in range(count):
-            reads = [functools.partial(_shifted, r, i * size) for r, size in zip((codes, scales), sizes, strict=True)]
-            own = None if amax is None else amax[i]
-            blocking = Blocking(p.fmt, axis, shape[axis], p.blocking.dtype, p.blocking.headroom)
-            for values in decode(reads[0], reads[1], shape, own, blocking, device):
-                yield values.astype(dtype, copy=False)
-                tick(name, values.size)
+    how = exchange.Reading(None, None, -1, np.dtype(np.float32), 1.0, True)
+    floats = exchange.read(task.found, source.array, how)
+    assert isinstance(floats, Floats)
+    columns = floats.shape[-1]
 
+    def values(start: int, count: int) -> np.ndarray:
+        first = start // columns
+        rows = floats.rows(first, -(-(start + count) // columns))
+        return rows.reshape(-1)[start - first * columns :][:count]
 
-def _shifted(reader, first, start, count):
-    return reader.values(first + start, count)
+    yield values

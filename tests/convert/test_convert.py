@@ -16,12 +16,11 @@ import pytest
 from test_checkpoint import HALVES, LAYOUT_1, PLAIN_1, WRITTEN_1, assert_same, packed, register_halves
 
 import ifjax
-from ifjax import FORMATS, Rule
-from ifjax.files import FileError, convert
+from ifjax import FORMATS, Rule, convert
+from ifjax.convert import Plan, dequantize_file, plan, quantize_file, verify
+from ifjax.files import FileError
 from ifjax.files import pieces as _pieces
 from ifjax.files import safetensors as _files
-from ifjax.files.convert import Plan, dequantize_file, plan, quantize_file
-from ifjax.files.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ifjax.arrays import DTYPES
+from ifjax.convert.tensors import Tick, no_tick, values_of
 from ifjax.files import safetensors
 from ifjax.files.checkpoint import Checkpoint
-from ifjax.files.convert import Tick, no_tick, values_of
 from ifjax.files.pieces import PIECE, as_float32
 from ifjax.files.safetensors import FileError
 from ifjax.models.report import decibels

@@ -1,0 +1,74 @@
+"""Packed checkpoints into floats, and what a checkpoint holds."""
+
+import functools
+import math
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from ifjax.convert.tensors import Tick, no_tick, plain_item, values_of
+from ifjax.files import safetensors
+from ifjax.files.checkpoint import Checkpoint, Item, open_file, write_items
+from ifjax.files.safetensors import FileError, Slot
+from ifjax.models.report import Entry, Report
+
+
+def dequantize_file(
+    source: str | os.PathLike | Checkpoint,
+    target: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    max_shard_bytes: int | None = None,
+    tick: Tick | None = None,
+) -> Path:
+    """Write a copy of a packed checkpoint in floats, piece by piece; gives its path.
+
+    Args:
+        dtype: of what was packed; the original dtypes unless given.
+
+    Raises:
+        FileError: the source is broken or holds nothing packed.
+        OSError: it cannot be read or written. What was there is as it was.
+    """
+    source = source if isinstance(source, Checkpoint) else open_file(source)
+    if not source.packed:
+        raise FileError(f"{source.path} holds nothing packed: there is nothing to dequantize")
+    items, tick = [], tick or no_tick
+    for name in source:
+        if name not in source.packed:
+            items.append(plain_item(source, source.entries[name], None, None, tick))
+            continue
+        p = source.packed[name]
+        to = p.blocking.dtype if dtype is None else jnp.dtype(dtype)
+        slot = Slot(name, safetensors.CODES[to.name], p.shape)
+        items.append(Item(name, (slot,), None, functools.partial(_unpack, source, name, to, tick)))
+    return write_items(target, items, metadata=source.metadata, max_shard_bytes=max_shard_bytes)
+
+
+def contents(source: Checkpoint) -> Report:
+    """What a checkpoint holds, as a report, from its headers; sizes before are those in its tensors' dtypes."""
+    return Report(tuple(_held(source, name) for name in source))
+
+
+def _held(source: Checkpoint, name: str) -> Entry:
+    nbytes = sum(source.entries[part].nbytes for part in source.parts(name).values())
+    if name not in source.packed:
+        stored = source.entries[name]
+        values = math.prod(stored.shape)
+        bits = 8 * nbytes / values if values else math.nan
+        dtype = safetensors.NAMES.get(stored.dtype, stored.dtype)
+        return Entry(name, None, stored.shape, dtype, None, None, bits, nbytes, nbytes, reason="it is not packed")
+    p = source.packed[name]
+    values = math.prod(p.shape)
+    bits, before = 8 * nbytes / values if values else math.nan, values * p.blocking.dtype.itemsize
+    return Entry(name, None, p.shape, p.blocking.dtype.name, p.fmt.name, None, bits, before, nbytes)
+
+
+def _unpack(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick, write) -> None:
+    for values in values_of(source, name, dtype, tick):
+        write(name, values)
+
+
