@@ -21,38 +21,27 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ifjax.arrays import DTYPES, Blocking, packed_shapes
-from ifjax.codec import Encoding
 from ifjax.files import safetensors
 from ifjax.files.checkpoint import Checkpoint, Item, Packed, open_file, packed_slots, write_items
 from ifjax.files.pieces import amax_of, chosen, decode, encode
 from ifjax.files.safetensors import FileError, Foreign, Slot, StoredTensor
-from ifjax.models.names import keep_reason
+from ifjax.models.decisions import Decision, decide
+from ifjax.models.names import site_of_tensor
 from ifjax.models.ptq import Rules
 from ifjax.models.report import Entry, Report, decibels
-from ifjax.models.rule_checks import check_used, reason_against
-from ifjax.models.rules import Rule, as_rules, first_match
-from ifjax.models.sites import Seen
+from ifjax.models.rule_checks import check_used
+from ifjax.models.rules import Rule, as_rules
+from ifjax.models.sites import Site
 
 # Called with a tensor's name and with bytes of it that have been dealt with.
 Tick = Callable[[str, int], None]
 
 
 class Task(NamedTuple):
-    """What is to become of one tensor of a file.
-
-    Attributes:
-        stored: the tensor in the file.
-        rule: the first that matches.
-        how: its encoding; None where it stays as it is.
-        axis: of its blocks.
-        reason: why it stays.
-    """
+    """A tensor of a file, and what the rules decide for it."""
 
     stored: StoredTensor
-    rule: Rule | None
-    how: Encoding | None
-    axis: int
-    reason: str | None
+    decision: Decision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +89,12 @@ class Plan:
     def _item(self, task, results=None, tick=lambda name, count: None) -> Item:
         stored = task.stored
         dtype = safetensors.numpy_dtype(stored.dtype) if self.dtype is None else self.dtype
-        if task.how is None:
+        how, axis = task.decision.weights, task.decision.axis
+        if how is None or axis is None:
             return _plain(self.source, stored, _cast(stored, self.dtype), results, tick)
         assert dtype is not None
-        fmt, length = task.how.fmt, stored.shape[task.axis]
-        packed = Packed(Blocking(fmt, task.axis, length, dtype, block_2d=task.how.block_2d), stored.shape)
-        shapes = packed_shapes(stored.shape, fmt, task.axis)
+        packed = Packed(Blocking(how.fmt, axis, stored.shape[axis], dtype, block_2d=how.block_2d), stored.shape)
+        shapes = packed_shapes(stored.shape, how.fmt, axis)
         slots = packed_slots(stored.name, packed.fmt, *shapes, stored.shape[:-2])
         fill = functools.partial(_pack, self.source, task, self.measured, slots, results, tick)
         return Item(stored.name, slots, packed, fill)
@@ -148,13 +137,11 @@ def plan(
         dtype = jnp.dtype(dtype)
         if dtype.name not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype.name}")
-    seen, tasks = [], []
-    for name in source:
-        s, task = _judge(source.entries[name], rules, axis)
-        seen.append(s)
-        tasks.append(task)
-    check_used(rules, seen)
-    return Plan(source, tuple(tasks), dtype, measured)
+    stored = [source.entries[name] for name in source]
+    sites = [_site_of(tensor, axis) for tensor in stored]
+    check_used(rules, sites)
+    tasks = tuple(Task(tensor, decide(rules, site)) for tensor, site in zip(stored, sites, strict=True))
+    return Plan(source, tasks, dtype, measured)
 
 
 def quantize_file(
@@ -235,22 +222,11 @@ def _check_rules(rules: Iterable[Rule], axis: int) -> None:
             raise ValueError(f"Rule({rule.path!r}): files are quantized along axis -1 or -2, got {axis_of_rule}")
 
 
-def _judge(stored: StoredTensor, rules, axis: int) -> tuple[Seen, Task]:
-    path = stored.name.replace(".", "/").removesuffix("/weight").removesuffix("/kernel")
-    reason = keep_reason(stored.name, stored.shape)
+def _site_of(stored: StoredTensor, axis: int) -> Site:
     dtype = safetensors.numpy_dtype(stored.dtype)
-    if reason is None and (dtype is None or dtype.name not in DTYPES):
-        reason = f"{stored.dtype} is not quantized: {', '.join(DTYPES)} are"
-    rule = first_match(rules, path)
-    if rule is not None and rule.axis is not None:
-        axis = rule.axis
-    seen = Seen(path, None, reason is None, reason, stored.shape[axis] if reason is None else None)
-    if rule is None:
-        return seen, Task(stored, None, None, axis, reason or "no rule matches it")
-    reason = reason_against(rule, seen)
-    if reason is not None:
-        return seen, Task(stored, rule, None, axis, reason)
-    return seen, Task(stored, rule, rule.weights, axis, None)
+    is_float = dtype is not None and dtype.name in DTYPES
+    reason = None if is_float else f"{stored.dtype} is not quantized: {', '.join(DTYPES)} are"
+    return site_of_tensor(stored.name, stored.shape, axis, reason)
 
 
 def _cast(stored: StoredTensor, dtype: np.dtype | None) -> np.dtype | None:
@@ -260,15 +236,15 @@ def _cast(stored: StoredTensor, dtype: np.dtype | None) -> np.dtype | None:
 
 
 def _entry(task: Task, item: Item, result: Mapping[str, Any]) -> Entry:
-    stored, how = task.stored, task.how
+    stored, decision = task.stored, task.decision
     values, after = math.prod(stored.shape), sum(slot.nbytes for slot in item.slots)
     dtype = safetensors.NAMES.get(stored.dtype, stored.dtype)
     bits = 8 * after / values if values else math.nan
-    fmt = None if how is None else how.fmt.name
-    rule = None if task.rule is None else task.rule.path
+    fmt = None if decision.weights is None else decision.weights.fmt.name
+    rule = None if decision.rule is None else decision.rule.path
     return Entry(
-        stored.name, None, stored.shape, dtype, fmt, None, bits, stored.nbytes, after, rule=rule, reason=task.reason,
-        **result,
+        stored.name, None, stored.shape, dtype, fmt, None, bits, stored.nbytes, after, rule=rule,
+        reason=decision.reason, **result,
     )  # fmt: skip
 
 
@@ -320,8 +296,8 @@ def _plain(source: Checkpoint, stored: StoredTensor, dtype: np.dtype | None, res
 
 
 def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: Tick, write) -> None:
-    stored, how, axis = task.stored, task.how, task.axis
-    assert how is not None
+    stored, how, axis = task.stored, task.decision.weights, task.decision.axis
+    assert how is not None and axis is not None
     fmt = how.fmt
     codes, scales, *amax = (slot.name for slot in slots)
     *lead, r, c = stored.shape

@@ -363,11 +363,11 @@ def test_subclasses_that_call_their_base_are_known_and_others_are_not():
     adapted, replaced = Adapted(8), Replaced(8)
     variables = adapted.init(jax.random.key(1), x)
     found = walk(adapted, variables, x)
-    assert {k.parameter: k.axes for k in found.kernels.values()} == {"kernel": (-2,)}
+    assert {site.parameter: site.axes for site in found.sites.values() if site.axes} == {"kernel": (-2,)}
     _, report = ifjax.quantize_params(variables, EVERYWHERE, model=adapted, sample=x)
     assert [e.path for e in report.entries if not e.expected] == ["lora"]
     variables = replaced.init(jax.random.key(1), x)
-    assert walk(replaced, variables, x).kernels == {}
+    assert not any(site.axes for site in walk(replaced, variables, x).sites.values())
     rule = Rule("kernel", FMT, axis=-1)
     packed, report = ifjax.quantize_params(variables, rule, model=replaced, sample=x)
     assert report.check().entries[0].module == "Replaced"

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from ifjax.arrays import QTensor, quantize
 from ifjax.codec import Encoding
 from ifjax.formats import Format
+from ifjax.models.decisions import Decision, decide
 from ifjax.models.flax.calibration import Calibration, value_name
-from ifjax.models.flax.linen import Layer, Operands, Watcher, attention_refusal, inside, layer_of, training_refusal
-from ifjax.models.rule_checks import reason_against
-from ifjax.models.rules import OPERANDS, Rule, as_rules, first_match, training_rules
-from ifjax.models.sites import Seen, blocked_axis, join_path
-from ifjax.training import Recipe, get_recipe, quantized_dot_general
+from ifjax.models.flax.linen import Layer, Operands, Watcher, inside, layer_of, site_of
+from ifjax.models.rules import OPERANDS, Rule, as_rules, training_rules
+from ifjax.models.sites import Site, blocked_axis
+from ifjax.training import Recipe, quantized_dot_general
 
 
 def inference(
@@ -142,17 +142,18 @@ class _Inference(Watcher):
         layer, module = layer_of(context), context.module
         if module.is_initializing():
             return next_fun(*args, **kwargs)
-        path, name = self.note(module)
+        path, _ = self.note(module)
         if layer is None:
             return next_fun(*args, **kwargs)
-        rule = first_match(self.rules, path, name)
-        weights = self._weights(layer, module, args, kwargs, path, rule)
-        encodings = self._encodings(layer, rule, path)
+        site, kernel = self._site(layer, module, args, kwargs)
+        decision = decide(self.rules, site)
+        weights = self._weights(site, kernel, decision)
+        encodings = self._encodings(site, decision)
         if weights is None and not encodings:
             return next_fun(*args, **kwargs)
 
         def activation(x, axes, operand):
-            how = encodings.get(operand)
+            how, rule = encodings.get(operand), decision.rule
             if how is None or rule is None:
                 return x
             if operand in OPERANDS[:2] and x.shape[axes[0]] < how.fmt.block:
@@ -164,43 +165,38 @@ class _Inference(Watcher):
 
         return layer.run(module, next_fun, args, kwargs, Operands(weights, activation))
 
-    def _weights(self, layer: Layer, module, args, kwargs, path, rule) -> QTensor | None:
-        """The kernel, packed; None to leave alone what is there."""
-        name = type(module).__name__
-        if layer.kernel is None:
-            refusal = attention_refusal(module)
-            self.layers[path] = Seen(path, name, False, refusal, operands=() if refusal else OPERANDS)
-            return None
-        kernel: Any = module.get_variable("params", layer.kernel)
-        if kernel is None:
-            return None
-        packed = kernel if isinstance(kernel, QTensor) else None
-        kernel = kernel.unbox() if packed is None and hasattr(kernel, "unbox") else kernel
-        axes = layer.axes(module, args, kwargs, kernel.ndim)
-        seen = Seen(path, name, length=max(kernel.shape[a] for a in axes))
-        self.layers[join_path((*module.path, layer.kernel))] = seen
-        if packed is not None:
-            return packed
-        if rule is None or reason_against(rule, seen) is not None:
-            return None
-        if rule.gptq:
-            raise ValueError(f"{path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
-        axis = blocked_axis(axes, kernel.shape, rule.weights.fmt.block)
-        return quantize(_without_gradient(kernel, path), rule.weights, axis=axis)
+    def _site(self, layer: Layer, module, args, kwargs) -> tuple[Site, Any]:
+        """The layer's site, which is noted, and its kernel."""
+        site, kernel = site_of(module, layer), None
+        if layer.kernel is not None:
+            kernel = module.get_variable("params", layer.kernel)
+            if kernel is None:
+                return site._replace(reason="it has no kernel"), None
+            packed = isinstance(kernel, QTensor)
+            kernel = kernel.unbox() if not packed and hasattr(kernel, "unbox") else kernel
+            axes = layer.axes(module, args, kwargs, kernel.ndim)
+            site = site._replace(shape=tuple(kernel.shape), axes=axes, packed=packed)
+        self.layers[site.parameter] = site
+        return site, kernel
 
-    def _encodings(self, layer, rule, path) -> dict[str, Encoding]:
+    def _weights(self, site: Site, kernel: Any, decision: Decision) -> QTensor | None:
+        """The kernel, packed; None to leave alone what is there."""
+        if isinstance(kernel, QTensor):
+            return kernel
+        if kernel is None or decision.weights is None or decision.rule is None or decision.axis is None:
+            return None
+        if decision.rule.gptq:
+            raise ValueError(f"{site.path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
+        return quantize(_without_gradient(kernel, site.path), decision.weights, axis=decision.axis)
+
+    def _encodings(self, site: Site, decision: Decision) -> dict[str, Encoding]:
         """Of the activations that the layer multiplies."""
-        if rule is None:
-            return {}
-        if layer.kernel is None:
-            refused = self.layers[path].reason is not None and rule.optional
-            return {} if refused else rule.operand_encodings
-        seen = self.layers.get(join_path((path, layer.kernel) if path else (layer.kernel,)))
-        if rule.activations is None or seen is None or reason_against(rule, seen) is not None:
-            return {}
-        if layer.activations is not None:
-            return {}  # the report of quantize_params says so
-        return {"input": rule.activations}
+        if not site.operands:  # the report of quantize_params says where they cannot be
+            return {} if decision.activations is None else {"input": decision.activations}
+        rule = decision.rule
+        if site.reason is not None and rule is not None and rule.operands and not rule.optional:
+            raise ValueError(f"{site.path!r}: attention's products cannot be quantized: {site.reason}")
+        return dict(decision.operands)
 
     def _static_amax(self, rule, name):
         if rule.act_amax != "static":
@@ -225,19 +221,18 @@ class _Training(Watcher):
         layer, module = layer_of(context), context.module
         if module.is_initializing():
             return next_fun(*args, **kwargs)
-        path, name = self.note(module)
+        self.note(module)
         if layer is None:
             return next_fun(*args, **kwargs)
-        reason = training_refusal(module, layer)
-        parameter = join_path((*module.path, layer.kernel)) if layer.kernel else path
-        if parameter not in self.layers or reason is None:  # Embed looks up, too
-            self.layers[parameter] = Seen(path, name, reason is None, reason)
-        rule = first_match(self.rules, path, name)
-        if rule is None or rule.recipe is None or reason is not None:
+        site = site_of(module, layer)
+        site = site._replace(axes=(-1,) if layer.kernel else ()).in_training()
+        if site.parameter not in self.layers or site.reason is None:  # Embed looks up, too
+            self.layers[site.parameter] = site
+        recipe, key = decide(self.rules, site).recipe, None
+        if recipe is None or layer.kernel is None:
             return next_fun(*args, **kwargs)
         if isinstance(module.get_variable("params", layer.kernel), QTensor):
-            raise ValueError(f"{path!r} is packed, and training needs floats: use ifjax.interceptors.inference")
-        recipe, key = get_recipe(rule.recipe), None
+            raise ValueError(f"{site.path!r} is packed, and training needs floats: use ifjax.interceptors.inference")
         if recipe.needs_key and module.has_rng(self.rng):  # without one the backward pass says what is missing
             key = module.make_rng(self.rng)
 

@@ -23,7 +23,7 @@ from ifjax.arrays import QTensor
 from ifjax.arrays.quantize import straight_through
 from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import OPERANDS, Rule
-from ifjax.models.sites import LOOKUP, Kernel, Seen, Walk, innermost, join_path, without_matmul
+from ifjax.models.sites import LOOKUP, Site, Walk, innermost, join_path, without_matmul
 from ifjax.products import dot_general, einsum
 from ifjax.products.dot_general import no_gradient
 from ifjax.products.einsum import einsum_of_two
@@ -179,15 +179,12 @@ def _run_attention(module, next_fun, args, kwargs, operands):
 
         return lambda: of_two
 
-    reason = attention_refusal(module)
-    if reason is not None:
-        raise ValueError(f"{join_path(module.path)!r}: attention's products cannot be quantized: {reason}")
     pairs = {"qk_attn_weights_einsum_cls": OPERANDS[:2], "attn_weights_value_einsum_cls": OPERANDS[2:]}
     with _fields(module, **{field: product(names) for field, names in pairs.items()}):
         return next_fun(*args, **kwargs)
 
 
-def attention_refusal(module: Any) -> str | None:
+def _attention_refusal(module: Any) -> str | None:
     """Why Flax has no place for other products in this attention; None if it has."""
     names = ("qk_attn_weights_einsum", "attn_weights_value_einsum")
     taken = [f"{name}_cls" for name in names if getattr(module, f"{name}_cls") is not None]
@@ -200,12 +197,25 @@ def attention_refusal(module: Any) -> str | None:
     return None
 
 
+def site_of(module: nn.Module, layer: Layer) -> Site:
+    """What a layer tells of itself; axes and shape are for its caller to add."""
+    path, name = join_path(module.path), type(module).__name__
+    if layer.kernel is None:
+        refusal = _attention_refusal(module)
+        return Site(path, path, name, operands=OPERANDS, reason=refusal, training=layer.training)
+    note = "weights are dequantized for the module's own dot_general" if has_own_product(module) else None
+    return Site(
+        join_path((*module.path, layer.kernel)), path, name, activations=layer.activations, note=note,
+        training=_training_refusal(module, layer),
+    )  # fmt: skip
+
+
 def has_own_product(module: Any) -> bool:
     """Whether the module was given a dot_general."""
     return any(getattr(module, name, None) is not None for name in ("dot_general_cls", "dot_general"))
 
 
-def training_refusal(module: Any, layer: Layer) -> str | None:
+def _training_refusal(module: Any, layer: Layer) -> str | None:
     """Why no recipe applies to this layer; None if one does."""
     return "the module has a dot_general of its own" if has_own_product(module) else layer.training
 
@@ -242,7 +252,7 @@ class Watcher:
     """Notes what an interceptor sees, to tell rules that are of use from others."""
 
     def __init__(self):
-        self.layers: dict[str, Seen] = {}  # by the kernel's path, or the module's
+        self.layers: dict[str, Site] = {}  # by the kernel's path, or the module's
         self.modules: dict[str, str] = {}
         self.parameters: dict[str, Any] = {}
 
@@ -258,22 +268,22 @@ class Watcher:
 
     def check(self, rules: tuple[Rule, ...]) -> None:
         """Raise if a rule is of no use, as `quantize_params` would; other methods may call other modules, though."""
-        seen, uncalled = list(self.layers.values()), set()
+        sites, uncalled = list(self.layers.values()), set()
         for path, leaf in self.parameters.items():
             owner = path.rpartition("/")[0]
             if owner not in self.modules:
                 uncalled |= {owner[:i] for i, c in enumerate(owner) if c == "/"} | {owner}
             if path not in self.layers:
                 module = innermost(path, self.modules)
-                value = leaf if isinstance(leaf, QTensor) else meta.unbox(leaf)
-                shape = None if isinstance(leaf, QTensor) else jnp.shape(value)
-                seen.append(Seen(path, module, raw_shape=shape))
-        seen += without_matmul(self.modules, seen)
-        seen += [Seen(p) for p in sorted(uncalled - self.modules.keys())]
+                packed = isinstance(leaf, QTensor)
+                shape = jnp.shape(leaf if packed else meta.unbox(leaf))
+                sites.append(Site(path, path, module, shape, packed=packed))
+        sites += without_matmul(self.modules, sites)
+        sites += [Site(path, path, packed=True) for path in sorted(uncalled - self.modules.keys())]
         lenient = [
             dataclasses.replace(rule, optional=True) if uncalled and rule.module is not None else rule for rule in rules
         ]
-        check_used(lenient, seen)
+        check_used(lenient, sites)
 
 
 # Part of the key of jax.jit's caches, so that programs with and without an interceptor do not stand in for each other.
@@ -380,7 +390,7 @@ class _Probe:
 
 def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> Walk:
     """Evaluate the model without numbers, and see which parameters its layers multiply by, along which axes."""
-    kernels, modules, reached, reasons = {}, {}, _Notes(), {}
+    sites, modules, reached = {}, {}, _Notes()
     is_box = lambda a: isinstance(a, meta.AxisMetadata)  # noqa: E731
 
     def interceptor(next_fun, args, kwargs, context):
@@ -390,22 +400,19 @@ def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> W
         if layer is None:
             return next_fun(*args, **kwargs)
         if layer.kernel is None:
-            refusal = attention_refusal(module)
-            kernels.setdefault(path, Kernel(path, path, name, reason=refusal, operands=() if refusal else OPERANDS))
+            sites.setdefault(path, site_of(module, layer))
             return next_fun(*args, **kwargs)
         box = module.get_variable("params", layer.kernel)
         if isinstance(box, _Probe):
-            reasons[f"{box.path.rpartition('/')[0]}/bias"] = "a bias is added"
             axes = tuple(box.axes[a] for a in layer.axes(module, args, kwargs, len(box.axes)))
-            note = "weights are dequantized for the module's own dot_general" if has_own_product(module) else None
-            kernels.setdefault(box.path, Kernel(
-                box.path, path, name, axes, box.stacked, layer.activations, note=note,
-                training=training_refusal(module, layer),
-            ))  # fmt: skip
+            site = site_of(module, layer)._replace(parameter=box.path, axes=axes, stacked=box.stacked)
         elif isinstance(box, QTensor):
-            parameter = join_path((*module.path, layer.kernel))
-            reasons[join_path((*module.path, "bias"))] = "a bias is added"
-            kernels.setdefault(parameter, Kernel(parameter, path, name, (box.axis,), training="it is packed"))
+            site = site_of(module, layer)._replace(axes=(box.axis,), packed=True, note=None, training="it is packed")
+        else:
+            return next_fun(*args, **kwargs)
+        sites.setdefault(site.parameter, site)
+        bias = join_path((*site.parameter.split("/")[:-1], "bias"))
+        sites[bias] = Site(bias, bias, name, reason="a bias is added")
         return next_fun(*args, **kwargs)
 
     def evaluate(variables, args, kwargs):
@@ -430,7 +437,8 @@ def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> W
             "way that takes no boxes: take ifjax.fake_quantize_params for such models, without model=."
         )
         raise
-    return Walk(kernels, modules, reached, reasons)
+    found = {path: Site(path, path, innermost(path, modules), stacked=stacked) for path, stacked in reached.items()}
+    return Walk(found | sites, modules)
 
 
 def _probe(keys, leaf, reached):
