@@ -57,7 +57,10 @@ def add_compare(commands) -> None:
         help="the axis that blocks lie along (default: -1, the contraction of weights stored [out, in], as PyTorch "
         "does; -2 for [in, out])",
     )  # fmt: skip
-    parser.add_argument("--all", action="store_true", help="quantize what `ifjax quantize` leaves, too: biases, norms, embeddings, heads")
+    parser.add_argument(
+        "--all", action="store_true",
+        help="quantize what `ifjax quantize` leaves as well: biases, norms, embeddings, heads",
+    )  # fmt: skip
     add_search(parser)
     add_json(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write errors.png and choices.png there")
