@@ -15,11 +15,12 @@ from jax.core import Tracer
 from ifjax.arrays import DTYPES, QTensor, gptq, quantize
 from ifjax.formats import Format
 from ifjax.models.decisions import Decision, decide
-from ifjax.models.leaves import is_leaf, is_parameter, nbytes_of, rebuilt, value_of
+from ifjax.models.leaves import is_leaf, is_parameter, nbytes_of, rebuilt, split_collection, value_of
 from ifjax.models.report import Entry, Report, decibels
 from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import Rule, as_rules, training_rules
 from ifjax.models.sites import LOOKUP, NO_MATRIX, NOT_READ, Site, Walk, innermost, join_path, without_matmul
+from ifjax.models.trace import function_walk
 from ifjax.training.recipes import Recipe
 
 Rules = Iterable[Rule] | Rule | str | Format | None
@@ -121,7 +122,7 @@ def training_report(
     rules = training_rules(rules)
     if model is None:
         raise TypeError("training_report needs model=: it says where the parameters are multiplied by")
-    inner, _ = _split(params)
+    inner, _ = split_collection(params)
     walk = _walk(model, params, sample, method)
     leaves, _ = jax.tree_util.tree_flatten_with_path(inner, is_leaf=is_leaf)
     found = [p.decided(rules, p.site.in_training()) for p in _parameters(leaves, rules, walk)]
@@ -166,7 +167,7 @@ class _Parameter(NamedTuple):
 
 def _quantize(params, rules, model, sample, method, calibration, *, fake):
     rules = as_rules(rules)
-    inner, put_back = _split(params)
+    inner, put_back = split_collection(params)
     walk = _walk(model, params, sample, method)
     leaves, structure = jax.tree_util.tree_flatten_with_path(inner, is_leaf=is_leaf)
     found = _parameters(leaves, rules, walk)
@@ -194,7 +195,7 @@ def _site(path: str, value: Any, walk: Walk | None) -> Site:
     shape, packed = tuple(value.shape), isinstance(value, QTensor)
     known = walk.sites.get(path) if walk is not None else None
     if known is not None and known.axes:
-        return known._replace(shape=shape, packed=packed)
+        return known._replace(shape=shape, packed=packed, **({"axes": (value.axis,)} if packed else {}))
     module = innermost(path, walk.modules) if walk is not None else None
     stacked = known.stacked if known is not None else ()
     unknown = "no module tells where they enter"
@@ -232,17 +233,6 @@ def _products(rules, walk) -> Iterable[Entry]:
         )  # fmt: skip
 
 
-def _split(params):
-    """The tree of parameters, and a function that puts another one in its place."""
-    if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
-        def put_back(tree):
-            kind: Any = type(params)  # dict, FrozenDict
-            return kind({**params, "params": tree})
-
-        return params["params"], put_back
-    return params, lambda tree: tree
-
-
 def _walk(model, params, sample, method) -> Walk | None:
     if model is None:
         if sample is not None:
@@ -250,21 +240,27 @@ def _walk(model, params, sample, method) -> Walk | None:
         return None
     nnx, linen = (sys.modules.get(f"flax.{name}") for name in ("nnx", "linen"))
     if nnx is not None and isinstance(model, nnx.Module):
-        if sample is not None or method is not None:
-            raise TypeError("NNX modules say themselves what they multiply by: leave out sample= and method=")
         from ifjax.models.flax.nnx import walk
 
-        return walk(model)
-    if linen is None or not isinstance(model, linen.Module):
-        raise TypeError(f"model must be a flax.linen or flax.nnx Module, got {type(model).__name__}")
-    if sample is None:
-        raise TypeError("a linen model tells its kernels when it is evaluated: pass sample=, an input of it")
-    from ifjax.models.flax.linen import walk
+        return walk(model, sample, method)
+    if linen is not None and isinstance(model, linen.Module):
+        if sample is None:
+            raise TypeError("a linen model tells its kernels when it is evaluated: pass sample=, an input of it")
+        from ifjax.models.flax.linen import walk
 
-    if not isinstance(params, Mapping):
-        raise TypeError(f"parameters of a linen model are a dictionary, got {type(params).__name__}")
-    variables = params if isinstance(params.get("params"), Mapping) else {"params": params}
-    return walk(model, variables, sample, method)
+        if not isinstance(params, Mapping):
+            raise TypeError(f"parameters of a linen model are a dictionary, got {type(params).__name__}")
+        variables = params if isinstance(params.get("params"), Mapping) else {"params": params}
+        return walk(model, variables, sample, method)
+    if not callable(model):
+        raise TypeError(
+            "model must be a flax.linen or flax.nnx Module, or a function of (params, *sample), got "
+            f"{type(model).__name__}"
+        )
+    if sample is None or method is not None:
+        raise TypeError("a function tells its products when it is evaluated: pass sample=, its arguments after params, "
+                        "and no method=")
+    return function_walk(model, params, sample)
 
 
 def _entry_in_training(p: _Parameter) -> Entry:

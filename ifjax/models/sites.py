@@ -1,5 +1,6 @@
 """Sites: the parameters of a model, and the products that read them."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -90,6 +91,26 @@ def blocked_axis(axes: Sequence[int], shape: tuple[int, ...], block: int) -> int
     return axes[max(range(len(axes)), key=lambda i: (shape[axes[i]] >= block, i))]
 
 
+def explained(traced: Site, known: Site | None) -> Site:
+    """What a program tells of a parameter, with what the layer that reads it tells: `known`, of the layer's own shape.
+
+    Axes that the layer does not know of are those of stacked layers; others that its product keeps apart are its own.
+    """
+    if known is None:
+        return traced
+    extra = len(traced.shape) - len(known.shape)
+    stacked = next(
+        (taken for taken in itertools.combinations(traced.stacked, max(extra, 0))
+         if tuple(n for i, n in enumerate(traced.shape) if i - len(traced.shape) not in taken) == known.shape),
+        traced.stacked,
+    )  # fmt: skip
+    notes = [note for note in (known.note, traced.note) if note is not None]
+    return traced._replace(
+        path=known.path, module=known.module, stacked=stacked, note="; ".join(notes) or None,
+        reason=known.reason or traced.reason, training=known.training or traced.training,
+    )  # fmt: skip
+
+
 class Walk(NamedTuple):
     """What a walk over a model found.
 
@@ -108,6 +129,23 @@ def innermost(path: str, modules: Mapping[str, str]) -> str | None:
     while path and path not in modules:
         path = path.rpartition("/")[0]
     return modules.get(path)
+
+
+def classes_of(tree: Any) -> dict[str, str]:
+    """Class names of the modules in a tree of parameters that is made of some, as Equinox's and NNX's are, by path."""
+    classes = {}
+    for keys, _ in jax.tree_util.tree_leaves_with_path(tree):
+        node = tree
+        for depth, key in enumerate(keys):
+            if not isinstance(node, Mapping | Sequence) and type(node).__module__.partition(".")[0] != "jax":
+                classes.setdefault(join_path(keys[:depth]), type(node).__name__)
+            if isinstance(key, jax.tree_util.GetAttrKey):
+                node = getattr(node, key.name, None)
+            elif isinstance(key, jax.tree_util.SequenceKey | jax.tree_util.DictKey):
+                node = node[key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.key]
+            else:
+                break
+    return classes
 
 
 def join_path(keys: Iterable[Any]) -> str:

@@ -13,8 +13,10 @@ import numpy as np
 
 from ifjax.arrays import QTensor
 from ifjax.formats import Format
+from ifjax.models.arguments import as_arguments, joined, split_arrays
 from ifjax.models.decisions import decide
-from ifjax.models.flax.linen import Operands, Watcher, as_arguments, inside, joined, layer_of, site_of, split_arrays
+from ifjax.models.flax.linen import Operands, Watcher, layer_of, site_of
+from ifjax.models.functions import inside
 from ifjax.models.rules import Rule, as_rules
 
 

@@ -5,17 +5,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from ifjax.arrays import QTensor, quantize
 from ifjax.codec import Encoding
 from ifjax.formats import Format
+from ifjax.models.activations import quantized_activation, static_amax, without_gradient
 from ifjax.models.decisions import Decision, decide
 from ifjax.models.flax.calibration import Calibration, value_name
-from ifjax.models.flax.linen import Layer, Operands, Watcher, inside, layer_of, site_of
+from ifjax.models.flax.linen import Census, Layer, Operands, Watcher, layer_of, site_of
 from ifjax.models.rules import OPERANDS, Rule, as_rules, training_rules
-from ifjax.models.sites import Site, blocked_axis
+from ifjax.models.sites import Site
 from ifjax.training import Recipe, quantized_dot_general
 
 
@@ -70,65 +69,29 @@ def training(rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantiz
     return _Training(training_rules(rules), rng)
 
 
-def quantized(
-    fn: Callable[..., Any], rules: Iterable[Rule] | Rule | Recipe | str | Format | None = None, *,
-    calibration: Calibration | None = None,
-) -> Callable[..., Any]:
-    """fn, whose Flax linen modules multiply as the rules say; before or after `jax.jit`.
-
-    For training (`ifjax.interceptors.training`) if it is given a recipe's record or rules with recipes, else for
-    inference.
-
-    It may be applied to jitted functions, or call some: jax.jit's caches tell calls inside from those outside.
-
-    Args:
-        fn: any function that applies linen modules, such as `model.apply`.
-        rules: as for `ifjax.interceptors.inference` or `training`. A string is a format's name.
-        calibration: as for inference.
-
-    Raises:
-        ValueError: when called: a rule, not optional, matches nothing in the model; no linen module was called (NNX
-            modules cannot be intercepted); inside another `quantized` function.
-
-    Example:
-        >>> import flax.linen as nn, jax, jax.numpy as jnp
-        >>> import ifjax
-        >>> model, x = nn.Dense(16), jnp.ones((2, 32))
-        >>> rules = ifjax.Rule(".*", "if4", act_fmt="if4")
-        >>> packed, report = ifjax.quantize_params(model.init(jax.random.key(0), x), rules, model=model, sample=x)
-        >>> jax.jit(ifjax.quantized(model.apply, rules))(packed, x).shape
-        (2, 16)
+class Noting(Census):
+    """The modules that are called in its context, whose attention multiplies as the rules say: they have no parameter
+    from whose product it could be told. All other products are for the program that is traced.
     """
-    if isinstance(rules, Recipe):
-        rules = training_rules(rules)
-    rules = () if rules is None else as_rules(rules)
-    trains = any(rule.recipe is not None for rule in rules)
-    if trains and calibration is not None:
-        raise ValueError("calibration is for inference, and these rules have recipes: pass the ones without")
-    key = rules, calibration
 
-    @functools.wraps(fn)
-    def wrapped(*args, **kwargs):
-        if inside.value is not None:
-            raise ValueError("this is inside another ifjax.quantized function or ifjax.calibrate: quantize once")
-        interceptor = _Training(rules, "quantize") if trains else _Inference(rules, calibration)
-        with inside(key), nn.intercept_methods(interceptor):
-            result = fn(*args, **kwargs)
-        if interceptor.modules:
-            if rules and key not in _checked:
-                interceptor.check(rules)
-            _checked.add(key)
-        elif key not in _checked:  # else what was traced before, under jax.jit, has called some
-            raise ValueError(
-                "fn called no linen module, so nothing is quantized: pass a function that applies one. NNX modules "
-                "cannot be intercepted; they run on packed parameters as they are"
-            )
-        return result
+    def __init__(self, rules: tuple[Rule, ...], calibration: Any):
+        super().__init__()
+        self._rules, self._attention = rules, _Inference(rules, calibration)
 
-    return wrapped
+    def __enter__(self) -> "Noting":
+        self._context = nn.intercept_methods(self)
+        self._context.__enter__()
+        return self
 
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
 
-_checked: set[Any] = set()
+    def __call__(self, next_fun, args, kwargs, context):
+        layer = layer_of(context)
+        if layer is not None and layer.kernel is None:
+            next_fun = functools.partial(self._attention, next_fun, context=context)
+            return super().__call__(lambda *args, **kwargs: next_fun(args, kwargs), args, kwargs, context)
+        return super().__call__(next_fun, args, kwargs, context)
 
 
 class _Inference(Watcher):
@@ -161,7 +124,9 @@ class _Inference(Watcher):
                     f"{path!r}: the head size of {operand} is {x.shape[axes[0]]}, below the block of {how.fmt.block} "
                     f"of {how.fmt.name}: take shorter blocks"
                 )
-            return quantized_activation(x, axes, how, rule, self._static_amax(rule, value_name(path, operand)))
+            known = None if self.calibration is None else self.calibration.amax
+            amax = static_amax(known, value_name(path, operand)) if rule.act_amax == "static" else None
+            return quantized_activation(x, axes, how, rule.act_amax, amax)
 
         return layer.run(module, next_fun, args, kwargs, Operands(weights, activation))
 
@@ -187,7 +152,7 @@ class _Inference(Watcher):
             return None
         if decision.rule.gptq:
             raise ValueError(f"{site.path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
-        return quantize(_without_gradient(kernel, site.path), decision.weights, axis=decision.axis)
+        return quantize(without_gradient(kernel, site.path), decision.weights, axis=decision.axis)
 
     def _encodings(self, site: Site, decision: Decision) -> dict[str, Encoding]:
         """Of the activations that the layer multiplies."""
@@ -197,17 +162,6 @@ class _Inference(Watcher):
         if site.reason is not None and rule is not None and rule.operands and not rule.optional:
             raise ValueError(f"{site.path!r}: attention's products cannot be quantized: {site.reason}")
         return dict(decision.operands)
-
-    def _static_amax(self, rule, name):
-        if rule.act_amax != "static":
-            return None
-        if self.calibration is None or name not in self.calibration.amax:
-            raise ValueError(
-                f"act_amax='static' needs the amax of {name!r} from calibration=ifjax.calibrate(...)"
-                + ("" if self.calibration is None else ", which has none: the calibrated function did "
-                   "not call the module, or no result of it depended on the module")
-            )
-        return self.calibration.amax[name]
 
 
 class _Training(Watcher):
@@ -243,34 +197,3 @@ class _Training(Watcher):
             )  # fmt: skip
 
         return layer.run(module, next_fun, args, kwargs, Operands(product=product))
-
-
-def _without_gradient(kernel, path):
-    """The kernel; differentiating it is an error."""
-
-    @jax.custom_jvp
-    def same(kernel):
-        return kernel
-
-    @same.defjvp
-    def refuse(primals, tangents):
-        raise ValueError(
-            f"{path!r}: a kernel that is quantized on the fly has no gradient. To train, give the rule a recipe, such "
-            "as 'weight_only_qat'; else differentiate other arguments only"
-        )
-
-    return same(kernel)
-
-
-def quantized_activation(
-    x: jax.Array, axes: tuple[int, ...], how: Encoding, rule: Rule, amax: float | None
-) -> QTensor:
-    """x quantized along one of the contracted axes (which come in the kernel's order), with amax as the rule says."""
-    x = jnp.asarray(x)
-    axis = blocked_axis(axes, x.shape, how.fmt.block)
-    if not how.fmt.has_tensor_scale:
-        return quantize(x, how, axis=axis)
-    if rule.act_amax != "token":
-        return quantize(x, how, axis=axis, amax=None if amax is None else jnp.float32(amax))
-    contracted = {a % x.ndim for a in axes}
-    return quantize(x, how, axis=axis, amax_axes=[a for a in range(x.ndim) if a not in contracted])

@@ -13,10 +13,12 @@ from jaxtyping import Array, Float
 
 from ifjax.arrays import QTensor, shardings
 from ifjax.arrays.sharding import partition_specs
+from ifjax.models.arguments import as_arguments
 from ifjax.models.decisions import decide
 from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import Rule, training_rules
-from ifjax.models.sites import Site, Walk, innermost, join_path, without_matmul
+from ifjax.models.sites import Site, Walk, explained, innermost, join_path, without_matmul
+from ifjax.models.trace import trace_tree
 from ifjax.training import Recipe, quantized_dot_general
 
 M = TypeVar("M", bound=nnx.Module)
@@ -138,12 +140,13 @@ class PackedParam(nnx.Variable):
             yield type(part)("value", self._raw_value) if is_value else part
 
 
-def walk(model: nnx.Module) -> Walk:
+def walk(model: nnx.Module, sample: Any = None, method: Any = None) -> Walk:
     """See which parameters an NNX model multiplies by, along which axes; a shared one is found once.
 
-    Both follow from the modules' own fields; subclasses count as what they derive from. A kernel with more axes in
-    front, as nnx.vmap makes them, is stacked along these; one of any other shape is no kernel of the module's, but a
-    parameter that nothing is known of. Such ones may be stacked too: all axes but the last two count as layers.
+    With a sample the model is evaluated without numbers, and its program tells (see `ifjax.trace_products`). Without
+    one both follow from the fields of Flax's own modules; subclasses count as what they derive from. A kernel with more
+    axes in front, as nnx.vmap makes them, is stacked along these; one of any other shape is no kernel of the module's,
+    but a parameter that nothing is known of. Such ones may be stacked too: all axes but the last two count as layers.
     Variables that are neither Param nor PackedParam (statistics, caches, random states) are no parameters. Abstract
     models, as from `nnx.eval_shape`, will do.
 
@@ -164,7 +167,38 @@ def walk(model: nnx.Module) -> Walk:
     modules = {join_path(map(str, path)): type(m).__name__ for path, m in nnx.iter_modules(model) if _is_module(m)}
     states = [(path, v) for path, v in nnx.to_flat_state(nnx.state(model)) if is_parameter(v)]
     sites = [_site_of(model, modules, path, variable) for path, variable in states]
-    return Walk({site.parameter: site for site in sites}, modules)
+    known = Walk({site.parameter: site for site in sites}, modules)
+    return known if sample is None else _traced(model, known, sample, method)
+
+
+def _traced(model: nnx.Module, known: Walk, sample: Any, method: Any) -> Walk:
+    """What the model's program tells, with what its modules tell."""
+    graph, state = nnx.split(model)
+    call: Any = type(model).__call__ if method is None else method
+    call = getattr(type(model), call) if isinstance(call, str) else call
+    sites = trace_tree(
+        lambda state, args, kwargs: call(nnx.merge(graph, state), *args, **kwargs), state, as_arguments(sample)
+    )
+    return _explained(known, sites)
+
+
+def explain(model: nnx.Module, sites: dict[str, Site]) -> Walk:
+    """What a program tells of a model's parameters, with what its modules tell."""
+    return _explained(walk(model), sites)
+
+
+def _explained(known: Walk, sites: dict[str, Site]) -> Walk:
+    found = {}
+    for path, site in sites.items():
+        told = known.sites.get(path)
+        if told is not None and told.axes:
+            told = told._replace(shape=told.shape[len(told.stacked) :], reason=None, training=None)
+        else:
+            if told is not None and told.reason is not None:
+                site = site._replace(axes=(), reason=told.reason)
+            told = None
+        found[path] = explained(site._replace(module=innermost(path, known.modules)), told)
+    return Walk(found, known.modules)
 
 
 def with_recipes(
