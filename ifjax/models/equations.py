@@ -111,7 +111,8 @@ def is_literal(atom: Any) -> bool:
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Run an equation as it is on other values."""
-    subfuns, params = eqn.primitive.get_bind_params(eqn.params)
+    found = eqn.primitive.get_bind_params(eqn.params)
+    subfuns, params = found if isinstance(found, tuple) else ((), found)  # which of the two depends on jax's version
     with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack)):
         out = eqn.primitive.bind(*subfuns, *values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]

@@ -389,13 +389,7 @@ def _modules_of(rules: tuple[Rule, ...], calibration: Any) -> Any:
 
 def _walk(closed: Any, info: _Info, call: _Call) -> Walk:
     """The sites of the parameters, with what linen's, NNX's or Equinox's modules tell."""
-    order = list(call.parameters.items())
-    numbers = [i for _, i in order]
-    jaxpr = closed.jaxpr
-    others = [v for i, v in enumerate(jaxpr.invars) if i not in set(numbers)]
-    swapped = jaxpr.replace(invars=[*(jaxpr.invars[i] for i in numbers), *others], debug_info=None)
-    values = [abstract(call.arrays[i]) for i in numbers]
-    walk = info.modules.explain(sites_of(_Open(swapped, closed.consts), [path for path, _ in order], values))
+    walk = info.modules.explain(sites_of(closed, call.parameters).values())
     if walk.modules:
         return walk
     nnx = sys.modules.get("flax.nnx")

@@ -5,7 +5,7 @@ products that read it.
 """
 
 import collections
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,8 +83,7 @@ def trace_tree(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> di
     values = [abstract(raw[i]) for i in places]
     rest = [value for i, value in enumerate(raw) if is_array(value) and i not in places]
     paths = [join_path(leaves[i][0]) for i in places]
-    found = sites_of(jax.make_jaxpr(flat)(values, rest, arrays), paths, values)
-    return dict(zip(paths, found, strict=True))
+    return sites_of(jax.make_jaxpr(flat)(values, rest, arrays), {path: i for i, path in enumerate(paths)})
 
 
 def only_arrays(result: Any) -> list[Any]:
@@ -92,17 +91,20 @@ def only_arrays(result: Any) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(result) if is_array(leaf) or isinstance(leaf, int | float | complex)]
 
 
-def sites_of(program: Any, paths: Sequence[str], values: Sequence[Any]) -> list[Site]:
-    """The sites of a program's first operands, which are parameters at these paths; all other operands are data."""
-    walk = _Walk(len(paths))
-    jaxpr = program.jaxpr
-    held = [(_Held(i, tuple((a,) for a in range(len(value.shape)))),) for i, value in enumerate(values)]
-    masks = [2 << i for i in range(len(paths))]
-    rest = len(jaxpr.invars) - len(paths)
-    walk.follow(jaxpr, [*held, *[None] * rest], [*masks, *[1] * rest])
-    return [
-        _site(path, tuple(value.shape), reads) for path, value, reads in zip(paths, values, walk.reads, strict=True)
-    ]
+def sites_of(program: Any, parameters: Mapping[str, int]) -> dict[str, Site]:
+    """The sites of a program's parameters: operands by their paths and numbers. All other operands are data."""
+    jaxpr, count = program.jaxpr, len(parameters)
+    held: list[Any] = [None] * len(jaxpr.invars)
+    masks = [1] * len(jaxpr.invars)
+    for k, i in enumerate(parameters.values()):
+        held[i] = (*(held[i] or ()), _Held(k, tuple((a,) for a in range(len(jaxpr.invars[i].aval.shape)))))
+        masks[i] = masks[i] & ~1 | 2 << k
+    walk = _Walk(count)
+    walk.follow(jaxpr, held, masks)
+    return {
+        path: _site(path, tuple(jaxpr.invars[i].aval.shape), reads)
+        for (path, i), reads in zip(parameters.items(), walk.reads, strict=True)
+    }
 
 
 class _Held(NamedTuple):
