@@ -1,5 +1,7 @@
 """Activations on their way into a product: rounded as a rule says, with a straight-through gradient."""
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -73,8 +75,8 @@ def without_gradient(kernel: jax.Array, path: str) -> jax.Array:
     return same(kernel)
 
 
-def static_amax(amax: Any, name: str) -> float:
-    """The calibrated amax of a value.
+def static_amax(amax: Any, name: str) -> float | None:
+    """The calibrated amax of a value; None, with a warning, if it is 0 or not finite: it has seen nothing.
 
     Raises:
         ValueError: there is none.
@@ -85,6 +87,11 @@ def static_amax(amax: Any, name: str) -> float:
             + ("" if amax is None else ", which has none: the calibrated function did not call the module, or no "
                "result of it depended on the module")
         )
+    if not (amax[name] > 0 and math.isfinite(amax[name])):
+        warnings.warn(
+            f"the calibrated amax of {name!r} is {amax[name]}, which fits no other inputs, so that of the inputs at hand "
+            "is used: calibrate on batches that reach it, or use act_amax='tensor'",
+            stacklevel=2,
+        )
+        return None
     return amax[name]
-
-

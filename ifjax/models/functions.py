@@ -61,8 +61,8 @@ def quantized(
             `params` or `variables`, else the first one.
 
     Raises:
-        ValueError: when called: a rule, not optional, is of no use on the parameters; nothing is packed and there are
-            no rules; inside another `quantized` function.
+        ValueError: when called: a rule, not optional, is of no use on the parameters; inside another `quantized`
+            function.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -191,11 +191,6 @@ class _Program:
                 self.hows[i] = How()
         if rules and call.parameters:
             _check(rules, sites, walk)
-        if not rules and not self.is_changed:
-            raise ValueError(
-                "nothing among the arguments is packed, and there are no rules, so nothing is quantized: pass the "
-                "packed parameters, or a module that holds them, as an argument"
-            )
         amax = None if owner.calibration is None else owner.calibration.amax
         self.rewriter = Rewriter(amax)
         self._jitted = jax.jit(self._run, inline=True)

@@ -254,7 +254,7 @@ def _walk(model, params, sample, method) -> Walk | None:
         return walk(model, variables, sample, method)
     if not callable(model):
         raise TypeError(
-            "model must be a flax.linen or flax.nnx Module, or a function of (params, *sample), got "
+            "model must be a function of (params, *sample), or a flax.linen or flax.nnx Module, got "
             f"{type(model).__name__}"
         )
     if sample is None or method is not None:

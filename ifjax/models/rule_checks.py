@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from ifjax.models.decisions import reason_against, too_short, unfit
+from ifjax.models.patterns import fullmatch
 from ifjax.models.rules import Rule, as_tuple
 from ifjax.models.sites import Site
 
@@ -85,10 +86,10 @@ def _nothing_used(decided: dict[Site, Rule], seen: Sequence[Site]) -> str:
         f"{s.path!r}: " + (str(reason_against(decided[s], s)) if s in decided else "no rule matches it")
         for s in seen[:5]
     ]
-    return (
-        f"no rule quantizes anything ({'; '.join(reasons)}{'; ...' if len(seen) > 5 else ''}). "
-        "Write Rule('.*') as the last one to take whatever no rule before it matches"
-    )
+    message = f"no rule quantizes anything ({'; '.join(reasons)}{'; ...' if len(seen) > 5 else ''})"
+    if all(s in decided for s in seen):
+        return message
+    return f"{message}. Write Rule('.*') as the last one to take whatever no rule before it matches"
 
 
 def _is_used(rule: Rule, s: Site) -> bool:
@@ -102,13 +103,13 @@ def _is_inside(inner: Site, outer: Site) -> bool:
 def _near_misses(rule: Rule, seen: Sequence[Site]) -> str:
     """What a rule that matches nothing may have meant."""
     paths = [s.path for s in seen if rule.module is None or s.module in as_tuple(rule.module)]
-    classes = {s.module for s in seen if s.module is not None and re.fullmatch(rule.path, s.path)}
+    classes = {s.module for s in seen if s.module is not None and fullmatch(rule.path, s.path)}
     if classes:
         return f"the modules at such paths are of class {_listed(sorted(classes))}. Write one of these as module="
     part = f"(?:{rule.path})" if "|" in rule.path else rule.path
     for wider in (f".*{part}", f"{part}.*", f".*{part}.*"):
-        with contextlib.suppress(re.error):  # flags such as (?i) must stand in front
-            parts = [path for path in paths if re.fullmatch(wider, path)]
+        with contextlib.suppress(re.error, ValueError):  # flags such as (?i) must stand in front
+            parts = [path for path in paths if fullmatch(wider, path)]
             if parts:
                 return f"a rule matches whole paths, and this is a part of {_listed(parts)}. Write {wider!r}"
     return _closest(rule, paths or [s.path for s in seen])

@@ -217,6 +217,7 @@ class _Walk:
             for h in held or ():
                 if others & (2 << h.parameter):
                     self._read(h, name, "itself")
+                    out.append(h._replace(changed=h.changed or name))  # which product would have read it
                 elif others & 1 or eqn.invars[i].aval.shape != shape or (name == "div" and i):
                     self._read(h, name, "other")
                 else:
