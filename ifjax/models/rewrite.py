@@ -214,7 +214,8 @@ class Rewriter:
         x, w, *sizes = ins
         dims = eqn.params["ragged_dot_dimension_numbers"]
         contracted, batch = (tuple(map(tuple, pair)) for pair in dims.dot_dimension_numbers)
-        plain = (contracted, batch, *map(tuple, dims[1:])) == (((1,), (1,)), ((), ()), (0,), (0,))
+        ragged, groups = tuple(dims.lhs_ragged_dimensions), tuple(dims.rhs_group_dimensions)
+        plain = (contracted, batch, ragged, groups) == (((1,), (1,)), ((), ()), (0,), (0,))
         if not isinstance(w, Weight) or not plain or len(sizes) > 1:
             return self._as_it_is(eqn, ins)
         x, how = _array(x), w.how
