@@ -89,8 +89,8 @@ def static_amax(amax: Any, name: str) -> float | None:
         )
     if not (amax[name] > 0 and math.isfinite(amax[name])):
         warnings.warn(
-            f"the calibrated amax of {name!r} is {amax[name]}, which fits no other inputs, so that of the inputs at hand "
-            "is used: calibrate on batches that reach it, or use act_amax='tensor'",
+            f"the calibrated amax of {name!r} is {amax[name]}, which fits no other inputs, so that of the inputs at "
+            "hand is used: calibrate on batches that reach it, or use act_amax='tensor'",
             stacklevel=2,
         )
         return None

@@ -150,7 +150,8 @@ class Quantized:
         kept = [leaf if not is_array(leaf) and not isinstance(leaf, int | float | complex) else None for leaf in out]
         changed = [
             i for i, leaf in enumerate(leaves)
-            if hasattr(leaf, "get_raw_value") and i in spec.places and leaf.get_raw_value() is not arrays[spec.places[i]]
+            if hasattr(leaf, "get_raw_value")
+            and i in spec.places and leaf.get_raw_value() is not arrays[spec.places[i]]
         ]  # fmt: skip
         info = _Info(structure, kept, changed, modules)
         return [a for a, other in zip(out, kept, strict=True) if other is None], \
@@ -177,7 +178,8 @@ class _Program:
         self.closed, self.info = closed, info
         trains = any(rule.recipe is not None for rule in owner.rules)
         walk = _walk(closed, info, call)
-        rules, self.hows = owner.rules, [None] * len(call.arrays)
+        rules = owner.rules
+        self.hows: list[How | None] = [None] * len(call.arrays)
         self.weights: dict[int, tuple[Site, Decision]] = {}
         sites = []
         for path, i in call.parameters.items():
@@ -405,7 +407,9 @@ def _check(rules: tuple[Rule, ...], sites: list[Site], walk: Walk) -> None:
     known += [Site(site.parameter, site.path, site.module, packed=True) for site in unread]
     known += without_matmul(walk.modules, known)
     known += [Site(path, path, packed=True) for path in sorted(around - walk.modules.keys())]
-    lenient = [dataclasses.replace(rule, optional=True) if unread and rule.module is not None else rule for rule in rules]
+    lenient = [
+        dataclasses.replace(rule, optional=True) if unread and rule.module is not None else rule for rule in rules
+    ]
     check_used(lenient, known)
 
 

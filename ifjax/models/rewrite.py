@@ -1,7 +1,7 @@
 """Programs run again with other products: packed weights stay packed, and every product goes as the rules decided.
 
-    jaxpr, operands -> equation by equation: no weight in it: as it is; it rearranges one: the packed bytes are
-    rearranged; a product: ifjax's; it calls another program: that one likewise; anything else: weights are decoded there
+An equation without a weight runs as it is. One that rearranges a weight rearranges its packed bytes. A product becomes
+ifjax's. A program that is called runs likewise. Anything else gets the weight decoded.
 """
 
 import dataclasses
@@ -293,7 +293,8 @@ class Rewriter:
         def step(state, xs):
             count, moving = state
             own = None if key is None else jax.random.fold_in(key, count)
-            values = [*consts, *_merged(fixed, carry, moving), *(put(x) for (_, put), x in zip(stacked, xs, strict=True))]
+            own_layers = [put(x) for (_, put), x in zip(stacked, xs, strict=True)]
+            values = [*consts, *_merged(fixed, carry, moving), *own_layers]
             outs = [_array(out) for out in self.run(body, values, own)]
             moving = [out for out, same in zip(outs[: len(carry)], fixed, strict=True) if not same]
             return (None if key is None else count + 1, moving), outs[len(carry) :]
@@ -549,7 +550,8 @@ def _gathered(eqn: Any, w: Weight, indices: Any) -> list[Any] | None:
     """Rows along one unblocked axis: of a table they are decoded, matrices stay packed."""
     params, shape = eqn.params, w.shape
     dims, sizes = params["dimension_numbers"], params["slice_sizes"]
-    if len(dims.start_index_map) != 1 or dims.operand_batching_dims or dims.collapsed_slice_dims != dims.start_index_map:
+    one = len(dims.start_index_map) == 1 and not dims.operand_batching_dims
+    if not one or dims.collapsed_slice_dims != dims.start_index_map:
         return None
     (at,) = dims.start_index_map
     axis, others = w.axes[at], [i for i in range(len(shape)) if i != at]

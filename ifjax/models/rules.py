@@ -196,9 +196,10 @@ class Rule:
             ) from None
 
     def _check_module(self) -> None:
-        if isinstance(self.module, list | set | frozenset):
-            ordered = isinstance(self.module, list) or not all(isinstance(name, str) for name in self.module)
-            self._set("module", tuple(self.module) if ordered else tuple(sorted(self.module)))
+        if isinstance(self.module, list):
+            self._set("module", tuple(self.module))
+        elif isinstance(self.module, set | frozenset):
+            self._set("module", tuple(sorted(self.module, key=str)))
         if isinstance(self.module, type):
             raise self._error("module", f"module must be a class's name: write {self.module.__name__!r}")
         if self.module is None:
@@ -337,8 +338,9 @@ def default_rules(weight_fmt: str | Format = "if4", act_fmt: str | Format | None
     products stay as they are there as well (`Rule.operands` asks for them). Training also keeps the last blocks in
     BF16 (4 of 24 for IF4, arXiv 2603.28765), quantization after it does not.
 
-    Routers of experts stay, too, as a small error there changes which expert a token goes to; and what is no weight of a
-    product: parameters of state spaces (A_log, dt_bias, D), tables of rotary and relative positions, codebooks, latents.
+    Routers of experts stay, too, as a small error there changes which expert a token goes to; and what is no weight of
+    a product: parameters of state spaces (A_log, dt_bias, D), tables of rotary and relative positions, codebooks,
+    latents.
 
     A head is known by name: lm_head, head, classifier, logits, output_layer and the like. Embeddings are the modules
     of class Embed, and whatever has "embed" in its name (patch projections too), or is called wte or wpe. Other names

@@ -133,9 +133,9 @@ def innermost(path: str, modules: Mapping[str, str]) -> str | None:
 
 def classes_of(tree: Any) -> dict[str, str]:
     """Class names of the modules in a tree of parameters that is made of some, as Equinox's and NNX's are, by path."""
-    classes = {}
+    classes: dict[str, str] = {}
     for keys, _ in jax.tree_util.tree_leaves_with_path(tree):
-        node = tree
+        node: Any = tree
         for depth, key in enumerate(keys):
             if not isinstance(node, Mapping | Sequence) and type(node).__module__.partition(".")[0] != "jax":
                 classes.setdefault(join_path(keys[:depth]), type(node).__name__)

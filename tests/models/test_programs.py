@@ -1,4 +1,4 @@
-"""Any program: which parameters it multiplies by, and the same program on packed ones, in the ways people write models."""
+"""Any program: which parameters it multiplies by, and the same program on packed ones, as people write models."""
 
 import dataclasses
 import functools
@@ -82,7 +82,8 @@ def unrolled(p, x):  # one stacked array, indexed by hand
 
 X = normal(2, 12, 16, seed=1)
 PROGRAMS = {
-    "heads": (heads, {"out": normal(2, 16, 16), "query": normal(2, 16, 16, seed=2)}, X, {"out": (-3, -2), "query": (-2,)}),
+    "heads": (heads, {"out": normal(2, 16, 16), "query": normal(2, 16, 16, seed=2)}, X,
+              {"out": (-3, -2), "query": (-2,)}),
     "transposed": (transposed, {"kernel": normal(16, 16), "qkv": normal(16, 48)}, X, {"kernel": (-1,), "qkv": (-2,)}),
     "tied": (tied, {"table": normal(8, 16)}, X, {"table": (-1,)}),
     "stacked": (stacked, {"layers": {"down": normal(2, 32, 16), "up": normal(2, 16, 32)}}, X,
@@ -113,7 +114,7 @@ def test_programs_tell_their_products_and_run_packed(name):
         grad = jax.grad(lambda x: run(packed, x).sum())(x)
         np.testing.assert_allclose(grad, jax.grad(lambda x: fn(dense, x).sum())(x), rtol=1e-3, atol=2e-3)
     both = ifjax.quantized(fn, W4A4)(packed, x)
-    assert 1e-3 < float(jnp.abs(both - fn(dense, x)).max())
+    assert float(jnp.abs(both - fn(dense, x)).max()) > 1e-3
 
 
 def test_activations_are_rounded_along_what_the_program_contracts():
@@ -208,7 +209,8 @@ def test_models_that_are_trees_run_packed_under_vmap_and_are_matched_by_class():
     assert [(s.parameter, s.module, s.axes) for s in sites if s.axes] == [
         ("layers/0/weight", "Linear", (-1,)), ("layers/1/weight", "Linear", (-1,)),
     ]  # fmt: skip
-    packed, report = ifjax.quantize_params(model, Rule(".*", FMT, module="Linear", optional=True), model=call, sample=(x,))
+    rule = Rule(".*", FMT, module="Linear", optional=True)
+    packed, report = ifjax.quantize_params(model, rule, model=call, sample=(x,))
     assert len(report.check().quantized) == 2 and isinstance(packed.layers[0].weight, QTensor)
     wanted = x
     wanted = jax.nn.gelu(wanted @ rounded(model.layers[0].weight).T + 1) @ rounded(model.layers[1].weight).T + 1
@@ -265,10 +267,10 @@ def test_a_static_amax_of_nothing_is_told_and_the_inputs_own_is_used():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_trained_convolution_is_the_convolution_of_rounded_windows(groups):
     x, w = normal(2, 5, 6, 8 * groups, seed=1), normal(3, 2, 8, 4)
-    options = dict(
-        window_strides=(2, 1), padding=((1, 0), (0, 2)), rhs_dilation=(1, 2), feature_group_count=groups,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
+    options = {
+        "window_strides": (2, 1), "padding": ((1, 0), (0, 2)), "rhs_dilation": (1, 2), "feature_group_count": groups,
+        "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+    }  # fmt: skip
     plain = lax.conv_general_dilated(x, w, **options)
     np.testing.assert_allclose(quantized_conv(x, w, "bf16", **options), plain, rtol=1e-4, atol=1e-4)
     y = quantized_conv(x, w, "w4a4_qat", **options)

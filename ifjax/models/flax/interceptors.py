@@ -157,7 +157,8 @@ class _Inference(Watcher):
     def _encodings(self, site: Site, decision: Decision) -> dict[str, Encoding]:
         """Of the activations that the layer multiplies."""
         if not site.operands:
-            if decision.weights is not None and decision.rule.activations is not None and site.activations is not None:
+            asked = decision.weights is not None and decision.rule is not None and decision.rule.activations is not None
+            if asked and site.activations is not None:
                 raise ValueError(
                     f"{site.path!r}: an interceptor cannot quantize its activations: {site.activations}. "
                     "ifjax.quantized(model.apply, rules) can; or put a rule without act_fmt in front"
