@@ -323,6 +323,11 @@ class _Call(NamedTuple):
         own = "0" if isinstance(holder, int) else "1"
         for keys, leaf in flat:
             value = raw_value(leaf)
+            if _is_whole_module(leaf):
+                raise TypeError(
+                    f"{type(leaf).__name__} at {join_path(keys)!r} is an NNX module that is no tree of arrays "
+                    "(pytree=False): pass its state, graph, state = nnx.split(module), and merge them inside fn"
+                )
             if not is_array(value):
                 static.append((leaf,))
                 numbers.append(None)
@@ -411,6 +416,11 @@ def _check(rules: tuple[Rule, ...], sites: list[Site], walk: Walk) -> None:
         dataclasses.replace(rule, optional=True) if unread and rule.module is not None else rule for rule in rules
     ]
     check_used(lenient, known)
+
+
+def _is_whole_module(leaf: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(leaf, nnx.Module)
 
 
 def _call(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -45,11 +45,11 @@ def trace_products(fn: Callable[..., Any], params: Any, *sample: Any) -> tuple[S
         >>> import jax, jax.numpy as jnp
         >>> import ifjax
         >>> def fn(params, x):
-        ...     return jnp.einsum("btd,ndh->btnh", x, params["query"]) + params["bias"]
-        >>> shapes = {"query": jax.ShapeDtypeStruct((4, 32, 8), jnp.float32), "bias": jnp.zeros(8)}
+        ...     return jnp.einsum("btd,ndh->btnh", x, params["query"]) * params["gain"]
+        >>> shapes = {"query": jax.ShapeDtypeStruct((4, 32, 8), jnp.float32), "gain": jnp.ones(())}
         >>> for site in ifjax.trace_products(fn, shapes, jnp.ones((2, 3, 32))):
         ...     print(site.parameter, site.axes, site.reason)
-        bias () it is no matrix
+        gain () it is no matrix
         query (-2,) None
     """
     return tuple(function_walk(fn, params, sample).sites.values())
