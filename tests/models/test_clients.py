@@ -16,8 +16,8 @@ IDS = jnp.arange(12).reshape(2, 6) % 50
 
 @pytest.fixture(autouse=True)
 def as_in_their_own_tests():
-    """Some of these models rely on rank promotion, which ours do without."""
-    with jax.numpy_rank_promotion("allow"):
+    """Some of these models rely on implicit promotion, which ours do without."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
 
 
@@ -128,7 +128,8 @@ def test_models_of_others_are_found_packed_rounded_and_trained(make, tmp_path):
     weights = ifjax.quantized(fn)(packed, x)
     np.testing.assert_allclose(weights, fn(faked, x), rtol=1e-3, atol=1e-3)
     both = ifjax.quantized(fn, ifjax.default_rules("if4", "if4"))(packed, x)
-    assert both.shape == weights.shape and 1e-4 < float(jnp.abs(both - weights).max()) < 5
+    assert both.shape == weights.shape
+    assert 1e-4 < float(jnp.abs(both - weights).max() / jnp.abs(weights).max()) < 1
 
     def loss(fn):
         values, rest = jax.tree.map(lambda a: a if is_float(a) else None, params), params
