@@ -3,10 +3,10 @@
 Quantize:    quantize, dequantize, fake_quantize, QTensor
 Formats:     FORMATS, get_format, learn_format, Format, Candidate, Grid, Scale, TableScale
 Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
-Models:      quantize_params, fake_quantize_params, gptq, trainable_mask, Report
+Models:      quantize_params, fake_quantize_params, quantized, trace_products, Site, gptq, trainable_mask, Report
              Rule, default_rules, load_rules, save_rules
 Training:    quantized_dot_general, recipes, ms_eden, training_report, optim
-Flax:        quantized, interceptors, calibrate, PackedParam, with_recipes (these import flax when first used)
+Flax:        interceptors, calibrate, PackedParam, with_recipes (these import flax when first used)
 Rotate:      hadamard, inverse_hadamard, random_signs
 Place:       device_put, shardings
 Store:       save_file, load_file, open_file (safetensors), convert (file to file), checkpoint (Orbax, too)
@@ -37,11 +37,14 @@ from ifjax.formats import FORMATS, Candidate, Format, Grid, Scale, TableScale, g
 from ifjax.models import (
     Report,
     Rule,
+    Site,
     default_rules,
     fake_quantize_params,
     load_rules,
     quantize_params,
+    quantized,
     save_rules,
+    trace_products,
     trainable_mask,
     training_report,
 )
@@ -58,7 +61,6 @@ if TYPE_CHECKING:
     from ifjax.measure import mac, plots
     from ifjax.models.flax import interceptors
     from ifjax.models.flax.calibration import Calibration, calibrate
-    from ifjax.models.flax.interceptors import quantized
     from ifjax.models.flax.nnx import PackedParam, with_recipes
     from ifjax.training import optim
 
@@ -74,6 +76,7 @@ __all__ = [
     "Report",
     "Rule",
     "Scale",
+    "Site",
     "TableScale",
     "__version__",
     "analysis",
@@ -114,6 +117,7 @@ __all__ = [
     "save_file",
     "save_rules",
     "shardings",
+    "trace_products",
     "trainable_mask",
     "training_report",
     "with_recipes",
@@ -135,7 +139,6 @@ _LAZY_NAMES = {
     "Calibration": "ifjax.models.flax.calibration",
     "PackedParam": "ifjax.models.flax.nnx",
     "calibrate": "ifjax.models.flax.calibration",
-    "quantized": "ifjax.models.flax.interceptors",
     "with_recipes": "ifjax.models.flax.nnx",
 }
 

@@ -14,7 +14,7 @@ def test_every_public_name_is_in_the_reference():
     shown = {name.rsplit(".", 1)[-1] for name in named}
     # A module's page shows its functions; tables of records are told of in words.
     modules = {
-        "quantized": "ifjax.models.flax.interceptors", "recipes": "ifjax.training.recipes.Recipe",
+        "recipes": "ifjax.training.recipes.Recipe",
         "analysis": "ifjax.measure.errors",
     }  # fmt: skip
     told = {"FORMATS", "__version__"}

@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -61,7 +62,8 @@ def quantize(
         block_2d: share scale and choice in squares of the last two axes, so that q.T is the quantized x.T.
         amax: the tensor's absolute maximum, if it is known or fixed; larger values saturate. With `amax_axes`, of their
             lengths.
-        amax_axes: unblocked axes whose entries keep an amax of their own: layers, experts, tokens.
+        amax_axes: unblocked axes whose entries keep an amax of their own: layers, experts, tokens. What `jax.lax.scan`
+            or `jax.vmap` is to run over needs it: `amax_axes=(0,)` for a stack of layers.
         search: try scales around the one that the block's maximum asks for, and keep the least loss: "fast" ten of
             them, "exhaustive" all (`ifjax.codec.SEARCHES`). Slower to encode; the result is of the same format.
         weights: float >= 0 [k], k = x.shape[axis], such as the mean squares of a product's inputs: what the loss of a
@@ -143,11 +145,15 @@ def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (
     """
     if isinstance(x, QTensor):
         raise TypeError("x is quantized already: dequantize it first")
+    if isinstance(x, np.ndarray) and not x.dtype.isnative:  # JAX takes none
+        x = x.astype(x.dtype.newbyteorder("="))
     x = jnp.asarray(x)
     if x.dtype.name not in DTYPES:
         raise TypeError(f"x must be a float array ({', '.join(DTYPES)}), got {x.dtype}: write x.astype(jnp.float32)")
     if x.ndim < 1:
         raise ValueError("x must have at least one axis, got a scalar: write x[None]")
+    if not isinstance(axis, int | np.integer) or isinstance(axis, bool):
+        raise TypeError(f"axis must be one integer, along which blocks lie, got {axis!r}")
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis must lie in [{-x.ndim}, {x.ndim}) for shape {x.shape}, got {axis}")
     axis = axis % x.ndim - x.ndim
@@ -180,6 +186,8 @@ def _checked_amax(amax, shape, axes, fmt):
     if not fmt.has_tensor_scale:
         raise ValueError(f"{fmt.name} has no tensor scale, so amax does not apply: leave it out")
     amax = jnp.asarray(amax)
+    if jnp.issubdtype(amax.dtype, jnp.integer):
+        amax = amax.astype(jnp.float32)
     full = tuple(shape[a] if a in axes else 1 for a in range(max(axes, default=-1) + 1))
     kept = tuple(shape[a] for a in axes)
     if not jnp.issubdtype(amax.dtype, jnp.floating) or amax.shape not in (kept, full):

@@ -59,7 +59,10 @@ def add_compare(commands) -> None:
         help="the axis that blocks lie along (default: -1, the contraction of weights stored [out, in], as PyTorch "
         "does; -2 for [in, out])",
     )  # fmt: skip
-    parser.add_argument("--all", action="store_true", help="quantize biases, norms and other vectors too")
+    parser.add_argument(
+        "--all", action="store_true",
+        help="quantize what `ifjax quantize` leaves as well: biases, norms, embeddings, heads",
+    )  # fmt: skip
     add_search(parser)
     add_json(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write errors.png and choices.png there")
@@ -126,7 +129,7 @@ def _why_nothing(report) -> str:
     for t in report.tensors:
         reasons.setdefault(f"{t.status}, {t.reason}", []).append(t.name)
     lines = [f"{len(names)} tensors {reason}" for reason, names in reasons.items()]
-    hint = " (--all takes vectors too)" if any(t.status == "kept" for t in report.tensors) else ""
+    hint = " (--all takes these too)" if any(t.status == "kept" for t in report.tensors) else ""
     return "; ".join(lines) + hint
 
 

@@ -21,7 +21,6 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ifjax.arrays import DTYPES, Blocking, packed_shapes
-from ifjax.codec import Encoding
 from ifjax.convert.folders import is_file, output, without_quantization
 from ifjax.convert.tensors import Tick, cast_of, no_tick, plain_item
 from ifjax.exchange import read as exchange
@@ -31,12 +30,13 @@ from ifjax.files import safetensors
 from ifjax.files.checkpoint import SHARD_BYTES, Checkpoint, Item, Packed, open_file, packed_slots, write_items
 from ifjax.files.pieces import amax_of, chosen, encode
 from ifjax.files.safetensors import FileError, StoredTensor
-from ifjax.models.names import keep_reason
+from ifjax.models.decisions import Decision, decide
+from ifjax.models.names import site_of_tensor
 from ifjax.models.ptq import Rules
 from ifjax.models.report import Entry, Report, decibels
-from ifjax.models.rule_checks import check_used, reason_against
-from ifjax.models.rules import Rule, as_rules, first_match
-from ifjax.models.sites import Seen
+from ifjax.models.rule_checks import check_used
+from ifjax.models.rules import Rule, as_rules
+from ifjax.models.sites import Site
 
 
 class Task(NamedTuple):
@@ -44,19 +44,13 @@ class Task(NamedTuple):
 
     Attributes:
         stored: the tensor in the file.
-        rule: the first that matches.
-        how: its encoding; None where it stays as it is.
-        axis: of its blocks.
-        reason: why it stays.
+        decision: of the rules.
         found: of what it is decoded, where it is stored in other numbers; `stored` has what these make up.
         part: whether it belongs to a tensor that is quantized already, so that its bytes have to stay.
     """
 
     stored: StoredTensor
-    rule: Rule | None
-    how: Encoding | None
-    axis: int
-    reason: str | None
+    decision: Decision
     found: Found | None = None
     part: bool = False
 
@@ -116,13 +110,13 @@ class Plan:
     def _item(self, task, results=None, tick=lambda name, count: None) -> Item:
         stored = task.stored
         dtype = safetensors.numpy_dtype(stored.dtype) if self.dtype is None else self.dtype
-        if task.how is None:
+        how, axis = task.decision.weights, task.decision.axis
+        if how is None or axis is None:
             dtype = None if task.part else cast_of(stored, self.dtype)
             return plain_item(self.source, stored, dtype, results, tick)
         assert dtype is not None
-        fmt, length = task.how.fmt, stored.shape[task.axis]
-        packed = Packed(Blocking(fmt, task.axis, length, dtype, block_2d=task.how.block_2d), stored.shape)
-        shapes = packed_shapes(stored.shape, fmt, task.axis)
+        packed = Packed(Blocking(how.fmt, axis, stored.shape[axis], dtype, block_2d=how.block_2d), stored.shape)
+        shapes = packed_shapes(stored.shape, how.fmt, axis)
         slots = packed_slots(stored.name, packed.fmt, *shapes, stored.shape[:-2])
         fill = functools.partial(_pack, self.source, task, self.measured, slots, results, tick)
         return Item(stored.name, slots, packed, fill)
@@ -174,21 +168,25 @@ def plan(
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype.name}")
     specs = {name: Spec(entry.dtype, entry.shape) for name, entry in source.entries.items()}
     parts, decoded = companions(specs), {} if tool is None else _floats(specs, tool)
-    seen, tasks = [], []
+    sites, tasks = [], []
     for name in source:
         found = decoded.get(name)
         if found is not None and name != found.arrays[0]:
             continue
         stored = source.entries[name] if found is None else _stored(source, found)
-        s, task = _judge(stored, rules, axis, None if found is not None else parts.get(name))
-        seen.append(s)
-        if found is None:
-            tasks.append(task)
-        elif task.how is not None:
-            tasks.append(task._replace(found=found))
+        part = None if found is not None else parts.get(name)
+        site = _site_of(stored, axis, part)
+        decision = decide(rules, site)
+        sites.append(site)
+        if part is not None:
+            tasks.append(Task(stored, decision._replace(reason=part), part=True))
+        elif found is None:
+            tasks.append(Task(stored, decision))
+        elif decision.weights is not None:
+            tasks.append(Task(stored, decision, found))
         else:
-            tasks += [task._replace(stored=source.entries[n], part=True) for n in found.arrays if n is not None]
-    check_used(rules, seen)
+            tasks += [Task(source.entries[n], decision, part=True) for n in found.arrays if n is not None]
+    check_used(rules, sites)
     return Plan(source, tuple(tasks), dtype, measured, beside)
 
 
@@ -249,42 +247,32 @@ def _stored(source: Checkpoint, found: Found) -> StoredTensor:
     return StoredTensor(found.name, "BF16", entries[0].shape, 0, sum(entry.nbytes for entry in entries))
 
 
-def _judge(stored: StoredTensor, rules, axis: int, part: str | None = None) -> tuple[Seen, Task]:
-    path = stored.name.replace(".", "/").removesuffix("/weight").removesuffix("/kernel")
-    reason = part or keep_reason(stored.name, stored.shape)
+def _site_of(stored: StoredTensor, axis: int, part: str | None = None) -> Site:
     dtype = safetensors.numpy_dtype(stored.dtype)
-    if reason is None and (dtype is None or dtype.name not in DTYPES):
-        reason = f"{stored.dtype} is not quantized: {', '.join(DTYPES)} are"
-    rule = first_match(rules, path)
-    if rule is not None and rule.axis is not None:
-        axis = rule.axis
-    seen = Seen(path, None, reason is None, reason, stored.shape[axis] if reason is None else None)
-    if rule is None:
-        return seen, Task(stored, None, None, axis, reason or "no rule matches it", part=part is not None)
-    reason = part or reason_against(rule, seen)
-    if reason is not None:
-        return seen, Task(stored, rule, None, axis, reason, part=part is not None)
-    return seen, Task(stored, rule, rule.weights, axis, None)
+    is_float = dtype is not None and dtype.name in DTYPES
+    reason = None if is_float else f"{stored.dtype} is not quantized: {', '.join(DTYPES)} are"
+    site = site_of_tensor(stored.name, stored.shape, axis, reason)
+    return site if part is None else site._replace(reason=part)
 
 
 def _entry(task: Task, item: Item, result: Mapping[str, Any]) -> Entry:
-    stored, how = task.stored, task.how
+    stored, decision = task.stored, task.decision
     values, after = math.prod(stored.shape), sum(slot.nbytes for slot in item.slots)
     dtype = safetensors.NAMES.get(stored.dtype, stored.dtype)
     bits = 8 * after / values if values else math.nan
-    fmt = None if how is None else how.fmt.name
-    rule = None if task.rule is None else task.rule.path
+    fmt = None if decision.weights is None else decision.weights.fmt.name
+    rule = None if decision.rule is None else decision.rule.path
     if task.found is not None:
         result = {"note": f"decoded from {task.found.layout.name}"} | dict(result)
     return Entry(
-        stored.name, None, stored.shape, dtype, fmt, None, bits, stored.nbytes, after, rule=rule, reason=task.reason,
-        **result,
+        stored.name, None, stored.shape, dtype, fmt, None, bits, stored.nbytes, after, rule=rule,
+        reason=decision.reason, **result,
     )  # fmt: skip
 
 
 def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: Tick, write) -> None:
-    stored, how, axis = task.stored, task.how, task.axis
-    assert how is not None
+    stored, how, axis = task.stored, task.decision.weights, task.decision.axis
+    assert how is not None and axis is not None
     fmt = how.fmt
     codes, scales, *amax = (slot.name for slot in slots)
     *lead, r, c = stored.shape

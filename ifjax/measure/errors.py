@@ -25,7 +25,9 @@ from ifjax.codec import Encoding, Loss, Search
 from ifjax.files.pieces import amax_of, as_float32, chosen, encode, energies, unit_of
 from ifjax.files.safetensors import FileError, StoredTensor
 from ifjax.formats import Format
-from ifjax.models.names import keep_reason
+from ifjax.models.decisions import decide
+from ifjax.models.names import site_of_tensor
+from ifjax.models.rules import default_rules
 
 DEFAULT_FORMATS = ("if4", "if3", "if6", "nvfp4", "fouroversix", "nvint4", "mxfp4")
 
@@ -232,13 +234,16 @@ def file_reports(
     """A report for each of the `entries` (see `read_header`), with one tensor in memory at a time.
 
     A weight that is stored [out, in], as PyTorch does, has its contraction along the last axis, where blocks lie by
-    default; for [in, out] (flax kernels, GPT-2's Conv1D) pass axis=-2. Biases, norms and other vectors are kept unless
-    `everything`; what `kept` gives a reason for, by name, always is.
+    default; for [in, out] (flax kernels, GPT-2's Conv1D) pass axis=-2. What one of the formats' default rules leaves
+    as it is (see `ifjax.default_rules`) is kept unless `everything`: biases, norms, embeddings, the head. What `kept`
+    gives a reason for, by name, always is.
     """
     formats, kept = tuple(formats), kept or {}
+    rules = [default_rules(fmt) for fmt in formats]
     for entry in entries:
         report = TensorReport(entry.name, entry.shape, entry.dtype, entry.nbytes, {})
-        reason = keep_reason(entry.name, entry.shape)
+        site = site_of_tensor(entry.name, entry.shape, axis)
+        reason = next((why for of_one in rules if (why := decide(of_one, site).reason) is not None), None)
         if entry.name in kept:
             yield dataclasses.replace(report, status="kept", reason=kept[entry.name])
         elif entry.dtype not in _READABLE:

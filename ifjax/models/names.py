@@ -2,13 +2,34 @@
 
 import re
 
+from ifjax.models.sites import Site
+
+_NORMS = {"norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm"}
+
 
 def keep_reason(name: str, shape: tuple[int, ...]) -> str | None:
-    """Why a tensor of this name and shape should keep its precision; None for the weight of a matrix product.
+    """Why a tensor of this name and shape is no matrix to multiply by, whatever rules say; None if it may be one.
 
-    Axes of length 1 do not count. Embeddings are matrices: they are stored, and often multiplied by, as such.
+    The last whole word of a name counts: "debias_proj" is no bias, and "norm_proj" no norm. Axes of length 1 do not
+    count. Embeddings are matrices: they are stored, and often multiplied by, as such.
     """
-    *parents, last = re.split(r"[./]", name.lower())
+    *parents, last = re.split(r"[./]", name)
     owner = parents[-1] if parents and last in ("weight", "scale", "kernel") else last
-    vector = sum(length > 1 for length in shape) < 2
-    return next((f"a {word}" for word in ("bias", "norm") if word in owner), "not a matrix" if vector else None)
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", owner).lower()  # LayerNorm_0: layer, norm
+    words = re.findall("[a-z]+", spaced)
+    if words and (words[-1] == "bias" or words[-1] in _NORMS):
+        return "a bias" if words[-1] == "bias" else "a norm"
+    return "not a matrix" if sum(length > 1 for length in shape) < 2 else None
+
+
+def site_of_tensor(name: str, shape: tuple[int, ...], axis: int, reason: str | None = None) -> Site:
+    """The site that a tensor of a file stands for: by its name, with blocks along `axis` unless a rule names another.
+
+    Its path is its name with '.' written as '/', and without "weight" or "kernel" at its end, as in
+    "encoder/layer/0/attention/self/query".
+
+    Args:
+        reason: why it cannot be quantized, where something else than its name tells.
+    """
+    path = name.replace(".", "/").removesuffix("/weight").removesuffix("/kernel")
+    return Site(name, path, None, shape, assumed=axis, reason=keep_reason(name, shape) or reason)

@@ -14,22 +14,14 @@ from jax.core import Tracer
 
 from ifjax.arrays import DTYPES, QTensor, gptq, quantize
 from ifjax.formats import Format
-from ifjax.models.leaves import is_leaf, is_parameter, nbytes_of, rebuilt, value_of
+from ifjax.models.decisions import Decision, decide
+from ifjax.models.leaves import is_leaf, is_parameter, nbytes_of, rebuilt, split_collection, value_of
 from ifjax.models.report import Entry, Report, decibels
-from ifjax.models.rule_checks import check_used, reason_against
-from ifjax.models.rules import Rule, as_rules, first_match, training_rules
-from ifjax.models.sites import (
-    LOOKUP,
-    Kernel,
-    Seen,
-    Walk,
-    blocked_axis,
-    innermost,
-    join_path,
-    seen_in_training,
-    without_matmul,
-)
-from ifjax.training.recipes import Recipe, get_recipe
+from ifjax.models.rule_checks import check_used
+from ifjax.models.rules import Rule, as_rules, training_rules
+from ifjax.models.sites import LOOKUP, NO_MATRIX, NOT_READ, Site, Walk, innermost, join_path, without_matmul
+from ifjax.models.trace import function_walk
+from ifjax.training.recipes import Recipe
 
 Rules = Iterable[Rule] | Rule | str | Format | None
 
@@ -130,12 +122,12 @@ def training_report(
     rules = training_rules(rules)
     if model is None:
         raise TypeError("training_report needs model=: it says where the parameters are multiplied by")
-    inner, _ = _split(params)
+    inner, _ = split_collection(params)
     walk = _walk(model, params, sample, method)
     leaves, _ = jax.tree_util.tree_flatten_with_path(inner, is_leaf=is_leaf)
-    found = [p._replace(seen=_seen_in_training(p)) for p in _parameters(leaves, rules, walk)]
+    found = [p.decided(rules, p.site.in_training()) for p in _parameters(leaves, rules, walk)]
     if found:
-        check_used(rules, [p.seen for p in found] + _others_seen(found, walk))
+        check_used(rules, [p.site for p in found] + _other_sites(found, walk))
     return Report(tuple(_entry_in_training(p) for p in found))
 
 
@@ -160,30 +152,27 @@ def trainable_mask(params: Any) -> Any:
     return jax.tree.map(trains, params, is_leaf=is_leaf)
 
 
-_NOT_READ = "the model has not read it: the sample does not reach it, or it is of another model"
-
-
 class _Parameter(NamedTuple):
     """A leaf of the tree, and what is known of it."""
 
-    path: str
     leaf: Any
     value: Any
-    kernel: Kernel | None
-    module: str | None
-    stacked: tuple[int, ...]
-    seen: Seen
-    rule: Rule | None
+    site: Site
+    decision: Decision
+
+    def decided(self, rules: Iterable[Rule], site: Site) -> "_Parameter":
+        """The same leaf at another site."""
+        return self._replace(site=site, decision=decide(rules, site))
 
 
 def _quantize(params, rules, model, sample, method, calibration, *, fake):
     rules = as_rules(rules)
-    inner, put_back = _split(params)
+    inner, put_back = split_collection(params)
     walk = _walk(model, params, sample, method)
     leaves, structure = jax.tree_util.tree_flatten_with_path(inner, is_leaf=is_leaf)
     found = _parameters(leaves, rules, walk)
     if found:
-        check_used(rules, [p.seen for p in found] + _others_seen(found, walk))
+        check_used(rules, [p.site for p in found] + _other_sites(found, walk))
     done = [_one(p, calibration, fake) for p in found]
     new = iter([leaf for leaf, _ in done])
     tree = jax.tree_util.tree_unflatten(structure, [next(new) if is_parameter(leaf) else leaf for _, leaf in leaves])
@@ -194,50 +183,54 @@ def _quantize(params, rules, model, sample, method, calibration, *, fake):
 def _parameters(leaves, rules, walk) -> list[_Parameter]:
     found = []
     for keys, leaf in leaves:
-        if not is_parameter(leaf):
-            continue
-        path, value = join_path(keys), value_of(leaf)
-        kernel = walk.kernels.get(path) if walk else None
-        module = kernel.module if kernel else innermost(path, walk.modules) if walk else None
-        stacked = kernel.stacked if kernel else walk.reached.get(path, ()) if walk else ()
-        seen = _seen(path, value, kernel, module, stacked, walk)
-        rule = first_match(rules, seen.path, module)
-        found.append(_Parameter(path, leaf, value, kernel, module, stacked, seen, rule))
+        if is_parameter(leaf):
+            value = value_of(leaf)
+            site = _site(join_path(keys), value, walk)
+            found.append(_Parameter(leaf, value, site, decide(rules, site)))
     return found
 
 
-def _others_seen(found: list[_Parameter], walk: Walk | None) -> list[Seen]:
+def _site(path: str, value: Any, walk: Walk | None) -> Site:
+    """What the walk found at a parameter, or what its shape and type tell."""
+    shape, packed = tuple(value.shape), isinstance(value, QTensor)
+    known = walk.sites.get(path) if walk is not None else None
+    if known is not None and known.axes:
+        return known._replace(shape=shape, packed=packed, **({"axes": (value.axis,)} if packed else {}))
+    module = innermost(path, walk.modules) if walk is not None else None
+    stacked = known.stacked if known is not None else ()
+    unknown = "no module tells where they enter"
+    site = Site(path, path, module, shape, stacked=stacked, packed=packed, activations=unknown)
+    if packed:  # stays as it is
+        return site
+    if value.dtype.name not in DTYPES:
+        return site._replace(reason=f"{value.dtype} is not quantized: {', '.join(DTYPES)} are")
+    if known is not None and known.reason is not None:
+        return site._replace(reason=known.reason)
+    if len(shape) - len(stacked) < 2:
+        return site._replace(reason=NO_MATRIX)
+    return site if walk is None or known is not None else site._replace(reason=NOT_READ)
+
+
+def _other_sites(found: list[_Parameter], walk: Walk | None) -> list[Site]:
     """What rules may name and has no parameter of its own."""
     if walk is None:
         return []
-    products = (k for k in walk.kernels.values() if not k.axes)
-    seen = [Seen(k.path, k.module, False, k.reason, operands=k.operands) for k in products]
-    return seen + without_matmul(walk.modules, [*(p.seen for p in found), *seen])
+    products = [site for site in walk.sites.values() if site.operands]
+    return products + without_matmul(walk.modules, [*(p.site for p in found), *products])
 
 
 def _products(rules, walk) -> Iterable[Entry]:
     """One for each attention that rules give operands to."""
-    for kernel in walk.kernels.values() if walk is not None else ():
-        rule = first_match(rules, kernel.path, kernel.module)
-        if kernel.axes or rule is None or not rule.operands:
+    for site in walk.sites.values() if walk is not None else ():
+        decision = decide(rules, site)
+        if not site.operands or decision.rule is None or not decision.rule.operands:
             continue
-        formats = ", ".join(f"{name} in {fmt.name}" for name, fmt in rule.operand_formats.items())
-        reason = f"it has no weights; it multiplies {formats}" if kernel.reason is None else kernel.reason
+        formats = ", ".join(f"{name} in {how.fmt.name}" for name, how in decision.operands.items())
+        reason = f"it has no weights; it multiplies {formats}" if site.reason is None else site.reason
         yield Entry(
-            kernel.path, kernel.module, (0,), "", None, None, math.nan, 0, 0, rule=rule.path, reason=reason,
-            expected=kernel.reason is None,
+            site.path, site.module, (0,), "", None, None, math.nan, 0, 0, rule=decision.rule.path, reason=reason,
+            expected=decision.expected,
         )  # fmt: skip
-
-
-def _split(params):
-    """The tree of parameters, and a function that puts another one in its place."""
-    if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
-        def put_back(tree):
-            kind: Any = type(params)  # dict, FrozenDict
-            return kind({**params, "params": tree})
-
-        return params["params"], put_back
-    return params, lambda tree: tree
 
 
 def _walk(model, params, sample, method) -> Walk | None:
@@ -247,97 +240,74 @@ def _walk(model, params, sample, method) -> Walk | None:
         return None
     nnx, linen = (sys.modules.get(f"flax.{name}") for name in ("nnx", "linen"))
     if nnx is not None and isinstance(model, nnx.Module):
-        if sample is not None or method is not None:
-            raise TypeError("NNX modules say themselves what they multiply by: leave out sample= and method=")
         from ifjax.models.flax.nnx import walk
 
-        return walk(model)
-    if linen is None or not isinstance(model, linen.Module):
-        raise TypeError(f"model must be a flax.linen or flax.nnx Module, got {type(model).__name__}")
-    if sample is None:
-        raise TypeError("a linen model tells its kernels when it is evaluated: pass sample=, an input of it")
-    from ifjax.models.flax.linen import walk
+        return walk(model, sample, method)
+    if linen is not None and isinstance(model, linen.Module):
+        if sample is None:
+            raise TypeError("a linen model tells its kernels when it is evaluated: pass sample=, an input of it")
+        from ifjax.models.flax.linen import walk
 
-    if not isinstance(params, Mapping):
-        raise TypeError(f"parameters of a linen model are a dictionary, got {type(params).__name__}")
-    variables = params if isinstance(params.get("params"), Mapping) else {"params": params}
-    return walk(model, variables, sample, method)
-
-
-def _seen(path, value, kernel, module, stacked, walk) -> Seen:
-    shape = value.shape
-    if isinstance(value, QTensor):  # stays as it is, however long the rule's blocks
-        return Seen(path if kernel is None else kernel.path, module)
-    if kernel is not None:
-        return Seen(kernel.path, module, kernel.reason is None, kernel.reason, max(shape[a] for a in kernel.axes))
-    if value.dtype.name not in DTYPES:
-        return Seen(path, module, False, f"{value.dtype} is not quantized: {', '.join(DTYPES)} are")
-    if walk is not None and path in walk.reasons:
-        return Seen(path, module, False, walk.reasons[path])
-    if len(shape) - len(stacked) < 2:
-        return Seen(path, module, False, "it is no matrix")
-    if walk is not None and path not in walk.reached:
-        return Seen(path, module, False, _NOT_READ)
-    return Seen(path, module, raw_shape=shape)
-
-
-def _seen_in_training(p: _Parameter) -> Seen:
-    if p.kernel is not None:
-        return seen_in_training(p.kernel)
-    return Seen(p.seen.path, p.module, False, p.seen.reason or "no module tells where it is multiplied by")
+        if not isinstance(params, Mapping):
+            raise TypeError(f"parameters of a linen model are a dictionary, got {type(params).__name__}")
+        variables = params if isinstance(params.get("params"), Mapping) else {"params": params}
+        return walk(model, variables, sample, method)
+    if not callable(model):
+        raise TypeError(
+            "model must be a function of (params, *sample), or a flax.linen or flax.nnx Module, got "
+            f"{type(model).__name__}"
+        )
+    if sample is None or method is not None:
+        raise TypeError("a function tells its products when it is evaluated: pass sample=, its arguments after params, "
+                        "and no method=")
+    return function_walk(model, params, sample)
 
 
 def _entry_in_training(p: _Parameter) -> Entry:
-    recipe = None if p.rule is None or p.rule.recipe is None else get_recipe(p.rule.recipe)
-    reason, bits = p.seen.reason, 8.0 * p.value.dtype.itemsize
-    if p.rule is None:
-        reason = reason or "no rule matches it"
-    elif p.rule.excludes:
-        reason = reason_against(p.rule, p.seen)
-    elif recipe is None:
-        reason = reason or f"the rule {p.rule.path!r} has no recipe"
+    site, rule, recipe = p.site, p.decision.rule, p.decision.recipe
+    asked = None if rule is None else rule.recipe
+    reason = site.reason
+    if rule is None or rule.excludes:
+        reason = p.decision.reason
+    elif asked is None:
+        reason = reason or f"the rule {rule.path!r} has no recipe"
     return Entry(
-        p.path, p.module, tuple(p.value.shape), str(p.value.dtype), recipe.name if recipe and not reason else None,
-        None, bits, nbytes_of(p.value), nbytes_of(p.value), rule=None if p.rule is None else p.rule.path, reason=reason,
-        expected=p.kernel is None or p.seen.quantizable or recipe is None or reason == LOOKUP,
+        site.parameter, site.module, tuple(p.value.shape), str(p.value.dtype), None if recipe is None else recipe.name,
+        None, 8.0 * p.value.dtype.itemsize, nbytes_of(p.value), nbytes_of(p.value),
+        rule=None if rule is None else rule.path, reason=None if recipe is not None else reason,
+        expected=not site.axes or site.quantizable or asked is None or reason == LOOKUP,
     )  # fmt: skip
 
 
 def _one(p: _Parameter, calibration, fake):
     """The new leaf and the fields of its entry, in which numbers may still be on a device."""
-    before, rule = nbytes_of(p.value), p.rule
+    site, decision, before = p.site, p.decision, nbytes_of(p.value)
+    rule = decision.rule
     about = {
-        "path": p.path, "module": p.module, "shape": tuple(p.value.shape), "dtype": str(p.value.dtype),
+        "path": site.parameter, "module": site.module, "shape": tuple(p.value.shape), "dtype": str(p.value.dtype),
         "bytes_before": before, "rule": None if rule is None else rule.path,
     }  # fmt: skip
     if isinstance(p.value, QTensor):
         q, wanted = p.value, None if rule is None else rule.weight_format
-        other = wanted is not None and wanted != q.fmt
-        act_fmt = rule.activation_format if rule is not None and p.kernel is not None else None
+        other, act = wanted is not None and wanted != q.fmt, decision.activations
         return p.leaf, about | _measured(q, None) | {
-            "fmt": q.fmt.name, "act_fmt": None if act_fmt is None else act_fmt.name,
+            "fmt": q.fmt.name, "act_fmt": None if act is None else act.fmt.name,
             "bits_per_value": q.bits_per_value, "bytes_after": q.nbytes, "expected": not other,
             "note": "was packed before" + (f", and the rule asks for {wanted.name}" if other and wanted else ""),
         }  # fmt: skip
-    reason, expected = _left_alone(p, calibration)
+    reason, expected = decision.reason, decision.expected
+    if reason is None and rule is not None and rule.gptq:
+        reason, expected = _no_gptq(p, calibration), False
     if reason is not None:
         bits = 8 * before / p.value.size if p.value.size else float("nan")
         return p.leaf, about | {
             "fmt": None, "act_fmt": None, "bits_per_value": bits, "bytes_after": before, "reason": reason,
             "expected": expected,
         }  # fmt: skip
-    assert rule is not None
-    q = _packed(p, rule, calibration)
-    notes, act_fmt = [], rule.activation_format
-    unfit = "no module tells where they enter" if p.kernel is None else p.kernel.unfit_for
-    if act_fmt is not None and unfit is not None:
-        notes.append(f"activations are not quantized: {unfit}")
-    if p.kernel is not None and p.kernel.note is not None:
-        notes.append(p.kernel.note)
+    q, act = _packed(p, calibration), decision.activations
     entry = about | _measured(q, p.value) | {
-        "fmt": q.fmt.name, "act_fmt": act_fmt.name if act_fmt is not None and unfit is None else None,
-        "bits_per_value": q.bits_per_value, "bytes_after": q.nbytes, "note": "; ".join(notes) or None,
-        "expected": act_fmt is None or unfit is None,
+        "fmt": q.fmt.name, "act_fmt": None if act is None else act.fmt.name, "bits_per_value": q.bits_per_value,
+        "bytes_after": q.nbytes, "note": "; ".join(decision.notes) or None, "expected": decision.expected,
     }  # fmt: skip
     if fake:
         entry |= {"bytes_after": before, "bits_per_value": 8.0 * p.value.dtype.itemsize}
@@ -345,59 +315,43 @@ def _one(p: _Parameter, calibration, fake):
     return rebuilt(p.leaf, q), entry
 
 
-def _left_alone(p: _Parameter, calibration) -> tuple[str | None, bool]:
-    """Why it is, or None, and whether that was to be expected."""
-    if p.rule is None:
-        return (p.seen.reason or "no rule matches it"), not p.seen.quantizable
-    reason = reason_against(p.rule, p.seen) or (_no_gptq(p, p.rule.weight_format, calibration) if p.rule.gptq else None)
-    if reason is None or p.rule.excludes:
-        return reason, True
-    if not p.seen.quantizable:
-        # What is no matrix, or is added, stays in floats as ever; a kernel that cannot be quantized is news.
-        return reason, p.kernel is None and p.seen.reason != _NOT_READ
-    # A rule that may match nothing may match what is too short for it, but leaves no matrix in floats silently.
-    return reason, p.rule.optional and (p.kernel is not None or p.rule.axis is not None)
-
-
-def _no_gptq(p: _Parameter, fmt: Format | None, calibration) -> str | None:
-    if p.kernel is None:
+def _no_gptq(p: _Parameter, calibration) -> str | None:
+    """Why gptq cannot round this parameter; None if it can."""
+    site, how = p.site, p.decision.weights
+    if not site.axes or how is None:
         return "gptq needs a module that says what it is multiplied by"
-    if p.stacked:
+    if site.stacked:
         return "gptq needs the inputs of each layer, and calibration sees stacked layers as one: leave gptq out"
-    axes, shape = p.kernel.axes, p.value.shape
+    axes, shape = site.axes, p.value.shape
     neighbours = axes == tuple(range(axes[0], axes[0] + len(axes)))
-    if len(axes) > 1 and not (fmt and neighbours and shape[axes[-1]] % fmt.block == 0):
+    if len(axes) > 1 and not (neighbours and shape[axes[-1]] % how.fmt.block == 0):
         return f"gptq takes several contracted axes of {shape} only if they are neighbours and blocks fit the last"
-    hessian = None if calibration is None else calibration.hessians.get(p.seen.path)
+    hessian = None if calibration is None else calibration.hessians.get(site.path)
     if hessian is not None and len(hessian) != math.prod(shape[a] for a in axes):
         return f"gptq needs one product of all inputs, and this takes its {len(hessian)} in groups: leave gptq out"
     return None
 
 
-def _packed(p: _Parameter, rule: Rule, calibration) -> QTensor:
-    how, value, names = rule.weights, jnp.asarray(p.value), getattr(p.leaf, "names", None)
-    assert how is not None  # else there had been a reason to leave it alone
-    axis = rule.axis if p.kernel is None else blocked_axis(p.kernel.axes, value.shape, how.fmt.block)
-    assert axis is not None
-    if rule.gptq:
-        return _by_gptq(p, value, how, rule, calibration).replaced(names=names)
-    if axis in p.stacked:
-        raise ValueError(f"{p.path!r}: layers are stacked along axis {axis} of {value.shape}: give another axis=")
-    # With an amax for each layer, and for each matrix of a parameter that no layer multiplies by.
-    own = p.stacked if p.kernel else sorted({*p.stacked, *range(-value.ndim, -2)} - {axis})
-    q = quantize(value, how, axis=axis, amax_axes=own if how.fmt.has_tensor_scale else ())
-    return q.replaced(names=names)
+def _packed(p: _Parameter, calibration) -> QTensor:
+    decision, value, names = p.decision, jnp.asarray(p.value), getattr(p.leaf, "names", None)
+    assert decision.rule is not None and decision.weights is not None and decision.axis is not None
+    if decision.rule.gptq:
+        return _by_gptq(p, value, decision.weights, decision.rule, calibration).replaced(names=names)
+    if decision.axis in p.site.stacked:
+        raise ValueError(
+            f"{p.site.parameter!r}: layers are stacked along axis {decision.axis} of {value.shape}: give another axis="
+        )
+    return quantize(value, decision.weights, axis=decision.axis, amax_axes=decision.amax_axes).replaced(names=names)
 
 
 def _by_gptq(p: _Parameter, value, how, rule, calibration) -> QTensor:
-    hessian = None if calibration is None else calibration.hessians.get(p.seen.path)
+    hessian = None if calibration is None else calibration.hessians.get(p.site.path)
     if hessian is None:
         raise ValueError(
-            f"{p.seen.path!r}: gptq needs calibration=ifjax.calibrate(...) with these rules"
+            f"{p.site.path!r}: gptq needs calibration=ifjax.calibrate(...) with these rules"
             + ("" if calibration is None else ", and this one has not seen the module")
         )
-    assert p.kernel is not None
-    first, last = p.kernel.axes[0], p.kernel.axes[-1]
+    first, last = p.site.axes[0], p.site.axes[-1]
     before, after = value.shape[:first], value.shape[value.ndim + last + 1 :]
     rows = value.reshape(*before, -1, *after)
     q = gptq(rows, hessian, how.fmt, axis=last, loss=rule.loss, search=how.search)

@@ -5,28 +5,23 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from ifjax.models.rules import BY_DEFAULT, Rule, as_tuple
-from ifjax.models.sites import Seen
+from ifjax.models.decisions import reason_against, too_short, unfit
+from ifjax.models.patterns import fullmatch
+from ifjax.models.rules import Rule, as_tuple
+from ifjax.models.sites import Site
 
 
-def reason_against(rule: Rule, seen: Seen) -> str | None:
-    """Why the rule leaves the kernel of what it matches alone; None if it quantizes it."""
-    if rule.weight_fmt is None:
-        return BY_DEFAULT.get((rule.path, rule.module)) or f"the rule {rule.path!r} excludes it"
-    return _unfit(rule, seen) or _too_short(rule, seen)
-
-
-def check_used(rules: Sequence[Rule], seen: Sequence[Seen]) -> None:
-    """Raise if a rule is of no use on the model that was seen: all faults in one message, with the closest paths.
+def check_used(rules: Sequence[Rule], sites: Sequence[Site]) -> None:
+    """Raise if a rule is of no use on these sites: all faults in one message, with the closest paths.
 
     A rule that is not optional must decide for something: something that can be quantized, and is no shorter than a
     block. One that excludes may match anything but a mere container whose inner modules are quantized all the same.
-    All rules together must quantize something, unless nothing was seen.
+    All rules together must quantize something, unless there are no sites.
 
     Raises:
         ValueError: one of these does not hold; the message says what to write instead.
     """
-    seen = tuple(dict.fromkeys(seen))
+    seen = tuple(dict.fromkeys(sites))
     matches = [[rule.matches(s.path, s.module) for s in seen] for rule in rules]
     owners = [next((i for i in range(len(rules)) if matches[i][k]), None) for k in range(len(seen))]
     decided = {s: rules[i] for s, i in zip(seen, owners, strict=True) if i is not None}
@@ -54,9 +49,9 @@ def check_used(rules: Sequence[Rule], seen: Sequence[Seen]) -> None:
         raise ValueError("\n".join(faults))
 
 
-def _faults_of_exclusion(own: list[Seen], decided: dict[Seen, Rule]) -> Iterator[str]:
+def _faults_of_exclusion(own: list[Site], decided: dict[Site, Rule]) -> Iterator[str]:
     inner = [t.path for t, rule in decided.items() if _is_used(rule, t) and any(_is_inside(t, s) for s in own)]
-    if inner and not any(s.quantizable or s.operands for s in own):
+    if inner and not any(s.quantizable or s.multiplies for s in own):
         path = re.escape(own[0].path)
         yield (
             f"excludes {_listed(s.path for s in own)}, but not what is inside: {_listed(inner)} would be quantized. "
@@ -64,21 +59,21 @@ def _faults_of_exclusion(own: list[Seen], decided: dict[Seen, Rule]) -> Iterator
         )
 
 
-def _faults_of_use(rule: Rule, own: list[Seen], seen: Sequence[Seen]) -> Iterator[str]:
-    fits = [s for s in own if rule.weight_fmt is not None and _unfit(rule, s) is None]
-    multiplied = {name for s in own for name in s.operands}
+def _faults_of_use(rule: Rule, own: list[Site], seen: Sequence[Site]) -> Iterator[str]:
+    fits = [s for s in own if rule.weight_fmt is not None and unfit(rule, s) is None]
+    multiplied = {name for s in own for name in s.multiplies}
     missing = [name for name in rule.operand_formats if name not in multiplied]
     if missing:
-        have = [s.path for s in seen if set(s.operands) & set(missing)]
+        have = [s.path for s in seen if set(s.multiplies) & set(missing)]
         why = "".join(f" ({s.path!r}: {s.reason})" for s in own if s.reason is not None and not s.quantizable)
         yield f"names operands {missing} that nothing it matches multiplies{why}: {_closest(rule, have)}"
     elif not fits and not rule.operands:
-        why = "; ".join(f"{s.path!r}: {_unfit(rule, s)}" for s in own[:3])
-        others = [s.path for s in seen if _unfit(rule, s) is None]
+        why = "; ".join(f"{s.path!r}: {unfit(rule, s)}" for s in own[:3])
+        others = [s.path for s in seen if unfit(rule, s) is None]
         yield f"matches only what cannot be quantized ({why}): {_closest(rule, others)}"
-    short = [s for s in fits if _too_short(rule, s)]
+    short = [s for s in fits if too_short(rule, s)]
     if short:
-        why = "; ".join(f"{s.path!r}: {_too_short(rule, s)}" for s in short[:3])
+        why = "; ".join(f"{s.path!r}: {too_short(rule, s)}" for s in short[:3])
         others = [s.path for s in fits if s not in short]
         yield (
             f"matches what is shorter than a block ({why}){f': {_closest(rule, others)}' if others else ''}. Take "
@@ -86,57 +81,35 @@ def _faults_of_use(rule: Rule, own: list[Seen], seen: Sequence[Seen]) -> Iterato
         )
 
 
-def _nothing_used(decided: dict[Seen, Rule], seen: Sequence[Seen]) -> str:
+def _nothing_used(decided: dict[Site, Rule], seen: Sequence[Site]) -> str:
     reasons = [
         f"{s.path!r}: " + (str(reason_against(decided[s], s)) if s in decided else "no rule matches it")
         for s in seen[:5]
     ]
-    return (
-        f"no rule quantizes anything ({'; '.join(reasons)}{'; ...' if len(seen) > 5 else ''}). "
-        "Write Rule('.*') as the last one to take whatever no rule before it matches"
-    )
+    message = f"no rule quantizes anything ({'; '.join(reasons)}{'; ...' if len(seen) > 5 else ''})"
+    if all(s in decided for s in seen):
+        return message
+    return f"{message}. Write Rule('.*') as the last one to take whatever no rule before it matches"
 
 
-def _is_used(rule: Rule, s: Seen) -> bool:
-    return reason_against(rule, s) is None or any(name in s.operands for name in rule.operand_formats)
+def _is_used(rule: Rule, s: Site) -> bool:
+    return reason_against(rule, s) is None or any(name in s.multiplies for name in rule.operand_formats)
 
 
-def _unfit(rule: Rule, s: Seen) -> str | None:
-    if not s.quantizable:
-        return s.reason or f"{s.module or 'it'} cannot be quantized"
-    if s.raw_shape is None:
-        return None
-    if rule.axis is None:
-        return f"no module tells the contraction axis of its shape {s.raw_shape}: give the rule axis=-2 for [in, out]"
-    if -rule.axis > len(s.raw_shape):
-        return f"its shape {s.raw_shape} has no axis {rule.axis}: give the rule axis={-len(s.raw_shape)} or above"
-    return None
-
-
-def _too_short(rule: Rule, s: Seen) -> str | None:
-    length = s.length
-    if s.raw_shape is not None and rule.axis is not None:
-        length = s.raw_shape[rule.axis]
-    for fmt in (rule.weight_format, rule.activation_format):
-        if fmt is not None and length is not None and length < fmt.block:
-            return f"its contraction length {length} is below the block of {fmt.block} of {fmt.name}"
-    return None
-
-
-def _is_inside(inner: Seen, outer: Seen) -> bool:
+def _is_inside(inner: Site, outer: Site) -> bool:
     return inner.path != outer.path and inner.path.startswith(f"{outer.path}/" if outer.path else "")
 
 
-def _near_misses(rule: Rule, seen: Sequence[Seen]) -> str:
+def _near_misses(rule: Rule, seen: Sequence[Site]) -> str:
     """What a rule that matches nothing may have meant."""
     paths = [s.path for s in seen if rule.module is None or s.module in as_tuple(rule.module)]
-    classes = {s.module for s in seen if s.module is not None and re.fullmatch(rule.path, s.path)}
+    classes = {s.module for s in seen if s.module is not None and fullmatch(rule.path, s.path)}
     if classes:
         return f"the modules at such paths are of class {_listed(sorted(classes))}. Write one of these as module="
     part = f"(?:{rule.path})" if "|" in rule.path else rule.path
     for wider in (f".*{part}", f"{part}.*", f".*{part}.*"):
-        with contextlib.suppress(re.error):  # flags such as (?i) must stand in front
-            parts = [path for path in paths if re.fullmatch(wider, path)]
+        with contextlib.suppress(re.error, ValueError):  # flags such as (?i) must stand in front
+            parts = [path for path in paths if fullmatch(wider, path)]
             if parts:
                 return f"a rule matches whole paths, and this is a part of {_listed(parts)}. Write {wider!r}"
     return _closest(rule, paths or [s.path for s in seen])

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ifjax.codec import LOSSES, SEARCHES, BlockLoss, Encoding, Loss, Search
 from ifjax.formats import FORMATS, Format, get_format
 from ifjax.lookup import did_you_mean
+from ifjax.models.patterns import UnsupportedPattern, check_pattern, fullmatch
 from ifjax.training import RECIPES, Recipe, get_recipe
 
 # Of attention's two products: query times key, and probabilities times value.
@@ -166,7 +167,7 @@ class Rule:
         """Whether the whole path matches, and the class's name where the rule asks for one."""
         if self.module is not None and module not in as_tuple(self.module):
             return False
-        return re.fullmatch(self.path, path) is not None
+        return fullmatch(self.path, path)
 
     def _set(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)
@@ -181,7 +182,9 @@ class Rule:
     def _check_path(self) -> None:
         self._need(isinstance(self.path, str), "path", "a regular expression (a string)")
         try:
-            re.compile(self.path)
+            check_pattern(self.path)
+        except UnsupportedPattern as error:
+            raise self._error("path", f"path {error}: paths are matched in linear time") from None
         except (re.error, OverflowError, RecursionError) as error:
             at = getattr(error, "pos", None)
             where = "" if at is None else f" at position {at}, before {self.path[at:]!r}"
@@ -195,6 +198,8 @@ class Rule:
     def _check_module(self) -> None:
         if isinstance(self.module, list):
             self._set("module", tuple(self.module))
+        elif isinstance(self.module, set | frozenset):
+            self._set("module", tuple(sorted(self.module, key=str)))
         if isinstance(self.module, type):
             raise self._error("module", f"module must be a class's name: write {self.module.__name__!r}")
         if self.module is None:
@@ -307,10 +312,21 @@ _HEAD = rf"(?:.*/)?(?:{'|'.join(_HEADS)})(?:/.*)?"
 _EMBEDDING = r"(?:.*/)?(?:[^/]*(?i:embed)[^/]*|wte|wpe)(?:/.*)?"
 
 
+# Matrices that no product reads as weights, or that decide: whole words of a name count, so "norm_proj" is none.
+_WORDS = r"(?:.*/)?(?:[^/]*_)?(?:{})(?:_[^/]*)?(?:/.*)?"
+_STATE_SPACE = r"(?:.*/)?(?:A_log|dt_bias|D|log_dt|A_real|A_imag)"
+_TABLES = _WORDS.format("rotary|rope|inv_freq|freqs_cis|freqs|relative_position|rel_pos|relative_attention|codebooks?")
+_LATENTS = r"(?:.*/)?(?:[^/]*_)?latents?"
+_ROUTER = _WORDS.format("router|gate_logits") + r"|(?:.*/)?(?:[^/]*moe[^/]*|mlp|feed_forward|ffn|experts?)/gate"
+
 BY_DEFAULT = {  # what a report says of them, instead of such patterns
     (_HEAD, None): "output heads stay, by default",
     (_EMBEDDING, None): "embeddings stay, by default",
     (".*", "Embed"): "a rule excludes modules of class Embed",
+    (_STATE_SPACE, None): "parameters of state spaces stay, by default",
+    (_TABLES, None): "tables of positions and codebooks stay, by default",
+    (_LATENTS, None): "latents stay, by default",
+    (_ROUTER, None): "routers stay, by default",
 }
 
 
@@ -321,6 +337,10 @@ def default_rules(weight_fmt: str | Format = "if4", act_fmt: str | Format | None
     (NVFP4 pretraining, arXiv 2509.25149); the published IF4 and 4/6 code leaves `lm_head` out, too. Attention's
     products stay as they are there as well (`Rule.operands` asks for them). Training also keeps the last blocks in
     BF16 (4 of 24 for IF4, arXiv 2603.28765), quantization after it does not.
+
+    Routers of experts stay, too, as a small error there changes which expert a token goes to; and what is no weight of
+    a product: parameters of state spaces (A_log, dt_bias, D), tables of rotary and relative positions, codebooks,
+    latents.
 
     A head is known by name: lm_head, head, classifier, logits, output_layer and the like. Embeddings are the modules
     of class Embed, and whatever has "embed" in its name (patch projections too), or is called wte or wpe. Other names

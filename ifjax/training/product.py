@@ -86,7 +86,7 @@ def quantized_dot_general(
         return placed(x, w, key)
     result: Any = jax.eval_shape(plain, *(jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, w)))
 
-    settings = _Settings(recipe, precision, np.dtype(dtype), result.dtype, x.dtype, w.dtype)
+    settings = Settings(recipe, precision, np.dtype(dtype), result.dtype, x.dtype, w.dtype)
     x, w = as_varying(x, w), as_varying(w, x)
     rows = _as_matrices(x, x_batch, _rest(x, x_batch, x_contracted), x_contracted)
     columns = _as_matrices(w, w_batch, w_contracted, _rest(w, w_batch, w_contracted))
@@ -95,7 +95,7 @@ def quantized_dot_general(
     return y if out_sharding is None else jax.reshard(y, out_sharding)
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """What a product is compiled for; hashable."""
 
     recipe: Recipe
@@ -121,15 +121,15 @@ def _as_matrices(a, batch, rows, columns):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(x, w, key, settings: _Settings):
+def _product(x, w, key, settings: Settings):
     """x [tokens, K] times w [K, N], each with one leading batch axis or none."""
     return _forward(x, w, key, settings)[0]
 
 
 def _forward(x, w, key, settings):
     """y, and the operands that it is the product of."""
-    qx = _operand(x, "fprop", "lhs", -1, key, settings)
-    qw = _operand(w, "fprop", "rhs", -2, key, settings)
+    qx = operand_of(x, "fprop", "lhs", -1, key, settings)
+    qw = operand_of(w, "fprop", "rhs", -2, key, settings)
     return _multiply(qx, qw, -1, -2, settings.dtype, settings.out_dtype, settings.precision), (qx, qw)
 
 
@@ -143,23 +143,23 @@ def _product_fwd(x, w, key, settings):
         if operand.reuse:
             return forward
         is_packed = recipe.residuals == "packed" and operand.is_packed_early
-        return _operand(a, product_name, side, axis, key, settings) if is_packed else a
+        return operand_of(a, product_name, side, axis, key, settings) if is_packed else a
 
     for_dgrad = kept(w, qw, recipe.dgrad.rhs, "dgrad", "rhs", -1)
     for_wgrad = kept(x, qx, recipe.wgrad.lhs, "wgrad", "lhs", -2)
-    # Nothing of x and of w, from which `_once` sees whether what is being differentiated depends on them.
+    # Nothing of x and of w, from which `once` sees whether what is being differentiated depends on them.
     nothing = [lax.slice_in_dim(a, 0, 0, axis=a.ndim - 1) for a in (x, w)]
     return y, (for_dgrad, for_wgrad, nothing, key)
 
 
 def _product_bwd(settings, residuals, g):
     for_dgrad, for_wgrad, nothing, key = residuals
-    g, _ = _once(g, nothing)
-    left = _operand(g, "dgrad", "lhs", -1, key, settings)
-    right = _operand(for_dgrad, "dgrad", "rhs", -1, key, settings)
+    g, _ = once(g, nothing)
+    left = operand_of(g, "dgrad", "lhs", -1, key, settings)
+    right = operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings)
     dx = _multiply(left, right, -1, -1, settings.dtype, settings.x_dtype, settings.precision)
-    left = _operand(for_wgrad, "wgrad", "lhs", -2, key, settings)
-    right = _operand(g, "wgrad", "rhs", -2, key, settings)
+    left = operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings)
+    right = operand_of(g, "wgrad", "rhs", -2, key, settings)
     like = None
     if isinstance(left, QTensor) and not isinstance(for_wgrad, QTensor):
         like = pad_axis(for_wgrad, left.shape[-2], -2)
@@ -171,11 +171,11 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 @jax.custom_jvp
-def _once(g, nothing):
+def once(g, nothing):
     return g, nothing
 
 
-@_once.defjvp
+@once.defjvp
 def _once_jvp(primals, tangents):
     raise ValueError(
         "quantized_dot_general is differentiable once: rounding has no second derivative. Take second derivatives "
@@ -183,7 +183,7 @@ def _once_jvp(primals, tangents):
     )
 
 
-def _operand(a, product_name, side, axis, key, settings) -> Any:
+def operand_of(a, product_name, side, axis, key, settings) -> Any:
     """What the named product multiplies for a, of which it contracts `axis`: a QTensor, or an array."""
     product = getattr(settings.recipe, product_name)
     operand, size = getattr(product, side), product.hadamard

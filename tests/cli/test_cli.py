@@ -239,9 +239,9 @@ def test_a_missing_file_and_an_empty_folder_are_errors(capsys, tmp_path):
     [
         ({}, "it holds no tensors"),
         ({"ids": np.arange(64).reshape(8, 8)}, "1 tensors skipped, I64 is not one of F32, BF16, F16, F64"),
-        ({"a": normal(64), "b": normal(8)}, "2 tensors kept, not a matrix (--all takes vectors too)"),
+        ({"a": normal(64), "b": normal(8)}, "2 tensors kept, not a matrix (--all takes these too)"),
         ({"w": np.zeros((4, 0), np.float32)}, "1 tensors kept, not a matrix"),
-        ({"w": np.full((4, 8), np.inf, np.float32)}, "32 of its values are not finite"),
+        ({"w": np.full((4, 32), np.inf, np.float32)}, "128 of its values are not finite"),
     ],
 )
 def test_a_file_with_nothing_to_measure_is_an_error(capsys, tmp_path, tensors, why):

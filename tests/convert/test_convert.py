@@ -267,10 +267,10 @@ def test_a_formats_name_leaves_embeddings_heads_and_what_is_no_matrix(tmp_path):
     assert isinstance(work, Plan)
     by_name = {task.stored.name: task for task in work.tasks}
     assert list(by_name)[4:7] == ["layers.0.q_proj.weight", "layers.2.q_proj.weight", "layers.10.q_proj.weight"]
-    assert {name for name, task in by_name.items() if task.how is not None} == {
+    assert {name for name, task in by_name.items() if task.decision.weights is not None} == {
         "layers.0.q_proj.weight", "layers.2.q_proj.weight", "layers.10.q_proj.weight", "half.weight",
     }  # fmt: skip
-    reasons = {name: task.reason for name, task in by_name.items() if task.how is None}
+    reasons = {name: task.decision.reason for name, task in by_name.items() if task.decision.weights is None}
     assert reasons["layers.0.q_proj.bias"] == "a bias" and reasons["norm.weight"] == "a norm"
     assert reasons["embed_tokens.weight"] == "embeddings stay, by default"
     assert reasons["lm_head.weight"] == "output heads stay, by default"
@@ -297,7 +297,7 @@ def test_rules_match_paths_and_the_first_decides(tmp_path):
         Rule("norm", None),
     ]  # fmt: skip
     work = plan(model(tmp_path), rules)
-    assert {t.stored.name: t.axis for t in work.tasks if t.how is not None} == {
+    assert {t.stored.name: t.decision.axis for t in work.tasks if t.decision.weights is not None} == {
         "embed_tokens.weight": -2, "layers.2.q_proj.weight": -1,
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"'layer/\.\*'.* matches nothing: the closest paths are 'layers"):

@@ -12,7 +12,7 @@ optax = pytest.importorskip("optax")
 import ifjax  # noqa: E402
 from ifjax.arrays import QTensor  # noqa: E402
 from ifjax.models.flax.nnx import PackedParam, walk  # noqa: E402
-from ifjax.models.sites import Kernel  # noqa: E402
+from ifjax.models.sites import Site  # noqa: E402
 
 X = jax.random.normal(jax.random.key(1), (2, 5, 32))
 
@@ -37,14 +37,14 @@ def find(model, path):
 def pack(model):
     """(the model with every kernel packed, the model with the decoded kernels as plain parameters)"""
     plain = nnx.clone(model)
-    for kernel in walk(model).kernels.values():
-        if kernel.reason is None:
-            name = kernel.parameter.rsplit("/", 1)[-1]
-            param = find(model, kernel.parameter)
-            lead = tuple(range(len(kernel.stacked)))
-            q = ifjax.quantize(param[...], "nvfp4", axis=kernel.axes[-1], amax_axes=lead)
-            setattr(find(model, kernel.path), name, PackedParam.like(param, q))
-            setattr(find(plain, kernel.path), name, nnx.Param(q.dequantize()))
+    for site in walk(model).sites.values():
+        if site.axes and site.reason is None:
+            name = site.parameter.rsplit("/", 1)[-1]
+            param = find(model, site.parameter)
+            lead = tuple(range(len(site.stacked)))
+            q = ifjax.quantize(param[...], "nvfp4", axis=site.axes[-1], amax_axes=lead)
+            setattr(find(model, site.path), name, PackedParam.like(param, q))
+            setattr(find(plain, site.path), name, nnx.Param(q.dequantize()))
     return model, plain
 
 
@@ -156,7 +156,7 @@ def test_abstract_models_need_no_arrays():
     assert abstract.kernel[...] == jax.ShapeDtypeStruct((32, 16), jnp.float32)
     assert abstract.kernel.shape == (32, 16)
     assert "QTensor(nvfp4, 32x16 float32" in repr(abstract)
-    assert walk(abstract).kernels["kernel"].axes == (-2,)
+    assert walk(abstract).sites["kernel"].axes == (-2,)
 
 
 # --- the variable
@@ -277,13 +277,25 @@ def walked(make):
     return walk(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
 
-def kernel_of(parameter, module, axes, stacked=(), reason=None):
+def kernels(found):
+    """Sites of parameters that a module multiplies by."""
+    return {parameter: site for parameter, site in found.sites.items() if site.axes}
+
+
+def reasons(found):
+    """Why the others are none, where it is known."""
+    return {parameter: site.reason for parameter, site in found.sites.items() if site.reason and not site.axes}
+
+
+def kernel_of(parameter, module, shape, axes, stacked=(), packed=False):
     path = parameter.rpartition("/")[0]
     unfit = "NNX modules multiply by themselves: only linen modules can be intercepted"
     training = None
     if module in ("Einsum", "Conv", "ConvTranspose", "Embed"):
         training = f"nnx.{module} has no place for another product, only Linear and LinearGeneral have"
-    return Kernel(parameter, path, module, axes, stacked, unfit_for=unfit, reason=reason, training=training)
+    return Site(
+        parameter, path, module, shape, axes, stacked, packed=packed, activations=unfit, training=training
+    )  # fmt: skip
 
 
 MODULES = [
@@ -303,11 +315,11 @@ MODULES = [
 
 @pytest.mark.parametrize(("make", "axes"), MODULES)
 def test_contraction_axes_follow_from_the_modules(make, axes):
-    found, name = walked(make), type(nnx.eval_shape(lambda: make(nnx.Rngs(0)))).__name__
-    assert found.kernels == {"kernel": kernel_of("kernel", name, axes)}
-    assert found.reasons["bias"] == "a bias is added"
+    found, module = walked(make), nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    name = type(module).__name__
+    assert kernels(found) == {"kernel": kernel_of("kernel", name, module.kernel.shape, axes)}
+    assert reasons(found)["bias"] == "a bias is added"
     assert found.modules[""] == name
-    assert found.reached["kernel"] == () and "bias" in found.reached
 
 
 @pytest.mark.parametrize(("make", "axes"), MODULES)
@@ -315,11 +327,10 @@ def test_more_axes_in_front_are_those_of_layers(make, axes):
     """As nnx.vmap puts them there, once or twice."""
     once = nnx.eval_shape(lambda: nnx.vmap(make)(nnx.Rngs(0).split(7)))
     rank = once.kernel.ndim
-    assert walk(once).kernels["kernel"][3:5] == (axes, (-rank,))
-    assert walk(once).reached["kernel"] == (-rank,)
+    assert walk(once).sites["kernel"][4:6] == (axes, (-rank,))
     twice = nnx.eval_shape(lambda: nnx.vmap(lambda r: nnx.vmap(make)(r.split(8)))(nnx.Rngs(0).split(7)))
     assert twice.kernel.shape == (7, 8, *once.kernel.shape[1:])
-    assert walk(twice).kernels["kernel"][3:5] == (axes, (-rank - 1, -rank))
+    assert walk(twice).sites["kernel"][4:6] == (axes, (-rank - 1, -rank))
 
 
 def test_a_kernel_of_another_shape_than_its_module_tells_is_not_taken_for_one():
@@ -335,12 +346,12 @@ def test_a_kernel_of_another_shape_than_its_module_tells_is_not_taken_for_one():
     for make, shape in ((behind, (4, 7, 3)), (transposed, (3, 4))):
         assert nnx.eval_shape(lambda make=make: make(nnx.Rngs(0))).kernel.shape == shape
         found = walked(make)
-        assert (found.kernels, found.reasons) == ({}, {}) and "kernel" in found.reached
+        assert (kernels(found), reasons(found)) == ({}, {}) and "kernel" in found.sites
 
 
 def test_embeddings_are_contracted_along_their_features():
     found = walked(lambda r: nnx.Embed(4, 3, rngs=r))
-    assert found.kernels == {"embedding": kernel_of("embedding", "Embed", (-1,))}
+    assert kernels(found) == {"embedding": kernel_of("embedding", "Embed", (4, 3), (-1,))}
 
 
 @pytest.mark.parametrize(
@@ -356,17 +367,17 @@ def test_embeddings_are_contracted_along_their_features():
     ],
 )
 def test_contraction_axes_follow_from_the_equation(equation, shape, axes):
-    assert walked(lambda r: nnx.Einsum(equation, shape, rngs=r)).kernels["kernel"].axes == axes
+    assert walked(lambda r: nnx.Einsum(equation, shape, rngs=r)).sites["kernel"].axes == axes
 
 
 def test_equations_without_a_contraction_are_refused_by_name():
     for equation, shape in (("ab,bc->abc", (2, 3)), ("ab,bb->a", (3, 3))):
         found = walked(lambda r, e=equation, s=shape: nnx.Einsum(e, s, rngs=r))
-        assert found.kernels == {}
-        assert found.reasons["kernel"] == f"{equation!r} contracts none of its axes, or takes a diagonal"
+        assert kernels(found) == {}
+        assert reasons(found)["kernel"] == f"{equation!r} contracts none of its axes, or takes a diagonal"
     module = nnx.eval_shape(lambda: nnx.Einsum("ab,bc->ac", (2, 3), rngs=nnx.Rngs(0)))
     module.einsum_str = None  # it comes with each call
-    assert walk(module)[0::2] == ({}, {"kernel": ()}) and not walk(module).reasons
+    assert (walk(module).sites["kernel"].axes, walk(module).sites["kernel"].reason) == ((), None)
 
 
 def test_every_parameter_of_a_model_is_told():
@@ -383,19 +394,20 @@ def test_every_parameter_of_a_model_is_told():
         )
 
     found, state = walked(make), nnx.state(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
-    assert list(found.reached) == ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
-    assert set(found.reached) == set(found.kernels) | set(found.reasons)
-    kernels, reasons = found.kernels, found.reasons
-    assert kernels["attention/out/kernel"] == kernel_of("attention/out/kernel", "LinearGeneral", (-3, -2))
-    assert kernels["attention/query/kernel"].axes == (-3,)
-    assert reasons["attention/query/bias"] == "a bias is added"
-    assert reasons["attention/query_ln/scale"] == "LayerNorm has no matmul"
-    assert reasons["norms/0/scale"] == "BatchNorm has no matmul"
-    assert reasons["norms/1/negative_slope"] == "PReLU has no matmul"
-    assert kernels["again/kernel"].axes == (-2,) and "lora/base_module/kernel" not in kernels  # shared: told once
-    assert "trained" in reasons["lora/lora_a"]
-    assert kernels["spectral/layer_instance/kernel"].reason == "SpectralNorm rewrites it at every call"
-    assert kernels["weight/layer_instance/kernel"].reason == "WeightNorm rewrites it at every call"
+    assert list(found.sites) == ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
+    sites, why = kernels(found), reasons(found)
+    assert set(found.sites) == set(sites) | set(why)
+    out = kernel_of("attention/out/kernel", "LinearGeneral", (2, 2, 4), (-3, -2))
+    assert sites["attention/out/kernel"] == out
+    assert sites["attention/query/kernel"].axes == (-3,)
+    assert why["attention/query/bias"] == "a bias is added"
+    assert why["attention/query_ln/scale"] == "LayerNorm has no matmul"
+    assert why["norms/0/scale"] == "BatchNorm has no matmul"
+    assert why["norms/1/negative_slope"] == "PReLU has no matmul"
+    assert sites["again/kernel"].axes == (-2,) and "lora/base_module/kernel" not in sites  # shared: told once
+    assert "trained" in why["lora/lora_a"]
+    assert sites["spectral/layer_instance/kernel"].reason == "SpectralNorm rewrites it at every call"
+    assert sites["weight/layer_instance/kernel"].reason == "WeightNorm rewrites it at every call"
     assert found.modules["attention"] == "MultiHeadAttention" and found.modules["dropout"] == "Dropout"
     assert found.modules["norms/0"] == "BatchNorm" and "norms" not in found.modules  # a list is no module
     assert "lora/base_module" not in found.modules
@@ -404,20 +416,21 @@ def test_every_parameter_of_a_model_is_told():
 def test_raw_parameters_are_left_to_rules():
     found = walk(nnx.eval_shape(lambda: Stack(scanned)))
     for path in ("blocks/raw", "blocks/many/0"):  # a vector of layers passes for a matrix
-        assert found.reached[path] == () and path not in found.kernels and path not in found.reasons
-    kernel = found.kernels["blocks/many/1/kernel"]
-    assert kernel == kernel_of("blocks/many/1/kernel", "Linear", (-2,), (-3,))
-    assert found.kernels["blocks/dense/kernel"][3:5] == ((-2,), (-3,))  # of [3, 32, 32]
-    assert "blocks/count" not in found.reached
+        site = found.sites[path]
+        assert (site.axes, site.stacked, site.reason) == ((), (), None)
+    kernel = found.sites["blocks/many/1/kernel"]
+    assert kernel == kernel_of("blocks/many/1/kernel", "Linear", (3, 32, 32), (-2,), (-3,))
+    assert found.sites["blocks/dense/kernel"][4:6] == ((-2,), (-3,))  # of [3, 32, 32]
+    assert "blocks/count" not in found.sites
 
 
 def test_what_is_packed_goes_by_its_own_axis():
     packed, plain = pack(linear())
-    assert walk(packed).kernels == {"kernel": kernel_of("kernel", "Linear", (-2,))}
+    assert kernels(walk(packed)) == {"kernel": kernel_of("kernel", "Linear", (32, 16), (-2,), packed=True)}
     packed.kernel = PackedParam.like(plain.kernel, ifjax.quantize(plain.kernel[...], axis=-1))
-    assert walk(packed).kernels == {"kernel": kernel_of("kernel", "Linear", (-1,))}
+    assert kernels(walk(packed)) == {"kernel": kernel_of("kernel", "Linear", (32, 16), (-1,), packed=True)}
     stacked, _ = pack(made(lambda: Stack(scanned)))
-    assert walk(stacked).kernels["blocks/dense/kernel"][3:5] == ((-2,), (-3,))
+    assert walk(stacked).sites["blocks/dense/kernel"][4:6] == ((-2,), (-3,))
 
 
 def test_a_state_is_no_model():

@@ -460,8 +460,13 @@ def test_a_raw_parameter_of_experts_takes_the_rules_axis():
     same(packed["params"]["wi"], ifjax.quantize(normal(3, 8, 4), rules[0].weight_format, axis=-2, amax_axes=(0,)))
     np.testing.assert_array_equal(model.apply(packed, x), model.apply(faked, x))
     _, report = ifjax.quantize_params(params, Rule(".*", block=4, optional=True), model=model, sample=x)
-    with pytest.raises(ValueError, match=r"1 of 3 .*\n  wi \(Experts 3x8x4, not quantized\).*give the rule axis=-2"):
-        report.check()
+    entry = entry_of(report.check(), "wi")  # the program tells the axis
+    assert entry.fmt == "if4_bs4" and entry.shape == (3, 8, 4)
+    packed, _ = ifjax.quantize_params(params, [Rule("wi", "nvfp4", block=4), rules[1]], model=model, sample=x)
+    same(packed["params"]["wi"], ifjax.quantize(normal(3, 8, 4), rules[0].weight_format, axis=-2, amax_axes=(0,)))
+    with pytest.raises(ValueError, match=r"1 of 2 .*\n  wi \(3x8x4, not quantized\).*give the rule axis=-2"):
+        alone = {"wi": normal(3, 8, 4), "wo": normal(8, 4)}
+        ifjax.quantize_params(alone, [Rule("wo", axis=-2, block=4), Rule(".*", optional=True)])[1].check()
 
 
 # --- training beside packed parameters

@@ -15,10 +15,11 @@ from ifjax.codec import LOSSES, SEARCHES, BlockLoss, Search
 from ifjax.formats import FORMATS, Candidate, Format, Grid, Scale, TableScale, get_format
 from ifjax.formats.grids import E2M1, INT4
 from ifjax.formats.scales import E4M3
-from ifjax.models.rule_checks import check_used, reason_against
+from ifjax.models.decisions import reason_against
+from ifjax.models.rule_checks import check_used
 from ifjax.models.rule_files import load_rules, save_rules
 from ifjax.models.rules import OPERANDS, Rule, RuleError, default_rules, first_match
-from ifjax.models.sites import Seen
+from ifjax.models.sites import Site
 
 GRIDS = Grid.sign_magnitude("odd", (0.0, 0.1, 0.7, 3.0)), Grid.sign_magnitude("even", (0, 1, 2, 3))
 MINE = Format("mine", tuple(map(Candidate, GRIDS)), 24)
@@ -46,14 +47,20 @@ class InHalves(Scale):
 
 HALVES = Format("halves", (Candidate(E2M1),), 16, InHalves(), tensor_peak=None)
 
+
+
+def dense(path, module="Dense", length=64):
+    return Site(f"{path}/kernel", path, module, (length, 8), (-2,))
+
+
 PATHS = [
-    Seen("encoder/layer_0/mlp/Dense_0", "Dense", length=64),
-    Seen("encoder/layer_0/mlp/Dense_1", "Dense", length=256),
-    Seen("encoder/layer_0/LayerNorm_0", "LayerNorm", quantizable=False, reason="LayerNorm has no matmul"),
-    Seen("encoder/layer_0/attention", "MultiHeadDotProductAttention", False, "holds no kernel", operands=OPERANDS),
-    Seen("stem", "Conv", length=3),
-    Seen("moe/wi", raw_shape=(8, 64, 128)),
-    Seen("lm_head", "Dense", length=64),
+    dense("encoder/layer_0/mlp/Dense_0"),
+    dense("encoder/layer_0/mlp/Dense_1", length=256),
+    Site("encoder/layer_0/LayerNorm_0", "encoder/layer_0/LayerNorm_0", "LayerNorm", reason="LayerNorm has no matmul"),
+    Site("encoder/layer_0/attention", "encoder/layer_0/attention", "MultiHeadDotProductAttention", operands=OPERANDS),
+    dense("stem", "Conv", 3),
+    Site("moe/wi", "moe/wi", shape=(8, 64, 128)),
+    dense("lm_head"),
 ]
 
 
@@ -583,7 +590,7 @@ def test_rules_that_are_of_use_pass():
         ([Rule("encoder/.*/LayerNorm_0")],
          ["matches only what cannot be quantized ('encoder/layer_0/LayerNorm_0': LayerNorm has no matmul): the closest "
           "paths are 'encoder/layer_0/mlp/Dense"]),
-        ([Rule("moe/wi")], ["no module tells the contraction axis of its shape (8, 64, 128): give the rule axis=-2"]),
+        ([Rule("moe/wi")], ["no module tells the contraction axis of its shape (8, 64, 128): pass model= and sample="]),
         ([Rule("moe/wi", axis=-4)], ["its shape (8, 64, 128) has no axis -4: give the rule axis=-3 or above"]),
         ([Rule("moe/wi", axis=-3)], ["'moe/wi': its contraction length 8 is below the block of 16 of if4"]),
         ([Rule("stem"), Rule("lm_head")],
@@ -608,13 +615,13 @@ def test_rules_of_no_use_are_an_error(rules, messages):
 
 
 def test_a_container_is_not_excluded_by_its_own_path():
-    seen = [Seen("head", "Head", False, "holds no kernel"), Seen("head/Dense_0", "Dense", length=64)]
+    sites = [Site("head", "head", "Head", reason="holds no kernel"), dense("head/Dense_0")]
     with pytest.raises(
         ValueError, match=re.escape("excludes 'head', but not what is inside: 'head/Dense_0'")
     ) as caught:
-        check_used([Rule("head", None), Rule(".*")], seen)
+        check_used([Rule("head", None), Rule(".*")], sites)
     assert str(caught.value).endswith("Write 'head/.*'")
-    check_used([Rule("head(/.*)?", None), Rule(".*")], [*seen, Seen("body", "Dense")])
+    check_used([Rule("head(/.*)?", None), Rule(".*")], [*sites, dense("body")])
 
 
 def test_an_optional_rule_may_be_of_no_use():
@@ -623,7 +630,7 @@ def test_an_optional_rule_may_be_of_no_use():
     with pytest.raises(ValueError, match="matches nothing"):
         check_used([dataclasses.replace(rule, optional=False), Rule(".*", optional=True)], PATHS)
     with pytest.raises(ValueError, match="no rule quantizes anything"):
-        check_used(default_rules(), [Seen("stem", "Conv", length=3)])
+        check_used(default_rules(), [dense("stem", "Conv", 3)])
 
 
 def test_a_model_without_modules_has_no_closest_path():
@@ -636,6 +643,6 @@ def test_the_reason_against_is_none_for_what_is_quantized():
     assert reason_against(Rule(".*", axis=-2), PATHS[5]) is None
     assert reason_against(Rule("lm_head", None), PATHS[6]) == "the rule 'lm_head' excludes it"
     assert reason_against(Rule(".*"), PATHS[2]) == "LayerNorm has no matmul"
-    assert reason_against(Rule(".*"), Seen("a", "LSTMCell", quantizable=False)) == "LSTMCell cannot be quantized"
+    assert reason_against(Rule(".*"), PATHS[3]) == "MultiHeadDotProductAttention cannot be quantized"
     assert reason_against(Rule(".*", block=64), PATHS[0]) is None
     assert "below the block" in str(reason_against(Rule(".*", block=65), PATHS[0]))

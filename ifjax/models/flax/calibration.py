@@ -13,9 +13,11 @@ import numpy as np
 
 from ifjax.arrays import QTensor
 from ifjax.formats import Format
-from ifjax.models.flax.linen import Operands, Watcher, as_arguments, inside, joined, layer_of, split_arrays
-from ifjax.models.rules import OPERANDS, Rule, as_rules, first_match
-from ifjax.models.sites import Seen, join_path
+from ifjax.models.arguments import as_arguments, joined, split_arrays
+from ifjax.models.decisions import decide
+from ifjax.models.flax.linen import Operands, Watcher, layer_of, site_of
+from ifjax.models.functions import inside
+from ifjax.models.rules import Rule, as_rules
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,21 +124,23 @@ class _Collector(Watcher):
 
     def __call__(self, next_fun, args, kwargs, context):
         layer, module = layer_of(context), context.module
-        path, name = self.note(module)
+        path, _ = self.note(module)
         if layer is None:
             return next_fun(*args, **kwargs)
-        rule = first_match(self.rules, path, name)
-        if layer.kernel is None:
-            self.layers[path] = Seen(path, name, False, operands=OPERANDS)
-        else:
-            self.layers[join_path((*module.path, layer.kernel))] = Seen(path, name)
+        site = site_of(module, layer)
+        kernel = None if layer.kernel is None else module.get_variable("params", layer.kernel)
+        if kernel is not None:
+            axes = layer.axes(module, args, kwargs, kernel.ndim)
+            site = site._replace(axes=axes, shape=tuple(kernel.shape), packed=isinstance(kernel, QTensor))
+        self.layers[site.parameter] = site
+        decision = decide(self.rules, site)
+        rule = decision.rule
         if rule is None or not (_wants_amax(rule) or rule.gptq):
             return next_fun(*args, **kwargs)
-        kernel = None if layer.kernel is None else module.get_variable("params", layer.kernel)
-        formats = rule.operand_formats if layer.kernel is None else {"input": rule.activation_format}
+        encodings = {"input": decision.activations} if layer.kernel is not None else decision.operands
 
         def activation(x, axes, operand):
-            if _wants_amax(rule) and formats.get(operand) is not None:
+            if _wants_amax(rule) and encodings.get(operand) is not None:
                 magnitude = jnp.abs(jnp.asarray(x, jnp.float32))
                 peak = magnitude.max(initial=0)
                 if self.percentile is not None:

@@ -5,18 +5,17 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from ifjax.arrays import QTensor, quantize
 from ifjax.codec import Encoding
 from ifjax.formats import Format
+from ifjax.models.activations import quantized_activation, static_amax, without_gradient
+from ifjax.models.decisions import Decision, decide
 from ifjax.models.flax.calibration import Calibration, value_name
-from ifjax.models.flax.linen import Layer, Operands, Watcher, attention_refusal, inside, layer_of, training_refusal
-from ifjax.models.rule_checks import reason_against
-from ifjax.models.rules import OPERANDS, Rule, as_rules, first_match, training_rules
-from ifjax.models.sites import Seen, blocked_axis, join_path
-from ifjax.training import Recipe, get_recipe, quantized_dot_general
+from ifjax.models.flax.linen import Census, Layer, Operands, Watcher, layer_of, site_of
+from ifjax.models.rules import OPERANDS, Rule, as_rules, training_rules
+from ifjax.models.sites import Site
+from ifjax.training import Recipe, quantized_dot_general
 
 
 def inference(
@@ -70,65 +69,29 @@ def training(rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantiz
     return _Training(training_rules(rules), rng)
 
 
-def quantized(
-    fn: Callable[..., Any], rules: Iterable[Rule] | Rule | Recipe | str | Format | None = None, *,
-    calibration: Calibration | None = None,
-) -> Callable[..., Any]:
-    """fn, whose Flax linen modules multiply as the rules say; before or after `jax.jit`.
-
-    For training (`ifjax.interceptors.training`) if it is given a recipe's record or rules with recipes, else for
-    inference.
-
-    It may be applied to jitted functions, or call some: jax.jit's caches tell calls inside from those outside.
-
-    Args:
-        fn: any function that applies linen modules, such as `model.apply`.
-        rules: as for `ifjax.interceptors.inference` or `training`. A string is a format's name.
-        calibration: as for inference.
-
-    Raises:
-        ValueError: when called: a rule, not optional, matches nothing in the model; no linen module was called (NNX
-            modules cannot be intercepted); inside another `quantized` function.
-
-    Example:
-        >>> import flax.linen as nn, jax, jax.numpy as jnp
-        >>> import ifjax
-        >>> model, x = nn.Dense(16), jnp.ones((2, 32))
-        >>> rules = ifjax.Rule(".*", "if4", act_fmt="if4")
-        >>> packed, report = ifjax.quantize_params(model.init(jax.random.key(0), x), rules, model=model, sample=x)
-        >>> jax.jit(ifjax.quantized(model.apply, rules))(packed, x).shape
-        (2, 16)
+class Noting(Census):
+    """The modules that are called in its context, whose attention multiplies as the rules say: they have no parameter
+    from whose product it could be told. All other products are for the program that is traced.
     """
-    if isinstance(rules, Recipe):
-        rules = training_rules(rules)
-    rules = () if rules is None else as_rules(rules)
-    trains = any(rule.recipe is not None for rule in rules)
-    if trains and calibration is not None:
-        raise ValueError("calibration is for inference, and these rules have recipes: pass the ones without")
-    key = rules, calibration
 
-    @functools.wraps(fn)
-    def wrapped(*args, **kwargs):
-        if inside.value is not None:
-            raise ValueError("this is inside another ifjax.quantized function or ifjax.calibrate: quantize once")
-        interceptor = _Training(rules, "quantize") if trains else _Inference(rules, calibration)
-        with inside(key), nn.intercept_methods(interceptor):
-            result = fn(*args, **kwargs)
-        if interceptor.modules:
-            if rules and key not in _checked:
-                interceptor.check(rules)
-            _checked.add(key)
-        elif key not in _checked:  # else what was traced before, under jax.jit, has called some
-            raise ValueError(
-                "fn called no linen module, so nothing is quantized: pass a function that applies one. NNX modules "
-                "cannot be intercepted; they run on packed parameters as they are"
-            )
-        return result
+    def __init__(self, rules: tuple[Rule, ...], calibration: Any):
+        super().__init__()
+        self._rules, self._attention = rules, _Inference(rules, calibration)
 
-    return wrapped
+    def __enter__(self) -> "Noting":
+        self._context = nn.intercept_methods(self)
+        self._context.__enter__()
+        return self
 
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
 
-_checked: set[Any] = set()
+    def __call__(self, next_fun, args, kwargs, context):
+        layer = layer_of(context)
+        if layer is not None and layer.kernel is None:
+            next_fun = functools.partial(self._attention, next_fun, context=context)
+            return super().__call__(lambda *args, **kwargs: next_fun(args, kwargs), args, kwargs, context)
+        return super().__call__(next_fun, args, kwargs, context)
 
 
 class _Inference(Watcher):
@@ -142,17 +105,18 @@ class _Inference(Watcher):
         layer, module = layer_of(context), context.module
         if module.is_initializing():
             return next_fun(*args, **kwargs)
-        path, name = self.note(module)
+        path, _ = self.note(module)
         if layer is None:
             return next_fun(*args, **kwargs)
-        rule = first_match(self.rules, path, name)
-        weights = self._weights(layer, module, args, kwargs, path, rule)
-        encodings = self._encodings(layer, rule, path)
+        site, kernel = self._site(layer, module, args, kwargs)
+        decision = decide(self.rules, site)
+        weights = self._weights(site, kernel, decision)
+        encodings = self._encodings(site, decision)
         if weights is None and not encodings:
             return next_fun(*args, **kwargs)
 
         def activation(x, axes, operand):
-            how = encodings.get(operand)
+            how, rule = encodings.get(operand), decision.rule
             if how is None or rule is None:
                 return x
             if operand in OPERANDS[:2] and x.shape[axes[0]] < how.fmt.block:
@@ -160,58 +124,50 @@ class _Inference(Watcher):
                     f"{path!r}: the head size of {operand} is {x.shape[axes[0]]}, below the block of {how.fmt.block} "
                     f"of {how.fmt.name}: take shorter blocks"
                 )
-            return quantized_activation(x, axes, how, rule, self._static_amax(rule, value_name(path, operand)))
+            known = None if self.calibration is None else self.calibration.amax
+            amax = static_amax(known, value_name(path, operand)) if rule.act_amax == "static" else None
+            return quantized_activation(x, axes, how, rule.act_amax, amax)
 
         return layer.run(module, next_fun, args, kwargs, Operands(weights, activation))
 
-    def _weights(self, layer: Layer, module, args, kwargs, path, rule) -> QTensor | None:
+    def _site(self, layer: Layer, module, args, kwargs) -> tuple[Site, Any]:
+        """The layer's site, which is noted, and its kernel."""
+        site, kernel = site_of(module, layer), None
+        if layer.kernel is not None:
+            kernel = module.get_variable("params", layer.kernel)
+            if kernel is None:
+                return site._replace(reason="it has no kernel"), None
+            packed = isinstance(kernel, QTensor)
+            kernel = kernel.unbox() if not packed and hasattr(kernel, "unbox") else kernel
+            axes = layer.axes(module, args, kwargs, kernel.ndim)
+            site = site._replace(shape=tuple(kernel.shape), axes=axes, packed=packed)
+        self.layers[site.parameter] = site
+        return site, kernel
+
+    def _weights(self, site: Site, kernel: Any, decision: Decision) -> QTensor | None:
         """The kernel, packed; None to leave alone what is there."""
-        name = type(module).__name__
-        if layer.kernel is None:
-            refusal = attention_refusal(module)
-            self.layers[path] = Seen(path, name, False, refusal, operands=() if refusal else OPERANDS)
+        if isinstance(kernel, QTensor):
+            return kernel
+        if kernel is None or decision.weights is None or decision.rule is None or decision.axis is None:
             return None
-        kernel: Any = module.get_variable("params", layer.kernel)
-        if kernel is None:
-            return None
-        packed = kernel if isinstance(kernel, QTensor) else None
-        kernel = kernel.unbox() if packed is None and hasattr(kernel, "unbox") else kernel
-        axes = layer.axes(module, args, kwargs, kernel.ndim)
-        seen = Seen(path, name, length=max(kernel.shape[a] for a in axes))
-        self.layers[join_path((*module.path, layer.kernel))] = seen
-        if packed is not None:
-            return packed
-        if rule is None or reason_against(rule, seen) is not None:
-            return None
-        if rule.gptq:
-            raise ValueError(f"{path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
-        axis = blocked_axis(axes, kernel.shape, rule.weights.fmt.block)
-        return quantize(_without_gradient(kernel, path), rule.weights, axis=axis)
+        if decision.rule.gptq:
+            raise ValueError(f"{site.path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
+        return quantize(without_gradient(kernel, site.path), decision.weights, axis=decision.axis)
 
-    def _encodings(self, layer, rule, path) -> dict[str, Encoding]:
+    def _encodings(self, site: Site, decision: Decision) -> dict[str, Encoding]:
         """Of the activations that the layer multiplies."""
-        if rule is None:
-            return {}
-        if layer.kernel is None:
-            refused = self.layers[path].reason is not None and rule.optional
-            return {} if refused else rule.operand_encodings
-        seen = self.layers.get(join_path((path, layer.kernel) if path else (layer.kernel,)))
-        if rule.activations is None or seen is None or reason_against(rule, seen) is not None:
-            return {}
-        if layer.activations is not None:
-            return {}  # the report of quantize_params says so
-        return {"input": rule.activations}
-
-    def _static_amax(self, rule, name):
-        if rule.act_amax != "static":
-            return None
-        if self.calibration is None or name not in self.calibration.amax:
-            raise ValueError(
-                f"act_amax='static' needs the amax of {name!r} from calibration=ifjax.calibrate(...)"
-                + ("" if self.calibration is None else ", which has none: the calibrated function did "
-                   "not call the module, or no result of it depended on the module")
-            )
-        return self.calibration.amax[name]
+        if not site.operands:
+            asked = decision.weights is not None and decision.rule is not None and decision.rule.activations is not None
+            if asked and site.activations is not None:
+                raise ValueError(
+                    f"{site.path!r}: an interceptor cannot quantize its activations: {site.activations}. "
+                    "ifjax.quantized(model.apply, rules) can; or put a rule without act_fmt in front"
+                )
+            return {} if decision.activations is None else {"input": decision.activations}
+        rule = decision.rule
+        if site.reason is not None and rule is not None and rule.operands and not rule.optional:
+            raise ValueError(f"{site.path!r}: attention's products cannot be quantized: {site.reason}")
+        return dict(decision.operands)
 
 
 class _Training(Watcher):
@@ -225,19 +181,18 @@ class _Training(Watcher):
         layer, module = layer_of(context), context.module
         if module.is_initializing():
             return next_fun(*args, **kwargs)
-        path, name = self.note(module)
+        self.note(module)
         if layer is None:
             return next_fun(*args, **kwargs)
-        reason = training_refusal(module, layer)
-        parameter = join_path((*module.path, layer.kernel)) if layer.kernel else path
-        if parameter not in self.layers or reason is None:  # Embed looks up, too
-            self.layers[parameter] = Seen(path, name, reason is None, reason)
-        rule = first_match(self.rules, path, name)
-        if rule is None or rule.recipe is None or reason is not None:
+        site = site_of(module, layer)
+        site = site._replace(axes=(-1,) if layer.kernel else ()).in_training()
+        if site.parameter not in self.layers or site.reason is None:  # Embed looks up, too
+            self.layers[site.parameter] = site
+        recipe, key = decide(self.rules, site).recipe, None
+        if recipe is None or layer.kernel is None:
             return next_fun(*args, **kwargs)
         if isinstance(module.get_variable("params", layer.kernel), QTensor):
-            raise ValueError(f"{path!r} is packed, and training needs floats: use ifjax.interceptors.inference")
-        recipe, key = get_recipe(rule.recipe), None
+            raise ValueError(f"{site.path!r} is packed, and training needs floats: use ifjax.interceptors.inference")
         if recipe.needs_key and module.has_rng(self.rng):  # without one the backward pass says what is missing
             key = module.make_rng(self.rng)
 
@@ -248,34 +203,3 @@ class _Training(Watcher):
             )  # fmt: skip
 
         return layer.run(module, next_fun, args, kwargs, Operands(product=product))
-
-
-def _without_gradient(kernel, path):
-    """The kernel; differentiating it is an error."""
-
-    @jax.custom_jvp
-    def same(kernel):
-        return kernel
-
-    @same.defjvp
-    def refuse(primals, tangents):
-        raise ValueError(
-            f"{path!r}: a kernel that is quantized on the fly has no gradient. To train, give the rule a recipe, such "
-            "as 'weight_only_qat'; else differentiate other arguments only"
-        )
-
-    return same(kernel)
-
-
-def quantized_activation(
-    x: jax.Array, axes: tuple[int, ...], how: Encoding, rule: Rule, amax: float | None
-) -> QTensor:
-    """x quantized along one of the contracted axes (which come in the kernel's order), with amax as the rule says."""
-    x = jnp.asarray(x)
-    axis = blocked_axis(axes, x.shape, how.fmt.block)
-    if not how.fmt.has_tensor_scale:
-        return quantize(x, how, axis=axis)
-    if rule.act_amax != "token":
-        return quantize(x, how, axis=axis, amax=None if amax is None else jnp.float32(amax))
-    contracted = {a % x.ndim for a in axes}
-    return quantize(x, how, axis=axis, amax_axes=[a for a in range(x.ndim) if a not in contracted])

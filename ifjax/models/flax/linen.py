@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,12 +20,13 @@ from flax.linen.recurrent import DenseParams
 from opt_einsum.parser import parse_einsum_input
 
 from ifjax.arrays import QTensor
-from ifjax.arrays.quantize import straight_through
+from ifjax.models.activations import multiplied, rounded
+from ifjax.models.arguments import as_arguments
 from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import OPERANDS, Rule
-from ifjax.models.sites import LOOKUP, Kernel, Seen, Walk, innermost, join_path, without_matmul
+from ifjax.models.sites import LOOKUP, Site, Walk, explained, innermost, join_path, without_matmul
+from ifjax.models.trace import trace_tree
 from ifjax.products import dot_general, einsum
-from ifjax.products.dot_general import no_gradient
 from ifjax.products.einsum import einsum_of_two
 
 
@@ -179,15 +180,12 @@ def _run_attention(module, next_fun, args, kwargs, operands):
 
         return lambda: of_two
 
-    reason = attention_refusal(module)
-    if reason is not None:
-        raise ValueError(f"{join_path(module.path)!r}: attention's products cannot be quantized: {reason}")
     pairs = {"qk_attn_weights_einsum_cls": OPERANDS[:2], "attn_weights_value_einsum_cls": OPERANDS[2:]}
     with _fields(module, **{field: product(names) for field, names in pairs.items()}):
         return next_fun(*args, **kwargs)
 
 
-def attention_refusal(module: Any) -> str | None:
+def _attention_refusal(module: Any) -> str | None:
     """Why Flax has no place for other products in this attention; None if it has."""
     names = ("qk_attn_weights_einsum", "attn_weights_value_einsum")
     taken = [f"{name}_cls" for name in names if getattr(module, f"{name}_cls") is not None]
@@ -200,49 +198,43 @@ def attention_refusal(module: Any) -> str | None:
     return None
 
 
+def site_of(module: nn.Module, layer: Layer) -> Site:
+    """What a layer tells of itself; axes and shape are for its caller to add."""
+    path, name = join_path(module.path), type(module).__name__
+    if layer.kernel is None:
+        refusal = _attention_refusal(module)
+        return Site(path, path, name, operands=OPERANDS, reason=refusal, training=layer.training)
+    note = "weights are dequantized for the module's own dot_general" if has_own_product(module) else None
+    return Site(
+        join_path((*module.path, layer.kernel)), path, name, activations=layer.activations, note=note,
+        training=_training_refusal(module, layer),
+    )  # fmt: skip
+
+
 def has_own_product(module: Any) -> bool:
     """Whether the module was given a dot_general."""
     return any(getattr(module, name, None) is not None for name in ("dot_general_cls", "dot_general"))
 
 
-def training_refusal(module: Any, layer: Layer) -> str | None:
+def _training_refusal(module: Any, layer: Layer) -> str | None:
     """Why no recipe applies to this layer; None if one does."""
     return "the module has a dot_general of its own" if has_own_product(module) else layer.training
 
 
 def _rounded(operands, x, axes, operand="input"):
     """The activation as an array, with a straight-through gradient."""
-    q = operands.activation(x, axes, operand)
-    return straight_through(x, q.dequantize(), None) if isinstance(q, QTensor) else q
+    return rounded(x, operands.activation(x, axes, operand))
 
 
 def _multiplied(operands, x, w, axes, product):
-    """product(activation, w), linear in its first operand, with a straight-through gradient for x."""
-    x = jnp.asarray(x)
-    kind = jax.eval_shape(lambda x: operands.activation(x, axes, "input"), x)
-    if not isinstance(kind, QTensor):
-        return product(operands.activation(x, axes, "input"), w)
-
-    @jax.custom_vjp
-    def multiply(x, w):
-        return product(operands.activation(x, axes, "input"), w)
-
-    def forward(x, w):
-        return multiply(x, w), w
-
-    def backward(w, g):
-        _, pull = jax.vjp(lambda x: product(x, w), jnp.zeros(x.shape, x.dtype))
-        return *pull(g), no_gradient(w)
-
-    multiply.defvjp(forward, backward)
-    return multiply(x, w)
+    return multiplied(x, w, lambda x: operands.activation(x, axes, "input"), product)
 
 
 class Watcher:
     """Notes what an interceptor sees, to tell rules that are of use from others."""
 
     def __init__(self):
-        self.layers: dict[str, Seen] = {}  # by the kernel's path, or the module's
+        self.layers: dict[str, Site] = {}  # by the kernel's path, or the module's
         self.modules: dict[str, str] = {}
         self.parameters: dict[str, Any] = {}
 
@@ -258,26 +250,22 @@ class Watcher:
 
     def check(self, rules: tuple[Rule, ...]) -> None:
         """Raise if a rule is of no use, as `quantize_params` would; other methods may call other modules, though."""
-        seen, uncalled = list(self.layers.values()), set()
+        sites, uncalled = list(self.layers.values()), set()
         for path, leaf in self.parameters.items():
             owner = path.rpartition("/")[0]
             if owner not in self.modules:
                 uncalled |= {owner[:i] for i, c in enumerate(owner) if c == "/"} | {owner}
             if path not in self.layers:
                 module = innermost(path, self.modules)
-                value = leaf if isinstance(leaf, QTensor) else meta.unbox(leaf)
-                shape = None if isinstance(leaf, QTensor) else jnp.shape(value)
-                seen.append(Seen(path, module, raw_shape=shape))
-        seen += without_matmul(self.modules, seen)
-        seen += [Seen(p) for p in sorted(uncalled - self.modules.keys())]
+                packed = isinstance(leaf, QTensor)
+                shape = jnp.shape(leaf if packed else meta.unbox(leaf))
+                sites.append(Site(path, path, module, shape, packed=packed))
+        sites += without_matmul(self.modules, sites)
+        sites += [Site(path, path, packed=True) for path in sorted(uncalled - self.modules.keys())]
         lenient = [
             dataclasses.replace(rule, optional=True) if uncalled and rule.module is not None else rule for rule in rules
         ]
-        check_used(lenient, seen)
-
-
-# Part of the key of jax.jit's caches, so that programs with and without an interceptor do not stand in for each other.
-inside = jax.make_user_context(None)
+        check_used(lenient, sites)
 
 
 @contextlib.contextmanager
@@ -334,130 +322,57 @@ _LAYERS: Mapping[Callable, Layer] = {
 # --- what a model multiplies by --------------------------------------------------------------------------------------
 
 
-class _Notes(dict):
-    """A dictionary that equals itself alone, so that it may be part of a tree's structure."""
+class Census:
+    """An interceptor that changes nothing and notes the modules of a model, and what its layers tell of themselves."""
 
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__  # pyright: ignore
+    def __init__(self):
+        self.modules: dict[str, str] = {}
+        self.layers: dict[str, Site] = {}  # by the kernel's path, with the shape that the layer sees; or the module's
 
+    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        """As `nn.intercept_methods` calls it."""
+        module, layer = context.module, layer_of(context)
+        self.modules.setdefault(join_path(module.path), type(module).__name__)
+        if layer is not None:
+            site = site_of(module, layer)
+            if layer.kernel is not None:
+                kernel = meta.unbox(module.get_variable("params", layer.kernel))
+                site = site._replace(shape=() if kernel is None else tuple(kernel.shape))
+            self.layers.setdefault(site.parameter, site)
+        return next_fun(*args, **kwargs)
 
-@meta.AxisMetadata.register
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["path", "ndim", "axes", "reached"]
-)
-@dataclasses.dataclass(frozen=True)
-class _Probe:
-    """A parameter that knows its path and which of its axes are left, through any of Flax's transformations."""
-
-    value: Any
-    path: str
-    ndim: int
-    axes: tuple[Any, ...]  # None for those that a transformation has added
-    reached: _Notes
-
-    def unbox(self, apply_constraint=True):
-        del apply_constraint
-        self.reached[self.path] = self.stacked
-        return self.value
-
-    @property
-    def stacked(self):
-        return tuple(a for a in range(-self.ndim, 0) if a not in self.axes)
-
-    def replace_boxed(self, val):
-        return dataclasses.replace(self, value=val)
-
-    def add_axis(self, index, params):
-        del params
-        at = index % (len(self.axes) + 1)
-        return dataclasses.replace(self, axes=(*self.axes[:at], None, *self.axes[at:]))
-
-    def remove_axis(self, index, params):
-        del params
-        at = index % len(self.axes)
-        return dataclasses.replace(self, axes=(*self.axes[:at], *self.axes[at + 1 :]))
+    def explain(self, sites: Iterable[Site]) -> Walk:
+        """What the program tells of the parameters, with what their modules tell."""
+        found = {}
+        for site in sites:
+            site = explained(site, self.layers.get(site.parameter))
+            if site.module is None:
+                site = site._replace(module=innermost(site.parameter, self.modules))
+            owner, _, name = site.parameter.rpartition("/")
+            if name == "bias" and any(layer.path == owner and layer.shape for layer in self.layers.values()):
+                site = site._replace(reason="a bias is added")
+            found[site.parameter] = site
+        return Walk(found | {path: site for path, site in self.layers.items() if site.operands}, self.modules)
 
 
 def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> Walk:
-    """Evaluate the model without numbers, and see which parameters its layers multiply by, along which axes."""
-    kernels, modules, reached, reasons = {}, {}, _Notes(), {}
-    is_box = lambda a: isinstance(a, meta.AxisMetadata)  # noqa: E731
+    """Evaluate the model without numbers, and see which parameters it multiplies by, along which axes."""
+    census, (args, kwargs) = Census(), as_arguments(sample)
 
-    def interceptor(next_fun, args, kwargs, context):
-        module, layer = context.module, layer_of(context)
-        path, name = join_path(module.path), type(module).__name__
-        modules.setdefault(path, name)
-        if layer is None:
-            return next_fun(*args, **kwargs)
-        if layer.kernel is None:
-            refusal = attention_refusal(module)
-            kernels.setdefault(path, Kernel(path, path, name, reason=refusal, operands=() if refusal else OPERANDS))
-            return next_fun(*args, **kwargs)
-        box = module.get_variable("params", layer.kernel)
-        if isinstance(box, _Probe):
-            reasons[f"{box.path.rpartition('/')[0]}/bias"] = "a bias is added"
-            axes = tuple(box.axes[a] for a in layer.axes(module, args, kwargs, len(box.axes)))
-            note = "weights are dequantized for the module's own dot_general" if has_own_product(module) else None
-            kernels.setdefault(box.path, Kernel(
-                box.path, path, name, axes, box.stacked, layer.activations, note=note,
-                training=training_refusal(module, layer),
-            ))  # fmt: skip
-        elif isinstance(box, QTensor):
-            parameter = join_path((*module.path, layer.kernel))
-            reasons[join_path((*module.path, "bias"))] = "a bias is added"
-            kernels.setdefault(parameter, Kernel(parameter, path, name, (box.axis,), training="it is packed"))
-        return next_fun(*args, **kwargs)
-
-    def evaluate(variables, args, kwargs):
-        params = jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: leaf if isinstance(leaf, QTensor) else _probe(keys, leaf, reached),
-            variables["params"], is_leaf=is_box,
-        )  # fmt: skip
-        with nn.intercept_methods(interceptor):
-            rngs = {"params": jax.random.key(0)}
+    def apply(params, args, kwargs):
+        with nn.intercept_methods(census):
             return model.apply(
-                {**variables, "params": params}, *args, **kwargs, rngs=rngs, mutable=DenyList("params"), method=method
-            )
+                {**variables, "params": params}, *args, **kwargs, rngs={"params": jax.random.key(0)},
+                mutable=DenyList("params"), method=method,
+            )  # fmt: skip
 
     try:
-        arrays, static = split_arrays(as_arguments(sample))
-        jax.eval_shape(lambda variables, arrays: evaluate(variables, *joined(arrays, static)), variables, arrays)
+        sites = trace_tree(apply, variables["params"], (args, kwargs))
     except Exception as error:
         error.add_note(
             "This came up while ifjax evaluated the model without numbers, to find its kernels. Does "
             "model.apply(params, *sample) work? A mapping as sample is keyword arguments, a tuple positional ones: a "
-            "single dictionary or list is written ({...},). nn.WeightNorm and nn.SpectralNorm rewrite parameters in a "
-            "way that takes no boxes: take ifjax.fake_quantize_params for such models, without model=."
+            "single dictionary or list is written ({...},)."
         )
         raise
-    return Walk(kernels, modules, reached, reasons)
-
-
-def _probe(keys, leaf, reached):
-    value = leaf.unbox() if isinstance(leaf, meta.AxisMetadata) else leaf
-    return _Probe(value, join_path(keys), value.ndim, tuple(range(-value.ndim, 0)), reached)
-
-
-def split_arrays(arguments: Any) -> tuple[list[Any], tuple[Any, ...]]:
-    """The arrays among the leaves, and the rest, hashable: flags and strings are not for tracing."""
-    leaves, tree = jax.tree.flatten(arguments)
-    arrays = [leaf for leaf in leaves if _is_array(leaf)]
-    return arrays, (tree, tuple(None if _is_array(leaf) else (leaf,) for leaf in leaves))
-
-
-def joined(arrays: list[Any], static: tuple[Any, ...]) -> Any:
-    """What `split_arrays` took apart."""
-    tree, others = static
-    remaining = iter(arrays)
-    return jax.tree.unflatten(tree, [next(remaining) if other is None else other[0] for other in others])
-
-
-def _is_array(leaf):
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def as_arguments(sample: Any) -> tuple[tuple, dict[str, Any]]:
-    """A tuple is positional arguments, a mapping keyword arguments, anything else the only argument."""
-    if isinstance(sample, Mapping):
-        return (), dict(sample)
-    return (sample if isinstance(sample, tuple) else (sample,)), {}
+    return census.explain(sites.values())

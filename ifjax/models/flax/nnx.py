@@ -13,10 +13,13 @@ from jaxtyping import Array, Float
 
 from ifjax.arrays import QTensor, shardings
 from ifjax.arrays.sharding import partition_specs
+from ifjax.models.arguments import as_arguments
+from ifjax.models.decisions import decide
 from ifjax.models.rule_checks import check_used
-from ifjax.models.rules import Rule, first_match, training_rules
-from ifjax.models.sites import Kernel, Walk, join_path, seen_in_training, without_matmul
-from ifjax.training import Recipe, get_recipe, quantized_dot_general
+from ifjax.models.rules import Rule, training_rules
+from ifjax.models.sites import Site, Walk, explained, innermost, join_path, without_matmul
+from ifjax.models.trace import trace_tree
+from ifjax.training import Recipe, quantized_dot_general
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -137,12 +140,13 @@ class PackedParam(nnx.Variable):
             yield type(part)("value", self._raw_value) if is_value else part
 
 
-def walk(model: nnx.Module) -> Walk:
+def walk(model: nnx.Module, sample: Any = None, method: Any = None) -> Walk:
     """See which parameters an NNX model multiplies by, along which axes; a shared one is found once.
 
-    Both follow from the modules' own fields; subclasses count as what they derive from. A kernel with more axes in
-    front, as nnx.vmap makes them, is stacked along these; one of any other shape is no kernel of the module's, but a
-    parameter that nothing is known of. Such ones may be stacked too: all axes but the last two count as layers.
+    With a sample the model is evaluated without numbers, and its program tells (see `ifjax.trace_products`). Without
+    one both follow from the fields of Flax's own modules; subclasses count as what they derive from. A kernel with more
+    axes in front, as nnx.vmap makes them, is stacked along these; one of any other shape is no kernel of the module's,
+    but a parameter that nothing is known of. Such ones may be stacked too: all axes but the last two count as layers.
     Variables that are neither Param nor PackedParam (statistics, caches, random states) are no parameters. Abstract
     models, as from `nnx.eval_shape`, will do.
 
@@ -152,8 +156,8 @@ def walk(model: nnx.Module) -> Walk:
     Example:
         >>> from flax import nnx
         >>> found = walk(nnx.LinearGeneral((2, 8), 4, axis=(-2, -1), rngs=nnx.Rngs(0)))
-        >>> found.kernels["kernel"].axes, found.reasons
-        ((-3, -2), {'bias': 'a bias is added'})
+        >>> found.sites["kernel"].axes, found.sites["bias"].reason
+        ((-3, -2), 'a bias is added')
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
@@ -161,11 +165,40 @@ def walk(model: nnx.Module) -> Walk:
             "walk(nnx.merge(graphdef, state))"
         )
     modules = {join_path(map(str, path)): type(m).__name__ for path, m in nnx.iter_modules(model) if _is_module(m)}
-    found = Walk({}, modules, {}, {})
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if is_parameter(variable):
-            _tell(found, model, path, variable)
-    return found
+    states = [(path, v) for path, v in nnx.to_flat_state(nnx.state(model)) if is_parameter(v)]
+    sites = [_site_of(model, modules, path, variable) for path, variable in states]
+    known = Walk({site.parameter: site for site in sites}, modules)
+    return known if sample is None else _traced(model, known, sample, method)
+
+
+def _traced(model: nnx.Module, known: Walk, sample: Any, method: Any) -> Walk:
+    """What the model's program tells, with what its modules tell."""
+    graph, state = nnx.split(model)
+    call: Any = type(model).__call__ if method is None else method
+    call = getattr(type(model), call) if isinstance(call, str) else call
+    sites = trace_tree(
+        lambda state, args, kwargs: call(nnx.merge(graph, state), *args, **kwargs), state, as_arguments(sample)
+    )
+    return _explained(known, sites)
+
+
+def explain(model: nnx.Module, sites: dict[str, Site]) -> Walk:
+    """What a program tells of a model's parameters, with what its modules tell."""
+    return _explained(walk(model), sites)
+
+
+def _explained(known: Walk, sites: dict[str, Site]) -> Walk:
+    found = {}
+    for path, site in sites.items():
+        told = known.sites.get(path)
+        if told is not None and told.axes:
+            told = told._replace(shape=told.shape[len(told.stacked) :], reason=None, training=None)
+        else:
+            if told is not None and told.reason is not None:
+                site = site._replace(axes=(), reason=told.reason)
+            told = None
+        found[path] = explained(site._replace(module=innermost(path, known.modules)), told)
+    return Walk(found, known.modules)
 
 
 def with_recipes(
@@ -202,36 +235,36 @@ def with_recipes(
     """
     rules = () if rules is None else training_rules(rules)
     found, copy = walk(model), nnx.clone(model)
+    sites = [site.in_training() for site in found.sites.values() if site.axes]
     if rules:
-        seen = [seen_in_training(kernel) for kernel in found.kernels.values()]
-        check_used(rules, seen + without_matmul(found.modules, seen))
+        check_used(rules, sites + without_matmul(found.modules, sites))
     modules: dict[str, Any] = {join_path(map(str, path)): module for path, module in nnx.iter_modules(copy)}
     for module in modules.values():
         if isinstance(getattr(module, "dot_general", None), RecipeProduct):
             module.dot_general = nnx.static(lax.dot_general)
-    for kernel in found.kernels.values():
-        rule, module = first_match(rules, kernel.path, kernel.module), modules[kernel.path]
-        if rule is None or rule.recipe is None:
+    for site in sites:
+        decision, module = decide(rules, site), modules[site.path]
+        if decision.rule is None or decision.rule.recipe is None:
             continue
-        if isinstance(_parameter(module, kernel).get_raw_value(), QTensor):
-            raise ValueError(f"{kernel.path!r} is packed, and training needs floats: exclude it by Rule(path, None)")
-        if kernel.reason is None and kernel.training is None:
-            module.dot_general = nnx.data(_product(get_recipe(rule.recipe), kernel, module, rngs))
+        if isinstance(_parameter(module, site).get_raw_value(), QTensor):
+            raise ValueError(f"{site.path!r} is packed, and training needs floats: exclude it by Rule(path, None)")
+        if decision.recipe is not None:
+            module.dot_general = nnx.data(_product(decision.recipe, site, module, rngs))
     return copy
 
 
-def _product(recipe: Recipe, kernel: Kernel, module: nnx.Module, rngs: nnx.Rngs | nnx.RngStream | None):
+def _product(recipe: Recipe, site: Site, module: nnx.Module, rngs: nnx.Rngs | nnx.RngStream | None):
     if not recipe.needs_key:
         return RecipeProduct(recipe)
     if rngs is None:
         raise ValueError(f"recipe {recipe.name!r} draws noise: pass rngs=nnx.Rngs(quantize=0)")
     stream = rngs.quantize if isinstance(rngs, nnx.Rngs) else rngs
-    lead = _parameter(module, kernel).shape[: len(kernel.stacked)]
+    lead = _parameter(module, site).shape[: len(site.stacked)]
     return RecipeProduct(recipe, stream.split(lead) if lead else stream.fork())
 
 
-def _parameter(module: nnx.Module, kernel: Kernel) -> nnx.Variable:
-    return getattr(module, kernel.parameter.rpartition("/")[2])
+def _parameter(module: nnx.Module, site: Site) -> nnx.Variable:
+    return getattr(module, site.parameter.rpartition("/")[2])
 
 
 class RecipeProduct(nnx.Module):
@@ -257,31 +290,28 @@ def is_parameter(variable: nnx.Variable) -> bool:
     return isinstance(variable, nnx.Param | PackedParam)
 
 
-def _tell(found: Walk, model: nnx.Module, path: tuple[Any, ...], variable: nnx.Variable) -> None:
-    """What is known of the parameter, put into the walk."""
+def _site_of(
+    model: nnx.Module, modules: dict[str, str], path: tuple[Any, ...], variable: nnx.Variable
+) -> Site:
+    """What the modules tell of a parameter."""
     above = list(_modules_above(model, path))
     depth, module = above[-1]
     parameter, owner, name = ("/".join(map(str, part)) for part in (path, path[:depth], path[depth:]))
-    q, shape = variable.get_raw_value(), np.shape(variable.get_raw_value())
-    found.reached[parameter] = ()
+    q, shape = variable.get_raw_value(), tuple(np.shape(variable.get_raw_value()))
+    unknown = Site(parameter, parameter, innermost(parameter, modules), shape, packed=isinstance(q, QTensor))
     axes, own_shape = _contraction(module, name)
     reason = _reason(module, name, axes)
-    if reason is not None:
-        found.reasons[parameter] = reason
-    elif axes:
-        rank = len(own_shape)
-        if shape[len(shape) - rank :] != own_shape:
-            return
-        stacked = tuple(range(-len(shape), -rank))
-        found.reached[parameter] = stacked
-        rewriter = next((m for _, m in above if isinstance(m, nnx.SpectralNorm | nnx.WeightNorm)), None)
-        if isinstance(q, QTensor):
-            axes, rewriter = (q.axis,), None
-        found.kernels[parameter] = Kernel(
-            parameter, owner, type(module).__name__, axes, stacked, unfit_for=_FLOAT_ACTIVATIONS,
-            reason=None if rewriter is None else f"{type(rewriter).__name__} rewrites it at every call",
-            training=_training_refusal(module),
-        )  # fmt: skip
+    rank = len(own_shape)
+    if reason is not None or not axes or shape[len(shape) - rank :] != own_shape:
+        return unknown._replace(reason=reason)
+    rewriter = next((m for _, m in above if isinstance(m, nnx.SpectralNorm | nnx.WeightNorm)), None)
+    if unknown.packed:
+        axes, rewriter = (q.axis,), None
+    return unknown._replace(
+        path=owner, module=type(module).__name__, axes=axes, stacked=tuple(range(-len(shape), -rank)),
+        activations=_FLOAT_ACTIVATIONS, training=_training_refusal(module),
+        reason=None if rewriter is None else f"{type(rewriter).__name__} rewrites it at every call",
+    )  # fmt: skip
 
 
 def _is_module(node: Any) -> bool:

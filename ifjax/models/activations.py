@@ -1,0 +1,97 @@
+"""Activations on their way into a product: rounded as a rule says, with a straight-through gradient."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ifjax.arrays import QTensor, quantize
+from ifjax.arrays.quantize import straight_through
+from ifjax.codec import Encoding
+from ifjax.models.sites import blocked_axis
+from ifjax.products.dot_general import no_gradient
+
+
+def quantized_activation(
+    x: jax.Array, axes: tuple[int, ...], how: Encoding, act_amax: str, amax: float | None
+) -> QTensor:
+    """x quantized along one of the contracted axes (which come in the kernel's order), with amax as the rule says."""
+    x = jnp.asarray(x)
+    axis = blocked_axis(axes, x.shape, how.fmt.block)
+    if not how.fmt.has_tensor_scale:
+        return quantize(x, how, axis=axis)
+    if act_amax != "token":
+        return quantize(x, how, axis=axis, amax=None if amax is None else jnp.float32(amax))
+    contracted = {a % x.ndim for a in axes}
+    return quantize(x, how, axis=axis, amax_axes=[a for a in range(x.ndim) if a not in contracted])
+
+
+def rounded(x: jax.Array, q: Any) -> jax.Array:
+    """What q stands for, an array or a QTensor made of x, with x's gradient."""
+    return straight_through(x, q.dequantize(), None) if isinstance(q, QTensor) else q
+
+
+def multiplied(
+    x: jax.Array, w: Any, activation: Callable[[jax.Array], Any], product: Callable[[Any, Any], jax.Array]
+) -> jax.Array:
+    """product(activation(x), w), linear in its first operand, with a straight-through gradient for x."""
+    x = jnp.asarray(x)
+    kind = jax.eval_shape(activation, x)
+    if not isinstance(kind, QTensor):
+        return product(activation(x), w)
+
+    @jax.custom_vjp
+    def multiply(x, w):
+        return product(activation(x), w)
+
+    def forward(x, w):
+        return multiply(x, w), w
+
+    def backward(w, g):
+        _, pull = jax.vjp(lambda x: product(x, w), jnp.zeros(x.shape, x.dtype))
+        return *pull(g), no_gradient(w)
+
+    multiply.defvjp(forward, backward)
+    return multiply(x, w)
+
+
+def without_gradient(kernel: jax.Array, path: str) -> jax.Array:
+    """The kernel; differentiating it is an error."""
+
+    @jax.custom_jvp
+    def same(kernel):
+        return kernel
+
+    @same.defjvp
+    def refuse(primals, tangents):
+        raise ValueError(
+            f"{path!r}: a kernel that is quantized on the fly has no gradient. To train, give the rule a recipe, such "
+            "as 'weight_only_qat'; else differentiate other arguments only"
+        )
+
+    return same(kernel)
+
+
+def static_amax(amax: Any, name: str) -> float | None:
+    """The calibrated amax of a value; None, with a warning, if it is 0 or not finite: it has seen nothing.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if amax is None or name not in amax:
+        raise ValueError(
+            f"act_amax='static' needs the amax of {name!r} from calibration=ifjax.calibrate(...)"
+            + ("" if amax is None else ", which has none: the calibrated function did not call the module, or no "
+               "result of it depended on the module")
+        )
+    if not (amax[name] > 0 and math.isfinite(amax[name])):
+        warnings.warn(
+            f"the calibrated amax of {name!r} is {amax[name]}, which fits no other inputs, so that of the inputs at "
+            "hand is used: calibrate on batches that reach it, or use act_amax='tensor'",
+            stacklevel=2,
+        )
+        return None
+    return amax[name]

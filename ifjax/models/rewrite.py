@@ -1,0 +1,568 @@
+"""Programs run again with other products: packed weights stay packed, and every product goes as the rules decided.
+
+An equation without a weight runs as it is. One that rearranges a weight rearranges its packed bytes. A product becomes
+ifjax's. A program that is called runs likewise. Anything else gets the weight decoded.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ifjax.arrays import QTensor
+from ifjax.arrays.sharding import partition_specs
+from ifjax.codec import Encoding
+from ifjax.models import packed
+from ifjax.models.activations import multiplied, quantized_activation, rounded, static_amax
+from ifjax.models.equations import (
+    ALIKE,
+    ELEMENTWISE,
+    bind,
+    inner_jaxpr,
+    is_literal,
+    is_lookup,
+    rearranged,
+    reshape_groups,
+)
+from ifjax.products import dot_general, ragged_dot
+from ifjax.training import Recipe, quantized_conv, quantized_dot_general, quantized_ragged_dot
+
+
+class How(NamedTuple):
+    """How a parameter's products go; hashable, and equal for layers that are alike.
+
+    Attributes:
+        activations: the encoding of what it is multiplied by; None if it stays as it is.
+        act_amax: as in `Rule`.
+        recipe: by which the product is trained.
+        name: of the activations, where they are calibrated by name.
+    """
+
+    activations: Encoding | None = None
+    act_amax: str = "tensor"
+    recipe: Recipe | None = None
+    name: str = ""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["how", "axes", "dtype"]
+)
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A value that is a parameter, rearranged.
+
+    Attributes:
+        value: an array, or a QTensor.
+        how: its products go.
+        axes: of a QTensor, which of its axes each axis of the value is; None for one of length 1 that is new.
+        dtype: of the value.
+    """
+
+    value: Any
+    how: How
+    axes: tuple[int | None, ...] = ()
+    dtype: Any = None
+
+    @classmethod
+    def of(cls, value: Any, how: How) -> "Weight":
+        """A parameter as it enters the program."""
+        return cls(value, how, tuple(range(value.ndim)) if isinstance(value, QTensor) else (), np.dtype(value.dtype))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is a QTensor."""
+        return isinstance(self.value, QTensor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the value in the program."""
+        if not self.is_packed:
+            return self.value.shape
+        return tuple(1 if axis is None else self.value.shape[axis] for axis in self.axes)
+
+    def array(self) -> Any:
+        """The value as an array, decoded here."""
+        if not self.is_packed:
+            return self.value
+        array = lax.stop_gradient(self.value.dequantize(self.dtype))
+        return jnp.transpose(array, [a for a in self.axes if a is not None]).reshape(self.shape)
+
+    def moved(self, value: Any, axes: Sequence[int | None]) -> "Weight":
+        """Another QTensor, with these axes."""
+        return dataclasses.replace(self, value=value, axes=tuple(axes))
+
+
+class Rewriter:
+    """Runs programs on weights. One for each function that is quantized: it keeps what it has made of inner programs.
+
+    Attributes:
+        amax: of calibrated activations, by name.
+        note: called with a name, an activation and its contracted axes, gives the activation; for calibration.
+    """
+
+    def __init__(self, amax: Mapping[str, float] | None = None, note: Callable[..., Any] | None = None):
+        self.amax, self.note = amax, note
+        self._inner: dict[Any, Any] = {}
+
+    def run(self, program: Any, values: Sequence[Any], key: jax.Array | None = None) -> list[Any]:
+        """The results of a program (a ClosedJaxpr); values and results are arrays or weights."""
+        jaxpr, env = program.jaxpr, {}
+        env.update(zip(jaxpr.constvars, program.consts, strict=True))
+        env.update(zip(jaxpr.invars, values, strict=True))
+        last = _last_uses(jaxpr)
+
+        def read(atom):
+            return atom.val if is_literal(atom) else env[atom]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            ins = [read(atom) for atom in eqn.invars]
+            if any(isinstance(value, Weight) for value in ins):
+                outs = self._equation(eqn, ins, None if key is None else functools.partial(jax.random.fold_in, key, i))
+            else:
+                outs = bind(eqn, ins)
+            env.update(zip(eqn.outvars, outs, strict=True))
+            for v in last[i]:
+                env.pop(v, None)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, eqn, ins, fold) -> list[Any]:
+        name = eqn.primitive.name
+        handler = _HANDLERS.get(name)
+        if handler is not None:
+            return handler(self, eqn, ins, fold() if fold is not None and _draws(ins) else None)
+        program = inner_jaxpr(eqn)
+        if program is not None and name != "pallas_call":
+            return self.run(program, ins, fold() if fold is not None and _draws(ins) else None)
+        moved = _moved(eqn, ins)
+        return self._as_it_is(eqn, ins) if moved is None else moved
+
+    def _as_it_is(self, eqn, ins) -> list[Any]:
+        """The equation on decoded weights. What comes out of a mere rearrangement is a weight still."""
+        outs = bind(eqn, [_array(value) for value in ins])
+        name = eqn.primitive.name
+        keeps = name in ELEMENTWISE or name in ("concatenate", "stack", "gather")
+        if name == "gather" and is_lookup(eqn):
+            return outs
+        if not keeps and rearranged(eqn, eqn.invars[0].aval.shape) is None:
+            return outs
+        how = _common([value.how for value in ins if isinstance(value, Weight)])
+        return [Weight.of(out, how) for out in outs]
+
+    # --- products ---
+
+    def _activation(self, how: How, x: Any, axes: tuple[int, ...]) -> Any:
+        """What is multiplied in place of x, of which these axes are contracted, in the weight's order."""
+        if self.note is not None:
+            return self.note(how, x, axes)
+        if how.activations is None:
+            return x
+        amax = static_amax(self.amax, how.name) if how.act_amax == "static" else None
+        return quantized_activation(x, axes, how.activations, how.act_amax, amax)
+
+    def _dot_general(self, eqn, ins, key):
+        params, side = eqn.params, 1 if isinstance(ins[1], Weight) else 0
+        w, x = ins[side], _array(ins[1 - side])
+        out = eqn.outvars[0].aval
+        dims = params["dimension_numbers"]
+        (x_contracted, w_contracted), (x_batch, w_batch) = (pair if side else pair[::-1] for pair in dims)
+        rest = {
+            "precision": params["precision"], "preferred_element_type": out.dtype,
+            "out_sharding": params.get("out_sharding"),
+        }  # fmt: skip
+        if w.how.recipe is not None:
+            sharding = rest.pop("out_sharding")
+            y = quantized_dot_general(
+                x, w.array(), ((x_contracted, w_contracted), (x_batch, w_batch)), w.how.recipe, key,
+                out_sharding=sharding if side else None, **rest,
+            )  # fmt: skip
+            return [y if side else _swapped(y, len(x_batch), x.ndim - len(x_contracted) - len(x_batch), sharding)]
+        # In the weight's order: blocks of both lie along the same one.
+        own = [(w.axes[a] if w.is_packed else a, b) for a, b in zip(w_contracted, x_contracted, strict=True)]
+        axes = tuple(b - x.ndim for _, b in sorted((a, b) for a, b in own if a is not None))
+
+        def product(x, weight):
+            pair = (x, weight) if side else (weight, x)
+            if not isinstance(weight, QTensor):
+                return lax.dot_general(*pair, dims, **rest)
+            return _packed_product(pair, side, w.axes, dims, rest)
+
+        activation = functools.partial(self._activation, w.how, axes=axes)
+        if not w.is_packed or None in w.axes:
+            weight = w.array() if not w.is_packed else w.value.astype(w.dtype)
+            return [product(rounded(x, activation(x)), weight)]
+        return [multiplied(x, w.value.astype(w.dtype), activation, product)]
+
+    def _conv(self, eqn, ins, key):
+        x, w = ins
+        if not isinstance(w, Weight):
+            return self._as_it_is(eqn, ins)
+        x, how = _array(x), w.how
+        if how.recipe is not None:
+            params = {k: v for k, v in eqn.params.items() if k not in ("preferred_element_type", "precision")}
+            y = quantized_conv(x, w.array(), how.recipe, key, precision=eqn.params["precision"], **params)
+            return [y.astype(eqn.outvars[0].aval.dtype)]
+        features = eqn.params["dimension_numbers"].lhs_spec[1]
+        x = rounded(x, self._activation(how, x, (features - x.ndim,)))
+        return bind(eqn, [x, w.array()])
+
+    def _ragged_dot(self, eqn, ins, key):
+        x, w, *sizes = ins
+        dims = eqn.params["ragged_dot_dimension_numbers"]
+        contracted, batch = (tuple(map(tuple, pair)) for pair in dims.dot_dimension_numbers)
+        ragged, groups = tuple(dims.lhs_ragged_dimensions), tuple(dims.rhs_group_dimensions)
+        plain = (contracted, batch, ragged, groups) == (((1,), (1,)), ((), ()), (0,), (0,))
+        if not isinstance(w, Weight) or not plain or len(sizes) > 1:
+            return self._as_it_is(eqn, ins)
+        x, how = _array(x), w.how
+        rest = {"precision": eqn.params["precision"], "preferred_element_type": eqn.outvars[0].aval.dtype}
+        if how.recipe is not None:
+            return [quantized_ragged_dot(x, w.array(), sizes[0], how.recipe, key, **rest)]
+        x = rounded(x, self._activation(how, x, (-1,)))
+        in_place = w.is_packed and w.axes == (0, 1, 2)
+        weight = w.value.astype(w.dtype) if in_place else w.array()
+        return [ragged_dot(x, weight, sizes[0], **rest)]
+
+    # --- programs inside ---
+
+    def _jit(self, eqn, ins, key):
+        program = eqn.params["jaxpr"]
+        name = (id(program), key is None)
+        if name not in self._inner:
+
+            def call(values, key):
+                return self.run(program, values, key)
+
+            call.__name__ = call.__qualname__ = str(eqn.params.get("name", "inner"))
+            self._inner[name] = program, jax.jit(call, inline=bool(eqn.params.get("inline", False)))
+        return self._inner[name][1](ins, key)
+
+    def _remat(self, eqn, ins, key):
+        program, params = inner_jaxpr(eqn), eqn.params
+        body = jax.checkpoint(
+            lambda values, key: [_array(out) for out in self.run(program, values, key)],
+            policy=params["policy"], prevent_cse=params["prevent_cse"],
+        )  # fmt: skip
+        return body(ins, key)
+
+    def _custom(self, eqn, ins, key):
+        """Packed weights are multiplied inside; derivatives are those of the function, of decoded weights."""
+        if not any(isinstance(value, Weight) and value.is_packed for value in ins):
+            return self._as_it_is(eqn, ins)
+        program = inner_jaxpr(eqn)
+        fixed = [isinstance(value, Weight) for value in ins]
+        weights = [value for value in ins if isinstance(value, Weight)]
+
+        def filled(weights, plain):
+            weights, plain = iter(weights), iter(plain)
+            return [next(weights) if is_weight else next(plain) for is_weight in fixed]
+
+        def original(weights, plain):
+            return bind(eqn, filled([w.array() for w in weights], plain))
+
+        @jax.custom_vjp
+        def call(weights, plain):
+            return [_array(out) for out in self.run(program, filled(weights, plain), key)]
+
+        def forward(weights, plain):
+            _, pull = jax.vjp(functools.partial(original, weights), plain)
+            return call(weights, plain), (weights, pull)
+
+        def backward(kept, g):
+            weights, pull = kept
+            nothing = jax.tree.map(
+                lambda a: jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.inexact)
+                else np.zeros(a.shape, jax.dtypes.float0), weights,
+            )  # fmt: skip
+            return nothing, *pull(g)
+
+        call.defvjp(forward, backward)
+        return call(weights, [value for value, is_weight in zip(ins, fixed, strict=True) if not is_weight])
+
+    def _scan(self, eqn, ins, key):
+        params, body = eqn.params, eqn.params["jaxpr"]
+        first, lead = params["num_consts"], params["num_consts"] + params["num_carry"]
+        consts, carry = list(ins[:first]), list(ins[first:lead])
+        fixed = _unchanged(body.jaxpr, carry, first)
+        stacked = [_stacked(value) for value in ins[lead:]]
+
+        def step(state, xs):
+            count, moving = state
+            own = None if key is None else jax.random.fold_in(key, count)
+            own_layers = [put(x) for (_, put), x in zip(stacked, xs, strict=True)]
+            values = [*consts, *_merged(fixed, carry, moving), *own_layers]
+            outs = [_array(out) for out in self.run(body, values, own)]
+            moving = [out for out, same in zip(outs[: len(carry)], fixed, strict=True) if not same]
+            return (None if key is None else count + 1, moving), outs[len(carry) :]
+
+        start = [_array(value) for value, same in zip(carry, fixed, strict=True) if not same]
+        options = {k: params[k] for k in ("length", "reverse", "unroll", "_split_transpose") if k in params}
+        (_, end), ys = lax.scan(
+            step, (None if key is None else jnp.int32(0), start), [xs for xs, _ in stacked], **options
+        )
+        return [*_merged(fixed, carry, end), *ys]
+
+    def _while(self, eqn, ins, key):
+        params = eqn.params
+        a, b = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        body, carry = params["body_jaxpr"], list(ins[b:])
+        fixed = _unchanged(body.jaxpr, carry, b - a)
+
+        def test(state):
+            (result,) = self.run(params["cond_jaxpr"], [*ins[:a], *_merged(fixed, carry, state[1])])
+            return _array(result)
+
+        def step(state):
+            count, moving = state
+            own = None if key is None else jax.random.fold_in(key, count)
+            outs = self.run(body, [*ins[a:b], *_merged(fixed, carry, moving)], own)
+            moving = [_array(out) for out, same in zip(outs, fixed, strict=True) if not same]
+            return None if key is None else count + 1, moving
+
+        start = [_array(value) for value, same in zip(carry, fixed, strict=True) if not same]
+        _, end = lax.while_loop(test, step, (None if key is None else jnp.int32(0), start))
+        return _merged(fixed, carry, end)
+
+    def _cond(self, eqn, ins, key):
+        def branch(program):
+            return lambda values: [_array(out) for out in self.run(program, values, key)]
+
+        index, values = _array(ins[0]), list(ins[1:])
+        return lax.switch(index, [branch(program) for program in eqn.params["branches"]], values)
+
+    def _shard_map(self, eqn, ins, key):
+        params, program = eqn.params, inner_jaxpr(eqn)
+        ins = [_in_place(value) for value in ins]
+        specs = [_specs(value, spec) for value, spec in zip(ins, params["in_specs"], strict=True)]
+        call = jax.shard_map(
+            lambda values, key: [_array(out) for out in self.run(program, values, key)],
+            mesh=params["mesh"], in_specs=(specs, jax.sharding.PartitionSpec()), out_specs=list(params["out_specs"]),
+            axis_names=params["manual_axes"], check_vma=params["check_vma"],
+        )  # fmt: skip
+        return call(ins, key)
+
+
+_HANDLERS = {
+    "dot_general": Rewriter._dot_general, "conv_general_dilated": Rewriter._conv,
+    "ragged_dot_general": Rewriter._ragged_dot, "jit": Rewriter._jit, "pjit": Rewriter._jit,
+    "remat2": Rewriter._remat, "checkpoint": Rewriter._remat, "remat": Rewriter._remat,
+    "custom_jvp_call": Rewriter._custom, "custom_vjp_call": Rewriter._custom, "scan": Rewriter._scan,
+    "while": Rewriter._while, "cond": Rewriter._cond, "shard_map": Rewriter._shard_map,
+}  # fmt: skip
+
+
+def _array(value: Any) -> Any:
+    return value.array() if isinstance(value, Weight) else value
+
+
+def _draws(ins: Sequence[Any]) -> bool:
+    """Whether a recipe among these weights draws noise."""
+    recipes = [value.how.recipe for value in ins if isinstance(value, Weight)]
+    return any(recipe is not None and recipe.needs_key for recipe in recipes)
+
+
+def _common(hows: list[How]) -> How:
+    """How a product of several weights, joined, goes.
+
+    Raises:
+        ValueError: the rules decided differently.
+    """
+    if len({how._replace(name="") for how in hows}) > 1:
+        raise ValueError(
+            "parameters that are joined before their product need rules that treat them alike, got "
+            + " and ".join(sorted({str(how._replace(name="")) for how in hows})[:2])
+        )
+    return hows[0]
+
+
+def _last_uses(jaxpr: Any) -> list[list[Any]]:
+    """For each equation the variables that nothing reads after it."""
+    seen, last = {v for v in jaxpr.outvars if not is_literal(v)}, []
+    for eqn in reversed(jaxpr.eqns):
+        gone = []
+        for v in (*eqn.invars, *eqn.outvars):
+            if not is_literal(v) and v not in seen:
+                seen.add(v)
+                gone.append(v)
+        last.append(gone)
+    return last[::-1]
+
+
+def _swapped(y: Any, batch: int, free: int, sharding: Any) -> Any:
+    """A product [batch, x's free axes, w's free axes] with w's before x's."""
+    y = jnp.moveaxis(y, range(batch, batch + free), range(y.ndim - free, y.ndim))
+    return y if sharding is None else jax.reshard(y, sharding)
+
+
+def _packed_product(pair, side, axes, dims, rest):
+    """dot_general of which the operand on this side is a QTensor with these axes; its new axes of length 1 drop out."""
+    x, q = pair[1 - side], pair[side]
+    (x_contracted, w_contracted), (x_batch, w_batch) = (p if side else p[::-1] for p in dims)
+    gone = [xa for xa, wa in zip((*x_contracted, *x_batch), (*w_contracted, *w_batch), strict=True) if axes[wa] is None]
+    left = [i for i in range(x.ndim) if i not in gone]
+    contracted = [(left.index(a), axes[b]) for a, b in zip(x_contracted, w_contracted, strict=True) if a not in gone]
+    batch = [(left.index(a), axes[b]) for a, b in zip(x_batch, w_batch, strict=True) if a not in gone]
+    own = [tuple(tuple(p[k] for p in pairs) for k in (0, 1)) for pairs in (contracted, batch)]
+    if gone:
+        x = lax.squeeze(x if not isinstance(x, QTensor) else x.dequantize(), gone)
+    # Labels of the result's axes, as it comes out and as it is to be.
+    x_free = [("x", i) for i in range(len(left)) if i not in [*own[0][0], *own[1][0]]]
+    q_free = [("q", a) for a in range(q.ndim) if a not in [*own[0][1], *own[1][1]]]
+    w_free = [("q", axes[i]) if axes[i] is not None else ("new", i)
+              for i in range(len(axes)) if i not in (*w_contracted, *w_batch)]  # fmt: skip
+    first = [("b", a) if a not in gone else ("new", -1) for a in x_batch]
+    made = [label for label in first if label[0] == "b"] + (x_free + q_free if side else q_free + x_free)
+    wanted = first + (x_free + w_free if side else w_free + x_free)
+    ready = [made.index(label) for label in wanted if label[0] != "new"]
+    in_order = ready == list(range(len(made))) and len(ready) == len(wanted)
+    options = rest if in_order else rest | {"out_sharding": None}
+    operands, numbers = ((x, q), own) if side else ((q, x), [p[::-1] for p in own])
+    y = dot_general(*operands, numbers, **options)
+    if in_order:
+        return y
+    y = jnp.expand_dims(jnp.transpose(y, ready), [i for i, label in enumerate(wanted) if label[0] == "new"])
+    return y if rest["out_sharding"] is None else jax.reshard(y, rest["out_sharding"])
+
+
+def _unchanged(body: Any, carry: Sequence[Any], first: int) -> list[bool]:
+    """Which of a loop's values are weights that it hands on as they are."""
+    inside = body.invars[first : first + len(carry)]
+    return [
+        isinstance(value, Weight) and out is own
+        for value, out, own in zip(carry, body.outvars[: len(carry)], inside, strict=True)
+    ]
+
+
+def _merged(fixed: Sequence[bool], values: Sequence[Any], moving: Sequence[Any]) -> list[Any]:
+    """The values that are fixed, and in place of the others those that move."""
+    others = iter(moving)
+    return [value if same else next(others) for value, same in zip(values, fixed, strict=True)]
+
+
+def _stacked(value: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """What a scan runs over for a value, and what makes the value's layer of a layer of that."""
+    if not isinstance(value, Weight):
+        return value, lambda x: x
+    axis = value.axes[0] if value.is_packed else None
+    if axis is None or packed.is_blocked(value.value, axis):
+        how = value.how
+        return value.array(), lambda x: Weight.of(x, how)
+    arrays, shared, like = packed.layers(value.value, axis)
+    axes = [a if a is None or a < axis else a - 1 for a in value.axes[1:]]
+    return arrays, lambda arrays: value.moved(packed.layer(like, arrays, shared), axes)
+
+
+def _in_place(value: Any) -> Any:
+    """A weight whose QTensor has the value's own axes, or the decoded one."""
+    if not isinstance(value, Weight) or not value.is_packed or value.axes == tuple(range(value.value.ndim)):
+        return value
+    return Weight.of(value.array(), value.how)
+
+
+def _specs(value: Any, spec: Any) -> Any:
+    if not isinstance(value, Weight):
+        return spec
+    if not value.is_packed:
+        return dataclasses.replace(value, value=spec)
+    return dataclasses.replace(value, value=partition_specs(value.value, spec))
+
+
+def _moved(eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    """The weights that an equation makes of a packed one without decoding it; None if it cannot."""
+    w, name, params = ins[0], eqn.primitive.name, eqn.params
+    if not isinstance(w, Weight) or not w.is_packed or any(isinstance(value, Weight) for value in ins[1:]):
+        return None
+    q, out = w.value, eqn.outvars[0].aval
+    if name == "convert_element_type":
+        floats = out.dtype.name in ("float32", "bfloat16", "float16")
+        return [dataclasses.replace(w, dtype=np.dtype(out.dtype))] if floats else None
+    if name in ALIKE and name not in ("reduce_precision", "optimization_barrier", "real"):
+        return [w]
+    if name == "transpose":
+        return [w.moved(q, [w.axes[i] for i in params["permutation"]])]
+    if name in ("reshape", "squeeze", "expand_dims"):
+        return _reshaped(w, out.shape)
+    if name == "broadcast_in_dim":
+        sources = rearranged(eqn, w.shape)
+        assert sources is not None
+        fits = all(source or n == 1 for source, n in zip(sources.sources, out.shape, strict=True))
+        kept = [source[0] for source in sources.sources if source]
+        lost = [a for i, a in enumerate(w.axes) if i not in kept and a is not None]
+        return [w.moved(q, [w.axes[s[0]] if s else None for s in sources.sources])] if fits and not lost else None
+    if name in ("slice", "dynamic_slice", "split"):
+        return _cut(w, name, params, ins[1:])
+    return _gathered(eqn, w, ins[1]) if name == "gather" else None
+
+
+def _reshaped(w: Weight, shape: tuple[int, ...]) -> list[Any] | None:
+    groups = reshape_groups(w.shape, shape)
+    if groups is None:
+        return None
+    axes: list[int | None] = [None] * len(shape)
+    for before, after in groups:
+        if len(before) == len(after) == 1:
+            axes[after[0]] = w.axes[before[0]]
+    lost = [a for before, after in groups if len(before) != 1 or len(after) != 1 for i in before
+            if (a := w.axes[i]) is not None]  # fmt: skip
+    if not lost:
+        return [w.moved(w.value, axes)]
+    if w.axes != tuple(range(w.value.ndim)):
+        return None
+    q = packed.reshaped(w.value, groups, shape)
+    return None if q is None else [w.moved(q, range(q.ndim))]
+
+
+def _cut(w: Weight, name: str, params: Any, starts: Sequence[Any]) -> list[Any] | None:
+    """Slices along unblocked axes."""
+    ndim, shape = len(w.axes), w.shape
+    if name == "split":
+        cuts, start = [], 0
+        for size in params["sizes"]:
+            cuts.append([(start if i == params["axis"] else 0, int(size) if i == params["axis"] else shape[i])
+                         for i in range(ndim)])  # fmt: skip
+            start += int(size)
+    elif name == "slice":
+        if any(stride != 1 for stride in params["strides"] or ()):
+            return None
+        limits = zip(params["start_indices"], params["limit_indices"], strict=True)
+        cuts = [[(start, limit - start) for start, limit in limits]]
+    else:
+        cuts = [list(zip(starts, params["slice_sizes"], strict=True))]
+    out = []
+    for cut in cuts:
+        q = w.value
+        for i, (start, size) in enumerate(cut):
+            axis = w.axes[i]
+            if size == shape[i]:
+                continue
+            if axis is None or packed.is_blocked(q, axis):
+                return None
+            q = packed.sliced(q, axis, start, size)
+        out.append(w.moved(q, w.axes))
+    return out
+
+
+def _gathered(eqn: Any, w: Weight, indices: Any) -> list[Any] | None:
+    """Rows along one unblocked axis: of a table they are decoded, matrices stay packed."""
+    params, shape = eqn.params, w.shape
+    dims, sizes = params["dimension_numbers"], params["slice_sizes"]
+    one = len(dims.start_index_map) == 1 and not dims.operand_batching_dims
+    if not one or dims.collapsed_slice_dims != dims.start_index_map:
+        return None
+    (at,) = dims.start_index_map
+    axis, others = w.axes[at], [i for i in range(len(shape)) if i != at]
+    if axis is None or packed.is_blocked(w.value, axis) or any(sizes[i] != shape[i] for i in others):
+        return None
+    q = packed.looked_up(w.value, indices[..., 0], axis, "clip" in str(params["mode"]).lower())
+    count, ndim = indices.ndim - 1, len(eqn.outvars[0].aval.shape)
+    places = dict(zip(dims.offset_dims, others, strict=True))
+    batch, axes = iter(range(axis, axis + count)), []
+    for j in range(ndim):
+        own = w.axes[places[j]] if j in places else next(batch)
+        axes.append(own if j not in places or own is None or own < axis else own + count - 1)
+    out = w.moved(q, axes)
+    return [out.array() if is_lookup(eqn) else out]

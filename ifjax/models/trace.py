@@ -1,0 +1,375 @@
+"""Which parameters a JAX program multiplies by, and along which of their axes: read from the program itself.
+
+The function is evaluated without numbers, and every parameter is followed through what only rearranges it to the
+products that read it.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from ifjax.models.arguments import as_arguments, is_array, joined, split_arrays
+from ifjax.models.equations import (
+    ELEMENTWISE,
+    gathered,
+    inner_jaxpr,
+    is_literal,
+    is_lookup,
+    rearranged,
+)
+from ifjax.models.leaves import abstract, is_leaf, is_parameter, raw_value, split_collection, with_value
+from ifjax.models.sites import LOOKUP, NO_MATRIX, NOT_READ, Site, Walk, classes_of, innermost, join_path
+
+
+def trace_products(fn: Callable[..., Any], params: Any, *sample: Any) -> tuple[Site, ...]:
+    """Find the products that read the parameters of any JAX function. Nothing is computed.
+
+    Parameters are followed through transposes, reshapes, casts, slices, broadcasts, look-ups and masks, and through
+    jit, scan, while, cond, remat, custom derivatives and shard_map, to dot_general, ragged_dot and convolutions.
+
+    Args:
+        fn: a function of (params, *sample).
+        params: a tree of arrays or of their shapes, packed or not: nested dictionaries, modules of Equinox or NNX.
+        sample: the other arguments; shapes suffice (`jax.ShapeDtypeStruct`). What is no array is passed on as it is.
+
+    Returns:
+        A `Site` for each parameter in the tree's order. `axes` are the axes that its first product contracts, in its
+        own order and negative, () if there is no product; of a convolution that of its input features; of a table
+        that is looked up the last one. Of several, as [heads, head size] of an output projection, blocks lie along
+        the last that is no shorter than one. `stacked` are those that loops run over and that products keep apart.
+        `reason` says why it cannot be quantized, `note` what else reads it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> def fn(params, x):
+        ...     return jnp.einsum("btd,ndh->btnh", x, params["query"]) * params["gain"]
+        >>> shapes = {"query": jax.ShapeDtypeStruct((4, 32, 8), jnp.float32), "gain": jnp.ones(())}
+        >>> for site in ifjax.trace_products(fn, shapes, jnp.ones((2, 3, 32))):
+        ...     print(site.parameter, site.axes, site.reason)
+        gain () it is no matrix
+        query (-2,) None
+    """
+    return tuple(function_walk(fn, params, sample).sites.values())
+
+
+def function_walk(fn: Callable[..., Any], params: Any, sample: Any) -> Walk:
+    """The sites of a function of params and a sample: a tuple of arguments, keyword ones, or the only one."""
+    inner, put_back = split_collection(params)
+    args, kwargs = as_arguments(sample)
+    sites = trace_tree(lambda tree, args, kwargs: fn(put_back(tree), *args, **kwargs), inner, (args, kwargs))
+    classes = classes_of(inner)
+    named = {
+        path: site._replace(module=innermost(path.rpartition("/")[0], classes)) for path, site in sites.items()
+    }
+    return Walk(named, classes)
+
+
+def trace_tree(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> dict[str, Site]:
+    """The sites of the parameters in a tree, by their paths, in the program of fn(tree, *sample)."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    raw = [raw_value(leaf) for _, leaf in leaves]
+    places = [i for i, (_, leaf) in enumerate(leaves) if is_array(raw[i]) and is_parameter(leaf)]
+    arrays, others = split_arrays(sample)
+
+    def flat(values, rest, arrays):
+        new, filled, rest = dict(zip(places, values, strict=True)), [], iter(rest)
+        for i, (_, leaf) in enumerate(leaves):
+            filled.append(with_value(leaf, new[i] if i in new else next(rest)) if is_array(raw[i]) else leaf)
+        return only_arrays(fn(jax.tree.unflatten(structure, filled), *joined(arrays, others)))
+
+    values = [abstract(raw[i]) for i in places]
+    rest = [value for i, value in enumerate(raw) if is_array(value) and i not in places]
+    paths = [join_path(leaves[i][0]) for i in places]
+    return sites_of(jax.make_jaxpr(flat)(values, rest, arrays), {path: i for i, path in enumerate(paths)})
+
+
+def only_arrays(result: Any) -> list[Any]:
+    """The arrays that a function gave, of all that it gave."""
+    return [leaf for leaf in jax.tree.leaves(result) if is_array(leaf) or isinstance(leaf, int | float | complex)]
+
+
+def sites_of(program: Any, parameters: Mapping[str, int]) -> dict[str, Site]:
+    """The sites of a program's parameters: operands by their paths and numbers. All other operands are data."""
+    jaxpr, count = program.jaxpr, len(parameters)
+    held: list[Any] = [None] * len(jaxpr.invars)
+    masks = [1] * len(jaxpr.invars)
+    for k, i in enumerate(parameters.values()):
+        held[i] = (*(held[i] or ()), _Held(k, tuple((a,) for a in range(len(jaxpr.invars[i].aval.shape)))))
+        masks[i] = masks[i] & ~1 | 2 << k
+    walk = _Walk(count)
+    walk.follow(jaxpr, held, masks)
+    return {
+        path: _site(path, tuple(jaxpr.invars[i].aval.shape), reads)
+        for (path, i), reads in zip(parameters.items(), walk.reads, strict=True)
+    }
+
+
+class _Held(NamedTuple):
+    """A parameter, or a part of it, in a value of the program.
+
+    Attributes:
+        parameter: its number.
+        axes: for each axis of the value those of the parameter that it is made of; () for new ones.
+        scanned: axes of the parameter that loops have taken away.
+        changed: the operation that has changed its values; None where they are the parameter's.
+        spread: whether it was repeated along a new axis.
+    """
+
+    parameter: int
+    axes: tuple[tuple[int, ...], ...]
+    scanned: tuple[int, ...] = ()
+    changed: str | None = None
+    spread: bool = False
+
+
+class _Read(NamedTuple):
+    """How a program reads a parameter.
+
+    Attributes:
+        by: the operation.
+        kind: "product", "weak" (a product with parameters alone), "lookup", "itself" (rewritten by what depends on
+            it), "other".
+        axes: that are contracted, or looked up along.
+        stacked: those that loops have taken away and that products keep apart.
+        changed: what has changed its values before.
+    """
+
+    by: str
+    kind: str
+    axes: tuple[int, ...] = ()
+    stacked: tuple[int, ...] = ()
+    changed: str | None = None
+
+
+class _Walk:
+    """Follows parameters through a program. A value's mask has bit 0 if it depends on data, others for parameters."""
+
+    def __init__(self, count: int):
+        self.reads: list[list[_Read]] = [[] for _ in range(count)]
+
+    def follow(self, jaxpr: Any, held: Sequence[Any], masks: Sequence[int]) -> tuple[list[Any], list[int]]:
+        """What the program's results hold and depend on, given this of its operands."""
+        holds = {v: h for v, h in zip(jaxpr.invars, held, strict=True) if h}
+        depends = dict(zip(jaxpr.invars, masks, strict=True))
+        for eqn in jaxpr.eqns:
+            own = [0 if is_literal(v) else depends.get(v, 0) for v in eqn.invars]
+            mask = 0
+            for one in own:
+                mask |= one
+            out, out_masks = None, None
+            if holds:
+                ins = [None if is_literal(v) else holds.get(v) for v in eqn.invars]
+                if any(ins):
+                    out, out_masks = self._equation(eqn, ins, own)
+            for i, v in enumerate(eqn.outvars):
+                depends[v] = mask if out_masks is None else out_masks[i]
+                if out is not None and out[i]:
+                    holds[v] = out[i]
+        get = [None if is_literal(v) else holds.get(v) for v in jaxpr.outvars]
+        return get, [0 if is_literal(v) else depends.get(v, 0) for v in jaxpr.outvars]
+
+    def _equation(self, eqn, ins, masks) -> tuple[list[Any] | None, list[int] | None]:
+        name = eqn.primitive.name
+        handler = _HANDLERS.get(name)
+        if handler is not None:
+            return handler(self, eqn, ins, masks)
+        program = inner_jaxpr(eqn)
+        if program is not None:
+            return self.follow(program.jaxpr, ins, masks)
+        if name in ELEMENTWISE:
+            return self._elementwise(eqn, ins, masks), None
+        if name in ("concatenate", "stack"):
+            return [self._joined(eqn, ins)], None
+        if name == "optimization_barrier":
+            return list(ins), list(masks)
+        moved = rearranged(eqn, eqn.invars[0].aval.shape) if ins[0] else None
+        if moved is None:
+            self._note(eqn, ins)
+            return None, None
+        wide = name == "broadcast_in_dim" and any(
+            not source and n > 1 for source, n in zip(moved.sources, eqn.outvars[0].aval.shape, strict=True)
+        )
+        out = tuple(h._replace(axes=_through(h.axes, moved.sources), spread=h.spread or wide) for h in ins[0])
+        return [out] * len(eqn.outvars), None
+
+    def _note(self, eqn, ins, kind="other"):
+        for held in ins:
+            for h in held or ():
+                self._read(h, eqn.primitive.name, kind)
+
+    def _read(self, h: _Held, by: str, kind: str, axes: Iterable[int] = (), stacked: Iterable[int] = ()):
+        stacked = {*stacked, *h.scanned} - {*axes}
+        read = _Read(by, kind, tuple(sorted({*axes})), tuple(sorted(stacked)), h.changed)
+        if read not in self.reads[h.parameter]:
+            self.reads[h.parameter].append(read)
+
+    def _elementwise(self, eqn, ins, masks):
+        """What is multiplied by a mask, or added to, by what no data decide, is still the parameter's product."""
+        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+        out = []
+        for i, held in enumerate(ins):
+            others = 0
+            for k, mask in enumerate(masks):
+                others |= mask if k != i else 0
+            for h in held or ():
+                if others & (2 << h.parameter):
+                    self._read(h, name, "itself")
+                    out.append(h._replace(changed=h.changed or name))  # which product would have read it
+                elif others & 1 or eqn.invars[i].aval.shape != shape or (name == "div" and i):
+                    self._read(h, name, "other")
+                else:
+                    out.append(h._replace(changed=h.changed or name))
+        return [tuple(out) or None]
+
+    def _joined(self, eqn, ins):
+        at, new = eqn.params.get("dimension", eqn.params.get("axis")), eqn.primitive.name == "stack"
+        out = []
+        for held in ins:
+            for h in held or ():
+                axes = (*h.axes[:at], (), *h.axes[at:]) if new else h.axes
+                out.append(h._replace(axes=axes, changed=h.changed or eqn.primitive.name))
+        return tuple(out) or None
+
+    def _product(self, eqn, held, dims, other_mask):
+        """dims: contracted and batch axes of the value."""
+        contracted, batch = dims
+        for h in held or ():
+            axes = [a for i in contracted for a in h.axes[i]]
+            free = [a for i, source in enumerate(h.axes) if i not in (*contracted, *batch) for a in source]
+            apart = {a for i in batch for a in h.axes[i]} - {*free, *axes}
+            weak = other_mask & ~1 and not other_mask & 1
+            kind = "other" if h.spread or not axes else "weak" if weak else "product"
+            self._read(h, eqn.primitive.name, kind, axes, apart)
+
+    def _dot_general(self, eqn, ins, masks):
+        contracted, batch = eqn.params["dimension_numbers"]
+        for side in (0, 1):
+            self._product(eqn, ins[side], (contracted[side], batch[side]), masks[1 - side])
+        return None, None
+
+    def _ragged_dot(self, eqn, ins, masks):
+        dims = eqn.params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batch) = dims.dot_dimension_numbers
+        self._product(eqn, ins[1], (contracted, (*batch, *dims.rhs_group_dimensions)), masks[0])
+        self._note(eqn, [ins[0], *ins[2:]])
+        return None, None
+
+    def _conv(self, eqn, ins, masks):
+        _, features, *_ = eqn.params["dimension_numbers"].rhs_spec
+        self._product(eqn, ins[1], ((features,), ()), masks[0])
+        self._note(eqn, [ins[0], *ins[2:]])
+        return None, None
+
+    def _gather(self, eqn, ins, masks):
+        self._note(eqn, [None, *ins[1:]])
+        if not ins[0]:
+            return None, None
+        moved, dims = gathered(eqn, eqn.invars[0].aval.shape), eqn.params["dimension_numbers"]
+        if is_lookup(eqn):
+            for h in ins[0]:
+                self._read(h, "gather", "lookup", [a for i in dims.start_index_map for a in h.axes[i]])
+            return None, None
+        return [tuple(h._replace(axes=_through(h.axes, moved.sources)) for h in ins[0])], None
+
+    def _scan(self, eqn, ins, masks):
+        params = eqn.params
+        consts, carry = params["num_consts"], params["num_carry"]
+        lead = consts + carry
+        inner = [*ins[:lead], *(_scanned(held) for held in ins[lead:])]
+        body = params["jaxpr"].jaxpr
+        masks, out_masks = list(masks), []
+        for _ in range(2):  # until what the carry depends on is known
+            _, out_masks = self.follow(body, inner, masks)
+            before = masks[consts:lead]
+            masks[consts:lead] = [a | b for a, b in zip(before, out_masks[:carry], strict=True)]
+            if masks[consts:lead] == before:
+                break
+        unchanged = [v is w for v, w in zip(body.outvars[:carry], body.invars[consts:lead], strict=True)]
+        kept = [held if same else None for held, same in zip(ins[consts:lead], unchanged, strict=True)]
+        return [*kept, *[None] * (len(eqn.outvars) - carry)], [*masks[consts:lead], *out_masks[carry:]]
+
+    def _while(self, eqn, ins, masks):
+        params = eqn.params
+        a, b = params["cond_nconsts"], params["body_nconsts"]
+        body, masks, state = params["body_jaxpr"].jaxpr, list(masks), slice(a + b, len(ins))
+        self.follow(params["cond_jaxpr"].jaxpr, [*ins[:a], *ins[state]], [*masks[:a], *masks[state]])
+        for _ in range(2):
+            _, out = self.follow(body, [*ins[a : a + b], *ins[state]], [*masks[a : a + b], *masks[state]])
+            before = masks[state]
+            masks[state] = [x | y for x, y in zip(before, out, strict=True)]
+            if masks[state] == before:
+                break
+        unchanged = [v is w for v, w in zip(body.outvars, body.invars[b:], strict=True)]
+        return [h if same else None for h, same in zip(ins[state], unchanged, strict=True)], masks[state]
+
+    def _cond(self, eqn, ins, masks):
+        outs = [self.follow(branch.jaxpr, ins[1:], masks[1:]) for branch in eqn.params["branches"]]
+        index = masks[0]
+        columns = zip(*(held for held, _ in outs), strict=True)
+        held = [tuple(dict.fromkeys(h for one in column for h in one or ())) or None for column in columns]
+        out_masks = []
+        for each in zip(*(m for _, m in outs), strict=True):
+            mask = index
+            for one in each:
+                mask |= one
+            out_masks.append(mask)
+        return held, out_masks
+
+
+_HANDLERS = {
+    "dot_general": _Walk._dot_general, "ragged_dot_general": _Walk._ragged_dot,
+    "conv_general_dilated": _Walk._conv, "gather": _Walk._gather, "scan": _Walk._scan, "while": _Walk._while,
+    "cond": _Walk._cond,
+}  # fmt: skip
+
+
+def _through(axes, sources):
+    return tuple(tuple(a for i in source for a in axes[i]) for source in sources)
+
+
+def _scanned(held):
+    return tuple(h._replace(axes=h.axes[1:], scanned=(*h.scanned, *h.axes[0])) for h in held) if held else None
+
+
+def _site(path: str, shape: tuple[int, ...], reads: list[_Read]) -> Site:
+    ndim = len(shape)
+    site = Site(path, path, None, shape)
+    by_kind = collections.defaultdict(list)
+    for read in reads:
+        by_kind[read.kind].append(read)
+    stacked = tuple(sorted({a - ndim for read in reads for a in read.stacked}))
+    products = by_kind["product"] or by_kind["weak"]
+    if products:
+        stacked = tuple(a - ndim for a in products[0].stacked)
+    site = site._replace(stacked=stacked)
+    if not reads:
+        return site._replace(reason=NOT_READ)
+    if ndim - len(stacked) < 2:
+        return site._replace(reason=NO_MATRIX)
+    others = list(dict.fromkeys(read.by for read in by_kind["other"]))
+    if by_kind["itself"]:
+        by = by_kind["itself"][0].by
+        reason = f"it is rewritten before the product: {by} with a value that is made of it"
+        return site._replace(axes=tuple(a - ndim for a in products[0].axes) if products else (), reason=reason)
+    if products:
+        axes = tuple(a - ndim for a in products[0].axes)
+        notes = []
+        if products[0].changed is not None:
+            notes.append(f"it is decoded for {products[0].changed} before the product")
+        more = sorted({read.axes for read in products[1:]} - {products[0].axes})
+        if more:
+            notes.append(f"another product contracts its axes {tuple(a - ndim for a in more[0])}")
+        if others:
+            notes.append(f"it is decoded for {', '.join(others)}, too")
+        return site._replace(axes=axes, note="; ".join(notes) or None)
+    if by_kind["lookup"]:
+        return site._replace(axes=(_features(by_kind["lookup"][0], ndim),), training=LOOKUP)
+    return site._replace(reason=f"no product reads it, only {', '.join(others)}")
+
+
+def _features(read: _Read, ndim: int) -> int:
+    """The last axis of a table that it is not looked up along."""
+    return max(a for a in range(ndim) if a not in (*read.axes, *read.stacked)) - ndim

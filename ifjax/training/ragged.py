@@ -1,0 +1,121 @@
+"""ragged_dot with a quantized backward pass: experts that are trained by a recipe."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+from ifjax.arrays import QTensor
+from ifjax.products.dot_general import accumulator, as_varying
+from ifjax.training.product import Settings, once, operand_of
+from ifjax.training.recipes import Recipe, get_recipe
+
+_WGRAD = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+
+
+def quantized_ragged_dot(
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    recipe: str | Recipe = "if4",
+    key: jax.Array | None = None,
+    *,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+    """`jax.lax.ragged_dot` of tokens x [m, k] and experts w [g, k, n], forward and backward as the recipe says.
+
+    As `quantized_dot_general` for each group, with one amax for all. In the weight gradient, which contracts tokens,
+    each group is filled up with zeros to whole blocks, so that no block, and no rotation, joins tokens of two experts:
+    that takes up to a block of rows more for each expert.
+
+    Args:
+        group_sizes: integers [g]; rows behind their sum give zeros.
+        recipe, key, precision, preferred_element_type: as for `quantized_dot_general`.
+
+    Raises:
+        ValueError: as `quantized_dot_general`.
+        TypeError: as `jax.lax.ragged_dot`, where shapes do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ifjax.training import quantized_ragged_dot
+        >>> quantized_ragged_dot(jnp.ones((5, 32)), jnp.ones((2, 32, 8)), jnp.array([2, 3]), "w4a4_qat").shape
+        (5, 8)
+    """
+    recipe = get_recipe(recipe)
+    x, w, group_sizes = jnp.asarray(x), jnp.asarray(w), jnp.asarray(group_sizes)
+    dtype = jnp.promote_types(x.dtype, w.dtype)
+    plain = functools.partial(lax.ragged_dot, precision=precision, preferred_element_type=preferred_element_type)
+    if not recipe.is_quantized or 0 in (*x.shape, *w.shape):
+        return plain(x.astype(dtype), w.astype(dtype), group_sizes)
+    like = [jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, w)]
+    out: Any = jax.eval_shape(plain, *like, jax.ShapeDtypeStruct(group_sizes.shape, group_sizes.dtype))
+    settings = Settings(recipe, precision, np.dtype(dtype), out.dtype, x.dtype, w.dtype)
+
+    (m, _), g, align = x.shape, w.shape[0], _alignment(recipe)
+    filled = -(-group_sizes // align) * align
+    ends = jnp.cumsum(group_sizes)
+    group = jnp.searchsorted(ends, jnp.arange(m), side="right")
+    rows = -(-m // align) * align + g * align
+    start = jnp.where(group < g, (jnp.cumsum(filled) - filled)[group] - (ends - group_sizes)[group], rows)
+    place = jnp.where(group < g, start + jnp.arange(m), rows)  # behind the last row: dropped
+    x, w = as_varying(x, w), as_varying(w, x)
+    spread = jnp.zeros((rows, x.shape[1]), x.dtype).at[place].set(x, mode="drop")
+    y: Any = _product(spread, w, filled.astype(group_sizes.dtype), key, settings)
+    return y.at[place].get(mode="fill", fill_value=0)
+
+
+def _alignment(recipe: Recipe) -> int:
+    """Tokens that the weight gradient takes together."""
+    sizes = [recipe.wgrad.hadamard or 1]
+    sizes += [operand.how.fmt.block for operand in recipe.wgrad.operands if operand.how is not None]
+    return math.lcm(*sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _product(x, w, group_sizes, key, settings: Settings):
+    return _forward(x, w, group_sizes, key, settings)[0]
+
+
+def _forward(x, w, group_sizes, key, settings):
+    qx = operand_of(x, "fprop", "lhs", -1, key, settings)
+    qw = operand_of(w, "fprop", "rhs", -2, key, settings)
+    a, b = _dense(qx, settings.dtype), _dense(qw, settings.dtype)
+    y = lax.ragged_dot(a, b, group_sizes, settings.precision, accumulator(settings.dtype))
+    return y.astype(settings.out_dtype), (qx, qw)
+
+
+def _product_fwd(x, w, group_sizes, key, settings):
+    y, (qx, qw) = _forward(x, w, group_sizes, key, settings)
+    recipe = settings.recipe
+    nothing = [lax.slice_in_dim(a, 0, 0, axis=a.ndim - 1) for a in (x, w)]
+    for_dgrad = qw if recipe.dgrad.rhs.reuse else w
+    for_wgrad = qx if recipe.wgrad.lhs.reuse else x
+    return y, (for_dgrad, for_wgrad, nothing, group_sizes, key)
+
+
+def _product_bwd(settings, residuals, g):
+    for_dgrad, for_wgrad, nothing, group_sizes, key = residuals
+    g, _ = once(g, nothing)
+    dtype, precision, total = settings.dtype, settings.precision, accumulator(settings.dtype)
+    left = _dense(operand_of(g, "dgrad", "lhs", -1, key, settings), dtype)
+    right = _dense(operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings), dtype)
+    dx = lax.ragged_dot(left, jnp.swapaxes(right, 1, 2), group_sizes, precision, total)
+    left = _dense(operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings), dtype)
+    right = _dense(operand_of(g, "wgrad", "rhs", -2, key, settings), dtype)
+    dw = lax.ragged_dot_general(left, right, group_sizes, _WGRAD, precision, total)
+    no_sizes = np.zeros(group_sizes.shape, jax.dtypes.float0)
+    return dx.astype(settings.x_dtype), dw.astype(settings.w_dtype), no_sizes, None
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _dense(a: Any, dtype: Any) -> jax.Array:
+    return a.dequantize(dtype) if isinstance(a, QTensor) else a.astype(dtype)

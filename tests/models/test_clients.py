@@ -1,0 +1,178 @@
+"""Models that others wrote, of a few small layers with random weights: found, packed, rounded, trained, generating.
+
+Needs the extra `clients`; without it what is missing is skipped.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ifjax
+
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
+IDS = jnp.arange(12).reshape(2, 6) % 50
+
+
+@pytest.fixture(autouse=True)
+def as_in_their_own_tests():
+    """Some of these models rely on implicit promotion, which ours do without."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def transformers_model(name, config, **options):
+    transformers = pytest.importorskip("transformers")
+    try:
+        model, settings = getattr(transformers, name), getattr(transformers, config)
+    except AttributeError:
+        pytest.skip("transformers 5 has no Flax models")
+    return model(settings(**options))
+
+
+TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "vocab_size": 64}
+
+
+def gpt2():
+    model = transformers_model(
+        "FlaxGPT2LMHeadModel", "GPT2Config", **TOKENS, n_positions=32, n_embd=32, n_layer=2, n_head=2
+    )
+    return lambda p, x: model(x, params=p).logits, model.params, IDS, model
+
+
+def llama():
+    model = transformers_model(
+        "FlaxLlamaForCausalLM", "LlamaConfig", **TOKENS, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    return lambda p, x: model(x, params=p).logits, model.params, IDS, model
+
+
+def t5():
+    model = transformers_model(
+        "FlaxT5ForConditionalGeneration", "T5Config", vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=2,
+        num_heads=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    return lambda p, x: model(x, decoder_input_ids=x, params=p).logits, model.params, IDS, model
+
+
+def vit():
+    model = transformers_model(
+        "FlaxViTForImageClassification", "ViTConfig", hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, image_size=16, patch_size=8,
+    )  # fmt: skip
+    return lambda p, x: model(x, params=p).logits, model.params, jnp.ones((2, 3, 16, 16)), model
+
+
+def equinox():
+    eqx = pytest.importorskip("equinox")
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    class Net(eqx.Module):
+        attention: eqx.nn.MultiheadAttention
+        mlp: eqx.nn.MLP
+
+        def __call__(self, x):
+            return jax.vmap(self.mlp)(self.attention(x, x, x))
+
+    net = Net(eqx.nn.MultiheadAttention(2, 32, key=keys[0]), eqx.nn.MLP(32, 32, 64, 2, key=keys[1]))
+    return lambda net, x: jax.vmap(net)(x), net, jax.random.normal(keys[2], (2, 6, 32)), None
+
+
+def haiku():
+    hk = pytest.importorskip("haiku")
+
+    def forward(ids):
+        x = hk.Embed(64, 32)(ids)
+        for _ in range(2):
+            h = hk.LayerNorm(-1, True, True)(x)
+            x = x + hk.MultiHeadAttention(2, 16, model_size=32, w_init=hk.initializers.VarianceScaling())(h, h, h)
+            x = x + hk.nets.MLP([64, 32])(x)
+        return hk.Linear(64, name="lm_head")(x)
+
+    made = hk.without_apply_rng(hk.transform(forward))
+    return made.apply, made.init(jax.random.key(0), IDS), IDS, None
+
+
+def tunix_llama():
+    llama3 = pytest.importorskip("tunix.models.llama3.model")
+    nnx = pytest.importorskip("flax.nnx")
+    config = llama3.ModelConfig(
+        num_layers=2, vocab_size=64, embed_dim=32, hidden_dim=64, num_heads=2, head_dim=16, num_kv_heads=1,
+        rope_theta=10000, norm_eps=1e-5,
+    )  # fmt: skip
+    graph, state = nnx.split(llama3.Llama3(config, rngs=nnx.Rngs(0)))
+    mask = jnp.broadcast_to(jnp.tri(6, dtype=bool), (2, 6, 6))
+    places = jnp.broadcast_to(jnp.arange(6), (2, 6))
+    return lambda state, x: nnx.merge(graph, state)(x, places, None, mask)[0], state, IDS, None
+
+
+# Matmul kernels counted by hand, without embeddings and heads: of a layer, times layers.
+CLIENTS = {
+    gpt2: 4 * 2,  # c_attn, c_proj, c_fc, c_proj
+    llama: 7 * 2,  # q, k, v, o, gate, up, down
+    t5: (4 + 2 + 4 + 4 + 2) * 2,  # encoder: attention, wi, wo; decoder: two attentions, wi, wo
+    vit: 6 * 2,  # query, key, value, output, intermediate, output
+    equinox: 4 + 3,
+    haiku: 6 * 2,  # query, key, value, linear, two of the MLP
+    tunix_llama: 7 * 2,
+}
+
+
+@pytest.mark.parametrize("make", CLIENTS)
+def test_models_of_others_are_found_packed_rounded_and_trained(make, tmp_path):
+    fn, params, x, _ = make()
+    packed, report = ifjax.quantize_params(params, "if4", model=fn, sample=(x,))
+    assert len(report.check().quantized) == CLIENTS[make]
+    faked, _ = ifjax.fake_quantize_params(params, "if4", model=fn, sample=(x,))
+    weights = ifjax.quantized(fn)(packed, x)
+    np.testing.assert_allclose(weights, fn(faked, x), rtol=1e-3, atol=1e-3)
+    both = ifjax.quantized(fn, ifjax.default_rules("if4", "if4"))(packed, x)
+    assert both.shape == weights.shape
+    assert 1e-4 < float(jnp.abs(both - weights).max() / jnp.abs(weights).max()) < 1
+
+    def loss(fn):
+        values, rest = jax.tree.map(lambda a: a if is_float(a) else None, params), params
+
+        def of(values):
+            whole = jax.tree.map(lambda a, b: b if a is None else a, values, rest, is_leaf=none)
+            return jnp.square(fn(whole, x)).mean()
+
+        return jax.grad(of)(values)
+
+    def is_float(a):
+        return hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.floating)
+
+    def none(a):
+        return a is None
+
+    grads = loss(ifjax.quantized(fn, ifjax.recipes.get_recipe("if4"), key=jax.random.key(0)))
+    alike, total = 0, 0
+    for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(loss(fn)), strict=True):
+        assert bool(jnp.isfinite(g).all())
+        total += float(jnp.square(w).sum())
+        alike += float((g * w).sum())
+    assert 0.5 < alike / total < 2
+
+    if make in (gpt2, haiku):
+        ifjax.save_file(packed, tmp_path / "model.safetensors")
+        again = ifjax.load_file(tmp_path / "model.safetensors", like=packed)
+        np.testing.assert_array_equal(ifjax.quantized(fn)(again, x), weights)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_generation_of_transformers_runs_packed_and_compiles_once(make):
+    fn, params, x, model = make()
+    packed, _ = ifjax.quantize_params(params, "if4", model=fn, sample=(x,))
+    faked, _ = ifjax.fake_quantize_params(params, "if4", model=fn, sample=(x,))
+    traced = []
+
+    def generate(p, x):
+        traced.append(1)
+        return model.generate(x, params=p, max_length=10, do_sample=False).sequences
+
+    run = ifjax.quantized(generate)
+    np.testing.assert_array_equal(run(packed, x), generate(faked, x))
+    traced.clear()
+    run(packed, x)
+    assert not traced
