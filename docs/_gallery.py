@@ -16,9 +16,9 @@ READERS = {"nvfp4": NVFP4_READERS, "fouroversix": f"{NVFP4_READERS} (as NVFP4)",
 HEAD = """\
 # All formats
 
-Written by `python docs/_gallery.py` from the records in `ifjax.FORMATS`. Errors are squared error over squared signal, x 1e-3, of
-2^20 random numbers: **lower is better**. MB are those of a matrix of 4096 x 4096, which takes 33.55 MB in bfloat16. Any
-format takes other block sizes: `if4_bs32`.
+Written by `python docs/_gallery.py` from the records in `ifjax.FORMATS`. Errors are squared error over squared signal,
+x 1e-3, of 2^20 random numbers: **lower is better**. MB are those of a matrix of 4096 x 4096, which takes 33.55 MB in
+bfloat16. Any format takes other block sizes: `if4_bs32`.
 
 ![Error against bits, on weights of a BERT](pictures/pareto.png)
 
@@ -36,7 +36,8 @@ def facts(fmt: ifjax.Format) -> list[str]:
     """The columns that need no measurement."""
     nbytes = sum(a * b for a, b in packed_shapes(SHAPE, fmt, -1)) + 4 * fmt.has_tensor_scale
     grids = " or ".join(dict.fromkeys(decoding.grid.name for decoding in fmt.decodings))
-    return [f"[`{fmt.name}`](#{fmt.name})", grids, f"{fmt.bits_per_value:g}", str(fmt.block), fmt.scale.name, f"{nbytes / 1e6:.2f}"]
+    link, bits = f"[`{fmt.name}`](#{fmt.name})", f"{fmt.bits_per_value:g}"
+    return [link, grids, bits, str(fmt.block), fmt.scale.name, f"{nbytes / 1e6:.2f}"]
 
 
 def error_of(fmt: ifjax.Format, distribution: str) -> str:
