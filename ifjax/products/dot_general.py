@@ -118,9 +118,7 @@ def dot_general(
     lhs, rhs, dims = as_one_axis(lhs, rhs, dims)
     dtype = np.dtype(jnp.promote_types(lhs.dtype, rhs.dtype))
     out_dtype = dtype if preferred_element_type is None else np.dtype(preferred_element_type)
-    how = _Product(
-        dims, precision, dtype, dtype, out_dtype, out_sharding, impl=impl, device=device_kind(target)
-    )  # fmt: skip
+    how = _Product(dims, precision, dtype, dtype, out_dtype, out_sharding, impl, device_kind(target))
     if is_packed(lhs) and is_packed(rhs):
         return _two_packed(lhs if isinstance(lhs, QTensor) else lhs.unpack(), rhs, how)
     if is_packed(rhs):
