@@ -1,12 +1,26 @@
-"""The reference names everything that is public. `mkdocs build --strict` finds what it names wrongly."""
+"""README and site: the reference names all that is public, and code in pages runs and prints what stands below it.
 
+`mkdocs build --strict` finds links and names that lead nowhere.
+"""
+
+import contextlib
+import io
+import os
 import re
+import runpy
+import shlex
 from pathlib import Path
 
+import pytest
+
 import ifjax
+from ifjax import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {path.name: path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md")}
+DOCS = ROOT / "docs"
+PAGES = {path.relative_to(DOCS).as_posix(): path.read_text("utf-8") for path in DOCS.rglob("*.md")}
+README = (ROOT / "README.md").read_text("utf-8")
+WITH_CODE = {"README.md": README} | {name: page for name, page in PAGES.items() if "```python" in page}
 
 
 def test_every_public_name_is_in_the_reference():
@@ -24,5 +38,45 @@ def test_every_public_name_is_in_the_reference():
 
 
 def test_every_page_is_in_the_navigation():
-    configured = re.findall(r"^ +- [\w ]+: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
-    assert sorted(configured) == sorted(PAGES)
+    configured = re.findall(r"^ +- [^:]+: ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert len(set(configured)) == len(configured)
+    assert set(configured) == set(PAGES) | notebooks | {"cli.md", "changelog.md"}  # docs/_site.py makes these
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_code_in_a_page_runs_and_prints_what_it_says(name, tmp_path, monkeypatch):
+    """Blocks go on from those above. Lines of comment that end a block are what it prints."""
+    pytest.importorskip("flax")
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "page"}
+    for language, block in re.findall(r"^```(python|bash)\n(.*?)^```$", WITH_CODE[name], re.MULTILINE | re.DOTALL):
+        if language == "bash":
+            for line in block.splitlines():
+                assert line.startswith(("ifjax ", "python3 -m venv ")), line  # the latter are what CI runs
+                if line.startswith("ifjax "):
+                    assert cli.main(shlex.split(line)[1:]) == 0
+            continue
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(block, name, "exec"), names)
+        expected = re.search(r"(?:^# .*\n)+\Z", block, re.MULTILINE)
+        if expected:
+            assert printed.getvalue() == re.sub(r"^# ", "", expected[0], flags=re.MULTILINE)
+
+
+def test_the_readme_is_short_and_its_links_lead_to_files():
+    assert len(README.splitlines()) <= 150
+    for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_gallery_has_every_format_as_it_is():
+    made = runpy.run_path(os.fspath(DOCS / "_gallery.py"))
+    rows = re.findall(r"^\| (\[`.*) \|$", PAGES["gallery.md"], re.MULTILINE)
+    assert [row.split(" | ")[:-2] for row in rows] == [made["facts"](fmt) for fmt in made["distinct"]()]
+    for fmt in made["distinct"]():
+        assert f"## {fmt.name}\n\n{fmt.doc}\n" in PAGES["gallery.md"], "python docs/_gallery.py"
+        assert (DOCS / "pictures" / "grids" / f"{fmt.name}.png").exists()
+    figures = next(row for row in rows if "`mxfp4`" in row).split(" | ")[-2:]
+    assert figures[0] == made["error_of"](ifjax.get_format("mxfp4"), "normal")

@@ -1,8 +1,4 @@
-"""The command line: compare, quantize, inspect, verify, dequantize. Results go to stdout, all else to stderr.
-
-Exit codes: 0 done, 1 bad input (a file that cannot be read, measured or written, or that is not as it should be),
-2 wrong usage. A command is a function of the parsed arguments, registered in `_parser`.
-"""
+"""ifjax compare."""
 
 import argparse
 import importlib.util
@@ -18,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ifjax import measure as analysis
+from ifjax.cli.files import IN_HELP, input_file
 from ifjax.cli.terminal import (
     add_command,
     add_json,
@@ -32,46 +29,53 @@ from ifjax.cli.terminal import (
 from ifjax.exchange import Spec, companions
 from ifjax.files import FileError
 from ifjax.files.safetensors import read_header, resolve
-from ifjax.formats import get_format
+from ifjax.formats import FORMATS, get_format
 from ifjax.version import __version__
+
+_EACH = 3  # tensors with the most error, and with the least, in the short report
 
 
 def add_compare(commands) -> None:
     parser = add_command(
         commands, "compare", _compare, "what each format costs, on the weights of a file or on samples",
-        "Quantize the weights of a safetensors file to each format, one tensor at a time, and report bits a\n"
-        "value, size, SQNR, relative error and the share of blocks that took integers.\n"
+        "Quantize the weights of a checkpoint to each format, one tensor at a time, and report bits a value,\n"
+        "size, SQNR, relative error and the share of blocks that took another grid than the first. The total\n"
+        "comes first, then the tensors with the most and the least error; --all prints every tensor.\n"
         "\n"
-        "Without FILE: the errors of random samples beside the published ones, and a small sample of\n"
-        "pretrained weights that comes with ifjax.",
+        "Without FILE: a small sample of pretrained weights that comes with ifjax, and the errors of random\n"
+        "samples beside the published ones.",
         "ifjax compare",
         "ifjax compare model.safetensors",
+        "ifjax compare --formats all --out plots",
         "ifjax compare model.safetensors --formats if4 nvfp4 --out plots",
         "ifjax compare gpt2.safetensors --axis -2 --json > report.json",
     )  # fmt: skip
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a safetensors file, an index, or a folder")
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=IN_HELP)
     parser.add_argument(
         "--formats", nargs="+", type=_formats, metavar="FORMAT", default=[list(analysis.DEFAULT_FORMATS)],
-        help=f"names, separated by spaces or commas (default: {' '.join(analysis.DEFAULT_FORMATS)})",
+        help=f"names, separated by spaces or commas, or all (default: {' '.join(analysis.DEFAULT_FORMATS)})",
     )  # fmt: skip
     parser.add_argument(
         "--axis", type=int, default=-1,
         help="the axis that blocks lie along (default: -1, the contraction of weights stored [out, in], as PyTorch "
         "does; -2 for [in, out])",
     )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="print every tensor, and why others were left as they are")
     parser.add_argument(
-        "--all", action="store_true",
+        "--vectors", action="store_true",
         help="quantize what `ifjax quantize` leaves as well: biases, norms, embeddings, heads",
     )  # fmt: skip
     add_search(parser)
     add_json(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write errors.png and choices.png there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write pareto.png, errors.png and choices.png there")
 
 
 def _formats(text: str) -> list[str]:
     names = [name for name in text.split(",") if name]
     if not names:
         raise argparse.ArgumentTypeError("needs a format's name")
+    if names == ["all"]:
+        return list(dict.fromkeys(fmt.name for fmt in FORMATS.values()))
     try:
         return [get_format(name).name for name in names]
     except ValueError as error:
@@ -87,24 +91,17 @@ def _compare(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
 
     synthetic = None
-    if options.file is None:
-        path, source = analysis.sample_path(), analysis.SAMPLE_SOURCE
-    else:
-        path, source = options.file, options.file.name
-    _, files, _ = resolve(path)
-    headers = {file: read_header(file) for file in files}
-    entries = [entry for header in headers.values() for entry in header]
-    kept = companions({entry.name: Spec(entry.dtype, entry.shape) for entry in entries})
     with progress_bar() as progress:
         if options.file is None:
             rows = analysis.synthetic_table(formats, search=options.search)
             count = len(formats) * len(analysis.DISTRIBUTIONS)
             synthetic = tuple(tracked(progress, rows, [1] * count, ["random samples"] * count))
-        how = {"axis": options.axis, "everything": options.all, "search": options.search, "kept": kept}
-        of_files = (analysis.file_reports(file, header, formats, **how) for file, header in headers.items())
-        reports = itertools.chain.from_iterable(of_files)
-        names, sizes = [entry.name for entry in entries], [entry.nbytes for entry in entries]
-        report = analysis.Report(source, tuple(tracked(progress, reports, sizes, names)))
+            report = _measured(options, formats, analysis.sample_path(), analysis.SAMPLE_SOURCE, progress)
+        else:
+            name = "stdin" if str(options.file) == "-" else options.file.resolve().name
+            with input_file(options.file) as path:
+                report = _measured(options, formats, path, name, progress)
+    path = options.file
     if not report.quantized:
         raise FileError(f"{path} has nothing to measure: {_why_nothing(report)}")
 
@@ -115,11 +112,25 @@ def _compare(options: argparse.Namespace) -> None:
         print(json.dumps(without_infinities(result), indent=1))
     else:
         console = terminal_console()
+        _print_total(console, report)
         if synthetic is not None:
             _print_synthetic(console, synthetic)
-        _print_report(console, report)
+        _print_tensors(console, report, every=options.all)
     if options.out is not None:
         _write_plots(report, options.out)
+
+
+def _measured(options: argparse.Namespace, formats: tuple[str, ...], path: Path, source: str, progress):
+    """The report of a checkpoint of one file or several, each tensor shown while it is measured."""
+    _, files, _ = resolve(path)
+    headers = {file: read_header(file) for file in files}
+    stored = [entry for header in headers.values() for entry in header]
+    kept = companions({entry.name: Spec(entry.dtype, entry.shape) for entry in stored})
+    how = {"axis": options.axis, "everything": options.vectors, "search": options.search, "kept": kept}
+    of_files = (analysis.file_reports(file, header, formats, **how) for file, header in headers.items())
+    reports = itertools.chain.from_iterable(of_files)
+    names, sizes = [entry.name for entry in stored], [entry.nbytes for entry in stored]
+    return analysis.Report(source, tuple(tracked(progress, reports, sizes, names)))
 
 
 def _why_nothing(report) -> str:
@@ -129,7 +140,7 @@ def _why_nothing(report) -> str:
     for t in report.tensors:
         reasons.setdefault(f"{t.status}, {t.reason}", []).append(t.name)
     lines = [f"{len(names)} tensors {reason}" for reason, names in reasons.items()]
-    hint = " (--all takes these too)" if any(t.status == "kept" for t in report.tensors) else ""
+    hint = " (--vectors takes them too)" if any(t.status == "kept" for t in report.tensors) else ""
     return "; ".join(lines) + hint
 
 
@@ -143,6 +154,8 @@ def _write_plots(report, folder: Path) -> None:
     from ifjax.measure import plots
 
     figures = {"errors.png": plots.plot_errors(report)}
+    if all(error.normalized_mse > 0 for error in report.total.values()):
+        figures["pareto.png"] = plots.plot_pareto(report.total, report.source)
     if any(error.choice_share is not None for error in report.total.values()):
         figures["choices.png"] = plots.plot_choices(report)
     for name, figure in figures.items():
@@ -156,10 +169,8 @@ def _print_synthetic(console: Console, rows) -> None:
     table = plain_table("format", *distributions)
     for fmt in dict.fromkeys(row.fmt for row in rows):
         table.add_row(fmt, *(_synthetic_cell(cells[distribution, fmt]) for distribution in distributions))
-    console.print(f"Random samples of {rows[0].error.values} values: squared error over squared signal, x 1e-3")
-    console.print(
-        "%: blocks that took integers. In brackets: arXiv 2603.28765, Table 1; then an independent numpy program."
-    )
+    console.print(f"\nRandom samples of {rows[0].error.values} values: sum error^2 / sum x^2, x 1e-3; lower is better")
+    console.print("%: other grid. In brackets: arXiv 2603.28765, Table 1; then an independent numpy program.")
     console.print(table)
 
 
@@ -179,7 +190,31 @@ def _thousandths(value: float) -> str:
     return f"{value * 1e3:.2f}" if value > 1e-3 else f"{value * 1e3:.4f}"
 
 
-def _print_report(console: Console, report) -> None:
+def _print_total(console: Console, report) -> None:
+    table = plain_table("format", *_FIGURES)
+    for name, error in report.total.items():
+        table.add_row(name, *_figures(error))
+    left = [t for t in report.tensors if t.status != "quantized"]
+    before, rest = (size_of(sum(t.nbytes for t in tensors)) for tensors in (report.quantized, left))
+    console.print(f"{report.source}")
+    console.print(f"Total of {len(report.quantized)} tensors, {before} before; {len(left)} others stay ({rest})")
+    console.print(table)
+    console.print(_TERMS)
+
+
+def _print_tensors(console: Console, report, every: bool) -> None:
+    shown = sorted(report.quantized, key=_error_of, reverse=True)
+    short = not every and len(shown) > 2 * _EACH
+    console.print()
+    if short:
+        first = next(iter(report.total))
+        console.print(f"The {_EACH} tensors with most error in {first}, and {_EACH} with least; --all prints every one")
+        table = plain_table("tensor", "shape", *_FIGURES[2:])
+        for t in (*shown[:_EACH], *shown[-_EACH:]):
+            table.add_row(Text(t.name), "x".join(map(str, t.shape)), *_figures(t.errors[first])[2:])
+        table.columns[0].overflow = "fold"
+        console.print(table)
+        return
     table = plain_table("tensor", "format", *_FIGURES)
     table.columns[0].overflow = "fold"
     table.columns[1].justify = "left"
@@ -188,23 +223,22 @@ def _print_report(console: Console, report) -> None:
         shape = " x ".join(map(str, t.shape))
         name = Text(t.name).append(f"\n{shape} {t.dtype}, {size_of(t.nbytes)}", "dim")
         table.add_row(name, "\n".join(t.errors), *map("\n".join, columns), end_section=True)
-    console.print(f"\n{report.source}")
     console.print(table)
-
     left = [t for t in report.tensors if t.status != "quantized"]
     if left:
         console.print("\nNot quantized")
         console.print(_left_table(left))
 
-    table = plain_table("format", *_FIGURES)
-    for name, error in report.total.items():
-        table.add_row(name, *_figures(error))
-    before, rest = (size_of(sum(t.nbytes for t in tensors)) for tensors in (report.quantized, left))
-    console.print(f"\nTotal of {len(report.quantized)} tensors, {before} before; {len(left)} others stay ({rest})")
-    console.print(table)
+
+def _error_of(tensor) -> float:
+    return next(iter(tensor.errors.values())).normalized_mse
 
 
-_FIGURES = ("bits/value", "size", "SQNR dB", "error %", "INT %")
+_TERMS = """\
+  SQNR dB       signal to quantization noise, 10 log10(sum x^2 / sum error^2): higher is better
+  error %       square root of sum error^2 / sum x^2: lower is better
+  other grid %  blocks that took another grid than the format's first; for IF formats, integers"""
+_FIGURES = ("bits/value", "size", "SQNR dB", "error %", "other grid %")
 
 
 def _figures(error) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Pictures of formats, of what they do to arrays, and of reports. Needs matplotlib (the extra `viz`).
 
 Formats: plot_grid, plot_block, plot_bytes. Arrays: plot_error_by_magnitude, plot_choices_by_peak. Reports:
-plot_errors and plot_choices of an `ifjax.analysis.Report`, plot_report of `ifjax.Report`s. Anything: plot_curves.
+plot_errors, plot_choices and plot_pareto of an `ifjax.analysis.Report`, plot_report of `ifjax.Report`s. Anything:
+plot_curves.
 
 What differs, differs in shape and in grey value, so that pictures survive a printer. Figures are made without pyplot:
 nothing global changes, no display is needed, and `figure.savefig` works anywhere. A notebook shows the figure that a
@@ -10,6 +11,7 @@ cell ends with, after `%matplotlib inline`.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +27,8 @@ from ifjax.codec.blocks import bits_of
 from ifjax.codec.decode import scaled
 from ifjax.codec.encode import decoded_place, inverse_for, wanted_payload
 from ifjax.codec.headers import normalized
-from ifjax.formats import Candidate, Format, get_format
+from ifjax.formats import FORMATS, Candidate, Format, get_format
+from ifjax.measure.errors import ErrorStats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -312,6 +315,79 @@ def plot_errors(report: Any) -> "Figure":
     axes.grid(axis="x", which="both", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     return figure
+
+
+def plot_pareto(errors: Mapping[str, ErrorStats], title: str = "") -> "Figure":
+    """Error against bits: what each format costs, and which formats no other beats in both.
+
+    Left, all formats: squared error over squared signal (lower is better) against bits a value; the line joins those
+    that no format with as few bits betters. Right, by name, the formats of the number of bits that most of them take.
+
+    Args:
+        errors: by the format's name, such as the `total` of an `ifjax.analysis.Report`.
+        title: what was quantized.
+
+    Raises:
+        ValueError: there are no errors, or one is not a positive number.
+
+    Example:
+        >>> from ifjax import analysis, plots
+        >>> errors = {fmt: analysis.error(analysis.sample("normal", 4096), fmt) for fmt in ("nvfp4", "if4", "mxfp4")}
+        >>> figure = plots.plot_pareto(errors, "4096 normal numbers")
+    """
+    if not errors or not all(0 < e.normalized_mse < math.inf for e in errors.values()):
+        raise ValueError("plot_pareto needs an error above 0 for each format: {name: ErrorStats}")
+    # Bits without the tensor's amax and filled-up blocks, which differ from array to array.
+    bits = {n: get_format(n).bits_per_value if n in FORMATS else e.bits_per_value for n, e in errors.items()}
+    value = {name: errors[name].normalized_mse for name in errors}
+    front = [name for name in bits if not any(_betters(bits, value, other, name) for other in bits)]
+    front.sort(key=bits.__getitem__)
+    counts = Counter(bits.values())
+    usual = max(counts, key=lambda b: (counts[b], -b))
+    ranked = sorted((name for name in bits if bits[name] == usual), key=lambda name: -value[name])
+    figure = _figure(10, max(4.2, 1.1 + 0.21 * len(ranked)))
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+
+    left.step([bits[n] for n in front], [value[n] for n in front], where="post", color=_COLOURS[2], zorder=1)
+    for axes, names, at in ((left, bits, bits), (right, ranked, {name: i for i, name in enumerate(ranked)})):
+        for name in names:
+            best, selects = name in front, errors[name].choice_share is not None
+            points = (at[name], value[name]) if axes is left else (value[name], at[name])
+            axes.plot(
+                *points, "s" if selects else "o", color=_COLOURS[2] if best else "0.55", zorder=3 if best else 2,
+                markerfacecolor=None if best else "white", markersize=7 if best else 5.5,
+            )  # fmt: skip
+    for name in front:
+        left.annotate(
+            name, (bits[name], value[name]), (-7, -5), textcoords="offset points", ha="right", va="top", fontsize=9
+        )
+    span = max(bits.values()) - min(bits.values()) or 1
+    left.set_xlim(min(bits.values()) - 0.22 * span, max(bits.values()) + 0.06 * span)
+    left.set_yscale("log")
+    _plain_ticks(left.yaxis)
+    left.set_ylim(top=1.5 * max(value.values()), bottom=min(value.values()) / 1.8)
+    left.set_xticks(sorted(counts), [f"{b:g}" for b in sorted(counts)], rotation=90)
+    left.set_xlabel("bits a value, scales included")
+    left.set_ylabel("squared error / squared signal (lower is better)")
+    right.set_yticks(range(len(ranked)), ranked, fontsize=9)
+    right.set_xlim(left=0, right=1.08 * max(value[name] for name in ranked))
+    right.set_ylim(-0.7, len(ranked) - 0.3)
+    right.set_xlabel("squared error / squared signal (lower is better)")
+    right.set_title(f"formats of {usual:g} bits a value", fontsize=10)
+    legend = "blue: no other format has less error in as few bits\nsquares: a selector for each block"
+    left.set_title(legend, fontsize=9)
+    for axes in (left, right):
+        axes.grid(color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _betters(bits, value, other: str, name: str) -> bool:
+    """Whether `other` is as good in both, and better in one."""
+    as_good = bits[other] <= bits[name] and value[other] <= value[name]
+    return as_good and (bits[other] < bits[name] or value[other] < value[name])
 
 
 def plot_choices(report: Any) -> "Figure":

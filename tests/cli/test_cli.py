@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_json_holds_every_figure(capsys, model):
 
 def test_tables_show_every_tensor_and_the_total(capsys, model):
     model = model.rename(model.with_name("model[v2].safetensors"))  # brackets are no markup
-    assert run("compare", model, "--formats", "if4", "mxfp4") == 0
+    assert run("compare", model, "--formats", "if4", "mxfp4", "--all") == 0
     out, err = capsys.readouterr()
     assert err == ""
     result = run_json(capsys, model, "--formats", "if4", "mxfp4")
@@ -139,11 +140,44 @@ def test_tables_show_every_tensor_and_the_total(capsys, model):
             assert f"{e['bits_per_value']:.3f}" in out
             assert f"{100 * e['relative_error']:.3f}" in out
             assert f"{100 * (e['choice_share'] or 0):.1f}" in out
-    assert f"{result['total']['errors']['if4']['sqnr_db']:.2f}" in out.split("Total of 3 tensors")[1]
+    assert out.splitlines()[1].startswith("Total of 3 tensors")
+    assert f"{result['total']['errors']['if4']['sqnr_db']:.2f}" in "\n".join(out.splitlines()[:8])
 
 
-def test_all_takes_vectors_too(capsys, model):
-    result = run_json(capsys, model, "--formats", "mxfp4", "--all")
+def test_of_many_tensors_the_worst_and_the_best_are_shown(capsys, tmp_path):
+    # A block with one large value errs little in MXFP4 relative to its signal: errors fall from a to i.
+    tensors = {name: normal(8, 64) for name in "abcdefghi"}
+    for i, x in enumerate(tensors.values()):
+        x[:, ::32] = 4.0 * (1 + i)
+    path = write(tmp_path / "m.safetensors", tensors)
+    by_error = sorted(
+        run_json(capsys, path, "--formats", "mxfp4")["tensors"], key=lambda t: -t["errors"]["mxfp4"]["relative_error"]
+    )
+    assert run("compare", path, "--formats", "mxfp4") == 0
+    out = capsys.readouterr().out
+    shown = [line.split()[0] for line in out.splitlines() if "8x64" in line]
+    assert shown == [t["name"] for t in (*by_error[:3], *by_error[-3:])]
+    assert len(out.splitlines()) < 30 and "--all" in out
+    assert run("compare", path, "--formats", "mxfp4", "--all") == 0
+    assert capsys.readouterr().out.count("8 x 64 F32") == 9
+
+
+def test_folders_indices_and_stdin_are_read(capsys, tmp_path, monkeypatch):
+    first = write(tmp_path / "m-00001-of-00002.safetensors", {"a": normal(16, 64)})
+    write(tmp_path / "m-00002-of-00002.safetensors", {"b": normal(16, 64, seed=1)})
+    index = tmp_path / "m.safetensors.index.json"
+    files = {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}
+    index.write_text(json.dumps({"weight_map": files}))
+    for where in (tmp_path, index):
+        result = run_json(capsys, where, "--formats", "mxfp4")
+        assert result["source"] == where.name and [t["name"] for t in result["tensors"]] == ["a", "b"]
+    with first.open("rb") as file:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=file))
+        assert run_json(capsys, "-", "--formats", "mxfp4")["tensors"] == result["tensors"][:1]
+
+
+def test_vectors_are_taken_on_request(capsys, model):
+    result = run_json(capsys, model, "--formats", "mxfp4", "--vectors")
     assert [t["status"] for t in result["tensors"]] == ["skipped", *["quantized"] * 4]
 
 
@@ -161,7 +195,7 @@ def test_a_tensor_with_a_nan_is_skipped_aloud(capsys, tmp_path):
     path = write(tmp_path / "a.safetensors", {"bad": bad, "good": normal(4, 32)})
     result = run_json(capsys, path, "--formats", "mxfp4")
     assert result["tensors"][0]["reason"] == "1 of its values are not finite in float32"
-    assert run("compare", path, "--formats", "mxfp4") == 0
+    assert run("compare", path, "--formats", "mxfp4", "--all") == 0
     assert "not finite in float32" in capsys.readouterr().out
 
 
@@ -180,10 +214,10 @@ def test_without_a_file_samples_stand_beside_published_numbers(capsys):
     assert "13.3" in out and "(13.2; 13.32)" in out and "arXiv 2603.28765" in out
 
 
-def test_out_writes_two_pictures(capsys, model, tmp_path):
+def test_out_writes_pictures(capsys, model, tmp_path):
     folder = tmp_path / "new" / "plots"
     assert run("compare", model, "--formats", "if4", "mxfp4", "--out", folder) == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["choices.png", "errors.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["choices.png", "errors.png", "pareto.png"]
     for path in folder.iterdir():
         head = path.read_bytes()[:24]
         assert head.startswith(b"\x89PNG")
@@ -193,7 +227,7 @@ def test_out_writes_two_pictures(capsys, model, tmp_path):
 
 def test_out_writes_no_choices_where_there_are_none(model, tmp_path):
     assert run("compare", model, "--formats", "mxfp4", "--out", tmp_path / "plots") == 0
-    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["errors.png"]
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["errors.png", "pareto.png"]
 
 
 @pytest.mark.bert
@@ -239,7 +273,7 @@ def test_a_missing_file_and_an_empty_folder_are_errors(capsys, tmp_path):
     [
         ({}, "it holds no tensors"),
         ({"ids": np.arange(64).reshape(8, 8)}, "1 tensors skipped, I64 is not one of F32, BF16, F16, F64"),
-        ({"a": normal(64), "b": normal(8)}, "2 tensors kept, not a matrix (--all takes these too)"),
+        ({"a": normal(64), "b": normal(8)}, "2 tensors kept, not a matrix (--vectors takes them too)"),
         ({"w": np.zeros((4, 0), np.float32)}, "1 tensors kept, not a matrix"),
         ({"w": np.full((4, 32), np.inf, np.float32)}, "128 of its values are not finite"),
     ],

@@ -54,6 +54,24 @@ def test_a_grid_shows_the_values_of_each_candidate(tmp_path):
     assert "17 %" in [text.get_text() for text in axes.texts]
 
 
+def test_pareto_joins_the_formats_that_no_other_betters(tmp_path):
+    errors = {fmt: ifjax.analysis.error(X, fmt) for fmt in ("nvfp4", "if4", "mxfp4", "nvint4", "if3")}
+    assert errors["if4"].noise < min(errors[name].noise for name in errors if name != "if4")
+    left, right = saved(plots.plot_pareto(errors, "normal numbers"), tmp_path).axes
+    assert {text.get_text() for text in left.texts} == {"if4", "mxfp4", "if3"}
+    front = left.get_lines()[0]
+    np.testing.assert_allclose(front.get_xdata(), [3.5, 4.25, 4.5])
+    np.testing.assert_allclose(front.get_ydata(), [errors[name].normalized_mse for name in ("if3", "mxfp4", "if4")])
+    # By name, the best on top.
+    assert [label.get_text() for label in right.get_yticklabels()] == ["nvfp4", "nvint4", "if4"]
+
+
+def test_pareto_needs_errors():
+    for errors in ({}, {"if4": ifjax.analysis.error(np.zeros((2, 16), np.float32), "if4")}):
+        with pytest.raises(ValueError, match="an error above 0 for each format"):
+            plots.plot_pareto(errors)
+
+
 def test_a_grid_needs_formats():
     with pytest.raises(ValueError, match="needs formats"):
         plots.plot_grid()

@@ -1,0 +1,83 @@
+"""A hook of mkdocs: pages that are made of other files when the site is built, so that nothing is told twice.
+
+The command line from the parsers' help, the changelog, and the notebooks with their outputs.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+REPOSITORY = "https://github.com/ifjax/ifjax/blob/main"
+
+
+def on_files(files, config):
+    """Add the pages that are made."""
+    made = {"cli.md": command_line(), "changelog.md": (ROOT / "CHANGELOG.md").read_text("utf-8")}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        page, pictures = notebook(path)
+        made |= {f"notebooks/{path.stem}.md": page} | pictures
+    for name, content in made.items():
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def on_page_markdown(markdown, page, **_):
+    """Lead links that leave the site, to files of the repository, to where these are read."""
+    up = page.file.src_uri.count("/") + 1
+    return re.sub(rf"\]\((?:\.\./){{{up}}}(?!\.)", f"]({REPOSITORY}/", markdown)
+
+
+def command_line() -> str:
+    """The help of every command."""
+    listed = help_of()
+    commands = re.findall(r"^    ([a-z]+) ", listed.split("commands:")[1].split("where to begin")[0], re.MULTILINE)
+    parts = ["# Command line\n\nWhat `ifjax --help` and `ifjax COMMAND --help` print.\n"]
+    parts += [f"## ifjax {command}\n\n```text\n{help_of(command)}```\n" for command in commands]
+    return "\n".join([parts[0], f"```text\n{listed}```\n", *parts[1:]])
+
+
+def help_of(*command: str) -> str:
+    """What --help prints, 100 columns wide."""
+    from ifjax import cli
+
+    before, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "100"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+            cli.main([*command, "--help"])
+    finally:
+        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
+    return out.getvalue()
+
+
+def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A notebook as a page, and its pictures by path."""
+    parts, pictures = [], {}
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(re.sub(r"`(\d\d_\w+)`", r"[\1](\1.md)", source))
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            text = "".join(output.get("text", data.get("text/plain", [])))
+            if "image/png" in data:
+                name = f"{path.stem}-{len(pictures)}.png"
+                pictures[f"notebooks/{name}"] = base64.b64decode("".join(data["image/png"]))
+                parts.append(f"![{heading(parts)}]({name})")
+            elif text:
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n", pictures
+
+
+def heading(parts: list[str]) -> str:
+    """The last heading, which says what a picture is about."""
+    found = [line.lstrip("# ") for part in parts if part.startswith("#") for line in part.splitlines()[:1]]
+    return found[-1] if found else ""
