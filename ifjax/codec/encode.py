@@ -114,7 +114,7 @@ def reference(x: jax.Array, fmt: Format, amax: jax.Array | None = None) -> tuple
         decoded = scaled(values, scale, candidate.step, tensor, fmt.tensor_constant())
         loss = tree(jnp.add, [e * e for e in decoded - x * power])
         header = fmt.join(fmt.selector_of(candidate), payload)
-        wins = best is not None and bool((loss <= best[0] if fmt.ties == "last" else loss < best[0]) & (payload > 0))
+        wins = best is not None and bool((loss <= best[0] if fmt.ties == "last" else loss < best[0]) & (payload != 0))
         best = (loss, codes, header) if best is None or wins else best
     return best[1:]
 

@@ -173,7 +173,7 @@ def better(best: tuple, trials: list[tuple], fmt: Format) -> tuple:
     never takes another.
     """
     for payload, loss, word, *rest in trials:
-        wins = (loss <= best[1] if fmt.ties == "last" else loss < best[1]) & (payload > 0)
+        wins = (loss <= best[1] if fmt.ties == "last" else loss < best[1]) & (payload != 0)
         best = tuple(jnp.where(wins, new, old) for new, old in zip((word, loss, *rest), best, strict=True))
     return best
 

@@ -195,3 +195,26 @@ def test_rows_with_an_amax_each_are_hierarchical_scales():
     error = np.square(np.asarray(q.dequantize()) - x).sum(1) / np.square(x).sum(1)
     assert (error < 5.5e-3).all()
     assert not np.asarray(ifjax.quantize(x, "quad").dequantize())[1].any()  # one amax for both flushes it
+
+
+def test_the_search_of_hifloat4_finds_the_best_of_scale_and_doublings():
+    """Against all E6M2 scales nearby, each with the best of its doublings, in double precision."""
+    x = np.random.default_rng(3).standard_normal((64, 64)).astype(np.float32)
+    own = np.asarray(ifjax.quantize(x, "hifloat4").headers()).ravel() & 0xFF
+
+    def least(code):
+        scale = (1 + (code & 3) / 4) * 2.0 ** ((code >> 2) - 48.0)
+        losses = []
+        for doublings in range(3):
+            step = (scale * 2.0**doublings / 4)[:, None]
+            error = np.minimum(np.round(np.abs(x) / step), 7) * step - np.abs(x)
+            losses.append(np.square(error).reshape(-1, 8, 2, 4).sum(-1))
+        without, with_ = (np.minimum(losses[i], losses[i + 1]).sum(-1) for i in (0, 1))
+        return np.minimum(without, with_).sum(-1)
+
+    want = np.min([least(own + offset) for offset in range(-3, 7)], axis=0)
+    q = ifjax.quantize(x, "hifloat4", search="fast")
+    got = np.square(np.asarray(q.dequantize(), np.float64) - x).sum(-1)
+    assert np.any(np.asarray(q.headers()) < 0)  # the last doubling is the header's sign bit
+    # The encoder multiplies by a reciprocal of 8 bits, so that elements near a middle may go to the other value.
+    np.testing.assert_allclose(got, want, rtol=0.02)
