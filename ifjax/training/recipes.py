@@ -308,6 +308,21 @@ def _named():
         source="UFP4 (arXiv 2606.20381): uniform grid, rotation of all three products, stochastic output gradient",
     )
 
+    def rotated(name, fmt, size, source):
+        """All six operands to nearest, each product rotated."""
+        nearest = Product(Operand(fmt), Operand(fmt), hadamard=size)
+        return Recipe(name, nearest, nearest, nearest, source=source)
+
+    yield rotated("hifloat4", "hifloat4", 64, "HiFloat4 pretraining (arXiv 2604.08826): H64, nearest rounding")
+    # The published one takes the tensor's maximum now and then; here each product takes its own.
+    scales, noisy = Operand("nvfp4_ue5m3"), Operand("nvfp4_ue5m3", "stochastic")
+    yield Recipe(
+        "ue5m3", Product(scales, scales), Product(noisy, scales), Product(scales, noisy),
+        source="arXiv 2609.02846: UE5M3 scales, stochastic gradients only, no rotation",
+    )  # fmt: skip
+    for learned in ("quad", "split87"):
+        yield eden(learned, learned, "nvfp4", f"as fouroversix_mseden, with {learned} forward; not published")
+
     straight = "straight-through: the gradient of the product of rounded operands, in high precision"
     forward = Product(high, Operand("if4"))
     yield Recipe("weight_only_qat", forward, dgrad=Product(high, reused), source=straight)
