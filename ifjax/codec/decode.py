@@ -41,10 +41,12 @@ def decode(
 def narrowed(values: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Decoded float32 values in a type, in which those beyond its largest finite value saturate, as they do in grids.
 
-    float32's own end, too: a block's largest value may lie above the tensor's maximum, and no code means infinity.
+    float32 values stay as the published arithmetic has them, which overflows at float32's own end.
     """
-    end = np.float32(min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max)))
-    return lax.clamp(-end, values, end).astype(dtype)
+    end = float(jnp.finfo(dtype).max)
+    if end < float(jnp.finfo(jnp.float32).max):
+        values = lax.clamp(np.float32(-end), values, np.float32(end))
+    return values.astype(dtype)
 
 
 def unscaled(codes: jax.Array, selector: Any, fmt: Format) -> jax.Array:

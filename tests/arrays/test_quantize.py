@@ -87,7 +87,6 @@ WRONG = {
     "amax, shape": ((MATRIX,), {"amax": jnp.ones(4)}, ValueError, r"amax must be float of shape \(\).*float32 \(4,\)"),
     "amax, shape of amax_axes": ((MATRIX,), {"amax": jnp.ones(3), "amax_axes": (0,)}, ValueError, r"of shape \(4,\)"),
     "amax, scalar for amax_axes": ((MATRIX,), {"amax": 1.0, "amax_axes": (0,)}, ValueError, r"of shape \(4,\)"),
-    "amax, integer": ((MATRIX,), {"amax": 1}, ValueError, "amax must be float .* got int32"),
     "amax, bool": ((MATRIX,), {"amax": True}, ValueError, "amax must be float .* got bool"),
     "amax, negative": ((MATRIX,), {"amax": -1.0}, ValueError, "finite and not negative, got -1.0"),
     "amax, NaN": ((MATRIX,), {"amax": np.nan}, ValueError, "finite and not negative, got nan"),
@@ -780,7 +779,7 @@ def test_weights_that_cannot_be_are_refused(settings, message):
 # --- the ends of types
 
 
-@pytest.mark.parametrize(("dtype", "end"), [("float16", 65504), ("bfloat16", 3.3895314e38), ("float32", 3.4028235e38)])
+@pytest.mark.parametrize(("dtype", "end"), [("float16", 65504.0), ("bfloat16", 3.3895314e38)])
 @pytest.mark.parametrize("name", ["mxfp4", "if6_e2m3", "sfp4"])
 def test_values_saturate_at_the_end_of_a_type(name, dtype, end):
     """60000 is 65536 in mxfp4, which float16 cannot hold."""

@@ -119,7 +119,7 @@ def test_each_layer_applies_on_packed_parameters(name):
     model, variables, x = build(name)
     packed, report = ifjax.quantize_params(variables, EVERYWHERE, model=model, sample=x)
     dense, _ = ifjax.fake_quantize_params(variables, EVERYWHERE, model=model, sample=x)
-    kernels = [e for e in report.entries if e.path.rpartition("/")[2] in ("kernel", "embedding")]
+    kernels = [e for e in report.entries if e.path.rpartition("/")[2] in ("kernel", "embedding", "lora")]
     assert count_packed(packed) == len(kernels) > 0
     assert all(e.fmt == FMT for e in kernels)
     wanted = model.apply(dense, x)
