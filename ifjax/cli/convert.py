@@ -13,7 +13,7 @@ from rich.console import Console
 from ifjax import convert
 from ifjax.arrays import DTYPES
 from ifjax.atomic import write_text
-from ifjax.cli.files import IN_HELP, OUT_HELP, bytes_of, check_report, files_of, format_name
+from ifjax.cli.files import FOLDER_HELP, IN_HELP, OUT_HELP, bytes_of, check_report, files_of, format_name
 from ifjax.cli.terminal import (
     Misused,
     add_command,
@@ -48,7 +48,7 @@ def add_quantize(commands) -> None:
         "Rules match a tensor's name with '.' written as '/', without 'weight' or 'kernel' at its end.",
     )  # fmt: skip
     parser.add_argument("source", type=Path, metavar="IN", help=IN_HELP)
-    parser.add_argument("target", type=Path, metavar="OUT", help=OUT_HELP)
+    parser.add_argument("target", type=Path, metavar="OUT", help=OUT_HELP + FOLDER_HELP)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--fmt", type=format_name, metavar="FORMAT", help="a format's name (default: if4)")
     which.add_argument("--rules", type=Path, metavar="FILE", help="rules in YAML or JSON, instead of --fmt")
@@ -173,5 +173,3 @@ def _dequantize(options: argparse.Namespace) -> None:
     else:
         count = len(report.quantized)
         print(f"wrote {options.target}: {count} tensors dequantized in {seconds:.1f} s", file=sys.stderr)
-
-

@@ -19,12 +19,8 @@ from ifjax.files import FileError, safetensors
 from ifjax.formats import get_format
 
 IN_HELP = "a safetensors file, an index (*.index.json), a folder with one checkpoint, or - for stdin"
-
-
-OUT_HELP = (
-    "the file to write, *.safetensors, or - for stdout; *.safetensors.index.json for several files. Else a folder, new "
-    "or empty, for weights and all that IN's folder has besides"
-)
+OUT_HELP = "the file to write, *.safetensors, or - for stdout; *.safetensors.index.json for several files"
+FOLDER_HELP = ". Else a folder, new or empty, for weights and all that IN's folder has besides"
 
 
 def format_name(text: str) -> str:

@@ -40,8 +40,7 @@ def common_amax(params: Mapping[str, Any], names: Iterable[Iterable[str]] | None
     """Return the parameters with one amax for the layers that servers multiply as one.
 
     The amax is the largest of the group; a tensor that has another is quantized again from its values, which costs it
-    up to half a step of its block scales. Without that loss: quantize with the common `amax=` in the first place, as
-    `ifjax quantize --common-amax` does.
+    up to half a step of its block scales. Without that loss: quantize with the common `amax=` in the first place.
 
     Args:
         params: QTensors and arrays by flat names; arrays stay as they are.
