@@ -242,9 +242,14 @@ def decodes_as(fmt: Format, other: Format) -> bool:
 
     def meaning(f: Format):
         scale = getattr(f.scale, "values", f.scale), f.scale.bits, f.scale.nbytes
-        return [(d.grid.values, d.step, d.offset) for d in f.decodings], f.block, scale
+        return elements_of(f), f.block, scale
 
     return meaning(fmt) == meaning(other)
+
+
+def elements_of(fmt: Format) -> list[tuple[tuple[float, ...], float, float]]:
+    """What codes mean: (values, step, offset) of each decoding. Names of grids and how an encoder rounds do not matter."""
+    return [(d.grid.values, d.step, d.offset) for d in fmt.decodings]
 
 
 def make_blocks(layout: Layout, specs: tuple[Spec | None, ...]) -> bool:

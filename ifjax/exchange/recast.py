@@ -7,6 +7,7 @@ import numpy as np
 
 from ifjax.arrays import Blocking, QTensor
 from ifjax.exchange.blocks import are_zeros
+from ifjax.exchange.layouts import elements_of
 from ifjax.formats import Format, TableScale, get_format
 
 
@@ -69,14 +70,11 @@ def recast(q: QTensor, fmt: str | Format = "nvfp4") -> QTensor:
 
 def can_recast(source: Format, target: Format) -> bool:
     """Return whether tensors of one format can be recast to another, if their scales lie near enough."""
-    def elements(f: Format):
-        return [(d.grid.values, d.step, d.offset) for d in f.decodings]
-
     scales = all(isinstance(f.scale, TableScale) and f.scale.nbytes == 1 for f in (source, target))
     powers = scales and all(v == 0 or math.frexp(v)[0] == 0.5 for v in _values(source)[:-1])
     plain = not source.has_selector and not source.has_tensor_scale and target.has_tensor_scale
     whole = source.block % target.block == 0 and target.block * target.bits % 8 == 0
-    return elements(source) == elements(target) and powers and plain and whole
+    return elements_of(source) == elements_of(target) and powers and plain and whole
 
 
 def _check(source: Format, target: Format) -> None:

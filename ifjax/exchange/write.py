@@ -14,7 +14,7 @@ from ifjax.atomic import new_folder, write_text
 from ifjax.exchange import blocks
 from ifjax.exchange.containers import CONTAINERS
 from ifjax.exchange.fused import warn_of_fused
-from ifjax.exchange.layouts import WEIGHTS, Layout, Model, Part, Spec, layouts_of
+from ifjax.exchange.layouts import WEIGHTS, Layout, Model, Part, Spec, elements_of, layouts_of
 from ifjax.exchange.recognize import Specs, recognize
 from ifjax.files.checkpoint import Item
 from ifjax.files.safetensors import Slot
@@ -87,15 +87,11 @@ def _refusal(fmt: Format, tool: str, layouts: list[Layout]) -> str:
             "these blocks' values"
         )
     theirs = [layout.record for layout in layouts]
-    if all(_meaning(fmt) != _meaning(record) for record in theirs):
+    if all(elements_of(fmt) != elements_of(record) for record in theirs):
         names = " or ".join(dict.fromkeys(map(_elements, theirs)))
         return f"has elements {_elements(fmt)}, where {tool} reads {names}"
     kinds = dict.fromkeys(f"{layout.record.block} with {layout.record.scale.name}" for layout in layouts)
     return f"has blocks of {fmt.block} with {fmt.scale.name} scales, where {tool} reads {' or '.join(kinds)}"
-
-
-def _meaning(fmt: Format) -> Any:
-    return [(d.grid.values, d.step, d.offset) for d in fmt.decodings]
 
 
 def _elements(fmt: Format) -> str:
