@@ -1,18 +1,15 @@
 """Packed checkpoints into floats, and what a checkpoint holds."""
 
-import functools
 import math
 import os
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
-from ifjax.convert.tensors import Tick, no_tick, plain_item, values_of
-from ifjax.files import safetensors
-from ifjax.files.checkpoint import Checkpoint, Item, open_file, write_items
-from ifjax.files.safetensors import FileError, Slot
+from ifjax.convert.tensors import Tick, float_item, no_tick, plain_entry, plain_item
+from ifjax.files.checkpoint import Checkpoint, open_file, write_items
+from ifjax.files.safetensors import FileError
 from ifjax.models.report import Entry, Report
 
 
@@ -41,10 +38,8 @@ def dequantize_file(
         if name not in source.packed:
             items.append(plain_item(source, source.entries[name], None, None, tick))
             continue
-        p = source.packed[name]
-        to = p.blocking.dtype if dtype is None else jnp.dtype(dtype)
-        slot = Slot(name, safetensors.CODES[to.name], p.shape)
-        items.append(Item(name, (slot,), None, functools.partial(_unpack, source, name, to, tick)))
+        to = source.packed[name].blocking.dtype if dtype is None else jnp.dtype(dtype)
+        items.append(float_item(source, name, to, tick))
     return write_items(target, items, metadata=source.metadata, max_shard_bytes=max_shard_bytes)
 
 
@@ -54,21 +49,10 @@ def contents(source: Checkpoint) -> Report:
 
 
 def _held(source: Checkpoint, name: str) -> Entry:
-    nbytes = sum(source.entries[part].nbytes for part in source.parts(name).values())
     if name not in source.packed:
-        stored = source.entries[name]
-        values = math.prod(stored.shape)
-        bits = 8 * nbytes / values if values else math.nan
-        dtype = safetensors.NAMES.get(stored.dtype, stored.dtype)
-        return Entry(name, None, stored.shape, dtype, None, None, bits, nbytes, nbytes, reason="it is not packed")
+        return plain_entry(source.entries[name])
+    nbytes = sum(source.entries[part].nbytes for part in source.parts(name).values())
     p = source.packed[name]
     values = math.prod(p.shape)
     bits, before = 8 * nbytes / values if values else math.nan, values * p.blocking.dtype.itemsize
     return Entry(name, None, p.shape, p.blocking.dtype.name, p.fmt.name, None, bits, before, nbytes)
-
-
-def _unpack(source: Checkpoint, name: str, dtype: np.dtype, tick: Tick, write) -> None:
-    for values in values_of(source, name, dtype, tick):
-        write(name, values)
-
-

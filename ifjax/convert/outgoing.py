@@ -12,7 +12,7 @@ import numpy as np
 
 from ifjax.arrays import QTensor, packed_shapes
 from ifjax.convert.folders import without_quantization
-from ifjax.convert.tensors import Tick, values_of
+from ifjax.convert.tensors import Tick, float_item, plain_entry, plain_item
 from ifjax.convert.transfer import Transfer
 from ifjax.exchange import blocks, write
 from ifjax.exchange.fused import warn_of_fused
@@ -68,10 +68,10 @@ def plan_export(
     for name in opened:
         new_name = name.replace("/", ".")
         if name not in opened.packed:
-            entry = opened.entries[name]
-            plain[new_name] = Spec(entry.dtype, entry.shape)
-            entries.append(_plain_entry(opened, name))
-            makers.append(functools.partial(_plain_out, opened, name, new_name))
+            stored = opened.entries[name]
+            plain[new_name] = Spec(stored.dtype, stored.shape)
+            entries.append(plain_entry(stored))
+            makers.append(functools.partial(plain_item, opened, stored, None, None, new_name=new_name))
             continue
         try:
             outgoing = _Outgoing.of(opened, name, new_name, tool, target)
@@ -79,11 +79,12 @@ def plan_export(
             faults.append(f"{name}: {error}")
             plain[new_name] = Spec("F32", opened.packed[name].shape)
             entries.append(_refused_entry(opened, name, str(error)))
-            makers.append(functools.partial(_float_out, opened, name, new_name))
+            dtype = opened.packed[name].blocking.dtype
+            makers.append(functools.partial(float_item, opened, name, dtype, new_name=new_name))
             continue
         quantized.append((outgoing.layout, outgoing.layer, outgoing.specs))
         entries.append(outgoing.entry(opened))
-        makers.append(outgoing.items)
+        makers.append(outgoing.item)
         amaxes[new_name] = opened.array(parts["amax"]) if "amax" in (parts := opened.parts(name)) else None
     if faults and (refused == "error" or not quantized):
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
@@ -98,7 +99,7 @@ def plan_export(
         warn_of_fused(amaxes)
     return Transfer(
         Report(tuple(entries)), sum(entry.nbytes for entry in opened.entries.values()),
-        lambda tick: [item for maker in makers for item in maker(tick)],
+        lambda tick: [maker(tick) for maker in makers],
         layout.container, dict(layout.metadata) | _stated(opened), beside,
         lambda old: write.config_of(without_quantization(old), layout, config),
     )  # fmt: skip
@@ -159,8 +160,8 @@ class _Outgoing:
         dtype, fmt = p.blocking.dtype.name, self.fmt.name
         return Entry(self.name, None, p.shape, dtype, fmt, None, bits, before, after, note=note)
 
-    def items(self, tick: Tick) -> list[Item]:
-        return [Item(self.name, self.slots, None, functools.partial(self._fill, tick))]
+    def item(self, tick: Tick) -> Item:
+        return Item(self.name, self.slots, None, functools.partial(self._fill, tick))
 
     def _fill(self, tick: Tick, write_bytes) -> None:
         batch = self.size.batch if self.target is None else ()
@@ -215,41 +216,6 @@ class _Outgoing:
 def _own(q: Any) -> QTensor:
     return q.replaced(**{name: None if (a := getattr(q, name)) is None else np.array(a) for name in
                          ("codes", "scales", "amax")})  # fmt: skip
-
-
-def _plain_out(opened: Checkpoint, name: str, new_name: str, tick: Tick) -> list[Item]:
-    entry = opened.entries[name]
-    known = entry.dtype in safetensors.NAMES
-    slot = Slot(new_name, entry.dtype, entry.shape) if known else Foreign(new_name, *entry[1:3], entry.nbytes)
-
-    def fill(write_bytes):
-        opened.check(name)
-        with opened.reader(name) as reader:
-            for chunk in reader.chunks():
-                write_bytes(new_name, chunk)
-                tick(name, len(chunk))
-
-    return [Item(new_name, (slot,), None, fill)]
-
-
-def _float_out(opened: Checkpoint, name: str, new_name: str, tick: Tick) -> list[Item]:
-    p = opened.packed[name]
-
-    def fill(write_bytes):
-        for values in values_of(opened, name, p.blocking.dtype, tick):
-            write_bytes(new_name, values)
-
-    slot = Slot(new_name, safetensors.CODES[p.blocking.dtype.name], p.shape)
-    return [Item(new_name, (slot,), None, fill)]
-
-
-def _plain_entry(opened: Checkpoint, name: str) -> Entry:
-    entry = opened.entries[name]
-    values = math.prod(entry.shape)
-    bits = 8 * entry.nbytes / values if values else math.nan
-    dtype = safetensors.NAMES.get(entry.dtype, entry.dtype)
-    sizes = entry.nbytes, entry.nbytes
-    return Entry(name, None, entry.shape, dtype, None, None, bits, *sizes, reason="it is not packed")
 
 
 def _refused_entry(opened: Checkpoint, name: str, reason: str) -> Entry:

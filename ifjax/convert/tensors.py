@@ -13,6 +13,7 @@ from ifjax.files import safetensors
 from ifjax.files.checkpoint import Checkpoint, Item
 from ifjax.files.pieces import decode
 from ifjax.files.safetensors import Foreign, Slot, StoredTensor
+from ifjax.models.report import Entry
 
 # Called with a tensor's name and with bytes of it that have been dealt with.
 Tick = Callable[[str, int], None]
@@ -22,14 +23,16 @@ def no_tick(name: str, count: int) -> None:
     del name, count
 
 
-def plain_item(source: Checkpoint, stored: StoredTensor, dtype: np.dtype | None, results, tick: Tick) -> Item:
-    """Return a tensor that stays: its bytes, or its values in another dtype."""
-    name = stored.name
+def plain_item(
+    source: Checkpoint, stored: StoredTensor, dtype: np.dtype | None, results, tick: Tick, new_name: str | None = None
+) -> Item:
+    """Return a tensor that stays: its bytes, or its values in another dtype; under another name, if one is given."""
+    name, new = stored.name, stored.name if new_name is None else new_name
     own = safetensors.numpy_dtype(stored.dtype)
-    foreign = Foreign(name, stored.dtype, stored.shape, stored.nbytes)
-    slot = foreign if own is None else Slot(name, stored.dtype, stored.shape)
+    foreign = Foreign(new, stored.dtype, stored.shape, stored.nbytes)
+    slot = foreign if own is None else Slot(new, stored.dtype, stored.shape)
     if dtype is not None:
-        slot = Slot(name, safetensors.CODES[dtype.name], stored.shape)
+        slot = Slot(new, safetensors.CODES[dtype.name], stored.shape)
 
     def fill(write):
         source.check(name)
@@ -37,18 +40,39 @@ def plain_item(source: Checkpoint, stored: StoredTensor, dtype: np.dtype | None,
         with source.reader(name) as reader:
             for chunk in reader.chunks():
                 if dtype is None or own is None:
-                    write(name, chunk)
+                    write(new, chunk)
                 else:
                     x = chunk.view(own)
                     with np.errstate(over="ignore"):
                         y = x.astype(dtype)
                     lost += int((np.isfinite(x) & ~np.isfinite(y)).sum())
-                    write(name, y)
+                    write(new, y)
                 tick(name, len(chunk))
         if lost and results is not None:
             results[name] = {"note": f"{lost} values are beyond {dtype}'s range", "expected": False}
 
-    return Item(name, (slot,), None, fill)
+    return Item(new, (slot,), None, fill)
+
+
+def float_item(
+    source: Checkpoint, name: str, dtype: np.dtype, tick: Tick, new_name: str | None = None
+) -> Item:
+    """Return a packed tensor that goes out in floats; under another name, if one is given."""
+    new = name if new_name is None else new_name
+
+    def fill(write):
+        for values in values_of(source, name, dtype, tick):
+            write(new, values)
+
+    return Item(new, (Slot(new, safetensors.CODES[dtype.name], source.packed[name].shape),), None, fill)
+
+
+def plain_entry(stored: StoredTensor) -> Entry:
+    """Return what a report says of a tensor that is not packed."""
+    values = math.prod(stored.shape)
+    bits = 8 * stored.nbytes / values if values else math.nan
+    dtype, sizes = safetensors.NAMES.get(stored.dtype, stored.dtype), (stored.nbytes, stored.nbytes)
+    return Entry(stored.name, None, stored.shape, dtype, None, None, bits, *sizes, reason="it is not packed")
 
 
 def cast_of(stored: StoredTensor, dtype: np.dtype | None) -> np.dtype | None:

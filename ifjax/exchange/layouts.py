@@ -248,7 +248,7 @@ def decodes_as(fmt: Format, other: Format) -> bool:
 
 
 def elements_of(fmt: Format) -> list[tuple[tuple[float, ...], float, float]]:
-    """What codes mean: (values, step, offset) of each decoding. Names of grids and how an encoder rounds do not matter."""
+    """What codes mean: (values, step, offset) of each decoding. Grids' names and how they round do not matter."""
     return [(d.grid.values, d.step, d.offset) for d in fmt.decodings]
 
 
