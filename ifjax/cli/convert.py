@@ -12,19 +12,19 @@ from rich.console import Console
 
 from ifjax import convert
 from ifjax.arrays import DTYPES
-from ifjax.atomic import write_text
 from ifjax.cli.files import FOLDER_HELP, IN_HELP, OUT_HELP, bytes_of, check_report, files_of, format_name
 from ifjax.cli.terminal import (
     Misused,
     add_command,
     add_json,
+    add_report,
     add_search,
     as_file_error,
     printable,
     progress_bar,
-    shown,
     size_of,
-    terminal_console,
+    tell_report,
+    tell_sum,
     ticks,
 )
 from ifjax.exchange import LAYOUTS
@@ -67,8 +67,7 @@ def add_quantize(commands) -> None:
         "--dtype", choices=DTYPES, help="of what stays in floats, and what packed tensors decode to (default: as it is)"
     )
     parser.add_argument("--no-errors", action="store_true", help="do not measure errors: faster")
-    parser.add_argument("--dry-run", action="store_true", help="write nothing; report what would be done")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON there, too")
+    add_report(parser)
     _add_output(parser)
 
 
@@ -115,24 +114,10 @@ def _quantize(options: argparse.Namespace) -> None:
                 tick = ticks(progress, plan.nbytes)
                 target, report = plan.write(target, max_shard_bytes=options.shard_size, tick=tick)
     seconds = time.perf_counter() - started
-    about = {
-        "source": str(options.source), "target": str(options.target), "version": __version__,
-        "dry_run": options.dry_run, "seconds": round(seconds, 3),
-        "mb_per_s": None if options.dry_run else round(plan.nbytes / 1e6 / seconds, 1),
-    }  # fmt: skip
-    result = json.dumps(about | json.loads(report.to_json()), indent=1) + "\n"
-    if options.report is not None and not options.dry_run:
-        write_text(options.report, result)
-    if options.json:
-        print(result, end="")
-    else:
-        to_stdout = str(options.target) == "-" and not options.dry_run
-        console = Console(stderr=True, markup=False) if to_stdout else terminal_console()
-        console.print(shown(report))
-        wrote = "would write" if options.dry_run else "wrote"
-        rate = "" if options.dry_run else f" in {seconds:.1f} s, {plan.nbytes / 1e6 / seconds:.0f} MB/s"
-        after = report.totals.bytes_after
-        print(f"{wrote} {options.target}: {size_of(after)}{rate}", file=sys.stderr)
+    to_stdout = str(options.target) == "-" and not options.dry_run
+    tell_report(options, report, plan.nbytes, seconds, Console(stderr=True, markup=False) if to_stdout else None)
+    if not options.json:
+        tell_sum(options, plan.nbytes, seconds, size_of(report.totals.bytes_after))
     odd = [entry for entry in report.entries if not entry.expected or math.isnan(entry.sqnr_db or 0)]
     for entry in odd:
         note = entry.note or "holds values that are not finite: their blocks decode to NaN"

@@ -1,29 +1,27 @@
 """ifjax import and ifjax export."""
 
 import argparse
-import json
 import sys
 import time
 import warnings
 from pathlib import Path
 
 from ifjax.arrays import DTYPES
-from ifjax.atomic import write_text
 from ifjax.cli.files import IN_HELP, bytes_of, check_report, check_target, ended_by_signal, format_name
 from ifjax.cli.terminal import (
     add_command,
     add_json,
+    add_report,
     as_file_error,
     printable,
     progress_bar,
-    shown,
     size_of,
-    terminal_console,
+    tell_report,
+    tell_sum,
     ticks,
 )
 from ifjax.convert import Transfer, plan_export, plan_import
 from ifjax.exchange import LAYOUTS, TOOLS
-from ifjax.version import __version__
 
 _SRC = IN_HELP.removesuffix(", or - for stdin")
 _OUT = "a file that ends in {}, or a folder, new or empty, which gets config.json, the tokenizer and all else, too"
@@ -82,8 +80,7 @@ def _add_shared(parser) -> None:
     )  # fmt: skip
     parser.add_argument("--shard-size", type=bytes_of, metavar="SIZE", help="of more than this write several files")
     parser.add_argument("--force", action="store_true", help="replace OUT where it is a file that exists")
-    parser.add_argument("--dry-run", action="store_true", help="write nothing; report what would be done")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON there, too")
+    add_report(parser)
     add_json(parser)
 
 
@@ -114,22 +111,7 @@ def _run(options: argparse.Namespace, transfer: Transfer) -> None:
             tick = ticks(progress, transfer.nbytes)
             transfer.write(options.target, max_shard_bytes=options.shard_size, tick=tick)
     seconds = time.perf_counter() - started
-    about = {
-        "source": str(options.source), "target": str(options.target), "version": __version__,
-        "dry_run": options.dry_run, "seconds": round(seconds, 3),
-        "mb_per_s": None if options.dry_run else round(transfer.nbytes / 1e6 / seconds, 1),
-    }  # fmt: skip
-    result = json.dumps(about | json.loads(report.to_json()), indent=1) + "\n"
-    if options.report is not None and not options.dry_run:
-        write_text(options.report, result)
-    if options.json:
-        print(result, end="")
-    else:
-        terminal_console().print(shown(report))
-    wrote = "would write" if options.dry_run else "wrote"
-    rate = "" if options.dry_run else f" in {seconds:.1f} s, {transfer.nbytes / 1e6 / seconds:.0f} MB/s"
-    counts = len(report.quantized), len(report.entries) - len(report.quantized)
-    print(
-        f"{wrote} {options.target}: {counts[0]} packed tensors, {counts[1]} others, "
-        f"{size_of(report.totals.bytes_after)}{rate}", file=sys.stderr,
-    )  # fmt: skip
+    tell_report(options, report, transfer.nbytes, seconds)
+    packed, size = len(report.quantized), size_of(report.totals.bytes_after)
+    what = f"{packed} packed tensors, {len(report.entries) - packed} others, {size}"
+    tell_sum(options, transfer.nbytes, seconds, what)

@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -20,8 +22,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ifjax.atomic import write_text
 from ifjax.files import FileError
 from ifjax.models.report import Entry, Report
+from ifjax.version import __version__
 
 
 class Misused(Exception):
@@ -40,6 +44,40 @@ def add_command(commands, name: str, run, summary: str, description: str, *examp
 
 def add_json(parser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def add_report(parser) -> None:
+    """Add --dry-run and --report, for commands that convert."""
+    parser.add_argument("--dry-run", action="store_true", help="write nothing; report what would be done")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON there, too")
+
+
+def tell_report(
+    options: argparse.Namespace, report: Report, nbytes: int, seconds: float, console: Console | None = None
+) -> None:
+    """Give a conversion's report as --report and --json ask; without --json as a table, on stdout unless told else.
+
+    `nbytes` were read in so many seconds, if it is no dry run.
+    """
+    about = {
+        "source": str(options.source), "target": str(options.target), "version": __version__,
+        "dry_run": options.dry_run, "seconds": round(seconds, 3),
+        "mb_per_s": None if options.dry_run else round(nbytes / 1e6 / seconds, 1),
+    }  # fmt: skip
+    result = json.dumps(about | json.loads(report.to_json()), indent=1) + "\n"
+    if options.report is not None and not options.dry_run:
+        write_text(options.report, result)
+    if options.json:
+        print(result, end="")
+    else:
+        (terminal_console() if console is None else console).print(shown(report))
+
+
+def tell_sum(options: argparse.Namespace, nbytes: int, seconds: float, what: str) -> None:
+    """Say on stderr what a conversion wrote, or would write, and how fast."""
+    wrote = "would write" if options.dry_run else "wrote"
+    rate = "" if options.dry_run else f" in {seconds:.1f} s, {nbytes / 1e6 / seconds:.0f} MB/s"
+    print(f"{wrote} {options.target}: {what}{rate}", file=sys.stderr)
 
 
 def add_search(parser) -> None:
