@@ -85,10 +85,10 @@ def reshape_groups(
 def inner_jaxpr(eqn: Any) -> Any:
     """The program that an equation calls with its own operands, as a Jaxpr with its constants; None if there is none.
 
-    Loops and branches are no such calls.
+    Loops, branches and kernels, which read references, are no such calls.
     """
     name, params = eqn.primitive.name, eqn.params
-    if name in ("scan", "while", "cond"):
+    if name in ("scan", "while", "cond", "pallas_call"):
         return None
     found = next((params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
     program = found if hasattr(found, "jaxpr") else None if found is None else _Closed(found)

@@ -131,12 +131,11 @@ class Rewriter:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _equation(self, eqn, ins, fold) -> list[Any]:
-        name = eqn.primitive.name
-        handler = _HANDLERS.get(name)
+        handler = _HANDLERS.get(eqn.primitive.name)
         if handler is not None:
             return handler(self, eqn, ins, fold() if fold is not None and _draws(ins) else None)
         program = inner_jaxpr(eqn)
-        if program is not None and name != "pallas_call":
+        if program is not None:
             return self.run(program, ins, fold() if fold is not None and _draws(ins) else None)
         moved = _moved(eqn, ins)
         return self._as_it_is(eqn, ins) if moved is None else moved

@@ -5,6 +5,8 @@ products that read it.
 """
 
 import collections
+import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -156,9 +158,7 @@ class _Walk:
         depends = dict(zip(jaxpr.invars, masks, strict=True))
         for eqn in jaxpr.eqns:
             own = [0 if is_literal(v) else depends.get(v, 0) for v in eqn.invars]
-            mask = 0
-            for one in own:
-                mask |= one
+            mask = _union(own)
             out, out_masks = None, None
             if holds:
                 ins = [None if is_literal(v) else holds.get(v) for v in eqn.invars]
@@ -211,9 +211,7 @@ class _Walk:
         name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
         out = []
         for i, held in enumerate(ins):
-            others = 0
-            for k, mask in enumerate(masks):
-                others |= mask if k != i else 0
+            others = _union(mask for k, mask in enumerate(masks) if k != i)
             for h in held or ():
                 if others & (2 << h.parameter):
                     self._read(h, name, "itself")
@@ -310,13 +308,7 @@ class _Walk:
         index = masks[0]
         columns = zip(*(held for held, _ in outs), strict=True)
         held = [tuple(dict.fromkeys(h for one in column for h in one or ())) or None for column in columns]
-        out_masks = []
-        for each in zip(*(m for _, m in outs), strict=True):
-            mask = index
-            for one in each:
-                mask |= one
-            out_masks.append(mask)
-        return held, out_masks
+        return held, [_union((index, *each)) for each in zip(*(m for _, m in outs), strict=True)]
 
 
 _HANDLERS = {
@@ -324,6 +316,10 @@ _HANDLERS = {
     "conv_general_dilated": _Walk._conv, "gather": _Walk._gather, "scan": _Walk._scan, "while": _Walk._while,
     "cond": _Walk._cond,
 }  # fmt: skip
+
+
+def _union(masks: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, masks, 0)
 
 
 def _through(axes, sources):
