@@ -10,6 +10,5 @@ from ifjax.arrays.sharding import device_put, shardings
 
 __all__ = [
     "DTYPES", "Blocking", "QTensor", "dequantize", "device_put", "fake_quantize", "gptq", "learn_format",
-    "ms_eden",
-    "packed_shapes", "quantize", "shardings",
+    "ms_eden", "packed_shapes", "quantize", "shardings",
 ]  # fmt: skip

@@ -75,18 +75,20 @@ def learn_format(
     for argument, value, least in (("grids", grids, 1), ("bits", bits, 2), ("rounds", rounds, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"learn_format needs {argument} >= {least}, got {value!r}")
-    found = None if search is None else SEARCHES.find(search)
-    if found is not None and (found.offsets is None or found.is_decoupled):
-        raise ValueError(f"learn_format can search payloads by offsets only, such as 'fast', got {found.name!r}")
-    offsets = (0,) if found is None else (0, *(found.offsets or ()))
+    offsets: tuple[int, ...] = (0,)
+    if search is not None:
+        search = SEARCHES.find(search)
+        if search.offsets is None or search.is_decoupled:
+            raise ValueError(f"learn_format can search payloads by offsets only, such as 'fast', got {search.name!r}")
+        offsets += search.offsets
     levels = _start(grids, bits)
     fields = {"block": block, "scale": scale, "prevent_zero": prevent_zero}
     _format(name, levels, mirror, fields)  # refuses what cannot be
     # The peak is 1, whatever the levels are: the scales of one grid are those of all that follow.
     plain = _format(name, levels[:1], False, fields)
     arrays = samples if isinstance(samples, list | tuple) else [samples]
-    data = [found for x in arrays if len((found := _blocks(jnp.asarray(x), plain, offsets))[0])]
-    if not data:
+    data = [_blocks(jnp.asarray(x), plain, offsets) for x in arrays]
+    if not any(len(blocks) for blocks, _ in data):
         raise ValueError(f"learn_format needs samples with a last axis of at least one block of {block} values")
     x, scales = (np.concatenate(part) for part in zip(*data, strict=True))
 
@@ -113,8 +115,9 @@ def _start(grids: int, bits: int) -> list[np.ndarray]:
 def _format(name, levels, mirror, fields) -> Format:
     learned = []
     for i, values in enumerate(levels):
-        values = [0.0 if j == np.argmin(np.abs(values)) else float(v) for j, v in enumerate(values)]
-        grid = Grid(name if len(levels) == 1 else f"{name} {i + 1}", tuple(values), "lower")
+        values = values.copy()
+        values[np.argmin(np.abs(values))] = 0
+        grid = Grid(name if len(levels) == 1 else f"{name} {i + 1}", tuple(values.tolist()), "lower")
         learned += [Candidate(grid), Candidate(grid.mirrored())] if mirror else [Candidate(grid)]
     scale: TableScale = fields["scale"]
     return Format(name, tuple(learned), peak=1.0, tensor_peak=scale.values[scale.top], **fields)

@@ -7,6 +7,5 @@ from ifjax.formats.scales import E3M3, E4M3, E8M0, SCALES, UE2M3, UE5M3, Scale, 
 
 __all__ = [
     "E2M0", "E2M1", "E2M3", "E3M2", "E3M3", "E4M3", "E8M0", "FORMATS", "INT3", "INT4", "INT6", "SCALES", "UE2M3",
-    "UE5M3",
-    "Candidate", "Decoding", "Format", "Grid", "Scale", "TableScale", "get_format", "with_block",
+    "UE5M3", "Candidate", "Decoding", "Format", "Grid", "Scale", "TableScale", "get_format", "with_block",
 ]  # fmt: skip

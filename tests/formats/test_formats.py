@@ -40,8 +40,7 @@ SIZES = {
     "hifloat4": (4.5, 1), "hifloat4_half_even": (4.5, 1), "nvfp4_ue5m3": (4.5, 1), "fp4_ue5m3": (4.5, 1),
     "fp4_ue5m3_pz": (4.5, 1), "fp4_e4m3": (4.5, 1), "fp4_e4m3_pz": (4.5, 1), "fp4_e4m3_46": (4.5, 2), "nf4": (4.5, 1),
     "nf4_mirror": (4.5, 2), "split87": (4.5, 2), "octet": (4.5, 8), "quad": (4.5, 4),
-    "sfp4": (4.5, 3), "razer": (4.5, 4),
-    "razer_act": (4.5, 2), "mixfp4": (4.5, 2),
+    "sfp4": (4.5, 3), "razer": (4.5, 4), "razer_act": (4.5, 2), "mixfp4": (4.5, 2),
 }  # fmt: skip
 of_the_if_paper = pytest.mark.parametrize("fmt", [pytest.param(get_format(n), id=n) for n in (*PLAIN, *BS8)])
 
