@@ -1,4 +1,4 @@
-"""The command line: compare, quantize, inspect, verify, dequantize."""
+"""The command line: formats, compare, quantize, inspect, verify, dequantize."""
 
 from ifjax.cli.main import main
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ifjax.cli.compare import add_compare
 from ifjax.cli.convert import add_dequantize, add_quantize
 from ifjax.cli.exchange import add_export, add_import
+from ifjax.cli.formats import add_formats
 from ifjax.cli.inspect import add_inspect, add_verify
 from ifjax.cli.terminal import Misused, sentence
 from ifjax.files import FileError
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ifjax", description="Adaptive block-scaled number formats for JAX.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="where to begin:\n"
+        "  ifjax formats                      the formats there are: bits, error, bytes\n"
         "  ifjax compare                      what each format costs, on samples\n"
         "  ifjax quantize IN OUT --dry-run    what would be packed in a checkpoint, and why not the rest\n"
         "  ifjax import SRC OUT               another tool's 4-bit checkpoint, and `ifjax export` the other way\n"
@@ -45,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"ifjax {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_formats(commands)
     add_compare(commands)
     add_quantize(commands)
     add_inspect(commands)

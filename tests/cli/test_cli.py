@@ -309,3 +309,26 @@ def test_a_reader_that_leaves_early_is_no_error(model):
     finally:
         os.close(writer)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+def test_formats_are_listed_by_bits_then_error(capsys):
+    assert run("formats", "nvfp4", "if4", "mxfp4") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isalpha()][1:]
+    assert [row[:5] for row in rows] == [
+        ["mxfp4", "4.25", "13.32", "8.91", "32"], ["if4", "4.5", "6.15", "9.44", "16"],
+        ["nvfp4", "4.5", "9.03", "9.44", "16"],
+    ]  # fmt: skip
+
+
+def test_all_formats_are_listed_without_measuring(capsys):
+    assert run("formats", "--quick", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["format"] for row in rows} == {fmt.name for fmt in ifjax.FORMATS.values()}
+    assert [row["bits"] for row in rows] == sorted(row["bits"] for row in rows)
+    assert all(row["error"] is None and row["grids"] for row in rows)
+    with pytest.raises(SystemExit):
+        run("formats", "if5")
+    assert "did you mean" in capsys.readouterr().err
