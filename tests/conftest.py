@@ -3,7 +3,7 @@
 The platform is left alone, so that on a machine with a GPU the same tests, the golden ones among them, run on it.
 """
 
-import collections
+import fnmatch
 import gc
 import importlib.util
 import os
@@ -38,9 +38,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ifjax")
 
 
+# Where bits are decided: there LLVM may contract and reorder as it does for users.
+OPTIMIZED = {"numerics", "formats", "codec"}
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _forget_programs():
-    """Thousands of compiled programs take gigabytes and slow down compiling more of them."""
+def _compile_quickly_and_forget(request: pytest.FixtureRequest):
+    """Compile without LLVM's optimizations above the codec, and forget the programs of each file.
+
+    Compiling is two thirds of the time here. Thousands of programs take gigabytes and slow down compiling more; a
+    persistent cache was tried and saved nothing, since one program in ten is compiled twice.
+    """
+    jax.config.update("jax_disable_most_optimizations", request.path.parent.name not in OPTIMIZED)
     yield
     jax.clear_caches()
 
@@ -104,28 +113,23 @@ def two_processes() -> Callable[..., list[str]]:
     return run
 
 
-# Each differs from a format that is always tested by a width, a block or a peak, and takes minutes to compile.
-VARIANTS = {
-    "if6_e3m2", "nvfp6_e3m2", "nvint3", "nvint6", "mxfp6_e3m2", "nvfp4_static4", "mxfp4_static4", "if3_bs8",
-    "nvfp4_bs8", "fouroversix_bs8", "nvfp3_bs8", "nvint3_bs8", "nvint4_bs8", "mxfp3_bs8", "mxfp4_bs8",
-    "nvfp6_e2m3", "mxfp3", "if4_bs8", "if6", "nvfp3", "mxfp6_e2m3",
-}  # fmt: skip
-
-
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    cases: collections.Counter[str] = collections.Counter()
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as slow each case of a test with `by_default` whose id none of the mark's patterns matches."""
+    unused: dict[str, set[str]] = {}
     for item in items:
-        values = getattr(item, "callspec", None)
-        names = {getattr(value, "name", value) for value in (values.params.values() if values else ())
-                 if isinstance(value, str) or hasattr(value, "candidates")}
-        if names & VARIANTS:
+        mark = item.get_closest_marker("by_default")
+        if mark is None:
+            continue
+        case = item.nodeid.partition("[")[2][:-1]
+        shown = {pattern for pattern in mark.args if fnmatch.fnmatchcase(case, pattern)}
+        if not shown:
             item.add_marker(pytest.mark.slow)
-        if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
-            function = item.nodeid.partition("[")[0]
-            if cases[function] % 3:
-                item.add_marker(pytest.mark.slow)
-            cases[function] += 1
+        unused.setdefault(item.nodeid.partition("[")[0], set(mark.args)).difference_update(shown)
+    everything = not any("::" in argument for argument in config.args)
+    if everything and any(unused.values()):
+        left = {name: sorted(patterns) for name, patterns in unused.items() if patterns}
+        raise pytest.UsageError(f"`by_default` needs patterns of cases that exist, got patterns without one: {left}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -81,6 +81,7 @@ def three_levels():
 FORMATS = [unsigned_scales, four_grids, special_value, three_levels]
 
 
+@pytest.mark.by_default("four_grids", "three_levels")
 @pytest.mark.parametrize("define", FORMATS)
 def test_a_format_of_ones_own_goes_everywhere(define, tmp_path):
     fmt = define()
@@ -133,6 +134,7 @@ def decoupled():
     return Search("decoupled", offsets=range(-2, 3), multipliers=(0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15))
 
 
+@pytest.mark.by_default("nvfp4")
 @pytest.mark.parametrize("fmt", ["nvfp4", four_grids()], ids=["nvfp4", "four_grids"])
 def test_a_search_of_ones_own_never_loses_and_writes_the_same_format(fmt):
     x = np.random.default_rng(2).standard_normal((64, 64), np.float32)

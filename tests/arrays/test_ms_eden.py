@@ -31,6 +31,7 @@ INPUTS = ("gauss_f32", "student3_f32", "gauss_bf16", "withzeros_f32")
 WAYS = ("jit", "vmap")
 
 
+@pytest.mark.by_default("student3_f32-jit-*", "student3_f32-vmap-if4", "withzeros*", "gauss_bf16-eager-nvfp4")
 @pytest.mark.parametrize("fmt", ["nvfp4", "if4"])
 @pytest.mark.parametrize(("name", "how"), [*((name, "eager") for name in INPUTS), *(("student3_f32", w) for w in WAYS)])
 def test_the_published_vectors_are_met(golden_dir, name, fmt, how):
@@ -108,6 +109,7 @@ def halves(a):
     return a[0]
 
 
+@pytest.mark.by_default("nvfp4-128", "nvint4-16")
 @pytest.mark.parametrize(("fmt", "size"), [("nvfp4", 128), ("if4", 64), ("if4", 128), ("nvint4", 16)])
 def test_every_rotation_size_agrees_with_plain_loops(fmt, size):
     x, u = normal(6, 256, seed=1) * 1e-3, np.random.default_rng(2).random((6, 16), F32)

@@ -191,6 +191,7 @@ def test_empty_arrays_have_no_bits_per_value():
     assert math.isnan(described((0, 16), fmt="mxfp4").bits_per_value)
 
 
+@pytest.mark.by_default("if3_bs8", "mxfp4")
 @pytest.mark.parametrize("fmt", ["if4_bs8", "if3_bs8", "fouroversix_bs8", "nvint6", "mxfp4"])
 def test_codes_and_scale_bytes_decode_by_the_specification(fmt):
     x = normal(3, 37, seed=1)
@@ -204,6 +205,7 @@ def test_codes_and_scale_bytes_decode_by_the_specification(fmt):
     np.testing.assert_array_equal(oracle.dequantize(padded, scales, amax, fmt)[:, :37], q.dequantize())
 
 
+@pytest.mark.by_default("0")
 @pytest.mark.parametrize("axis", [0, 1])
 def test_unpacked_codes_keep_the_order_of_axes(axis):
     x = normal(9, 10, 11)
@@ -340,6 +342,7 @@ def arranged(request):
     return q, values_of(q), axes
 
 
+@pytest.mark.by_default("2-D", "last axis, an amax a row", "second axis", "MX")
 def test_indexing_picks_what_indexing_the_values_picks(arranged):
     q, values, axes = arranged
     several = list(indices(q.shape, axes))
@@ -348,6 +351,7 @@ def test_indexing_picks_what_indexing_the_values_picks(arranged):
         np.testing.assert_array_equal(values_of(part), values[index], err_msg=str(index))
 
 
+@pytest.mark.by_default("2-D, last axis but one", "last axis, an amax an entry", "first axis")
 def test_take_picks_what_take_of_the_values_picks(arranged):
     q, values, axes = arranged
     indices = (1, -1, np.array([2, 0, -2]), np.array([[0, 1, 2]]), np.array([1, 99, -99]))
@@ -436,6 +440,7 @@ def test_iteration_gives_the_entries_of_the_first_axis():
 # --- transposition ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("if4, first axis", "mxfp4", "6 bits")
 @pytest.mark.parametrize(
     ("shape", "fmt", "axis"),
     [

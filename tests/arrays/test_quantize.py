@@ -180,6 +180,7 @@ def along_last(x, axis):
     return x.reshape(-1, x.shape[-1])
 
 
+@pytest.mark.by_default("2", "4")
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
 def test_every_axis_of_every_rank_follows_the_specification(rank):
     shape = (5, 3, 6, 2, 4)[:rank]
@@ -240,6 +241,7 @@ def test_blocks_may_hold_a_single_value(name):
     np.testing.assert_array_equal(q.dequantize(), expected.deq)
 
 
+@pytest.mark.by_default("(0,)-nvfp4", "(2, 0, 3)-mxfp4", "(8, 0)-nvfp4")
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("shape", [(0,), (0, 8), (8, 0), (0, 0), (2, 0, 3)], ids=str)
 def test_empty_arrays_give_empty_results(fmt, shape):
@@ -264,6 +266,7 @@ def test_an_empty_array_keeps_the_amax_axes_it_has():
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("if4-bfloat16", "mxfp4-float16")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("fmt", [IF4, MXFP4], ids=["if4", "mxfp4"])
 def test_narrow_input_gives_the_bytes_of_the_same_numbers_in_float32(dtype, fmt):
@@ -309,6 +312,7 @@ def test_float64_is_computed_in_float32():
 # --- amax -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("if4")
 @pytest.mark.parametrize("name", ["nvfp4", "if4", "fouroversix", "nvint6"])
 def test_a_given_amax_follows_the_specification(name):
     x = normal(4, 32, seed=10)
@@ -366,6 +370,7 @@ SEPARATE = {
 }
 
 
+@pytest.mark.by_default("2-D", "four", "search", "second last axis")
 @pytest.mark.parametrize(("shape", "settings"), SEPARATE.values(), ids=SEPARATE)
 def test_entries_of_amax_axes_are_quantized_one_by_one(shape, settings):
     x = normal(*shape, seed=13)
@@ -416,6 +421,10 @@ CASES = {
 }
 
 
+@pytest.mark.by_default(
+    "hifloat4-nearest-*", "if4-stochastic-float32-0", "mxfp4-stochastic_unbiased-float16--1",
+    "if4-nearest-bfloat16--1", "nvint4-stochastic-bfloat16-0", "razer-nearest-*",
+)  # fmt: skip
 @pytest.mark.parametrize(
     ("name", "rounding", "dtype", "axis"),
     [
@@ -439,6 +448,7 @@ def test_fake_quantize_is_quantize_and_dequantize_for_every_record(name):
     np.testing.assert_array_equal(ifjax.fake_quantize(x, name), q.dequantize())
 
 
+@pytest.mark.by_default("2-D", "search", "own amax")
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_fake_quantize_is_quantize_and_dequantize_for_every_argument(settings):
     x = normal(6, 9, seed=15)
@@ -458,6 +468,7 @@ def test_fake_quantize_poisons_the_block_of_a_nan_only():
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("nearest-bfloat16", "noise-float32")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("settings", [{}, random("stochastic"), {"search": "fast"}], ids=["nearest", "noise", "search"])
 def test_the_straight_through_gradient_is_the_incoming_one(settings, dtype):
@@ -478,6 +489,7 @@ def largest_value(q):
     return oracle.dequantize(top, scales, amax, name, headroom=q.headroom, block=q.fmt.block)[:, : q.shape[1]]
 
 
+@pytest.mark.by_default("amax 1-if4", "own amax-nvfp4", "own amax-if3", "amax 1-mxfp4")
 @pytest.mark.parametrize("name", ["if4", "nvfp4", "fouroversix", "if3", "mxfp4"])
 @pytest.mark.parametrize("amax", [None, 1.0], ids=["own amax", "amax 1"])
 def test_the_clipped_gradient_is_zero_exactly_beyond_the_blocks_largest_value(name, amax):
@@ -642,6 +654,7 @@ WITHOUT = [(name, "stochastic") for name in SINGLE if not ifjax.FORMATS[name].ha
 FEW = [(name, "stochastic_unbiased") for name in ("nvfp4", "nvint4", "nvfp3", "nvfp6_e3m2")] + [("mxfp4", "stochastic")]
 
 
+@pytest.mark.by_default("mxfp4-*", "nvfp4-*")
 @pytest.mark.parametrize(("name", "rounding"), FEW)
 def test_formats_of_one_candidate_are_unbiased(name, rounding):
     beyond = assert_unbiased(normal(8, 16, seed=26), short(name), rounding, 2048)
@@ -655,6 +668,7 @@ def test_formats_of_one_candidate_are_unbiased_in_many_draws(name, rounding):
     assert beyond.max() < 2.0**-22
 
 
+@pytest.mark.by_default("nvfp4")
 @pytest.mark.parametrize("name", ["nvfp4", "nvint3"])
 def test_without_headroom_the_bias_is_the_clipping(name):
     beyond = assert_unbiased(normal(32, 16, seed=28), short(name), "stochastic", 2048)
@@ -697,6 +711,7 @@ def assert_bias_is_the_stated_one(name, rounding, count):
     assert abs(bias - BIAS[name, rounding]) < 4 * deviation + 0.0002, f"{bias:+.5f} +- {deviation:.5f}"
 
 
+@pytest.mark.by_default("if4-*", "mxfp4-*")
 @pytest.mark.parametrize(("name", "rounding"), QUICK)
 def test_the_bias_is_the_stated_one(name, rounding):
     assert_bias_is_the_stated_one(name, rounding, 1 << 18)
@@ -714,6 +729,7 @@ def test_the_error_of_stochastic_nvfp4_on_normal_data(rounding, expected):
     assert misalignment("nvfp4", rounding, 1 << 19)[2] == pytest.approx(expected, rel=0.007)
 
 
+@pytest.mark.by_default("if4")
 @pytest.mark.parametrize("name", ["nvfp4", "if4", "if3"])
 def test_noise_makes_no_error_larger_than_the_gap_between_values(name):
     """Both neighbours of a value are within one gap; a value on the grid stays where it is."""
@@ -731,6 +747,7 @@ def test_noise_makes_no_error_larger_than_the_gap_between_values(name):
 # --- weights
 
 
+@pytest.mark.by_default("if4-None")
 @pytest.mark.parametrize(("name", "search"), [("if4", None), ("nvfp4", "fast"), ("quad", None)])
 def test_weights_count_errors_in_the_choice_alone(name, search):
     """Each block has the least weighted error of all that its candidates and scales give."""
@@ -779,6 +796,7 @@ def test_weights_that_cannot_be_are_refused(settings, message):
 # --- the ends of types
 
 
+@pytest.mark.by_default("if6_e2m3-bfloat16-*", "mxfp4-float16-*", "sfp4-float16-*")
 @pytest.mark.parametrize(("dtype", "end"), [("float16", 65504.0), ("bfloat16", 3.3895314e38)])
 @pytest.mark.parametrize("name", ["mxfp4", "if6_e2m3", "sfp4"])
 def test_values_saturate_at_the_end_of_a_type(name, dtype, end):

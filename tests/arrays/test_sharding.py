@@ -77,6 +77,7 @@ PLACEMENTS = {
 }
 
 
+@pytest.mark.by_default("if4, blocks", "mxfp4, axis -2, both")
 @pytest.mark.parametrize(("fmt", "axis", "spec"), PLACEMENTS.values(), ids=PLACEMENTS)
 def test_sharded_arrays_give_the_same_bytes_and_nothing_is_gathered(mesh, fmt, axis, spec):
     x = normal(8, 16, 128)
@@ -102,6 +103,7 @@ def test_an_amax_for_each_shard_needs_no_communication_at_all(mesh):
     assert_same(quantize(placed), ifjax.quantize(x, IF4, amax_axes=(0,)))
 
 
+@pytest.mark.by_default("2-D, columns of blocks", "stochastic")
 @pytest.mark.parametrize(
     ("spec", "settings"),
     [
@@ -138,6 +140,7 @@ def test_fake_quantize_and_its_gradient_shard(mesh):
         np.testing.assert_array_equal(sharded, whole)
 
 
+@pytest.mark.by_default("if4")
 @pytest.mark.parametrize("fmt", [IF4, MXFP4], ids=["if4", "mxfp4"])
 def test_meshes_with_explicit_axes_work_alike(fmt):
     mesh = mesh_of(AxisType.Explicit)
@@ -155,6 +158,9 @@ def test_meshes_with_explicit_axes_work_alike(fmt):
 # --- device_put and shardings -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default(
+    "*0, 1*", "*'axis': -2, 'amax_axes'*", "*2d': True, 'amax_axes'*", "{}-P()-P()", "{}-P('a', None*",
+)  # fmt: skip
 @pytest.mark.parametrize(
     ("settings", "spec", "amax_spec"),
     [
@@ -294,6 +300,7 @@ def test_shard_map_without_an_amax_takes_each_shards_own(mesh):
     assert_same(q, each)
 
 
+@pytest.mark.by_default("*stochastic*")
 @pytest.mark.parametrize("settings", [{"search": "fast"}, {"block_2d": True}, {"rounding": "stochastic"}], ids=str)
 def test_everything_runs_inside_shard_map(mesh, settings):
     x = normal(16, 8)

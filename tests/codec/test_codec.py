@@ -18,6 +18,7 @@ import pytest
 from golden import make
 from hypothesis import given
 from hypothesis import strategies as st
+from matrix import KINDS
 from numpy.testing import assert_array_equal
 
 import ifjax
@@ -30,7 +31,18 @@ from ifjax.formats.scales import E8M0
 from ifjax.numerics.packing import pack
 
 NAMED = {name: ifjax.get_format(name) for name in oracle.FORMATS}
-each_format = pytest.mark.parametrize("fmt", NAMED.values(), ids=NAMED)
+
+
+def each(condition):
+    """Parametrize by the formats that meet it; those of no kind of their own are slow."""
+    return pytest.mark.parametrize(
+        "fmt",
+        [pytest.param(fmt, id=name, marks=() if name in KINDS else pytest.mark.slow)
+         for name, fmt in NAMED.items() if condition(fmt)],
+    )  # fmt: skip
+
+
+each_format = each(lambda fmt: True)
 few_examples = hypothesis.settings(max_examples=8)  # of 14 tensors each
 
 SHAPE = (14, 4, 96)  # whole blocks of 8, 16 and 32
@@ -109,6 +121,7 @@ def test_tensors_of_any_size_are_encoded_as_the_oracle_says(fmt):
     assert_is_the_oracles(x, quantized(x, fmt), fmt, fmt.name)
 
 
+@pytest.mark.by_default("if4-mae", "fouroversix-abs_max", "if6_e2m3-mae")
 @pytest.mark.parametrize("loss", ["mae", "abs_max"])
 @pytest.mark.parametrize(
     "name",
@@ -142,6 +155,7 @@ def test_tensors_on_the_edges_of_rounding_are_encoded_as_the_oracle_says(fmt):
 ODD = {"if4": (5, 37), "if3": (3, 3), "mxfp6_e2m3": (2, 33), "nvfp3_bs8": (4, 1), "nvint6": (1, 50)}
 
 
+@pytest.mark.by_default("if3", "if4")
 @pytest.mark.parametrize("name", ODD)
 def test_lengths_that_fill_no_block_are_as_if_followed_by_zeros(name):
     fmt, (rows, n) = NAMED[name], ODD[name]
@@ -257,6 +271,7 @@ def test_nan_and_infinity_poison_their_own_block_and_no_other(fmt):
     assert_array_equal(result.deq, np.where(spread(hit, fmt), np.float32(np.nan), want.deq))
 
 
+@pytest.mark.by_default("if4-bfloat16", "mxfp4-float16")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", ["if4", "mxfp4"])
 def test_nan_and_infinity_of_narrow_floats_poison_alike(name, dtype):
@@ -314,7 +329,7 @@ def test_tensors_at_the_ends_of_float32_keep_their_relative_error(fmt):
     assert (np.square(errors).mean((1, 2)) <= worst + 2.0**-13).all()
 
 
-@pytest.mark.parametrize("fmt", [fmt for fmt in NAMED.values() if not fmt.has_tensor_scale], ids=lambda f: f.name)
+@each(lambda fmt: not fmt.has_tensor_scale)
 def test_an_mx_block_too_small_for_any_scale_takes_the_least(fmt):
     """Its largest value over the grid's is subnormal, and a platform that flushes it must not flush the block."""
     x = np.zeros(SHAPE, np.float32)
@@ -328,7 +343,7 @@ def test_an_mx_block_too_small_for_any_scale_takes_the_least(fmt):
         assert_equal_or_flushed(result.deq[i], want.deq)
 
 
-@pytest.mark.parametrize("fmt", [fmt for fmt in NAMED.values() if fmt.has_tensor_scale], ids=lambda f: f.name)
+@each(lambda fmt: fmt.has_tensor_scale)
 def test_the_largest_value_of_a_tensor_comes_back(fmt):
     x, _ = far_apart(fmt)
     x[:, 1:] = x[:, 1:] / 2
@@ -359,6 +374,7 @@ def largest_error(x, decoded):
     return jnp.max(jnp.abs(decoded - x), -1)
 
 
+@pytest.mark.by_default("squares-mse-if4", "largest_error-abs_max-fouroversix")
 @pytest.mark.parametrize("name", ["if4", "fouroversix"])
 @pytest.mark.parametrize(
     ("loss", "builtin"), [(squares, "mse"), (magnitudes_of_errors, "mae"), (largest_error, "abs_max")]
@@ -405,6 +421,7 @@ def block_errors(x, result, fmt, power=2):
     return errors.reshape(*x.shape[:-1], -1, fmt.block).sum(-1)
 
 
+@pytest.mark.by_default("if4", "mxfp4")
 @pytest.mark.parametrize(
     "name",
     ["if4", "nvfp4", "mxfp4", ("fouroversix"),
@@ -468,11 +485,13 @@ def assert_mine_is_the_oracles(fmt, loss="mse"):
     assert_is_the_oracles(x, quantized(x, fmt, loss=loss), fmt, described(fmt), loss)
 
 
+@pytest.mark.by_default("1", "10", "128")
 @pytest.mark.parametrize("block", [1, 3, 8, 10, 24, 32, 64, 128])
 def test_any_block_size_works(block):
     assert_mine_is_the_oracles(Format("mine", (Candidate(E2M1),), block))
 
 
+@pytest.mark.by_default("37-abs_max", "24-mse", "1-abs_max")
 @pytest.mark.parametrize(
     ("block", "loss"),
     [(24, "mse"), (64, "mse"), (37, "abs_max")]
@@ -483,6 +502,7 @@ def test_any_block_size_chooses(block, loss):
     assert_mine_is_the_oracles(dataclasses.replace(NAMED["if4"], name="mine", block=block), loss)
 
 
+@pytest.mark.by_default("nf4 down", "seven bits", "5-bit integers")
 @pytest.mark.parametrize(
     "grid",
     [
@@ -532,7 +552,7 @@ def test_which_formats_reach_their_top():
     assert {fmt.name for fmt in NAMED.values() if not always_reaches_its_top(fmt)} == fine
 
 
-@pytest.mark.parametrize("fmt", [fmt for fmt in NAMED.values() if always_reaches_its_top(fmt)], ids=lambda f: f.name)
+@each(always_reaches_its_top)
 @few_examples
 @each_input
 def test_a_second_round_trip_changes_nothing(fmt, seed, kind):
@@ -613,6 +633,7 @@ CHOOSING = [
 ]  # fmt: skip
 
 
+@pytest.mark.by_default("if4-mse")
 @pytest.mark.parametrize(("name", "loss"), CHOOSING)
 def test_bytes_do_not_depend_on_how_the_program_is_built(name, loss):
     """Float32 sums of errors in one order everywhere, whatever they are fused with."""
@@ -680,6 +701,7 @@ def test_one_pass_gives_the_bytes_of_stages(fmt):
         assert_array_equal(codes, want.codes)
 
 
+@pytest.mark.by_default("fouroversix-mse-*", "if6_e2m3-mae-*")
 @pytest.mark.parametrize(
     ("name", "loss", "axis", "dtype", "stochastic"),
     [
@@ -703,6 +725,7 @@ def test_one_pass_gives_the_bytes_of_stages_in_every_setting(name, loss, axis, d
         assert_array_equal(codes, want[0])
 
 
+@pytest.mark.by_default("fouroversix-mae", "if4-mse", "if3-mse", "mxfp4-mse", "if4_bs8-mse")
 @pytest.mark.parametrize(
     ("name", "loss"),
     [("if4_bs8", "mse"), ("fouroversix_bs8", "mae")]

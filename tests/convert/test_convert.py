@@ -150,6 +150,7 @@ def test_what_rules_ask_for_is_done_by_pieces_as_on_the_whole(rule, axis, tmp_pa
         np.testing.assert_array_equal(ifjax.open_file(tmp_path / "d.safetensors")[name], q.dequantize())
 
 
+@pytest.mark.by_default("-1")
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_headers_of_two_bytes_and_runs_are_done_by_pieces_as_on_the_whole(axis, tmp_path, monkeypatch):
     register_halves(monkeypatch)

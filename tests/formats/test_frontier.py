@@ -50,6 +50,7 @@ CHOOSING = {
 }  # fmt: skip
 
 
+@pytest.mark.by_default("quad-jit", "razer-jit", "razer_act-jit", "sfp4-jit", "mixfp4-jit", "split87-vmap")
 @pytest.mark.parametrize(("name", "how"), [(name, how) for name, (_, _, ways) in CHOOSING.items() for how in ways])
 def test_formats_that_choose_meet_their_vectors(golden_dir, name, how):
     file, prefix, _ = CHOOSING[name]
@@ -79,6 +80,7 @@ UNSIGNED = {
 }  # fmt: skip
 
 
+@pytest.mark.by_default("*-16", "fp4_ue5m3_pz-256", "nvfp4_ue5m3-4", "fp4_e4m3-64")
 @pytest.mark.parametrize("block", [4, 16, 64, 256])
 @pytest.mark.parametrize("name", UNSIGNED)
 def test_other_scales_meet_their_vectors_in_blocks_of_any_length(golden_dir, name, block):
@@ -92,6 +94,7 @@ def test_other_scales_meet_their_vectors_in_blocks_of_any_length(golden_dir, nam
         assert_array_equal(values, want[f"{key}deq"])
 
 
+@pytest.mark.by_default("jit")
 @pytest.mark.parametrize("how", ["jit", "vmap", "eager"])
 def test_hifloat4_meets_its_vectors(golden_dir, how):
     want = arrays(golden_dir, "hif4")
@@ -166,6 +169,7 @@ ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.by_default("quad", "hifloat4", "if4", "razer", "nvfp4", "split87")
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_on_normal_numbers_are_the_published_or_computed_ones(name):
     x = np.random.default_rng(1).standard_normal((4096, 256), np.float32)

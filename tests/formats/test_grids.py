@@ -76,7 +76,6 @@ def nearest(y, grid):
 # --- rounding
 
 
-@pytest.mark.sampled
 @each_named
 def test_named_grids_round_to_the_nearest_value(grid):
     y = dense(grid.magnitudes)
@@ -87,7 +86,6 @@ def test_named_grids_round_to_the_nearest_value(grid):
         assert_array_equal(run(grid.decode)(codes), values)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(("sign", "ties", "zero"), WRITINGS)
 @each_magnitudes
 def test_any_grid_rounds_to_the_nearest_value_by_its_rules(magnitudes, sign, ties, zero):
@@ -122,7 +120,6 @@ def test_random_grids_round_to_the_nearest_value(scale):
         assert_array_equal(grid.round(y), values)
 
 
-@pytest.mark.sampled
 @each_magnitudes
 @pytest.mark.parametrize("ties", ["even", "down"])
 def test_every_code_decodes_and_is_encoded_again(magnitudes, ties):
@@ -162,7 +159,6 @@ def each_noise(count):
     return ((np.arange(count) + 0.5) / count - 0.5).astype(np.float32)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     "grid", [*NAMED, *(grid_of(MAGNITUDES[name], ties="away") for name in ("nf4", "thirds", "scaled"))],
     ids=lambda grid: grid.name,
@@ -186,7 +182,6 @@ def test_noise_rounds_to_the_two_adjacent_values_with_probability_by_distance(gr
     assert_array_equal(grid.decode(jax.jit(grid.encode)(ys, rs)), values)
 
 
-@pytest.mark.sampled
 @each_named
 def test_noise_moves_no_value_of_the_grid_and_none_past_its_end(grid):
     m, noise = np.float32(grid.magnitudes), each_noise(256)
@@ -413,7 +408,7 @@ def test_e8m0_decodes_every_byte_and_zero_means_zero():
         assert_array_equal(run(scales.E8M0.decode)(every), want)
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("e4m3", "e8m0", "hifloat4")
 @pytest.mark.parametrize("scale", scales.SCALES.values(), ids=lambda scale: scale.name)
 def test_a_scale_keeps_its_own_bytes(scale):
     finite = np.arange(scale.top + 1)
@@ -447,6 +442,7 @@ def test_a_minifloat_without_a_sign_has_the_values_of_its_fields():
     assert_array_equal(e3m3.encode(np.float32([*worked])), [*worked.values()])
 
 
+@pytest.mark.by_default("e4m3-1", "ue5m3-3")
 @pytest.mark.parametrize("factor", [1, 3])  # times 3 it is no float of any kind: looked up
 @pytest.mark.parametrize("scale", [scales.E4M3, UE5M3], ids=lambda s: s.name)
 def test_a_table_rounds_to_the_nearest_value_half_to_the_even_payload(scale, factor):

@@ -124,7 +124,6 @@ def decode_unit(words, scale_words, decoding, dtype) -> np.ndarray:
     return unit
 
 
-@pytest.mark.sampled
 @each_dtype
 @each_decoding
 def test_every_code_with_every_scale_byte_is_decoded(decoding, dtype):
@@ -152,7 +151,7 @@ def test_the_reference_is_the_formula(decoding):
 # The layout.
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("1-16", "129-272")
 @pytest.mark.parametrize("n, k", [(1, 16), (64, 128), (100, 300), (128, 256), (129, 272), (300, 512)])
 def test_unpack_is_the_inverse_of_pack(n, k):
     decoding = DECODINGS["if4"]
@@ -302,7 +301,6 @@ def test_a_result_has_no_single_eight_of_rows_if_tiles_are_higher(m, height, row
     assert gpu_matmul._rows_of_result(m, Tiles(height)) == rows
 
 
-@pytest.mark.sampled
 @each_dtype
 @pytest.mark.parametrize("cut", [FEW, MANY, None], ids=["few rows", "many rows", "of the table"])
 def test_lowers_for_a_gpu_without_one(dtype, cut):

@@ -112,7 +112,7 @@ def checked():
 # Decoding
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("if4-bfloat16-bfloat16")
 @each_arithmetic
 def test_every_code_with_every_scale_byte_is_the_formula_rounded_once(monkeypatch, decoding, dtype, arithmetic):
     """x is the identity, so that the product shows each weight alone; only a NaN spreads, over its row of W."""
@@ -153,7 +153,7 @@ def test_the_curves_of_if4_are_those_of_the_module_docstring():
 # Layout
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("257-65-nvint4", "3-40-if4", "3-40-neither*")
 @each_decoding
 @pytest.mark.parametrize(("n", "blocks"), [(3, 40), (257, 65)])
 def test_unpack_undoes_pack_to_the_bit(decoding, n, blocks):
@@ -205,7 +205,7 @@ products = [
 ]
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("if4-bfloat16-5-300-528", "nvfp4, fouroversix-float32-3-260-512")
 @pytest.mark.parametrize(("name", "dtype", "m", "n", "k"), products)
 def test_ragged_products_meet_float64_without_races_and_garbage(name, dtype, m, n, k):
     rng, decoding = np.random.default_rng(m), DECODINGS[name]
@@ -257,7 +257,7 @@ def test_vmap_over_everything_is_a_stack_of_products():
     assert compiled.trace(x, nibbles, scales, factors).lower(lowering_platforms=("tpu",))
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("if4", "mxfp4")
 @each_decoding
 def test_the_reference_is_the_formula(decoding):
     rng = np.random.default_rng(0)
@@ -269,7 +269,6 @@ def test_the_reference_is_the_formula(decoding):
 # What is taken and what is not
 
 
-@pytest.mark.sampled
 @each_decoding
 @pytest.mark.parametrize(("dtype", "m"), [("bfloat16", 1), pytest.param("float32", 300, marks=pytest.mark.slow)])
 def test_it_lowers_for_a_tpu_where_there_is_none(decoding, dtype, m):

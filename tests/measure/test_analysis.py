@@ -42,7 +42,6 @@ def write(path, tensors, metadata=None):
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("fmt", ["if4", "fouroversix", "mxfp4"])
 def test_error_is_what_numpy_computes_from_the_decoded_values(fmt):
     x = normal(3, 100)

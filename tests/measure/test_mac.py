@@ -71,7 +71,7 @@ def golden_segments(golden, unit, kind):
     return segments, expected
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("if4-random-vmapped_twice*", "nvfp4-svh-jitted", "if4-svh-one_by_one", "nvfp4-random-eager")
 @each_way
 @pytest.mark.parametrize("kind", ["svh", "random"])
 @each_unit
@@ -145,7 +145,7 @@ def test_the_model_meets_the_published_vectors(golden):
             assert_array_equal(bits(model(unit, *segments)), expected)
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("if4-10", "if4-1", "nvfp4-40")
 @pytest.mark.parametrize("beats", LENGTHS)
 @each_unit
 def test_random_segments_of_any_length_are_the_models(unit, beats):
@@ -352,7 +352,6 @@ def test_the_error_is_that_from_the_sum_of_fractions(unit, beats):
         assert math.isclose(result.relative[i] * float(size), abs(result.error[i]), rel_tol=1e-12)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("beats", LENGTHS)
 @each_unit
 def test_the_relative_error_stays_below_its_bound(unit, beats):

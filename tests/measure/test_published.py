@@ -76,7 +76,6 @@ def assert_close(figure: Figure, stated: float, digit: float, samples: int = 1):
 # --- papers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("fmt", ["nvfp4", "nvint4", "if4"])
 def test_gaussian_table_of_the_if4_paper(fmt):
     (published, _) = analysis.PUBLISHED["normal", fmt]
@@ -178,7 +177,7 @@ INDEPENDENT = [
 SLOW = ("_bs8", "_bs32", "_e3m2")
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("laplace-if4", "normal-mxfp4", "t5-nvint4", "normal-if3", "t3-fouroversix", "uniform-nvfp4")
 @pytest.mark.parametrize(
     "distribution, fmt, number",
     [
@@ -195,7 +194,6 @@ def test_numbers_of_an_independent_program(distribution, fmt, number):
         assert_close(second, number.choice_share, digit=1e-3, samples=2)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     "fmt, loss, mse, share",
     [

@@ -17,8 +17,6 @@ from ifjax import Rule
 from ifjax.models.flax.linen import walk
 from ifjax.models.rules import OPERANDS
 
-pytestmark = pytest.mark.sampled
-
 FMT = "nvfp4"  # one candidate: cheap to compile; which format it is makes no difference here
 EVERYWHERE = Rule(".*", FMT)
 
@@ -114,6 +112,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
+@pytest.mark.by_default("Dense", "adapted")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in VARIANTS)) for n in LAYERS])
 def test_each_layer_applies_on_packed_parameters(name):
     model, variables, x = build(name)
@@ -170,6 +169,7 @@ ACTIVATIONS = {
 }
 
 
+@pytest.mark.by_default("DenseGeneral of batches")
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_quantized_along_the_contraction(name):
     model, variables, x = build(name)
@@ -266,6 +266,7 @@ def test_attention_multiplies_quantized_operands_when_asked():
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.by_default("options1-*")
 @pytest.mark.parametrize(
     "options, reason",
     [
@@ -505,6 +506,7 @@ def test_calibration_sees_scanned_layers_as_one_and_all_operands_of_attention():
     assert np.all(np.isfinite(y))
 
 
+@pytest.mark.slow
 def test_gptq_by_calibration_beats_rounding_on_correlated_inputs():
     class Model(nn.Module):
         @nn.compact

@@ -109,7 +109,7 @@ MODELS = {
 }
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("Linear", "attention", "ConvTranspose", "LoRALinear")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_module_applies_on_packed_parameters(name):
     make, call = MODELS[name]
@@ -118,7 +118,7 @@ def test_a_module_applies_on_packed_parameters(name):
     np.testing.assert_array_equal(call(packed), call(plain))
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("scanned")
 @pytest.mark.parametrize("run", [scanned, scanned_with_remat, scanned_by_type, mapped])
 def test_stacked_layers_apply_on_packed_parameters(run):
     packed, plain = pack(made(lambda: Stack(run)))
@@ -526,7 +526,7 @@ def test_without_a_model_the_axis_is_the_rules():
         report.check()
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("scanned")
 @pytest.mark.parametrize("run", [scanned, scanned_with_remat, mapped])
 def test_stacked_layers_are_quantized_each_by_itself(run):
     """Raw parameters too, which nn.scan could not take apart otherwise."""

@@ -105,6 +105,7 @@ def test_remat_repeats_its_noise():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, again)
 
 
+@pytest.mark.slow
 def test_an_optimizer_trains_it_and_the_result_is_packed_and_served():
     model, x = Model(nnx.Rngs(0)), normal(64, 32)
     target = jnp.tanh(x[:, :8])

@@ -97,6 +97,7 @@ PROGRAMS = {
 }  # fmt: skip
 
 
+@pytest.mark.by_default("stacked", "heads", "experts", "convolved")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_tell_their_products_and_run_packed(name):
     fn, params, x, axes = PROGRAMS[name]
@@ -124,6 +125,7 @@ def test_activations_are_rounded_along_what_the_program_contracts():
     np.testing.assert_allclose(ifjax.quantized(fn, W4A4)(params, x), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.by_default("stacked", "experts")
 @pytest.mark.parametrize("name", ["heads", "stacked", "convolved", "experts", "transposed"])
 def test_recipes_train_every_product_of_a_program(name):
     fn, params, x, _ = PROGRAMS[name]
@@ -138,6 +140,7 @@ def test_recipes_train_every_product_of_a_program(name):
         assert 0.8 < alike < 0.99999, alike
 
 
+@pytest.mark.slow
 def test_recipes_are_the_products_that_they_name():
     x, w = normal(6, 16, seed=3), normal(16, 8)
     rule = Rule(".*", recipe="if4")
@@ -264,6 +267,7 @@ def test_a_static_amax_of_nothing_is_told_and_the_inputs_own_is_used():
         np.testing.assert_array_equal(y, dynamic)
 
 
+@pytest.mark.by_default("1")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_trained_convolution_is_the_convolution_of_rounded_windows(groups):
     x, w = normal(2, 5, 6, 8 * groups, seed=1), normal(3, 2, 8, 4)

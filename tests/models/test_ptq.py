@@ -129,7 +129,6 @@ def test_what_is_no_float_stays():
         ifjax.quantize_params(params, [Rule("ids", axis=-2), RULE])
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_arrays_of_numpy_and_of_all_float_dtypes_are_packed(dtype):
     x = normal(8, 6, dtype=dtype)
@@ -176,8 +175,7 @@ def test_the_first_rule_that_matches_decides():
     }
 
 
-@pytest.mark.sampled
-@pytest.mark.sampled
+@pytest.mark.by_default("*'block': 4}", "*abs_max*", "*if3*")
 @pytest.mark.parametrize(
     "options",
     [
@@ -225,7 +223,7 @@ def test_what_is_too_short_for_a_block_is_an_error_unless_the_rule_is_optional()
     assert "length 6 is below the block of 8" in entry.reason and entry.expected
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("None-if4")
 @pytest.mark.parametrize(("rules", "fmt"), [(None, "if4"), ("nvfp4", "nvfp4"), (ifjax.FORMATS["if3"], "if3")])
 def test_a_format_stands_for_the_default_rules(rules, fmt):
     nn = pytest.importorskip("flax.linen")
@@ -406,7 +404,7 @@ def scanned(axis, names=None):
     return Model()
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("0")
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_layers_stacked_along_any_axis_are_packed_one_by_one(axis):
     model, x = scanned(axis), normal(4, 8, seed=1)
@@ -424,7 +422,7 @@ def test_layers_stacked_along_any_axis_are_packed_one_by_one(axis):
     np.testing.assert_array_equal(model.apply(packed, x), model.apply(faked, x))
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("0")
 @pytest.mark.parametrize("axis", [0, 1, 2])  # with -1, nn.Partitioned of flax 0.12.8 puts its own names in disorder
 def test_stacked_layers_keep_consistent_names(axis):
     nn = pytest.importorskip("flax.linen")

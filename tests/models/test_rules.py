@@ -291,6 +291,7 @@ def rules_of_all_kinds(draw):
     return Rule(draw(patterns), **values)
 
 
+@pytest.mark.by_default(".Json", ".yaml")
 @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json", ".YAML", ".Json"])
 @given(rules=st.lists(rules_of_all_kinds(), max_size=4))
 def test_files_give_back_the_rules(tmp_path_factory, suffix, rules):

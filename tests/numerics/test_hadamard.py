@@ -90,6 +90,7 @@ def test_the_matrix_is_orthonormal(size):
     assert_array_equal(np.sign(m).astype(int) @ np.sign(m).astype(int).T, size * np.eye(size, dtype=int))
 
 
+@pytest.mark.by_default("hadamard-128", "inverse_hadamard-16")
 @each_size
 @each_direction
 def test_every_run_is_rotated_by_itself(rotate, size):
@@ -158,6 +159,7 @@ def test_rank_one_is_a_single_row():
     assert_array_equal(hadamard(x), hadamard(x[None])[0])
 
 
+@pytest.mark.by_default("bfloat16-128", "float16-16")
 @each_size
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_short_floats_are_rounded_once_from_float32(dtype, size):
@@ -275,6 +277,7 @@ def test_wrong_signs_are_refused(signs, message):
 # --- transformations
 
 
+@pytest.mark.by_default("128-bfloat16-0-hadamard", "16-float32-1-inverse_hadamard")
 @each_direction
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("size, dtype", [(16, np.float32), (128, jnp.bfloat16)])

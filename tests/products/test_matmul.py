@@ -15,8 +15,6 @@ from jax import lax
 import ifjax
 from ifjax.arrays import Blocking
 
-pytestmark = pytest.mark.sampled
-
 # Blocks of 4 go through the same code as those of 16 and compile in a fraction of the time.
 IF4 = dataclasses.replace(ifjax.FORMATS["if4"], name="if4_bs4", block=4)
 NVFP4 = dataclasses.replace(ifjax.FORMATS["nvfp4"], name="nvfp4_bs4", block=4)
@@ -91,7 +89,7 @@ def products(draw):
     return spec, dims, operands
 
 
-@settings(max_examples=8)  # each compiles a program of its own
+@settings(max_examples=4)  # each compiles a program of its own
 @given(products())
 def test_any_axes_may_be_contracted_batched_and_blocked(case):
     spec, dims, descriptions = case
@@ -103,6 +101,7 @@ def test_any_axes_may_be_contracted_batched_and_blocked(case):
     assert_product(ifjax.dot_general(*operands, dims), spec, *values)
 
 
+@pytest.mark.by_default("if4", "mxfp4", "quad", "razer", "hifloat4")
 @pytest.mark.parametrize("name", [n for n, f in ifjax.FORMATS.items() if f.name == n and not n.endswith("_bs8")])
 def test_every_format_multiplies(name):
     x = normal(3, 40)
@@ -110,6 +109,7 @@ def test_every_format_multiplies(name):
     assert_product(ifjax.einsum("mk,nk->mn", x, q), "mk,nk->mn", x, q)
 
 
+@pytest.mark.by_default("1e-06-bfloat16", "1.0-float16")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("magnitude", [1e-6, 1.0, 3e4])
 def test_sixteen_bits_accumulate_in_float32(dtype, magnitude):
@@ -121,7 +121,7 @@ def test_sixteen_bits_accumulate_in_float32(dtype, magnitude):
     assert_product(got, "mk,nk->mn", x, q, dtype)
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("few rows-nvint4", "many rows-if4")
 @pytest.mark.parametrize("name", ["if4", "nvfp4", "fouroversix", "nvint4"])
 @pytest.mark.parametrize("rows", [1, 96], ids=["few rows", "many rows"])
 def test_float16_holds_4_bit_weights_exactly(name, rows):
@@ -169,6 +169,7 @@ def test_nan_blocks_poison_their_own_results_only():
     np.testing.assert_array_equal(np.isnan(got), np.array([[0, 0, 1, 0]] * 2, bool))
 
 
+@pytest.mark.by_default("0-0-0", "2-3-0")
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 3, 8), (2, 0, 8), (2, 3, 0), (0, 0, 0)])
 def test_empty_products(m, n, k):
     got = ifjax.einsum("mk,nk->mn", jnp.ones((m, k)), ifjax.quantize(jnp.ones((n, k)), NVFP4))
@@ -178,7 +179,7 @@ def test_empty_products(m, n, k):
 # --- few rows, which XLA:CPU multiplies without writing the decoded weights -------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("1-if4-rows0")
 @pytest.mark.parametrize("rows", [(), (2, 2), (5,)])
 @pytest.mark.parametrize(("axis", "name"), [(1, "if4"), (0, "if4"), (0, "mxfp4"), (1, "nvfp4_bs8")])
 def test_few_rows(rows, axis, name):
@@ -232,6 +233,7 @@ each_side = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.by_default("right-left0-*", "right-left6-*", "right-left9-*")
 @pytest.mark.parametrize(("left", "right"), MATMULS)
 @each_side
 def test_matmul_broadcasts_like_its_namesake(left, right, packed):
@@ -246,6 +248,7 @@ SPECS = [
 ]  # fmt: skip
 
 
+@pytest.mark.by_default("right-bk*", "right-bqhd*", "right-k,k*", "right-...k*")
 @pytest.mark.parametrize(("spec", "left", "right"), SPECS)
 @each_side
 def test_einsum_means_what_its_namesake_means(spec, left, right, packed):
@@ -276,6 +279,7 @@ def test_arrays_alone_go_to_the_namesakes():
     np.testing.assert_array_equal(ifjax.ragged_dot(a, stack, sizes), lax.ragged_dot(a, stack, sizes))
 
 
+@pytest.mark.by_default("*-2}")
 @pytest.mark.parametrize("settings", [{"axis": -2}, {"axis": -1}, {"axis": -2, "amax_axes": (0,)}], ids=str)
 def test_ragged_dot_gives_each_group_its_expert(settings):
     x, experts = normal(7, 8), ifjax.quantize(normal(4, 8, 5, seed=1), IF4, **settings)
@@ -296,7 +300,7 @@ def test_ragged_dot_gives_each_group_its_expert(settings):
 # --- gradients and transformations ------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("float32-mk,nk->mn-*", "float32-bhqd,*")
 @pytest.mark.parametrize(
     ("spec", "left", "right", "axis"),
     [("mk,nk->mn", (3, 8), (4, 8), 1), ("mk,kn->mn", (3, 8), (8, 4), 0), ("abk,kcd->abcd", (2, 3, 8), (8, 4, 5), 0),

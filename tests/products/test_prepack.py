@@ -14,8 +14,6 @@ from jax import export
 import ifjax
 from pallas_kernels import tpu_matmul
 
-pytestmark = pytest.mark.sampled
-
 FOUR_BITS = ["if4", "nvfp4", "fouroversix", "nvint4"]
 TARGETS = ["H200", "TPU v6e"]
 
@@ -138,6 +136,7 @@ def lowered(f, *args, platform):
     return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.by_default("True-TPU v6e-tpu")
 @pytest.mark.parametrize(("target", "platform"), [("H200", "cuda"), ("TPU v6e", "tpu")])
 @pytest.mark.parametrize("is_prepacked", [False, True])
 def test_the_kernel_is_in_its_platforms_program_only(target, platform, is_prepacked):
@@ -172,7 +171,7 @@ def test_a_forced_kernel_refuses_what_it_cannot_take():
 # --- prepacking -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("if4-shape0-0-H200", "nvfp4-shape4-1-TPU v6e", "nvint4-shape6-1-H200")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("name", "shape", "axis"),
@@ -186,6 +185,7 @@ def test_unpacking_is_the_exact_inverse(target, name, shape, axis):
     np.testing.assert_array_equal(prepacked.dequantize(), q.dequantize())
 
 
+@pytest.mark.by_default("H200")
 @pytest.mark.parametrize("target", TARGETS)
 def test_layers_stay_layers(target):
     q = ifjax.quantize(normal(3, 64, 32), axis=1, amax_axes=(0,))
@@ -232,6 +232,7 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.by_default("many axes")
 @pytest.mark.parametrize(("spec", "left", "right", "axis"), PRODUCTS.values(), ids=PRODUCTS)
 def test_products_reach_the_kernel_and_return(interpreted, spec, left, right, axis):
     a, b = normal(*left), normal(*right, seed=1)

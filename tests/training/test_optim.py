@@ -22,8 +22,6 @@ from ifjax.training.optim import (
     quantized_moments,
 )
 
-pytestmark = pytest.mark.sampled
-
 
 @pytest.fixture(autouse=True)
 def _promotion():
@@ -97,6 +95,7 @@ def test_large_moments_are_packed_and_the_rest_is_untouched():
     assert [x.dtype for x in jax.tree.leaves(dequantize_moments(state))] == [x.dtype for x in jax.tree.leaves(plain)]
 
 
+@pytest.mark.by_default("nvfp4-*", "if6-*")
 @pytest.mark.parametrize("fmt, bits", [("if6", 6.5), ("nvfp4", 4.5), ("mxfp6_e2m3", 6.25), ("if3", 3.5)])
 def test_bytes_are_counted(fmt, bits):
     params = {"kernel": jnp.zeros((64, 256))}
@@ -116,6 +115,7 @@ def test_second_moments_may_have_another_format():
     assert (state.mu["w"].values.fmt.name, state.nu["w"].values.fmt.name) == ("nvfp4", "mxfp6_e2m3")
 
 
+@pytest.mark.by_default("adagrad", "lion", "inject")
 @pytest.mark.parametrize(
     "inner, found",
     [
@@ -204,6 +204,7 @@ def test_moments_are_unbiased_over_seeds(fmt):
         assert abs((error**2).sum() - expected.sum()) < 4 * math.sqrt(2 * (expected**2).sum())
 
 
+@pytest.mark.by_default("nvfp4")
 @pytest.mark.parametrize("fmt", ["if6", "nvfp4", "mxfp6_e2m3"])
 def test_second_moments_beside_large_ones_are_never_zero(fmt):
     nu = jnp.exp(8 * normal(64, 64)).at[0].set(0).at[1, 0].set(1e12).at[2].set(1e-30)

@@ -20,8 +20,6 @@ from ifjax.arrays import ms_eden
 from ifjax.codec import LOSSES, ROUNDINGS
 from ifjax.training import RECIPES, Operand, Product, Recipe, get_recipe, quantized_dot_general
 
-pytestmark = pytest.mark.sampled
-
 KEY = jax.random.key(0)
 MATRICES = (((1,), (0,)), ((), ()))
 each_recipe = pytest.mark.parametrize("name", RECIPES)
@@ -103,6 +101,7 @@ def assert_is_product(got, a, b):
     assert np.all(np.abs(np.asarray(got, np.float64) - a @ b) <= (a.shape[1] + 4) * 2.0**-24 * (np.abs(a) @ np.abs(b)))
 
 
+@pytest.mark.by_default("w4a4_qat")
 @pytest.mark.parametrize("name", [
     name if name in ("nvfp4", "w4a4_qat") else pytest.param(name, marks=pytest.mark.slow)
     for name in RECIPES
@@ -196,6 +195,7 @@ def test_bf16_is_dot_general_itself():
     assert str(f(functools.partial(quantized_dot_general, dimension_numbers=MATRICES, recipe="bf16"))) == str(f(plain))
 
 
+@pytest.mark.by_default("small-dtypes0")
 @pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32")])
 @small_or_slow
 def test_cotangents_have_the_dtypes_of_their_primals(recipe, dtypes):
@@ -229,6 +229,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.by_default("heads out", "negative axes")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_axes_are_those_of_matrices(layout):
     x_shape, w_shape, dims = LAYOUTS[layout]

@@ -110,6 +110,7 @@ each_placement = pytest.mark.parametrize("placement", [pytest.param("data x tens
     "recipe", ["nvfp4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("if4", "if4_mseden", "quartet2"))]
 )
 @each_placement
+@pytest.mark.slow
 def test_eight_devices_train_as_one(recipe, placement):
     params, batches, _ = placed(placement)
     # They round alike, with the same noise; sums are taken in another order, which seldom moves a code.
