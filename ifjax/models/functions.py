@@ -193,14 +193,16 @@ class _Program:
                 self.hows[i] = How()
         if rules and call.parameters:
             _check(rules, sites, walk)
+        # That was traced already: attention multiplies operands as the rules say.
+        self.attends = any(decide(rules, site).operands for site in walk.sites.values() if site.operands)
         amax = None if owner.calibration is None else owner.calibration.amax
         self.rewriter = Rewriter(amax)
         self._jitted = jax.jit(self._run, inline=True)
 
     @property
     def is_changed(self) -> bool:
-        """Whether there is anything to do."""
-        return any(how is not None for how in self.hows)
+        """Whether there is anything to do, for a parameter or for attention without one."""
+        return self.attends or any(how is not None for how in self.hows)
 
     def _decide(self, i: int, value: Any, site: Site, decision: Decision, trains: bool) -> None:
         rule, packed = decision.rule, isinstance(value, QTensor)

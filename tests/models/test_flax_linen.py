@@ -251,7 +251,6 @@ class Attends(nn.Module):
         return nn.MultiHeadDotProductAttention(2, qkv_features=32, **dict(self.options))(x)
 
 
-@pytest.mark.slow
 def test_attention_multiplies_quantized_operands_when_asked():
     model, x = Attends(), normal(2, 16, 16)
     variables = model.init(jax.random.key(1), x)
