@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from ifjax.codec import ROUNDINGS, Rounding
 from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks
 from ifjax.codec.headers import power_near
+from ifjax.codec.rounding import uniform_noise
 from ifjax.formats import E4M3, Candidate, Format, get_format
 from ifjax.numerics.hadamard import SIZES, hadamard
 from ifjax.numerics.xla import divide
@@ -82,7 +83,7 @@ def ms_eden(
     groups = split_blocks(z.astype(jnp.float32), fmt.block, axis)
     shape = tuple(n for i, n in enumerate(groups.shape) if i != groups.ndim + axis)
     if key is not None:
-        noise = jax.random.uniform(key, shape, jnp.float32)
+        noise = uniform_noise(key, shape, 1)[0] + np.float32(0.5)
     noise = jnp.asarray(noise, jnp.float32)
     if noise.shape != shape:
         raise ValueError(f"noise must have one number for each block, shape {shape}, got {noise.shape}")
