@@ -107,7 +107,7 @@ class Grid:
     @functools.cached_property
     def max(self) -> float:
         """The largest magnitude that is written."""
-        return max(abs(self.values[c]) for c in self._order)
+        return max(abs(self.values[c]) for c in self.order)
 
     @property
     def bits(self) -> int:
@@ -136,14 +136,20 @@ class Grid:
         return self._form == "twos_complement"
 
     @functools.cached_property
+    def order(self) -> tuple[int, ...]:
+        """Codes that are written, by ascending value; of two zeros the first code."""
+        codes = {self.values[c]: c for c in reversed(range(len(self.values))) if c not in self.unused}
+        return tuple(codes[v] for v in sorted(codes))
+
+    @functools.cached_property
     def ends(self) -> tuple[int, int]:
         """The codes of the least and of the largest value that are written."""
-        return self._order[0], self._order[-1]
+        return self.order[0], self.order[-1]
 
     @functools.cached_property
     def least_positive(self) -> int:
         """The code of the smallest value above zero that is written."""
-        return next(code for code in self._order if self.values[code] > 0)
+        return next(code for code in self.order if self.values[code] > 0)
 
     @functools.cached_property
     def mantissa_bits(self) -> int | None:
@@ -160,7 +166,7 @@ class Grid:
         rounded: uniform noise makes rounding stochastic, with probability by distance.
         """
         if self._form == "any":
-            return _select(self._is_above(y, noise), [self.values[c] for c in self._order])
+            return _select(self._is_above(y, noise), [self.values[c] for c in self.order])
         if m := self._mantissa_to_round:
             # Rounding is symmetric, but noise moves magnitudes.
             step, _, n = nearest_multiple(y if noise is None else lax.abs(y), m, self.magnitudes[1], self.max, noise)
@@ -171,7 +177,7 @@ class Grid:
     def encode(self, y: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """Return int32 codes of y (finite float32), saturating; `noise` as in `round`."""
         if self._form == "any":
-            return _select(self._is_above(y, noise), [np.int32(c) for c in self._order])
+            return _select(self._is_above(y, noise), [np.int32(c) for c in self.order])
         a = lax.abs(y)
         count = len(self.magnitudes)
         if m := self._mantissa_to_round:
@@ -224,10 +230,20 @@ class Grid:
         return "twos_complement" if self.unused == (half,) and integers else "any"
 
     @functools.cached_property
-    def _order(self) -> tuple[int, ...]:
-        """Codes that are written, by ascending value; of two zeros the first code."""
-        codes = {self.values[c]: c for c in reversed(range(len(self.values))) if c not in self.unused}
-        return tuple(codes[v] for v in sorted(codes))
+    def edges(self) -> tuple[np.float32, ...]:
+        """For each two neighbours in ascending order, the largest float32 that is rounded to the lower one.
+
+        Neighbours are magnitudes if the grid is symmetric, else the values that are written (see `order`).
+        """
+        edges = []
+        for lower, upper in itertools.pairwise(self._neighbours):
+            exact = (self.values[lower] + self.values[upper]) / 2
+            middle = np.float32(exact)
+            goes_up = self._tie_goes_up(lower, upper)
+            if float(middle) != exact and self.ties != "lower":
+                goes_up = float(middle) > exact  # no float32 is a tie: on which side of the true middle does it lie?
+            edges.append(np.nextafter(middle, np.float32(-np.inf)) if goes_up else middle)
+        return tuple(edges)
 
     @property
     def _mantissa_to_round(self) -> int:
@@ -235,23 +251,22 @@ class Grid:
         # Half-to-even on a multiple is half-to-even on the code only if each binade starts at an even code (m >= 1).
         return (self.mantissa_bits or 0) if self.ties == "even" else 0
 
+    def position(self, y: jax.Array) -> jax.Array:
+        """How many steps y lies above the least value, a fraction between two neighbours (see `edges`)."""
+        steps = [(self.values[a], self.values[b]) for a, b in itertools.pairwise(self._neighbours)]
+        gaps = [(lower, np.float32(1 / (upper - lower))) for lower, upper in steps]
+        return sum((jnp.clip((y - np.float32(lower)) * inverse, 0, 1) for lower, inverse in gaps), jnp.zeros_like(y))
+
     def _is_above(self, y, noise):
         """For each value but the last, in ascending order: is y's value larger? Of magnitudes, if the grid has them."""
-        codes = self._order if self._form == "any" else tuple(range(len(self.magnitudes)))
-        steps = [(self.values[a], self.values[b]) for a, b in itertools.pairwise(codes)]
-        if noise is not None:
-            gaps = [(lower, np.float32(1 / (upper - lower))) for lower, upper in steps]
-            position = sum(jnp.clip((y - np.float32(lower)) * inverse, 0, 1) for lower, inverse in gaps) + noise
-            return [position > i + 0.5 for i in range(len(gaps))]
-        above = []
-        for (lower, upper), pair in zip(steps, itertools.pairwise(codes), strict=True):
-            middle = np.float32((lower + upper) / 2)
-            goes_up = self._tie_goes_up(*pair)
-            rounded_by = float(middle) - (lower + upper) / 2
-            if rounded_by and self.ties != "lower":  # no float32 is a tie: ask on which side of the true middle it lies
-                goes_up = rounded_by > 0
-            above.append(y >= middle if goes_up else y > middle)
-        return above
+        if noise is None:
+            return [y > edge for edge in self.edges]
+        position = self.position(y) + noise
+        return [position > i + 0.5 for i in range(len(self.edges))]
+
+    @property
+    def _neighbours(self) -> tuple[int, ...]:
+        return tuple(range(len(self.magnitudes))) or self.order
 
     def _tie_goes_up(self, lower: int, upper: int) -> bool:
         """Whether a tie between two codes takes the one of the larger value."""

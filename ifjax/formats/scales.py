@@ -157,15 +157,25 @@ class TableScale(Scale):
     def top(self) -> int:
         return len(self.values) - 1 if self.last is None else self.last
 
+    @property
+    def is_arithmetic(self) -> bool:
+        """Whether `encode` and `decode` compute bits, as for a binary float, and look nothing up in a table."""
+        return self._mantissa_bits is not None and (self.rounding == "even" or self._is_exponent)
+
     @functools.cached_property
     def _mantissa_bits(self) -> int | None:
         return float_mantissa_bits(self.values)
+
+    @property
+    def _is_exponent(self) -> bool:
+        """Whether payloads are the exponents of float32."""
+        return self._mantissa_bits == 0 and self.values[1] == 2.0**-126
 
     def encode(self, scale, *parts):
         del parts
         m = self._mantissa_bits
         if self.rounding == "up":
-            if m == 0 and self.values[1] == 2.0**-126:  # powers of two of float32: the exponent, rounded up
+            if self._is_exponent:  # rounded up
                 bits = lax.bitcast_convert_type(scale, jnp.int32)
                 return jnp.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(jnp.int32), self.top)
             table = jnp.asarray(self.values[: self.top], jnp.float32)
@@ -189,7 +199,7 @@ class TableScale(Scale):
         if m is None:
             filled = (*self.values, *[np.nan] * (256 - len(self.values)))
             return jnp.asarray(filled, jnp.float32)[payload & 0xFF]
-        if m == 0 and self.values[1] == 2.0**-126:
+        if self._is_exponent:
             value = lax.bitcast_convert_type(payload << 23, jnp.float32)
         else:
             value = decode_float(payload, m, self.values[1])

@@ -1,0 +1,187 @@
+"""Rounding to grids of few values by comparisons and selections, for processors that have neither tables nor FMA.
+
+Values are looked up among `levels`, numbers that the caller has for the codes that a grid lists. A magnitude is rounded
+where the grid is symmetric; its sign is the caller's affair.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ifjax.codec.blocks import as_float, bits_of
+from ifjax.formats import Grid
+
+_EXPONENT = np.int32(0x7F800000)
+
+
+class PlaceGrid(Protocol):
+    """How a grid rounds one number, and what is then known of it.
+
+    Attributes:
+        listed: the codes whose values are the levels.
+        is_symmetric: whether it rounds magnitudes to codes without a sign.
+    """
+
+    listed: tuple[int, ...]
+    is_symmetric: bool
+
+    def rounded(self, y: jax.Array, noise: jax.Array | None) -> Any:
+        """What y is rounded to, in the grid's own terms; noise as for `Grid.round`."""
+
+    def code(self, place: Any, shift: int) -> jax.Array:
+        """Its int32 code, shifted left."""
+        ...
+
+    def value(self, place: Any, levels: Sequence[jax.Array]) -> jax.Array:
+        """Its value, of which the levels are known."""
+        ...
+
+
+def place_grid(grid: Grid) -> PlaceGrid | None:
+    """The way for a grid; None for those of more than 16 values that are no floats, and where the sign of zero is that
+    of the number."""
+    if not grid.magnitudes:
+        return _Sorted(grid) if len(grid.values) <= 16 else None
+    if grid.zero == "negative":
+        return None
+    m = grid.mantissa_bits
+    if m and grid.ties == "even" and len(grid.magnitudes) > 2 << m:
+        return _Floats(grid, m)
+    return _Magnitudes(grid) if len(grid.magnitudes) <= 8 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Floats:
+    """Magnitudes of a binary float with m >= 1 mantissa bits. The levels are those of the lowest binade; all other
+    values are theirs times a power of two."""
+
+    grid: Grid
+    m: int
+    is_symmetric = True
+
+    @property
+    def listed(self):
+        return tuple(range(1 << self.m, 2 << self.m))
+
+    def rounded(self, y, noise):
+        """(sum, value): adding so large a number to y rounds it to a step of its binade, half to even.
+
+        The sum's lowest bits count steps, its exponent binades.
+        """
+        top = np.float32(self.grid.max)
+        y = jnp.minimum(y, top) if noise is None else y
+        binade = as_float(bits_of(jnp.maximum(y, self._lowest)) & _EXPONENT)
+        if noise is not None:
+            # A number beyond the grid is in its last binade. Times a power of two, the sum of y / step and the noise.
+            binade = jnp.minimum(binade, as_float(bits_of(top) & _EXPONENT))
+            y = jnp.minimum(y + noise * (binade * np.float32(2.0**-self.m)), top)
+        # `lift` steps more, so that the sum's bits are the code's.
+        large = binade * np.float32(2.0 ** (23 - self.m) + self._lift * 2.0**-self.m)
+        total = y + large
+        return total, total - large
+
+    def code(self, place, shift):
+        total = bits_of(place[0])
+        # Steps, and 2^m of them for each binade.
+        code = total + lax.shift_right_logical(total, np.int32(23 - self.m)) & np.int32(len(self.grid.magnitudes) - 1)
+        return code << shift if shift else code
+
+    def value(self, place, levels):
+        bits = bits_of(place[1])
+        masks = [(bits & np.int32(1 << (22 - i))) != 0 for i in range(self.m)]
+        power = as_float(bits & _EXPONENT)
+        power = power if self._lowest == 1 else power * (1 / self._lowest)
+        return select(masks, levels) * power
+
+    @property
+    def _lowest(self):
+        return np.float32(self.grid.magnitudes[1 << self.m])
+
+    @property
+    def _lift(self):
+        """The steps that make the lowest binade's sum, with its exponent added in, end in zeros; an even number.
+
+        At least one pair, so that noise does not bring the sum of zero below the power of two.
+        """
+        exponent = int(np.float32(self._lowest * 2.0 ** (23 - self.m)).view(np.int32)) >> 23
+        return -(exponent << self.m) % len(self.grid.magnitudes) or len(self.grid.magnitudes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Searched:
+    """A place is the bits of an index into an ascending list, found by comparison, highest first."""
+
+    grid: Grid
+
+    def _search(self, y, edges) -> list[jax.Array]:
+        depth = (len(self.listed) - 1).bit_length()
+        edges = [*edges, *[np.float32(np.inf)] * (2**depth - 1 - len(edges))]
+        masks = []
+        for level in range(depth):
+            half = 2 ** (depth - 1 - level)
+            masks.append(y > select(masks, edges[half - 1 :: 2 * half]))
+        return masks
+
+    def value(self, place, levels):
+        return select(place, levels)
+
+
+class _Magnitudes(_Searched):
+    """Any eight magnitudes or fewer."""
+
+    is_symmetric = True
+
+    @property
+    def listed(self):
+        return tuple(range(len(self.grid.magnitudes)))
+
+    def rounded(self, y, noise):
+        if noise is None:
+            return self._search(y, self.grid.edges)
+        if self.grid.mantissa_bits and self.grid.ties == "even":  # one binade: equal steps
+            return self._search(y + noise * np.float32(self.grid.magnitudes[1]), self.grid.edges)
+        return self._search(self.grid.position(y) + noise, _halves(self.grid))
+
+    def code(self, place, shift):
+        bits = [jnp.where(mask, _int32(1 << i + shift), 0) for i, mask in enumerate(reversed(place))]
+        return functools.reduce(jnp.bitwise_or, bits)
+
+
+class _Sorted(_Searched):
+    """Any 16 values or fewer, in whatever order their codes are."""
+
+    is_symmetric = False
+
+    @property
+    def listed(self):
+        count = 1 << (len(self.grid.order) - 1).bit_length()
+        return self.grid.order + self.grid.order[-1:] * (count - len(self.grid.order))
+
+    def rounded(self, y, noise):
+        if noise is None:
+            return self._search(y, self.grid.edges)
+        return self._search(self.grid.position(y) + noise, _halves(self.grid))
+
+    def code(self, place, shift):
+        return select(place, [_int32(code << shift) for code in self.listed])
+
+
+def _halves(grid: Grid) -> list[np.float32]:
+    return [np.float32(i + 0.5) for i in range(len(grid.edges))]
+
+
+def _int32(word: int) -> np.int32:
+    return np.uint32(word % 2**32).view(np.int32)
+
+
+def select(masks: Sequence[jax.Array], options: Sequence[Any]) -> Any:
+    """options[index], of whose bits the masks are the truth, highest first."""
+    for mask in reversed(masks):
+        options = [jnp.where(mask, high, low) for low, high in zip(options[::2], options[1::2], strict=True)]
+    return options[0]

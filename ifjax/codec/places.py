@@ -1,0 +1,393 @@
+"""Encode and decode blocks of which each value lies in an array of its own, for kernels that know no format.
+
+The bits are those of `encode` and `decode`. The arithmetic is laid out for processors without division that look up
+tables: within one tensor, what a code stands for depends on the payload of its block alone, so XLA makes a table of it
+beforehand, by the codec's own functions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, pick, tree
+from ifjax.codec.decode import decode, grid_values, scaled
+from ifjax.codec.encode import Encoding, codes_of, inverse_for
+from ifjax.codec.headers import TensorScale, normalized
+from ifjax.codec.losses import LOSSES, BlockLoss
+from ifjax.codec.place_grids import place_grid, select
+from ifjax.codec.rounding import uniform_noise
+from ifjax.codec.search import better
+from ifjax.formats import Candidate, Format, Grid, TableScale
+from ifjax.numerics.xla import correct_quotient, divide
+
+LANES = 128  # entries of a row of a table
+
+
+class Tensor(NamedTuple):
+    """What a kernel knows of the tensor of its blocks; scalars are float32.
+
+    Attributes:
+        power: brings x to the units of losses.
+        amax: in these units.
+        ratio: K / amax, or 0.
+        back: 1 / power.
+        lookup: (row of the table, int32 indices below 128) to the float32 numbers there.
+    """
+
+    power: Any
+    amax: Any
+    ratio: Any
+    back: Any
+    lookup: Callable[[int, jax.Array], jax.Array]
+
+
+class Block(NamedTuple):
+    """An encoded block.
+
+    Attributes:
+        words: int32 words that its codes fill; the last one's upper bits may be free. () if not wanted.
+        header: int32.
+        values: for each place what its code stands for, float32 numbers of the codec's dtype. () if not wanted.
+    """
+
+    words: Sequence[jax.Array]
+    header: jax.Array
+    values: Sequence[jax.Array]
+
+
+def encoder_refusal(how: Encoding) -> str | None:
+    """Why a kernel cannot encode like this place by place; None if it can."""
+    if how.search is not None:
+        return "it searches scales"
+    if not isinstance(how.loss, BlockLoss):
+        return "its loss is a function of whole blocks"
+    if how.rounding.noise not in (None, uniform_noise):
+        return "its noise is not the hash that kernels compute"
+    return decoder_refusal(how.fmt)
+
+
+def decoder_refusal(fmt: Format) -> str | None:
+    """Why a kernel cannot decode this format place by place; None if it can."""
+    if fmt.scale.nbytes > 1 or fmt.scale.runs:
+        return f"{fmt.scale.name} has headers of several bytes, or scales for parts of a block"
+    if not isinstance(fmt.scale, TableScale) or not fmt.scale.is_arithmetic:
+        return f"{fmt.scale.name} is no binary float, whose bits a kernel computes"
+    if fmt.block not in (8, 16, 32):
+        return f"blocks are of {fmt.block}, and kernels take 8, 16 and 32"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class PlaceCodec:
+    """The arithmetic of an encoding. Hashable: a static argument of the kernels that call its methods.
+
+    Attributes:
+        how: the encoding.
+        dtype: float32 or bfloat16, to which values are rounded that are given back.
+    """
+
+    how: Encoding
+    dtype: np.dtype
+
+    @property
+    def fmt(self) -> Format:
+        """The format."""
+        return self.how.fmt
+
+    @property
+    def noises(self) -> int:
+        """How many numbers of noise an element draws."""
+        return 0 if self.how.rounding.noise is None else len(self.fmt.candidates)
+
+    # --- once a tensor, by XLA ---
+
+    def encoder_tables(self, amax: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
+        """The scalars of `Tensor` [count, 4] and a table [count, rows, 128], for the amax [count] of each tensor, or
+        None in formats that have none."""
+        how, fmt, tensor = self.how, self.fmt, None
+        scalars = jnp.ones((count, 4), jnp.float32)
+        if amax is not None:
+            tensor = normalized(amax, 3)
+            power, wide = tensor.power.reshape(-1), tensor.amax.reshape(-1)
+            ratio = jnp.where(amax > 0, divide(fmt.tensor_constant(how.headroom), wide), 0)
+            scalars = jnp.stack([power, wide, ratio, divide(1, power)], -1)
+        length = LANES * self.pages
+        (payload,) = _full((count, 1, length), np.arange(length, dtype=np.int32))
+        rows = [inverse_for(payload, None, None, 0, tensor, how)]
+        for c in fmt.candidates if tensor is not None else ():
+            codes = np.array(_listed(c), np.int32)[:, None]
+            if codes.size:
+                # Every factor is an array of the full shape: XLA would multiply scalars and constants beforehand.
+                shape = count, len(codes), length
+                codes, payloads, amaxes, step = _full(shape, codes, payload, tensor.amax, np.float32(c.step))
+                values, scale = grid_values(codes, c.decoding), fmt.scale.decode(payloads)
+                units = TensorScale(tensor.power, amaxes)
+                rows.append(scaled(values, scale, step, units, fmt.tensor_constant(how.headroom)))
+        return scalars, _as_table(rows)
+
+    def decoder_table(self, amax: jax.Array | None, count: int) -> jax.Array:
+        """What each code stands for, rounded to the dtype, by decoding: [count, rows, 128]; of codes up to 4 bits."""
+        fmt, length, rows = self.fmt, LANES * self._decoder_pages, []
+        for i in range(len(fmt.decodings)):
+            shape = count, 2**fmt.bits, length
+            codes = np.arange(2**fmt.bits, dtype=np.int32)[:, None]
+            codes, payload = _full(shape, codes, np.arange(length, dtype=np.int32))
+            values = decode(codes, fmt.join(i, payload), fmt, amax=amax, headroom=self.how.headroom)
+            rows.append(values.astype(self.dtype).astype(jnp.float32))
+        return _as_table(rows)
+
+    # --- for each block, in the kernel ---
+
+    def encode(
+        self, xs: Sequence[jax.Array], noise: Any, tensor: Tensor, *, wants_codes: bool, wants_values: bool
+    ) -> Block:
+        """Encode the float32 places xs. `noise` has a list for each candidate, or is None."""
+        fmt, loss, chooses = self.fmt, self.how.loss, len(self.fmt.candidates) > 1
+        peak = tree(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs])
+        is_poisoned = peak >= np.int32(0x7F800000 + fmt.saturates)
+        unit = normalized(as_float(peak), peak.ndim).power if chooses and not fmt.has_tensor_scale else None
+        numbers = [as_float(magnitude_bits(bits_of(x))) for x in xs] if self._on_magnitudes else xs
+        numbers = [x * tensor.power for x in numbers] if fmt.has_tensor_scale else numbers
+        trials, known = [], {}
+        for i, c in enumerate(fmt.candidates):
+            if (c.peak, c.scale_multiplier) not in known:
+                payload = jnp.where(is_poisoned, fmt.scale.nan, self._payload(c, peak, tensor))
+                inverse = _look_up(tensor, 0, payload, self.pages)
+                known[c.peak, c.scale_multiplier] = payload, inverse, [x * inverse for x in numbers]
+            payload, inverse, ys = known[c.peak, c.scale_multiplier]
+            rs = [None] * len(xs) if noise is None else noise[i]
+            trial = _Trial(self, i, payload, inverse, tensor, xs, ys, rs)
+            words = trial.words() if wants_codes else []
+            values = trial.values(given=not chooses) if chooses or wants_values else []
+            lost = None
+            if chooses:
+                lost = tree(loss.over, [loss.term(_error(x, v, unit)) for x, v in zip(numbers, values, strict=True)])
+            kept = [trial.sign_mask(), *values] if wants_values else []
+            trials.append((payload, lost, fmt.join(fmt.selector_of(c), payload), *words, *kept))
+        (_, lost, header, *rest), *others = trials
+        header, _, *rest = better((header, lost, *rest), others, fmt)
+        words, values = rest, ()
+        if wants_values:
+            words, mask, values = rest[: -len(xs) - 1], rest[-len(xs) - 1], rest[-len(xs) :]
+            values = [self.given(v, tensor) for v in values] if chooses else values
+            values = [_signed(v, x, mask) for v, x in zip(values, xs, strict=True)] if self._on_magnitudes else values
+        return Block(words, jnp.where(is_poisoned, fmt.scale.nan, header), values)
+
+    def decode(self, words: Sequence[jax.Array], header: jax.Array, tensor: Tensor) -> list[jax.Array]:
+        """The values of a block's places, float32 numbers of the dtype; of the tensor only `lookup` is used."""
+        fmt, pages = self.fmt, self._decoder_pages
+        selector, payload = fmt.split(header)
+        rows = [range(i * 2**fmt.bits, (i + 1) * 2**fmt.bits) for i in range(len(fmt.decodings))]
+        levels = [[_look_up(tensor, row * pages, payload, pages) for row in each] for each in rows]
+        levels = [pick(selector, options) for options in zip(*levels, strict=True)]
+        values = []
+        for place in range(fmt.block):
+            ats = [divmod(place * fmt.bits + bit, 32) for bit in reversed(range(fmt.bits))]
+            values.append(select([(words[at] & _bit(bit)) != 0 for at, bit in ats], levels))
+        return values
+
+    def given(self, value: jax.Array, tensor: Tensor) -> jax.Array:
+        """A value in units of the loss as it is given back: in the tensor's own, rounded to the dtype."""
+        value = value * tensor.back if self.fmt.has_tensor_scale else value
+        if self.dtype == np.float32:
+            return value
+        bits = bits_of(value)
+        return as_float(bits + 0x7FFF + (lax.shift_right_logical(bits, np.int32(16)) & 1) & np.int32(-(2**16)))
+
+    def first_row(self, i: int) -> int:
+        """The first row of the encoder's table that is candidate i's."""
+        return (1 + sum(len(_listed(c)) for c in self.fmt.candidates[:i])) * self.pages
+
+    @property
+    def pages(self) -> int:
+        """Rows of the encoder's table for one number of each payload."""
+        return -(-(max(self.fmt.scale.top, self.fmt.scale.nan) + 1) // LANES)
+
+    @property
+    def _decoder_pages(self) -> int:
+        """The same of the decoder's, which may meet any payload."""
+        return 1 if self.fmt.has_selector and self.fmt.scale.bits < 8 else 2
+
+    @functools.cached_property
+    def _on_magnitudes(self) -> bool:
+        """Whether all is done on magnitudes and signs come last: neither grids nor the loss see a difference."""
+        grids = [place_grid(c.grid) for c in self.fmt.candidates]
+        even = getattr(self.how.loss, "term", None) in [loss.term for loss in LOSSES.values()]
+        return even and all(grid is not None and grid.is_symmetric for grid in grids)
+
+    def _payload(self, c, peak, tensor):
+        """The payload that a candidate wants for the bits of a block's largest magnitude."""
+        fmt, quantum, peak = self.fmt, self.fmt.block_peak(c, self.how.headroom), as_float(peak)
+        if fmt.has_tensor_scale:
+            scale = _over(peak * tensor.power, quantum) * tensor.ratio
+        else:
+            # Small ones are enlarged, so that their quotients are normal numbers, whose last bits can be corrected.
+            is_small = peak < np.float32(2.0**-60)
+            scale = _over(jnp.where(is_small, peak * np.float32(2.0**64), peak), quantum)
+            scale = jnp.where(is_small, scale * np.float32(2.0**-64), scale)
+            scale = jnp.where(peak > 0, jnp.maximum(scale, np.float32(2.0**-126)), 0)
+        scale = scale if c.scale_multiplier == 1 else scale * np.float32(c.scale_multiplier)
+        payload = fmt.scale.encode(scale)
+        return jnp.maximum(payload, 1) if fmt.prevent_zero else payload
+
+
+class _Trial:
+    """A block as candidate i encodes it: xs scaled by `inverse` are ys, magnitudes if the codec works on these."""
+
+    def __init__(self, codec: PlaceCodec, i: int, payload, inverse, tensor: Tensor, xs, ys, rs):
+        self.codec, self.i, self.c = codec, i, codec.fmt.candidates[i]
+        self.grid = place_grid(self.c.grid)
+        self.payload, self.inverse, self.tensor, self.xs = payload, inverse, tensor, xs
+        fmt = codec.fmt
+        if self.grid is None:
+            power = tensor.power if fmt.has_tensor_scale else 1
+            self.places = [codes_of(x, r, inverse, power, [self.c], fmt)[0] for x, r in zip(xs, rs, strict=True)]
+            return
+        factor = fmt.input_factor(self.c)
+        if not self.grid.is_symmetric:  # of others code 0 may not mean 0, and infinity times 0 is none
+            ys = [jnp.where(inverse == 0, 0, y) for y in ys]
+        ys = [jnp.abs(y) for y in ys] if self.is_signed_last else ys
+        ys = ys if factor == 1 else [y * factor for y in ys]
+        ys = [y - np.float32(self.c.offset) for y in ys] if self.c.offset else ys
+        self.places = [self.grid.rounded(y, r) for y, r in zip(ys, rs, strict=True)]
+
+    @property
+    def is_signed_last(self) -> bool:
+        """Whether this grid is rounded to by magnitudes though not all of the format's are."""
+        return self.grid is not None and self.grid.is_symmetric and not self.codec._on_magnitudes
+
+    def words(self) -> list[jax.Array]:
+        """The words of the block's codes."""
+        bits = self.codec.fmt.bits
+        if self.grid is None:
+            return _packed([functools.partial(jnp.left_shift, code) for code in self.places], bits)
+        code = self.grid.code
+        if not self.grid.is_symmetric:
+            return _packed([functools.partial(code, place) for place in self.places], bits)
+        if bits == 4:
+            words = _packed([functools.partial(code, place) for place in self.places], bits)
+            words = [_with_signs(word, self.xs[8 * i :][:8], self.c.grid) for i, word in enumerate(words)]
+        else:
+            codes = [_with_sign(code(place, 0), x, self.c.grid) for place, x in zip(self.places, self.xs, strict=True)]
+            words = _packed([functools.partial(jnp.left_shift, code) for code in codes], bits)
+        return [jnp.where(self.inverse == 0, 0, word) for word in words]
+
+    def values(self, given: bool) -> list[jax.Array]:
+        """What the codes stand for, in units of the loss, or as it is given back."""
+        codec, fmt, c, tensor = self.codec, self.codec.fmt, self.c, self.tensor
+        finish = functools.partial(codec.given, tensor=tensor) if given else lambda value: value
+        if self.grid is None:
+            return [finish(self._decoded(grid_values(code, c.decoding))) for code in self.places]
+        if fmt.has_tensor_scale:
+            row = codec.first_row(self.i)
+            rows = range(row, row + len(_listed(c)) * codec.pages, codec.pages)
+            levels = [_look_up(tensor, row, self.payload, codec.pages) for row in rows]
+        else:
+            levels = [self._decoded(np.float32(c.grid.values[k]) + np.float32(c.offset)) for k in _listed(c)]
+        levels = [finish(level) for level in levels]
+        values = [self.grid.value(place, levels) for place in self.places]
+        if self.is_signed_last:
+            mask = self.sign_mask()
+            values = [_signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]
+        return values
+
+    def sign_mask(self) -> jax.Array:
+        """What `_signed` adds to a magnitude so that its highest bit says whether it has a sign.
+
+        Zeros have none if their grid has none, nor in blocks whose scale is zero.
+        """
+        never = np.int32(2**31 - 1)
+        if self.c.grid.zero == "unsigned":
+            return jnp.full_like(self.payload, never)
+        return jnp.where(self.inverse == 0, never, np.int32(-(2**31)))
+
+    def _decoded(self, value):
+        """A grid's value times the block's scale, and so on, in units of the loss (see `decode.scaled`)."""
+        fmt, c, scale = self.codec.fmt, self.c, self.codec.fmt.scale.decode(self.payload)
+        d = value * scale
+        d = d * self.tensor.amax if fmt.has_tensor_scale else d
+        d = d if c.step == 1 else d * np.float32(c.step)
+        if not fmt.has_tensor_scale:
+            return d
+        return _over(d, fmt.tensor_constant(self.codec.how.headroom))
+
+
+def _listed(c: Candidate) -> tuple[int, ...]:
+    """The codes of which the encoder's table has values."""
+    grid = place_grid(c.grid)
+    return () if grid is None else grid.listed
+
+
+def _full(shape, *arrays):
+    """Arrays broadcast to a shape, as XLA does not see it."""
+    return lax.optimization_barrier([jnp.broadcast_to(a, shape) for a in arrays])
+
+
+def _as_table(rows):
+    """[count, n, length] arrays, one below the other, as rows of 128 lanes, a multiple of 8 of them."""
+    table = jnp.concatenate(rows, 1)
+    table = table.reshape(len(table), -1, LANES)
+    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % 8), (0, 0)))
+
+
+def _look_up(tensor, row, index, pages):
+    """Entry `index` of a row of a table that is `pages` times 128 long."""
+    if pages == 1:
+        return tensor.lookup(row, index)
+    low = index & (LANES - 1)
+    return jnp.where(index < LANES, tensor.lookup(row, low), tensor.lookup(row + 1, low))
+
+
+def _over(a: jax.Array, b: np.float32) -> jax.Array:
+    """a / b, correctly rounded. The product with the reciprocal is within 1.5 units, which are corrected."""
+    return correct_quotient(a, jnp.full_like(a, b), a * np.float32(1 / np.float64(b)))
+
+
+def _error(x, value, unit):
+    return value - x if unit is None else value * unit - x * unit
+
+
+def _bit(i: int) -> np.int32:
+    return np.uint32(1 << i).view(np.int32)
+
+
+def _packed(codes, bits: int) -> list[jax.Array]:
+    """int32 words of codes, the first in the lowest bits; each code is a function of how far it is to be shifted."""
+    words: list[list] = [[] for _ in range(-(-len(codes) * bits // 32))]
+    for place, code in enumerate(codes):
+        at, shift = divmod(place * bits, 32)
+        words[at].append(code(shift))
+        if shift + bits > 32:
+            words[at + 1].append(lax.shift_right_logical(code(0), np.int32(32 - shift)))
+    return [tree(jnp.bitwise_or, parts) for parts in words]
+
+
+def _with_signs(word, xs, grid: Grid):
+    """Codes of eight magnitudes in the nibbles of a word, and of the signs of eight numbers."""
+    signs = [lax.shift_right_logical(bits_of(x), np.int32(28 - 4 * i)) & _bit(4 * i + 3) for i, x in enumerate(xs)]
+    signs = tree(jnp.bitwise_or, signs)
+    if grid.zero == "unsigned":
+        signs = signs & (word + np.int32(0x77777777))  # bit 3 of a nibble that is not zero
+    if not grid.is_twos_complement:
+        return word | signs
+    ones = lax.shift_right_logical(signs, np.int32(3))
+    return (word ^ ((ones << 4) - ones)) + ones
+
+
+def _with_sign(code, x, grid: Grid):
+    count, is_negative = len(grid.magnitudes), bits_of(x) < 0
+    if grid.is_twos_complement:
+        return jnp.where(is_negative, -code, code) & (2 * count - 1)
+    is_negative = is_negative & (code > 0) if grid.zero == "unsigned" else is_negative
+    return jnp.where(is_negative, code | count, code)
+
+
+def _signed(magnitude, x, mask):
+    bits = bits_of(magnitude)
+    return as_float(bits | (bits + mask) & bits_of(x) & np.int32(-(2**31)))
