@@ -21,12 +21,15 @@ from ifjax.codec.encode import Encoding, codes_of, inverse_for
 from ifjax.codec.headers import TensorScale, normalized
 from ifjax.codec.losses import LOSSES, BlockLoss
 from ifjax.codec.place_grids import place_grid, select
-from ifjax.codec.rounding import uniform_noise
+from ifjax.codec.rounding import noise_of, uniform_noise
 from ifjax.codec.search import better
 from ifjax.formats import Candidate, Format, Grid, TableScale
 from ifjax.numerics.xla import correct_quotient, divide
 
 LANES = 128  # entries of a row of a table
+
+
+Lookup = Callable[[int, jax.Array], jax.Array]  # (row of the table, int32 indices below 128) to float32 numbers
 
 
 class Tensor(NamedTuple):
@@ -37,14 +40,14 @@ class Tensor(NamedTuple):
         amax: in these units.
         ratio: K / amax, or 0.
         back: 1 / power.
-        lookup: (row of the table, int32 indices below 128) to the float32 numbers there.
+        lookup: in the table.
     """
 
     power: Any
     amax: Any
     ratio: Any
     back: Any
-    lookup: Callable[[int, jax.Array], jax.Array]
+    lookup: Lookup
 
 
 class Block(NamedTuple):
@@ -101,9 +104,23 @@ class PlaceCodec:
         return self.how.fmt
 
     @property
+    def block(self) -> int:
+        """Values of a block."""
+        return self.fmt.block
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.fmt.bits
+
+    @property
     def noises(self) -> int:
         """How many numbers of noise an element draws."""
         return 0 if self.how.rounding.noise is None else len(self.fmt.candidates)
+
+    def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
+        """The noise of elements with these indices, a number for each candidate."""
+        return noise_of(index, k0, k1, self.noises)
 
     # --- once a tensor, by XLA ---
 
@@ -145,9 +162,11 @@ class PlaceCodec:
     # --- for each block, in the kernel ---
 
     def encode(
-        self, xs: Sequence[jax.Array], noise: Any, tensor: Tensor, *, wants_codes: bool, wants_values: bool
-    ) -> Block:
+        self, xs: Sequence[jax.Array], noise: Any, scalars: Sequence[Any], lookup: Lookup, *, wants_codes: bool,
+        wants_values: bool,
+    ) -> Block:  # fmt: skip
         """Encode the float32 places xs. `noise` has a list for each candidate, or is None."""
+        tensor = Tensor(*scalars, lookup)
         fmt, loss, chooses = self.fmt, self.how.loss, len(self.fmt.candidates) > 1
         peak = tree(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs])
         is_poisoned = peak >= np.int32(0x7F800000 + fmt.saturates)
@@ -158,7 +177,7 @@ class PlaceCodec:
         for i, c in enumerate(fmt.candidates):
             if (c.peak, c.scale_multiplier) not in known:
                 payload = jnp.where(is_poisoned, fmt.scale.nan, self._payload(c, peak, tensor))
-                inverse = _look_up(tensor, 0, payload, self.pages)
+                inverse = _look_up(lookup, 0, payload, self.pages)
                 known[c.peak, c.scale_multiplier] = payload, inverse, [x * inverse for x in numbers]
             payload, inverse, ys = known[c.peak, c.scale_multiplier]
             rs = [None] * len(xs) if noise is None else noise[i]
@@ -179,12 +198,12 @@ class PlaceCodec:
             values = [_signed(v, x, mask) for v, x in zip(values, xs, strict=True)] if self._on_magnitudes else values
         return Block(words, jnp.where(is_poisoned, fmt.scale.nan, header), values)
 
-    def decode(self, words: Sequence[jax.Array], header: jax.Array, tensor: Tensor) -> list[jax.Array]:
-        """The values of a block's places, float32 numbers of the dtype; of the tensor only `lookup` is used."""
+    def decode(self, words: Sequence[jax.Array], header: jax.Array, lookup: Lookup) -> list[jax.Array]:
+        """The values of a block's places, float32 numbers of the dtype."""
         fmt, pages = self.fmt, self._decoder_pages
         selector, payload = fmt.split(header)
         rows = [range(i * 2**fmt.bits, (i + 1) * 2**fmt.bits) for i in range(len(fmt.decodings))]
-        levels = [[_look_up(tensor, row * pages, payload, pages) for row in each] for each in rows]
+        levels = [[_look_up(lookup, row * pages, payload, pages) for row in each] for each in rows]
         levels = [pick(selector, options) for options in zip(*levels, strict=True)]
         values = []
         for place in range(fmt.block):
@@ -287,7 +306,7 @@ class _Trial:
         if fmt.has_tensor_scale:
             row = codec.first_row(self.i)
             rows = range(row, row + len(_listed(c)) * codec.pages, codec.pages)
-            levels = [_look_up(tensor, row, self.payload, codec.pages) for row in rows]
+            levels = [_look_up(tensor.lookup, row, self.payload, codec.pages) for row in rows]
         else:
             levels = [self._decoded(np.float32(c.grid.values[k]) + np.float32(c.offset)) for k in _listed(c)]
         levels = [finish(level) for level in levels]
@@ -336,12 +355,12 @@ def _as_table(rows):
     return jnp.pad(table, ((0, 0), (0, -table.shape[1] % 8), (0, 0)))
 
 
-def _look_up(tensor, row, index, pages):
+def _look_up(lookup: Lookup, row, index, pages):
     """Entry `index` of a row of a table that is `pages` times 128 long."""
     if pages == 1:
-        return tensor.lookup(row, index)
+        return lookup(row, index)
     low = index & (LANES - 1)
-    return jnp.where(index < LANES, tensor.lookup(row, low), tensor.lookup(row + 1, low))
+    return jnp.where(index < LANES, lookup(row, low), lookup(row + 1, low))
 
 
 def _over(a: jax.Array, b: np.float32) -> jax.Array:
