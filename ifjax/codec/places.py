@@ -18,7 +18,7 @@ from jax import lax
 from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, pick, tree
 from ifjax.codec.decode import decode, grid_values, scaled
 from ifjax.codec.encode import Encoding, codes_of, inverse_for
-from ifjax.codec.headers import TensorScale, normalized
+from ifjax.codec.headers import TensorScale, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss
 from ifjax.codec.place_grids import place_grid, select
 from ifjax.codec.rounding import noise_of, uniform_noise
@@ -130,10 +130,9 @@ class PlaceCodec:
         how, fmt, tensor = self.how, self.fmt, None
         scalars = jnp.ones((count, 4), jnp.float32)
         if amax is not None:
-            tensor = normalized(amax, 3)
-            power, wide = tensor.power.reshape(-1), tensor.amax.reshape(-1)
-            ratio = jnp.where(amax > 0, divide(fmt.tensor_constant(how.headroom), wide), 0)
-            scalars = jnp.stack([power, wide, ratio, divide(1, power)], -1)
+            tensor = normalized(amax, fmt.tensor_constant(how.headroom), 3)
+            numbers = tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)
+            scalars = jnp.stack([number.reshape(-1) for number in numbers], -1)
         length = LANES * self.pages
         (payload,) = _full((count, 1, length), np.arange(length, dtype=np.int32))
         rows = [inverse_for(payload, None, None, 0, tensor, how)]
@@ -170,7 +169,7 @@ class PlaceCodec:
         fmt, loss, chooses = self.fmt, self.how.loss, len(self.fmt.candidates) > 1
         peak = tree(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs])
         is_poisoned = peak >= np.int32(0x7F800000 + fmt.saturates)
-        unit = normalized(as_float(peak), peak.ndim).power if chooses and not fmt.has_tensor_scale else None
+        unit = power_near(as_float(peak)) if chooses and not fmt.has_tensor_scale else None
         numbers = [as_float(magnitude_bits(bits_of(x))) for x in xs] if self._on_magnitudes else xs
         numbers = [x * tensor.power for x in numbers] if fmt.has_tensor_scale else numbers
         trials, known = [], {}
