@@ -1,6 +1,6 @@
 """Adaptive block-scaled number formats for JAX.
 
-Quantize:    quantize, dequantize, fake_quantize, QTensor
+Quantize:    quantize, dequantize, fake_quantize, explain_quantize, QTensor
 Formats:     FORMATS, get_format, learn_format, Format, Candidate, Grid, Scale, TableScale
 Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
 Models:      quantize_params, fake_quantize_params, quantized, trace_products, Site, gptq, trainable_mask, Report
@@ -25,6 +25,7 @@ from ifjax.arrays import (
     QTensor,
     dequantize,
     device_put,
+    explain_quantize,
     fake_quantize,
     gptq,
     learn_format,
@@ -90,6 +91,7 @@ __all__ = [
     "einsum",
     "exchange",
     "explain_matmul",
+    "explain_quantize",
     "fake_quantize",
     "fake_quantize_params",
     "get_format",

@@ -97,7 +97,7 @@ def supports(codec: Codec, x: Any, axis: int) -> str | None:
     if codec.block * codec.bits > 32 * 32:
         return f"a block has too many bits for registers: {codec.block} x {codec.bits}"
     if x.shape[0] > 2048:
-        return f"scalar memory has room for 2048 matrices with an amax of their own, got {x.shape[0]}"
+        return f"scalar memory has room for what 2048 matrices have of their own, got {x.shape[0]}"
     return None
 
 
@@ -122,8 +122,8 @@ def encode(
 
     Args:
         x: float32 or bfloat16 [L, R, C].
-        scalars: float32 [L, s], of each matrix: what the codec's `encode` wants to be told.
-        tables: float32 [L, rows, 128], rows a multiple of 8: what it looks up.
+        scalars: float32 [L, s], of each matrix, or [1, s], of all: what the codec's `encode` wants to be told.
+        tables: float32 [L, rows, 128], or [1, rows, 128], rows a multiple of 8: what it looks up.
         noise: if the codec draws some.
         signs: float32 [size], of a rotation that has none.
         axis: -1 or -2.
@@ -177,7 +177,10 @@ def decode(
     dtype: Any,
     interpret: Any = False,
 ) -> jax.Array:
-    """The values [L, R, C] of codes and headers as `encode` writes them; `length` is that of the axis of blocks."""
+    """The values [L, R, C] of codes and headers as `encode` writes them; `length` is that of the axis of blocks.
+
+    `tables` are [L, rows, 128] or [1, rows, 128].
+    """
     count, *shape = codes.shape
     shape[axis] = length
     tile = _Tile.of((count, *shape), axis, codec)
@@ -196,6 +199,7 @@ def decode(
 
 
 def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, interpret):
+    moved = sum(a.size * a.dtype.itemsize for a in [*args, *out_shape])
     return pl.pallas_call(
         body,
         out_shape=out_shape,
@@ -204,6 +208,7 @@ def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, in
         out_specs=out_specs,
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),  # each array once
         interpret=interpret,
         name=name,
     )(*args)
@@ -213,7 +218,7 @@ _SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
 def _table_spec(tables):
-    return pl.BlockSpec((None, *tables.shape[1:]), lambda l, i, j: (l, 0, 0))
+    return pl.BlockSpec((None, *tables.shape[1:]), lambda matrix, i, j: (matrix if len(tables) > 1 else 0, 0, 0))
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -261,7 +266,7 @@ class _Tile:
         """Of an array that has `parts` for `of` values along the axis."""
         along = self.length * parts // of
         block = (LANES, along) if self.axis == -1 else (along, LANES)
-        return pl.BlockSpec((None, *block), lambda l, i, j: (l, i, j))
+        return pl.BlockSpec((None, *block), lambda matrix, i, j: (matrix, i, j))
 
     def shape(self, count, parts, of, dtype):
         along, across = self.sizes
@@ -331,7 +336,7 @@ def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, w
     source[...] = turned if dtype == jnp.float32 else pltpu.bitcast(turned, jnp.int32)
     if rotation is not None:
         _rotate_all(source, tile, rotation, signs, dtype)
-    known = [scalars[index, i] for i in range(scalars.shape[1])]
+    known = [scalars[index if scalars.shape[0] > 1 else 0, i] for i in range(scalars.shape[1])]
     lookup = _lookup(table)
     draw = _noise(numbers, index, tile, codec) if codec.noises else None
     blocks, per_unit = tile.unit // codec.block, tile.unit * codec.bits // 32
@@ -461,7 +466,10 @@ def _rotate_all(source, tile, rotation, signs, dtype):
 
 
 def rotated(places: Sequence[jax.Array]) -> list[jax.Array]:
-    """The normalized Hadamard transform of places, in the order of the fast one: neighbours first. Zeros are positive."""
+    """The normalized Hadamard transform of places, in the order of the fast one: neighbours first.
+
+    Zeros are positive.
+    """
     values, stride = list(places), 1
     while stride < len(values):
         for i in range(len(values)):

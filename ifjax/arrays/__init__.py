@@ -1,6 +1,7 @@
 """Quantized arrays: QTensor, what makes and reads it, and where it is placed."""
 
 from ifjax.arrays.blocking import DTYPES, Blocking, packed_shapes
+from ifjax.arrays.encoders import ENCODERS, Encoder, Explanation, explain_quantize
 from ifjax.arrays.gptq import gptq
 from ifjax.arrays.learn import learn_format
 from ifjax.arrays.ms_eden import ms_eden
@@ -9,6 +10,6 @@ from ifjax.arrays.quantize import fake_quantize, quantize
 from ifjax.arrays.sharding import device_put, shardings
 
 __all__ = [
-    "DTYPES", "Blocking", "QTensor", "dequantize", "device_put", "fake_quantize", "gptq", "learn_format",
-    "ms_eden", "packed_shapes", "quantize", "shardings",
+    "DTYPES", "ENCODERS", "Blocking", "Encoder", "Explanation", "QTensor", "dequantize", "device_put",
+    "explain_quantize", "fake_quantize", "gptq", "learn_format", "ms_eden", "packed_shapes", "quantize", "shardings",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """QTensor: packed codes, scales and amax as one array-like pytree."""
 
 import dataclasses
+import functools
 import json
 import math
 from typing import Any
@@ -14,11 +15,13 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ifjax.arrays import indexing
 from ifjax.arrays.blocking import DTYPES, Blocking, with_length
+from ifjax.arrays.encoders import decode_by_kernel, encoder_for, refusal_to_decode
 from ifjax.arrays.flax_box import FlaxBox, introduce_to_flax
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, split_blocks
 from ifjax.codec.decode import decode, narrowed
 from ifjax.codec.headers import header_bytes, header_words
 from ifjax.formats import Format
+from ifjax.numerics.devices import device_kind
 from ifjax.numerics.packing import group_of, pack, packed_length, unpack
 
 
@@ -305,13 +308,26 @@ def check_arrays(q: QTensor) -> None:
 
 @jax.jit(static_argnames="dtype")
 def _dequantize(q, dtype):
-    return narrowed(_values(q, q.amax), dtype)
+    return _decoded(q, dtype)
 
 
-def unscaled_values(q: QTensor) -> Float[Array, "..."]:
-    """float32 values of q without the tensor's factor: multiplied by amax / K they are q's."""
+def unscaled_values(q: QTensor, dtype: Any = np.float32) -> Float[Array, "..."]:
+    """Values of q without the tensor's factor, rounded from float32: multiplied by amax / K they are q's."""
     check_arrays(q)
-    return _values(q, None)
+    return _decoded(q.replaced(amax=None), np.dtype(dtype))
+
+
+def _decoded(q, dtype):
+    """On a device that has a kernel for it, by that; without an amax, without the tensor's factor."""
+
+    def by_xla(q):
+        return narrowed(_values(q, q.amax), dtype)
+
+    encoder = encoder_for(device_kind())
+    if encoder is None or refusal_to_decode(encoder, q, dtype) is not None:
+        return by_xla(q)
+    by_kernel = functools.partial(decode_by_kernel, encoder=encoder, dtype=dtype)
+    return lax.platform_dependent(q, **{encoder.platform: by_kernel, "default": by_xla})
 
 
 def _values(q, amax):

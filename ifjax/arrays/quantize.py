@@ -13,12 +13,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ifjax.arrays.blocking import DTYPES, Blocking
+from ifjax.arrays.encoders import encode_by_kernel, encoder_for, refusal
 from ifjax.arrays.qtensor import QTensor
 from ifjax.codec import BlockLoss, Encoding, Loss, Rounding, Search, decode, encode
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, pick, split_blocks
 from ifjax.codec.decode import narrowed
 from ifjax.codec.headers import header_words
 from ifjax.formats import Format
+from ifjax.numerics.devices import device_kind
 from ifjax.numerics.packing import pack
 from ifjax.numerics.xla import opaque
 
@@ -254,24 +256,58 @@ def _encoded(x, key, amax, weights, *, how, axis, amax_axes):
 _STATIC = ("how", "axis", "amax_axes")
 
 
+def _by_plan(by_xla, data, *, wants_codes, **place):
+    """by_xla(*data): (codes, scales, amax) or (values,); on a device that has a kernel for it, the same by that."""
+    x, _, _, weights = data
+    encoder = encoder_for(device_kind())
+    amax_ndim = max(place["amax_axes"], default=-1) + 1
+    if encoder is None or weights is not None or refusal(encoder, x, place["how"], place["axis"], amax_ndim):
+        return opaque(by_xla, *data)
+
+    def by_kernel(x, key, amax, weights):
+        del weights
+        arrays, amax = encode_by_kernel(
+            x, key, amax, encoder=encoder, wants_codes=wants_codes, wants_values=not wants_codes, **place
+        )
+        return (*arrays, amax) if wants_codes else tuple(arrays)
+
+    ways = {encoder.platform: by_kernel, "default": by_xla}
+    return opaque(lambda *data: lax.platform_dependent(*data, **ways), *data)
+
+
 @jax.jit(static_argnames=_STATIC)
 def _quantize(x, key, amax, weights, *, how, axis, amax_axes):
-    fmt = how.fmt
-    encoded = functools.partial(_encoded, how=how, axis=axis, amax_axes=amax_axes)
-    codes, scales, amax = opaque(encoded, x, key, amax, weights)
+    place = {"how": how, "axis": axis, "amax_axes": amax_axes}
+    packed = functools.partial(_packed, **place)
+    codes, scales, amax = _by_plan(packed, (x, key, amax, weights), wants_codes=True, **place)
+    blocking = Blocking(how.fmt, axis, x.shape[axis], x.dtype, how.headroom, how.block_2d)
+    return QTensor(codes, scales, amax, blocking)
+
+
+def _packed(x, key, amax, weights, *, how, axis, amax_axes):
+    """Packed codes, scale bytes and amax, as a QTensor has them."""
+    codes, scales, amax = _encoded(x, key, amax, weights, how=how, axis=axis, amax_axes=amax_axes)
     codes = merge_blocks(codes, axis)
     if how.block_2d:
         other = -3 - axis
         codes, scales = (crop(a, x.shape[other], other) for a in (codes, scales))
-    blocking = Blocking(fmt, axis, x.shape[axis], x.dtype, how.headroom, how.block_2d)
-    return QTensor(pack(codes, fmt.bits, axis), scales, amax, blocking)
+    return pack(codes, how.fmt.bits, axis), scales, amax
 
 
 @jax.jit(static_argnames=(*_STATIC, "clipped"))
 def _fake_quantize(x, key, amax, weights, *, how, axis, amax_axes, clipped):
+    place = {"how": how, "axis": axis, "amax_axes": amax_axes}
+    rounded = functools.partial(_rounded, clipped=clipped, **place)
+    if clipped:  # by XLA, which looks at headers too
+        return opaque(rounded, x, key, amax, weights)
+    (y,) = _by_plan(rounded, (x, key, amax, weights), wants_codes=False, **place)
+    return y, None
+
+
+def _rounded(x, key, amax, weights, *, how, axis, amax_axes, clipped):
+    """(x rounded,), and where the gradient passes if it is clipped."""
     fmt = how.fmt
-    encoded = functools.partial(_encoded, how=how, axis=axis, amax_axes=amax_axes)
-    codes, scales, amax = opaque(encoded, x, key, amax, weights)
+    codes, scales, amax = _encoded(x, key, amax, weights, how=how, axis=axis, amax_axes=amax_axes)
     headers = jnp.expand_dims(header_words(scales, fmt.scale.nbytes, axis), axis)
     at, wide = x.ndim + axis, amax
     place = jnp.arange(fmt.block, dtype=jnp.int32).reshape(*[1] * (at + 1), -1, *[1] * (-axis - 1))
@@ -285,15 +321,17 @@ def _fake_quantize(x, key, amax, weights, *, how, axis, amax_axes, clipped):
             values = crop(values, x.shape[a], a)
         return values
 
-    shape, passes = codes.shape, None
-    if clipped:
-        selector, _ = fmt.split(headers)
+    shape = codes.shape
+    rounded = narrowed(values_of(codes), x.dtype)
+    if not clipped:
+        return (rounded,)
+    selector, _ = fmt.split(headers)
 
-        def end(i):
-            codes = [jnp.int32(decoding.grid.ends[i]) for decoding in fmt.decodings]
-            return values_of(jnp.broadcast_to(pick(selector, codes), headers.shape))
+    def end(i):
+        codes = [jnp.int32(decoding.grid.ends[i]) for decoding in fmt.decodings]
+        return values_of(jnp.broadcast_to(pick(selector, codes), headers.shape))
 
-        low, high = end(0), end(1)
-        # A block whose scale is zero is not clipped.
-        passes = ((x.astype(jnp.float32) >= low) & (x.astype(jnp.float32) <= high)) | (low == high)
-    return narrowed(values_of(codes), x.dtype), passes
+    low, high = end(0), end(1)
+    # A block whose scale is zero is not clipped.
+    passes = ((x.astype(jnp.float32) >= low) & (x.astype(jnp.float32) <= high)) | (low == high)
+    return rounded, passes

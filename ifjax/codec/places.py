@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, pick, tree
-from ifjax.codec.decode import decode, grid_values, scaled
+from ifjax.codec.decode import decode, grid_values, narrowed, scaled
 from ifjax.codec.encode import Encoding, codes_of, inverse_for
 from ifjax.codec.headers import TensorScale, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss
@@ -72,11 +72,19 @@ def encoder_refusal(how: Encoding) -> str | None:
         return "its loss is a function of whole blocks"
     if how.rounding.noise not in (None, uniform_noise):
         return "its noise is not the hash that kernels compute"
-    return decoder_refusal(how.fmt)
+    if how.block_2d:
+        return "its blocks are squares, whose rows would have to meet"
+    return _refusal(how.fmt)
 
 
 def decoder_refusal(fmt: Format) -> str | None:
     """Why a kernel cannot decode this format place by place; None if it can."""
+    if fmt.bits > 4:
+        return f"codes of {fmt.bits} bits are too many to look up"
+    return _refusal(fmt)
+
+
+def _refusal(fmt):
     if fmt.scale.nbytes > 1 or fmt.scale.runs:
         return f"{fmt.scale.name} has headers of several bytes, or scales for parts of a block"
     if not isinstance(fmt.scale, TableScale) or not fmt.scale.is_arithmetic:
@@ -155,7 +163,7 @@ class PlaceCodec:
             codes = np.arange(2**fmt.bits, dtype=np.int32)[:, None]
             codes, payload = _full(shape, codes, np.arange(length, dtype=np.int32))
             values = decode(codes, fmt.join(i, payload), fmt, amax=amax, headroom=self.how.headroom)
-            rows.append(values.astype(self.dtype).astype(jnp.float32))
+            rows.append(narrowed(values, self.dtype).astype(jnp.float32))
         return _as_table(rows)
 
     # --- for each block, in the kernel ---
@@ -213,6 +221,8 @@ class PlaceCodec:
     def given(self, value: jax.Array, tensor: Tensor) -> jax.Array:
         """A value in units of the loss as it is given back: in the tensor's own, rounded to the dtype."""
         value = value * tensor.back if self.fmt.has_tensor_scale else value
+        end = np.float32(jnp.finfo(self.dtype).max)
+        value = lax.clamp(-end, value, end)  # as `narrowed`
         if self.dtype == np.float32:
             return value
         bits = bits_of(value)

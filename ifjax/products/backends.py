@@ -1,6 +1,6 @@
 """Backends of products with packed weights: which device has which, as records, and the layouts that they read.
 
-The only importer of `pallas_kernels`, and only when a kernel is asked for.
+`pallas_kernels` is imported only when a kernel is asked for.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from ifjax.arrays.ml_dtypes import is_plain_e2m1, to_ml_dtypes
 from ifjax.codec.blocks import pad_axis
 from ifjax.formats import E4M3, E8M0, Format
 from ifjax.lookup import Registry
+from ifjax.numerics.devices import device_kind
 from ifjax.numerics.packing import pack
 from ifjax.numerics.xla import divide
 
@@ -131,15 +132,6 @@ BACKENDS: Registry[Backend] = Registry(
 def backend_for(device: str) -> Backend | None:
     """The backend for a device kind."""
     return next((backend for backend in BACKENDS.values() if re.search(backend.devices, device)), None)
-
-
-def device_kind(target: str | None, platform: str | None = None) -> str:
-    """The device kind to compile for. A platform without a target stands for devices of no particular kind."""
-    if target is not None:
-        return target
-    device = jax.devices()[0]
-    named = {"gpu": "cuda"}.get(device.platform, device.platform)
-    return device.device_kind if platform in (None, named) else platform
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------

@@ -20,13 +20,13 @@ from ifjax.arrays import QTensor
 from ifjax.arrays.qtensor import unscaled_values
 from ifjax.codec.blocks import split_blocks
 from ifjax.codec.decode import block_scale, narrowed, unscaled
+from ifjax.numerics.devices import device_kind
 from ifjax.numerics.xla import divide, in_axes, materialize
 from ifjax.products.backends import (
     BACKENDS,
     backend_for,
     common_multiple,
     decoding_of,
-    device_kind,
     factor_of,
     kernel_product,
 )
@@ -351,6 +351,8 @@ def _in_units(q, dtype):
     The two roundings to float32 that the values took before do not show.
     """
     units = common_multiple(q.fmt) if dtype == np.float16 and decoding_of(q.fmt) else 1
+    if units == 1:
+        return unscaled_values(q, dtype), 1
     return narrowed(unscaled_values(q) * np.float32(units), dtype), units
 
 

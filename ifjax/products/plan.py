@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifjax.arrays import QTensor
-from ifjax.products.backends import BACKENDS, Backend, Prepacked, backend_for, decoding_of, device_kind
+from ifjax.arrays import Explanation, QTensor
+from ifjax.numerics.devices import device_kind, may_be_partitioned
+from ifjax.products.backends import BACKENDS, Backend, Prepacked, backend_for, decoding_of
 
 Impl = str  # "xla", or a name in BACKENDS
 Operand = Any  # an array (or what jnp.asarray takes), a QTensor or a Prepacked
@@ -40,19 +41,6 @@ class Dims(NamedTuple):
     def q_free(self, ndim: int) -> tuple[int, ...]:
         """The axes of q that the product keeps and no batch has."""
         return tuple(i for i in range(ndim) if i not in self.q_contracted + self.q_batch)
-
-
-class Explanation(NamedTuple):
-    """The way that a product goes.
-
-    Attributes:
-        path: "xla": weights are decoded, then multiplied; "xla_few_rows": decoded block by block while they are
-            multiplied; "xla_float32": decoded and multiplied in float32; or the name of a backend.
-        reason: why this one, or why no faster one.
-    """
-
-    path: str
-    reason: str
 
 
 def explain_matmul(
@@ -103,7 +91,7 @@ def plan(x: Any, q: Any, dims: Dims, dtype: Any, device: str) -> Explanation:
         return Explanation("xla", f"prepacked for {q.backend}, unpacked and dequantized for {device}")
     if backend is not None:
         reason = refusal(backend, x, q, dims, dtype)
-        if reason is None and _may_be_partitioned():
+        if reason is None and may_be_partitioned():
             reason = "XLA would gather sharded weights for a kernel; inside jax.shard_map, or with impl=, it is taken"
         if reason is None:
             return Explanation(backend.name, f"on {device}")
@@ -160,12 +148,6 @@ def _plan_on_cpu(x, q, dims, dtype):
 
 def _rows(x, dims):
     return math.prod(n for i, n in enumerate(x.shape) if i not in dims.x_contracted)
-
-
-def _may_be_partitioned():
-    """Whether there are several accelerators and XLA, not shard_map, decides which computes what."""
-    several = jax.device_count() > 1 and jax.devices()[0].platform != "cpu"
-    return several and not jax.sharding.get_abstract_mesh().manual_axes
 
 
 # --- operands and axes -----------------------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""Blocks place by place: for every format that kernels take, the bits of the encoder and of the decoder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import make
+from numpy.testing import assert_array_equal
+
+import ifjax
+from ifjax import Candidate, Format, Grid, codec
+from ifjax.codec import Encoding
+from ifjax.codec.places import PlaceCodec, decoder_refusal, encoder_refusal
+from ifjax.codec.rounding import uniform_noise
+from ifjax.formats.grids import E2M1
+from ifjax.formats.scales import TableScale
+
+SORTED = (-1.0, -0.7, -0.5, -0.35, -0.25, -0.15, -0.08, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0)
+UNORDERED = Grid("unordered", (0.0, 1, 2, 3, 4, 5, 6, 7, -1, -2, -3, -4, -5, -6, -8, -9))
+MINE = (
+    Format("two sorted grids", (Candidate(Grid("a", SORTED)), Candidate(UNORDERED, step=0.11, peak=0.9)), 16),
+    Format(
+        "offset, last of ties, no zero scale",
+        (Candidate(E2M1), Candidate(UNORDERED, step=0.7, offset=0.25)), 16, ties="last", prevent_zero=True,
+    ),
+    Format("ue5m3", (Candidate(E2M1),), 16, TableScale.minifloat("ue5m3", 5, 3, 15), tensor_peak=None),
+)  # fmt: skip
+FORMATS = {fmt.name: fmt for fmt in (*ifjax.FORMATS.values(), *MINE) if encoder_refusal(Encoding.of(fmt)) is None}
+
+
+def data() -> np.ndarray:
+    """float32 [14, 4, 96]: the inputs of the golden file, and tensors with numbers that are none."""
+    kinds = list(make.inputs(np.random.default_rng(5)).values())
+    poisoned = kinds[0].copy()
+    poisoned.flat[::37], poisoned.flat[::41], poisoned.flat[::43] = np.nan, np.inf, -np.inf
+    ties = np.random.default_rng(6).integers(-24, 25, kinds[0].shape).astype(np.float32) / 4
+    return np.stack([*kinds, poisoned, ties])
+
+
+def by_places(x, key, *, how, dtype):
+    """Operation by operation, which formats share: as one program each takes half a minute to compile.
+
+    (codes, scales, values, what codes and scales decode to) of x [T, r, n], each x[i] a tensor of its own."""
+    places, fmt = PlaceCodec(how, np.dtype(dtype)), how.fmt
+    x = x.astype(dtype).astype(jnp.float32)
+    xs = [x.reshape(len(x), -1, fmt.block)[..., i] for i in range(fmt.block)]
+    amax = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), (1, 2)) if fmt.has_tensor_scale else None
+    scalars, table = places.encoder_tables(amax, len(x))
+    noise = None
+    if places.noises:
+        arrays = [r.reshape(len(x), -1, fmt.block) for r in uniform_noise(key, x.shape, places.noises)]
+        noise = [[r[..., i] for i in range(fmt.block)] for r in arrays]
+
+    def lookup(table):
+        return lambda row, index: jnp.take_along_axis(table[:, row], index, 1)
+
+    scalars = [scalars[:, i : i + 1] for i in range(4)]
+    block = places.encode(xs, noise, scalars, lookup(table), wants_codes=True, wants_values=True)
+    decoded = block.values
+    if fmt.bits <= 4:
+        decoded = places.decode(block.words, block.header, lookup(places.decoder_table(amax, len(x))))
+    words = jnp.stack(block.words, -1)
+    return words, block.header, *(jnp.stack(values, -1).reshape(x.shape) for values in (block.values, decoded))
+
+
+def assert_same_numbers(a, b):
+    a, b = (np.asarray(v, np.float32) for v in (a, b))
+    assert_array_equal(a, b)
+    assert_array_equal(np.signbit(a)[a == a], np.signbit(b)[a == a])
+
+
+@pytest.mark.parametrize(("rounding", "dtype"), [("nearest", "float32"), ("stochastic_unbiased", "bfloat16")])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_places_have_the_bits_of_the_codec(fmt, rounding, dtype):
+    """Codes, scale bytes, values and their signs of zero, and what is decoded."""
+    how, key = Encoding.of(fmt, rounding=rounding), jax.random.key(1) if rounding != "nearest" else None
+    x = jnp.asarray(data()).astype(dtype)
+    q = ifjax.quantize(x, how, key=key, amax_axes=(0,) if fmt.has_tensor_scale else ())
+    words, headers, values, decoded = by_places(x, key, how=how, dtype=dtype)
+    codes = np.asarray(words).astype("<i4").view(np.uint8)[..., : fmt.block * fmt.bits // 8]
+    assert_array_equal(codes.reshape(q.codes.shape), q.codes)
+    assert_array_equal(np.asarray(headers, np.uint8).reshape(q.scales.shape), q.scales)
+    for got in (values, decoded):
+        assert_same_numbers(got, q.dequantize())
+
+
+def test_what_kernels_cannot_encode_is_refused_with_the_reason():
+    refused = {
+        "searches": Encoding.of("if4", search="fast"),
+        "whole blocks": Encoding.of("if4", loss=lambda x, y: ((x - y) ** 2).sum(-1)),
+        "squares": Encoding.of("if4", block_2d=True),
+        "noise": Encoding.of("if4", rounding=codec.Rounding("own", lambda key, shape, count: [])),
+        "blocks are of 64": Encoding.of(Format("long", (Candidate(E2M1),), 64)),
+    }
+    for reason, how in refused.items():
+        assert reason in (encoder_refusal(how) or "")
+    assert decoder_refusal(ifjax.FORMATS["if4"]) is None
+    assert "6 bits" in (decoder_refusal(ifjax.FORMATS["if6"]) or "")

@@ -1,0 +1,142 @@
+"""The TPU's encoder and decoder, interpreted, where `quantize` and the others find them: bits, shapes, transformations."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from numpy.testing import assert_array_equal
+from test_places import assert_same_numbers
+
+import ifjax
+from ifjax.arrays import ENCODERS, Encoder
+from ifjax.codec.places import LANES
+from ifjax.numerics.hadamard import hadamard, random_signs
+from pallas_kernels import tpu_blocks
+
+
+class Interpreted:
+    """The kernels as CPUs interpret them; counts what it is asked to do."""
+
+    Noise, supports = tpu_blocks.Noise, staticmethod(tpu_blocks.supports)
+    calls: list[str] = []
+
+    def encode(self, *args, **settings):
+        self.calls.append("encode")
+        return tpu_blocks.encode(*args, **settings, interpret=True)
+
+    def decode(self, *args, **settings):
+        self.calls.append("decode")
+        return tpu_blocks.decode(*args, **settings, interpret=True)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Within, CPUs have the kernels; gives the list of calls."""
+    jax.clear_caches()
+    kernels = Interpreted()
+    monkeypatch.setattr(ENCODERS, "_records", {"interpreted": Encoder("interpreted", "cpu", "cpu", lambda: kernels)})
+    kernels.calls.clear()
+    yield kernels.calls
+    jax.clear_caches()
+
+
+def data(shape, seed=0):
+    """Numbers of many sizes, zeros of either sign, ties, and some that are none."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape) * np.exp2(rng.integers(-12, 4, shape))
+    x.flat[::7] = rng.integers(-24, 25, x.flat[::7].shape) / 4
+    x.flat[::11], x.flat[5::13] = 0.0, -0.0
+    x.flat[::1001], x.flat[7::2003], x.flat[9::3001] = np.nan, np.inf, -np.inf
+    return x.astype(np.float32)
+
+
+# Shapes that do not fill tiles, and what only one of them has: two modes, no tensor scale, several words a unit.
+CASES = {
+    "if4, columns": ("if4", (40, 200), -1, "bfloat16", "stochastic_unbiased"),
+    "if4, rows": ("if4", (200, 40), -2, "float32", "nearest"),
+    "nvfp4, columns": ("nvfp4", (136, 264), -1, "float32", "stochastic"),
+    "mxfp4, rows": ("mxfp4", (72, 136), -2, "bfloat16", "nearest"),
+    "if3, rows": ("if3", (40, 16), -2, "bfloat16", "nearest"),
+    "nvfp6_e2m3, columns": ("nvfp6_e2m3", (8, 72), -1, "bfloat16", "nearest"),
+}  # fmt: skip
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("case", CASES)
+def test_bits_are_those_of_the_codec(kernels, case):
+    name, shape, axis, dtype, rounding = CASES[case]
+    x, fmt = jnp.asarray(data(shape)).astype(dtype), ifjax.get_format(name)
+    settings = {"axis": axis, "rounding": rounding, "key": None if rounding == "nearest" else jax.random.key(3)}
+    q, y = ifjax.quantize(x, fmt, **settings), ifjax.fake_quantize(x, fmt, **settings)
+    values = q.dequantize()
+    assert kernels == ["encode", "encode"] + ["decode"] * (fmt.bits <= 4)
+    ENCODERS._records.clear()
+    jax.clear_caches()
+    expected = ifjax.quantize(x, fmt, **settings)
+    for got, want in zip(jax.tree.leaves(q), jax.tree.leaves(expected), strict=True):
+        assert_array_equal(got, want)
+    for got in (y, values):
+        assert got.dtype == x.dtype
+        assert_same_numbers(got, expected.dequantize())
+
+
+def test_matrices_with_an_amax_of_their_own_and_members_of_a_vmap(kernels):
+    x, keys = jnp.asarray(data((3, 2, 16, 16))), jax.random.split(jax.random.key(0), 3)
+
+    def run(x, key):
+        q = ifjax.quantize(x, "nvfp4", axis=-2, amax_axes=(0,))
+        return q, q.dequantize(), ifjax.fake_quantize(x, "nvfp4", axis=-1, rounding="stochastic", key=key)
+
+    got = jax.jit(jax.vmap(run))(x, keys)
+    assert kernels
+    ENCODERS._records.clear()
+    jax.clear_caches()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(jax.vmap(run)(x, keys)), strict=True):
+        assert_same_numbers(a, b) if a.dtype == np.float32 else assert_array_equal(a, b)
+
+
+def test_products_decode_by_the_kernel(kernels):
+    x, w = data((8, 64), 1)[:, :32], data((32, 16), 2)
+    x, w = (jnp.asarray(np.nan_to_num(a, nan=1, posinf=2, neginf=-2)) for a in (x, w))
+
+    def run(x, w):
+        return ifjax.quantized_dot_general(x, w, (((1,), (0,)), ((), ())), "nvfp4", jax.random.key(1))
+
+    got = jax.jit(jax.grad(lambda *args: run(*args).sum(), (0, 1)))(x, w)
+    assert {"encode", "decode"} <= set(kernels)
+    ENCODERS._records.clear()
+    jax.clear_caches()
+    for a, b in zip(got, jax.grad(lambda *args: run(*args).sum(), (0, 1))(x, w), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_rotated_places_are_the_hadamard_transform(size):
+    x, signs = data((4, size), 4)[1:2], np.asarray(random_signs(jax.random.key(2), size))
+    x = np.nan_to_num(x, nan=0, posinf=1, neginf=1)
+    got = tpu_blocks.rotated([jnp.asarray(v * s) for v, s in zip(x[0], signs, strict=True)])
+    want = hadamard(jnp.asarray(x), size=size, signs=signs)[0]
+    np.testing.assert_allclose(np.array(got), want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_goes_which_way_and_why():
+    x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    assert ifjax.explain_quantize(x, target="TPU v5 lite") == ("tpu_blocks", "on TPU v5 lite")
+    assert ifjax.explain_quantize(x, target="NVIDIA H200") == ("xla", "there is no kernel for NVIDIA H200")
+    settings = [
+        ({"search": "fast"}, "searches"), ({"block_2d": True}, "squares"), ({"amax_axes": (0,)}, "amax belongs to rows"),
+        ({"loss": lambda x, y: x[..., 0]}, "loss"),
+    ]  # fmt: skip
+    for kwargs, reason in settings:
+        path, why = ifjax.explain_quantize(x, target="TPU v6e", **kwargs)
+        assert path == "xla"
+        assert reason in why
+    shapes = ((4096, 4096), "float16", "float16"), ((4096,), "float32", "vector"), ((0, 8), "float32", "empty")
+    for shape, dtype, reason in shapes:
+        path, why = ifjax.explain_quantize(jax.ShapeDtypeStruct(shape, dtype), target="TPU v6e")
+        assert (path, reason in why) == ("xla", True)
+    assert ENCODERS["tpu_blocks"] == dataclasses.replace(ENCODERS["tpu_blocks"])
+    assert LANES == tpu_blocks.LANES
