@@ -39,11 +39,13 @@ class Codec(Protocol):
         block: values of a block.
         bits: of a code.
         noises: how many numbers of noise an element draws.
+        is_square: whether as many neighbouring blocks as a block has values share what belongs to a block.
     """
 
     block: int
     bits: int
     noises: int
+    is_square: bool
 
     def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
         """The noise of elements with these indices."""
@@ -51,9 +53,12 @@ class Codec(Protocol):
 
     def encode(
         self, xs: Sequence[jax.Array], noise: Any, scalars: Sequence[Any], lookup: Lookup, *, wants_codes: bool,
-        wants_values: bool,
+        wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None,
     ) -> tuple[Sequence[jax.Array], jax.Array, Sequence[jax.Array]]:  # fmt: skip
-        """(int32 words of codes, int32 header, float32 values that the type of x holds) of float32 places."""
+        """(int32 words of codes, int32 header, float32 values that the type of x holds) of float32 places.
+
+        `across`, of squares, is (op, place) to op over the place's numbers of a square, for commutative op.
+        """
         ...
 
     def decode(self, words: Sequence[jax.Array], header: jax.Array, lookup: Lookup) -> Sequence[jax.Array]:
@@ -341,19 +346,25 @@ def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, w
     draw = _noise(numbers, index, tile, codec) if codec.noises else None
     blocks, per_unit = tile.unit // codec.block, tile.unit * codec.bits // 32
     index_of = _index(tile) if tile.sizes[0] % codec.block else None  # to fill up the last block
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    is_there = lane < tile.sizes[1] - tile.starts()[1]
+    across = functools.partial(_across, size=codec.block) if codec.is_square else None
 
     def group(g):
         first = g * tile.group
         xs = _load(source, first, tile.unit, dtype)
         if index_of is not None:
             xs = [jnp.where(index_of(g, i) < tile.sizes[0], x, 0) for i, x in enumerate(xs)]
+        if codec.is_square and tile.sizes[1] % codec.block:
+            xs = [jnp.where(is_there, x, 0) for x in xs]
         unit_words, unit_values = [], []
         for b in range(blocks):
             places = range(b * codec.block, (b + 1) * codec.block)
             noise = draw and list(zip(*[draw(g, i) for i in places], strict=True))
             some, header, some_values = codec.encode(
-                [xs[i] for i in places], noise, known, lookup, wants_codes=wants_codes, wants_values=wants_values
-            )
+                [xs[i] for i in places], noise, known, lookup, wants_codes=wants_codes, wants_values=wants_values,
+                across=across,
+            )  # fmt: skip
             unit_words.append(some)
             unit_values += some_values
             if wants_codes:
@@ -399,6 +410,15 @@ def _lookup(table):
         return jnp.take_along_axis(entries, index, axis=1, mode="promise_in_bounds")
 
     return lookup
+
+
+def _across(op, a, size):
+    """op over each `size` neighbouring lanes, in the order of a balanced tree: the farthest lanes first."""
+    lane = lax.broadcasted_iota(jnp.int32, a.shape, 1)
+    while size > 1:
+        size //= 2
+        a = op(a, jnp.take_along_axis(a, lane ^ size, axis=1, mode="promise_in_bounds"))
+    return a
 
 
 def _joined(parts, bits):

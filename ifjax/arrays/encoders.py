@@ -116,6 +116,7 @@ def encoder_for(device: str) -> Encoder | None:
 
 def refusal(encoder: Encoder, x: Any, how: Encoding, axis: int, amax_ndim: int) -> str | None:
     """Why the encoder cannot take x, whose amax has so many axes; None if it can."""
+    amax_ndim = _lead(x, how, amax_ndim)
     reason = encoder_refusal(how) or _refusal_of_shape(x.shape, axis, amax_ndim)
     return reason or _refusal_of_kernel(encoder, x.shape, x.dtype, how, axis, amax_ndim)
 
@@ -147,6 +148,11 @@ def _refusal_of_kernel(encoder, shape, dtype, how, axis, amax_ndim):
     return encoder.load().supports(PlaceCodec(how, np.dtype(dtype)), matrices, -1 if axis == -1 else -2)
 
 
+def _lead(x, how, amax_ndim):
+    """How many of x's first axes number its matrices: squares must not reach from one into the next."""
+    return max(amax_ndim, x.ndim - 2) if how.block_2d else amax_ndim
+
+
 def _as_matrices(shape, axis, amax_ndim) -> tuple[int, int, int]:
     """[L, R, C]: as few matrices as share an amax, blocked along their columns or rows."""
     if axis == -1:
@@ -163,7 +169,7 @@ def encode_by_kernel(
     fmt = how.fmt
     if fmt.has_tensor_scale and amax is None:
         amax = _amax(x, amax_axes, fmt)
-    shape = _as_matrices(x.shape, axis, 0 if amax is None else amax.ndim)
+    shape = _as_matrices(x.shape, axis, _lead(x, how, 0 if amax is None else amax.ndim))
     numbers = amax if fmt.has_tensor_scale else None
     noise = None
     if how.rounding.noise is not None:

@@ -72,8 +72,6 @@ def encoder_refusal(how: Encoding) -> str | None:
         return "its loss is a function of whole blocks"
     if how.rounding.noise not in (None, uniform_noise):
         return "its noise is not the hash that kernels compute"
-    if how.block_2d:
-        return "its blocks are squares, whose rows would have to meet"
     return _refusal(how.fmt)
 
 
@@ -120,6 +118,11 @@ class PlaceCodec:
     def bits(self) -> int:
         """Bits of a code."""
         return self.fmt.bits
+
+    @property
+    def is_square(self) -> bool:
+        """Whether as many blocks as a block has values share a header."""
+        return self.how.block_2d
 
     @property
     def noises(self) -> int:
@@ -170,12 +173,16 @@ class PlaceCodec:
 
     def encode(
         self, xs: Sequence[jax.Array], noise: Any, scalars: Sequence[Any], lookup: Lookup, *, wants_codes: bool,
-        wants_values: bool,
+        wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None,
     ) -> Block:  # fmt: skip
-        """Encode the float32 places xs. `noise` has a list for each candidate, or is None."""
+        """Encode the float32 places xs. `noise` has a list for each candidate, or is None.
+
+        `across`, of squares, is (op, a) to op over the a of a square's blocks, in the order of `tree`.
+        """
         tensor = Tensor(*scalars, lookup)
         fmt, loss, chooses = self.fmt, self.how.loss, len(self.fmt.candidates) > 1
         peak = tree(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs])
+        peak = peak if across is None else across(jnp.maximum, peak)
         is_poisoned = peak >= np.int32(0x7F800000 + fmt.saturates)
         unit = power_near(as_float(peak)) if chooses and not fmt.has_tensor_scale else None
         numbers = [as_float(magnitude_bits(bits_of(x))) for x in xs] if self._on_magnitudes else xs
@@ -193,7 +200,10 @@ class PlaceCodec:
             values = trial.values(given=not chooses) if chooses or wants_values else []
             lost = None
             if chooses:
-                lost = tree(loss.over, [loss.term(_error(x, v, unit)) for x, v in zip(numbers, values, strict=True)])
+                terms = [loss.term(_error(x, v, unit)) for x, v in zip(numbers, values, strict=True)]
+                lost = tree(loss.over, terms)
+                if across is not None:  # summed in both orders, as the encoder does
+                    lost = loss.over(across(loss.over, lost), tree(loss.over, [across(loss.over, t) for t in terms]))
             kept = [trial.sign_mask(), *values] if wants_values else []
             trials.append((payload, lost, fmt.join(fmt.selector_of(c), payload), *words, *kept))
         (_, lost, header, *rest), *others = trials

@@ -88,7 +88,6 @@ def test_what_kernels_cannot_encode_is_refused_with_the_reason():
     refused = {
         "searches": Encoding.of("if4", search="fast"),
         "whole blocks": Encoding.of("if4", loss=lambda x, y: ((x - y) ** 2).sum(-1)),
-        "squares": Encoding.of("if4", block_2d=True),
         "noise": Encoding.of("if4", rounding=codec.Rounding("own", lambda key, shape, count: [])),
         "blocks are of 64": Encoding.of(Format("long", (Candidate(E2M1),), 64)),
     }

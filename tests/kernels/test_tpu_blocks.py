@@ -1,4 +1,4 @@
-"""The TPU's encoder and decoder, interpreted, where `quantize` and the others find them: bits, shapes, transformations."""
+"""The TPU's encoder and decoder, interpreted, where `quantize` and the others find them."""
 
 import dataclasses
 
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 from numpy.testing import assert_array_equal
 from test_places import assert_same_numbers
 
@@ -21,7 +20,9 @@ class Interpreted:
     """The kernels as CPUs interpret them; counts what it is asked to do."""
 
     Noise, supports = tpu_blocks.Noise, staticmethod(tpu_blocks.supports)
-    calls: list[str] = []
+
+    def __init__(self):
+        self.calls: list[str] = []
 
     def encode(self, *args, **settings):
         self.calls.append("encode")
@@ -38,7 +39,6 @@ def kernels(monkeypatch):
     jax.clear_caches()
     kernels = Interpreted()
     monkeypatch.setattr(ENCODERS, "_records", {"interpreted": Encoder("interpreted", "cpu", "cpu", lambda: kernels)})
-    kernels.calls.clear()
     yield kernels.calls
     jax.clear_caches()
 
@@ -59,6 +59,8 @@ CASES = {
     "if4, rows": ("if4", (200, 40), -2, "float32", "nearest"),
     "nvfp4, columns": ("nvfp4", (136, 264), -1, "float32", "stochastic"),
     "mxfp4, rows": ("mxfp4", (72, 136), -2, "bfloat16", "nearest"),
+    "if4, squares": ("if4", (40, 72), -1, "float32", "nearest"),
+    "nvfp4, squares": ("nvfp4", (2, 40, 72), -2, "bfloat16", "nearest"),
     "if3, rows": ("if3", (40, 16), -2, "bfloat16", "nearest"),
     "nvfp6_e2m3, columns": ("nvfp6_e2m3", (8, 72), -1, "bfloat16", "nearest"),
 }  # fmt: skip
@@ -69,7 +71,8 @@ CASES = {
 def test_bits_are_those_of_the_codec(kernels, case):
     name, shape, axis, dtype, rounding = CASES[case]
     x, fmt = jnp.asarray(data(shape)).astype(dtype), ifjax.get_format(name)
-    settings = {"axis": axis, "rounding": rounding, "key": None if rounding == "nearest" else jax.random.key(3)}
+    key = None if rounding == "nearest" else jax.random.key(3)
+    settings = {"axis": axis, "block_2d": "squares" in case, "rounding": rounding, "key": key}
     q, y = ifjax.quantize(x, fmt, **settings), ifjax.fake_quantize(x, fmt, **settings)
     values = q.dequantize()
     assert kernels == ["encode", "encode"] + ["decode"] * (fmt.bits <= 4)
@@ -127,7 +130,7 @@ def test_what_goes_which_way_and_why():
     assert ifjax.explain_quantize(x, target="TPU v5 lite") == ("tpu_blocks", "on TPU v5 lite")
     assert ifjax.explain_quantize(x, target="NVIDIA H200") == ("xla", "there is no kernel for NVIDIA H200")
     settings = [
-        ({"search": "fast"}, "searches"), ({"block_2d": True}, "squares"), ({"amax_axes": (0,)}, "amax belongs to rows"),
+        ({"search": "fast"}, "searches"), ({"amax_axes": (0,)}, "amax belongs to rows"),
         ({"loss": lambda x, y: x[..., 0]}, "loss"),
     ]  # fmt: skip
     for kwargs, reason in settings:

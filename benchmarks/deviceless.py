@@ -1,0 +1,260 @@
+"""What do compilers make of the codec and of training products for devices that are not there?
+
+    python benchmarks/deviceless.py [--targets v5e v6e H200 B200] [--programs "quantize if4" ...] [--json FILE]
+
+Nothing runs: a program is compiled for the target and read. TPUs need the extra `compile-tpu`, GPUs `compile`; targets
+that cannot be compiled for are named and left out. A row has
+
+    MiB        what the program's operations read and write in the device's memory, each operand and result once; what
+               XLA keeps in a TPU's VMEM is not counted. Of Pallas kernels the same: their operands and results
+    floor      what a program with unlimited caches would: x twice where there is an amax to take, results once
+    temp       the most that temporaries take in memory at a time
+    kernels    operations of the compiled program that the device launches
+    us         TPU only: VLIW bundles of the encoder, at one a cycle, without stalls and without the amax pass
+    seconds    to trace, lower and compile, on this machine as it was
+
+Each target is compiled for in a process of its own. A table goes to standard output as Markdown.
+"""
+
+import argparse
+import collections
+import functools
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TARGETS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "H200": "cuda", "B200": "cuda"}
+GHZ = {"v5e": 1.503, "v6e": 1.751}
+SIDE, TOKENS, MIB = 4096, 8192, 2**20
+
+GPU = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: 0 feature_extension: ACCELERATED_FEATURES }}
+  core_count: {cores} fpus_per_core: 128 clock_rate_ghz: {ghz}
+  memory_bandwidth: {bandwidth} device_memory_size: {memory} l2_cache_size: {l2}
+  shared_memory_per_core: 233472 shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  threads_per_core_limit: 2048 threads_per_block_limit: 1024 threads_per_warp: 32
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
+  device_vendor: "NVIDIA Corporation" device_address_bits: 64
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "NVIDIA {name}"
+"""
+GPUS = {
+    "H200": {"major": 9, "cores": 132, "ghz": 1.98, "bandwidth": 4800 * 10**9, "memory": 141 * 2**30, "l2": 50 * MIB},
+    "B200": {
+        "major": 10, "cores": 148, "ghz": 1.965, "bandwidth": 7672 * 10**9, "memory": 178 * 2**30, "l2": 126 * MIB,
+    },
+}
+
+
+def programs():
+    """name -> (function, arguments, floor in MiB; None if the name says it)."""
+    import jax
+    import jax.numpy as jnp
+
+    import ifjax
+
+    x = jax.ShapeDtypeStruct((SIDE, SIDE), jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((TOKENS, SIDE), jnp.bfloat16)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    array = x.size * 2 / MIB
+
+    def packed(fmt):
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(quantize(fmt), x))) / MIB
+
+    def quantize(fmt, **settings):
+        return lambda x: ifjax.quantize(x, fmt, **settings)
+
+    found = {}
+    for fmt in ("if4", "nvfp4", "mxfp4"):
+        reads = 2 if ifjax.get_format(fmt).has_tensor_scale else 1
+        for axis in (-1, -2):
+            found[f"quantize {fmt}, axis {axis}"] = quantize(fmt, axis=axis), (x,), reads * array + packed(fmt)
+    found["quantize if4, squares"] = quantize("if4", block_2d=True), (x,), 2 * array + packed("if4")
+    for fmt in ("if4", "nvfp4"):
+        found[f"fake_quantize {fmt}"] = functools.partial(ifjax.fake_quantize, fmt=fmt), (x,), 3 * array
+    found["fake_quantize if4, stochastic"] = (
+        lambda x, key: ifjax.fake_quantize(x, "if4", rounding="stochastic_unbiased", key=key), (x, key), 3 * array,
+    )  # fmt: skip
+    q = jax.eval_shape(quantize("if4"), x)
+    found["dequantize if4"] = lambda q: q.dequantize(), (q,), array + packed("if4")
+
+    def product(recipe):
+        def run(x, w, g, key):
+            multiply = functools.partial(
+                ifjax.quantized_dot_general, dimension_numbers=(((1,), (0,)), ((), ())), recipe=recipe, key=key
+            )
+            y, back = jax.vjp(multiply, x, w)
+            return y, *back(g)
+
+        return run
+
+    for recipe in ("bf16", "nvfp4", "if4", "quartet2"):
+        found[f"product {recipe}"] = product(recipe), (tokens, x, tokens, key), None
+    return found
+
+
+def compile_for(target: str, function, arguments):
+    """(the compiled program, seconds)"""
+    import jax
+    from jax.experimental import topologies
+
+    if target in GPUS:
+        config = GPU.format(name=target, **GPUS[target])
+        topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
+        lowered_for = "cuda"
+    else:
+        topology, lowered_for = topologies.get_topology_desc(TARGETS[target], platform="tpu"), "tpu"
+    device = topology.devices[0]
+    cores = getattr(device, "num_cores", None)
+    kind = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=cores, platform=lowered_for)
+    place = jax.sharding.SingleDeviceSharding(device)
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("one",), abstract_device=kind)):
+        start = time.perf_counter()
+        program = jax.jit(function).trace(*arguments).lower(lowering_platforms=(lowered_for,)).compile()
+        return program, time.perf_counter() - start
+
+
+# Operations that move nothing, or whose end is counted at their start.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "after-all", "iota", "async-done"}
+LAUNCHED = {"fusion", "custom-call", "convolution", "dot", "copy", "reduce", "transpose", "sort", "while", "conditional"}
+ITEM = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f8e4m3fn": 1}
+LINE = re.compile(r"^ +(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$", re.MULTILINE)
+
+
+def bytes_of(shape: str) -> int:
+    """Of an HLO shape or tuple, without what has memory space 1, a TPU's VMEM."""
+    total = 0
+    for kind, lengths, layout in re.findall(r"\b(\w+)\[([\d,]*)\](\{[^{}]*\})?", shape):
+        if "S(1)" not in layout and kind in ITEM:
+            total += ITEM[kind] * math.prod(int(n) for n in lengths.split(",") if n)
+    return total
+
+
+def traffic(hlo: str) -> tuple[int, int]:
+    """(bytes that the entry's operations read and write, operations that a device launches)"""
+    entry = hlo[hlo.index("\nENTRY ") :]
+    shapes, moved, launched = {}, 0, 0
+    for name, shape, kind, rest in LINE.findall(entry):
+        shapes[name] = shape
+        if kind in FREE:
+            continue
+        operands = re.findall(r"%([^\s,()]+)", rest.split("), ")[0])
+        if kind == "copy-start":  # its result lists source and destination
+            moved += bytes_of(shape)
+            continue
+        moved += bytes_of(shape) + sum(bytes_of(shapes.get(operand, "")) for operand in operands)
+        launched += kind in LAUNCHED
+    return moved, launched
+
+
+def bundles(folder: Path, block: int = 16) -> float | None:
+    """Cycles of the kernels that encode and decode SIDE x SIDE values, from libtpu's dump; None if there is none."""
+    for file in folder.glob("*code_blocks*-final_bundles.txt"):
+        if "schedule" in file.name:
+            continue
+        depths = collections.Counter(
+            match[1].count(">") for match in re.finditer(r"^\s*0x[0-9a-f]+\s+(.*?)\{", file.read_text(), re.MULTILINE)
+        )
+        # A tile is 128 x 128 blocks; the loop in it takes two units of 8 x 128 blocks at a time.
+        return depths[1] * SIDE**2 / (128 * 128 * block) + depths[2] * SIDE**2 / (2 * 8 * 128 * block)
+    return None
+
+
+def work(target: str, names: list[str], folder: Path) -> None:
+    """Compile programs for a target and print a JSON line for each."""
+    import jax
+
+    compile_for(target, lambda x: x + 1, (jax.ShapeDtypeStruct((8,), "float32"),))  # starts the compiler
+    for name, (function, arguments, floor) in programs().items():
+        if names and name not in names:
+            continue
+        for file in folder.iterdir():
+            file.unlink()
+        row = {"target": target, "program": name, "floor": floor}
+        try:
+            program, row["seconds"] = compile_for(target, function, arguments)
+        except Exception as error:  # one that does not compile is a result too
+            print(json.dumps(row | {"error": f"{type(error).__name__}: {str(error)[:200]}"}), flush=True)
+            continue
+        moved, row["kernels"] = traffic(program.as_text())
+        row |= {"mib": moved / MIB, "temp": program.memory_analysis().temp_size_in_bytes / MIB}
+        cycles = bundles(folder) if target in GHZ and floor is not None else None
+        if cycles is not None:
+            row["us"] = cycles / GHZ[target] / 1e3
+        print(json.dumps(row), flush=True)
+
+
+def rows_of(target: str, names: list[str]) -> list[dict]:
+    """What `work` prints, of a process of its own."""
+    package = "jax_cuda13_plugin" if target in GPUS else "libtpu"
+    if importlib.util.find_spec(package) is None:
+        print(f"{target} is left out: {package} is not installed", file=sys.stderr)
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        if target in GHZ:
+            settings["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        command = [sys.executable, __file__, "--worker", folder, "--targets", target, "--programs", *names]
+        found = []
+        with subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                if line.startswith("{"):
+                    found.append(json.loads(line))
+                    print(line.strip(), file=sys.stderr, flush=True)
+        return found
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+
+    def cell(row, key, form):
+        return form.format(row[key]) if row.get(key) is not None else ""
+
+    columns = ("target", "program", "floor, MiB", "MiB", "times floor", "temp, MiB", "kernels", "us", "seconds")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['target']} | {row['program']} | {row['error']} | | | | | | |")
+            continue
+        ratio = f"{row['mib'] / row['floor']:.2f}" if row["floor"] else ""
+        numbers = [cell(row, "floor", "{:.0f}"), cell(row, "mib", "{:.0f}"), ratio, cell(row, "temp", "{:.1f}")]
+        numbers += [cell(row, "kernels", "{}"), cell(row, "us", "{:.0f}"), cell(row, "seconds", "{:.1f}")]
+        lines.append("| " + " | ".join([row["target"], row["program"], *numbers]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Print the table; the exit code is 2 if nothing could be compiled for."""
+    parser = argparse.ArgumentParser(description="What compilers make of ifjax for devices that are not there.")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--programs", nargs="*", default=[], help="names as in the table; all unless given")
+    parser.add_argument("--json", type=Path, help="a file for the rows")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options.targets[0], options.programs, options.worker)
+        return 0
+    rows = [row for target in options.targets for row in rows_of(target, options.programs)]
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores\n\n{table(rows)}")
+    return 0 if rows else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
