@@ -72,6 +72,8 @@ def encoder_refusal(how: Encoding) -> str | None:
         return "its loss is a function of whole blocks"
     if how.rounding.noise not in (None, uniform_noise):
         return "its noise is not the hash that kernels compute"
+    if any(c.offset and c.grid.magnitudes for c in how.fmt.candidates):
+        return "its symmetric grids are offset, and kernels round magnitudes"
     return _refusal(how.fmt)
 
 
