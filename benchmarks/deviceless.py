@@ -130,9 +130,15 @@ def compile_for(target: str, function, arguments):
 
 
 # Operations that move nothing, or whose end is counted at their start.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "after-all", "iota", "async-done"}
-LAUNCHED = {"fusion", "custom-call", "convolution", "dot", "copy", "reduce", "transpose", "sort", "while", "conditional"}
-ITEM = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f8e4m3fn": 1}
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "after-all", "iota", "async-done",
+}  # fmt: skip
+LAUNCHED = {
+    "fusion", "custom-call", "convolution", "dot", "copy", "reduce", "transpose", "sort", "while", "conditional",
+}  # fmt: skip
+ITEM = {
+    "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+}  # fmt: skip
 LINE = re.compile(r"^ +(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$", re.MULTILINE)
 
 

@@ -138,7 +138,7 @@ def encode(
         where a last block that is not full counts as one; uint8 headers, one for each block; values like x.
 
     Raises:
-        ValueError: `supports` has a reason.
+        ValueError: `supports` has a reason; noise or signs are missing.
     """
     if reason := supports(codec, x, axis):
         raise ValueError(reason)
@@ -146,12 +146,16 @@ def encode(
     count, wide = x.shape[0], 1 if x.dtype == jnp.float32 else 2
     args, specs = [scalars, tables, x], [_SCALARS, _table_spec(tables), tile.spec(1, 1)]
     if codec.noises:
+        if noise is None:
+            raise ValueError("this codec draws noise, got noise=None: pass a Noise")
         numbers = jnp.concatenate(
             [noise.base[:, None], jnp.broadcast_to(noise.strides, (count, 2)), noise.seeds], axis=1
         )
         args.append(numbers)
         specs.append(_SCALARS)
     if rotation is not None and rotation.signs is None:
+        if signs is None:
+            raise ValueError("this rotation has no signs of its own, got signs=None: pass float32 [size]")
         args.append(signs.reshape(1, -1))
         specs.append(_SCALARS)
     out_shape, out_specs, scratch = [], [], []
@@ -329,13 +333,15 @@ def _float(bits):
 
 
 def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, wants_values):
-    refs, dtype, index = list(refs), x.dtype, pl.program_id(0)
-    numbers = refs.pop(0) if codec.noises else None
-    signs = refs.pop(0) if rotation is not None and rotation.signs is None else None
-    codes, headers = (refs.pop(0), refs.pop(0)) if wants_codes else (None, None)
-    values = refs.pop(0) if wants_values else None
-    words, bytes_ = (refs.pop(0), refs.pop(0)) if wants_codes else (None, None)
-    source = refs.pop(0)
+    refs, dtype, index = iter(refs), x.dtype, pl.program_id(0)
+
+    def taken(is_there: bool) -> Any:
+        return next(refs) if is_there else None
+
+    numbers = taken(codec.noises > 0)
+    signs = taken(rotation is not None and rotation.signs is None)
+    codes, headers, values = taken(wants_codes), taken(wants_codes), taken(wants_values)
+    words, bytes_, source = taken(wants_codes), taken(wants_codes), taken(True)
 
     turned = tile.turned(x[...])
     source[...] = turned if dtype == jnp.float32 else pltpu.bitcast(turned, jnp.int32)

@@ -172,7 +172,7 @@ def encode_by_kernel(
     shape = _as_matrices(x.shape, axis, _lead(x, how, 0 if amax is None else amax.ndim))
     numbers = amax if fmt.has_tensor_scale else None
     noise = None
-    if how.rounding.noise is not None:
+    if how.rounding.noise is not None and key is not None:
         count, size = shape[0], np.uint32(math.prod(shape[1:]) % 2**32).view(np.int32)
         base = jnp.arange(count, dtype=jnp.int32) * size
         noise = base, jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))

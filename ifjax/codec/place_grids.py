@@ -21,18 +21,21 @@ _EXPONENT = np.int32(0x7F800000)
 
 
 class PlaceGrid(Protocol):
-    """How a grid rounds one number, and what is then known of it.
+    """How a grid rounds one number, and what is then known of it."""
 
-    Attributes:
-        listed: the codes whose values are the levels.
-        is_symmetric: whether it rounds magnitudes to codes without a sign.
-    """
+    @property
+    def listed(self) -> tuple[int, ...]:
+        """The codes whose values are the levels."""
+        ...
 
-    listed: tuple[int, ...]
-    is_symmetric: bool
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether it rounds magnitudes to codes without a sign."""
+        ...
 
     def rounded(self, y: jax.Array, noise: jax.Array | None) -> Any:
         """What y is rounded to, in the grid's own terms; noise as for `Grid.round`."""
+        ...
 
     def code(self, place: Any, shift: int) -> jax.Array:
         """Its int32 code, shifted left."""
@@ -79,7 +82,7 @@ class _Floats:
         binade = as_float(bits_of(jnp.maximum(y, self._lowest)) & _EXPONENT)
         if noise is not None:
             # A number beyond the grid is in its last binade. Times a power of two, the sum of y / step and the noise.
-            binade = jnp.minimum(binade, as_float(bits_of(top) & _EXPONENT))
+            binade = jnp.minimum(binade, as_float(bits_of(jnp.asarray(top)) & _EXPONENT))
             y = jnp.minimum(y + noise * (binade * np.float32(2.0**-self.m)), top)
         # `lift` steps more, so that the sum's bits are the code's.
         large = binade * np.float32(2.0 ** (23 - self.m) + self._lift * 2.0**-self.m)
@@ -118,6 +121,10 @@ class _Searched:
     """A place is the bits of an index into an ascending list, found by comparison, highest first."""
 
     grid: Grid
+
+    @property
+    def listed(self) -> tuple[int, ...]:
+        raise NotImplementedError
 
     def _search(self, y, edges) -> list[jax.Array]:
         depth = (len(self.listed) - 1).bit_length()

@@ -8,7 +8,7 @@ beforehand, by the codec's own functions.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -140,16 +140,14 @@ class PlaceCodec:
     def encoder_tables(self, amax: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
         """The scalars of `Tensor` [count, 4] and a table [count, rows, 128], for the amax [count] of each tensor, or
         None in formats that have none."""
-        how, fmt, tensor = self.how, self.fmt, None
-        scalars = jnp.ones((count, 4), jnp.float32)
-        if amax is not None:
-            tensor = normalized(amax, fmt.tensor_constant(how.headroom), 3)
-            numbers = tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)
-            scalars = jnp.stack([number.reshape(-1) for number in numbers], -1)
-        length = LANES * self.pages
+        how, fmt, length = self.how, self.fmt, LANES * self.pages
         (payload,) = _full((count, 1, length), np.arange(length, dtype=np.int32))
+        if amax is None:
+            return jnp.ones((count, 4), jnp.float32), _as_table([inverse_for(payload, None, None, 0, None, how)])
+        tensor = normalized(amax, fmt.tensor_constant(how.headroom), 3)
+        numbers = tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)
         rows = [inverse_for(payload, None, None, 0, tensor, how)]
-        for c in fmt.candidates if tensor is not None else ():
+        for c in fmt.candidates:
             codes = np.array(_listed(c), np.int32)[:, None]
             if codes.size:
                 # Every factor is an array of the full shape: XLA would multiply scalars and constants beforehand.
@@ -158,7 +156,7 @@ class PlaceCodec:
                 values, scale = grid_values(codes, c.decoding), fmt.scale.decode(payloads)
                 units = TensorScale(tensor.power, amaxes)
                 rows.append(scaled(values, scale, step, units, fmt.tensor_constant(how.headroom)))
-        return scalars, _as_table(rows)
+        return jnp.stack([number.reshape(-1) for number in numbers], -1), _as_table(rows)
 
     def decoder_table(self, amax: jax.Array | None, count: int) -> jax.Array:
         """What each code stands for, rounded to the dtype, by decoding: [count, rows, 128]; of codes up to 4 bits."""
@@ -181,8 +179,10 @@ class PlaceCodec:
 
         `across`, of squares, is (op, a) to op over the a of a square's blocks, in the order of `tree`.
         """
-        tensor = Tensor(*scalars, lookup)
-        fmt, loss, chooses = self.fmt, self.how.loss, len(self.fmt.candidates) > 1
+        power, amax, ratio, back = scalars
+        tensor = Tensor(power, amax, ratio, back, lookup)
+        fmt, chooses = self.fmt, len(self.fmt.candidates) > 1
+        loss = cast(BlockLoss, self.how.loss)  # see `encoder_refusal`
         peak = tree(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs])
         peak = peak if across is None else across(jnp.maximum, peak)
         is_poisoned = peak >= np.int32(0x7F800000 + fmt.saturates)
