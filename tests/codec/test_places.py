@@ -69,10 +69,19 @@ def assert_same_numbers(a, b):
     assert_array_equal(np.signbit(a)[a == a], np.signbit(b)[a == a])
 
 
-@pytest.mark.parametrize(("rounding", "dtype"), [("nearest", "float32"), ("stochastic_unbiased", "bfloat16")])
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_places_have_the_bits_of_the_codec(fmt, rounding, dtype):
+CASES = {
+    f"{name}, {rounding}": (fmt, rounding, dtype)
+    for name, fmt in FORMATS.items()
+    for rounding, dtype in (("nearest", "float32"), ("stochastic_unbiased", "bfloat16"))
+}
+# A float that is chosen against integers, and looked-up values of which two kinds are sorted differently.
+ALWAYS = ("if4, stochastic_unbiased", "two sorted grids, nearest")
+
+
+@pytest.mark.parametrize("case", [*ALWAYS, *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c not in ALWAYS)])
+def test_places_have_the_bits_of_the_codec(case):
     """Codes, scale bytes, values and their signs of zero, and what is decoded."""
+    fmt, rounding, dtype = CASES[case]
     how, key = Encoding.of(fmt, rounding=rounding), jax.random.key(1) if rounding != "nearest" else None
     x = jnp.asarray(data()).astype(dtype)
     q = ifjax.quantize(x, how, key=key, amax_axes=(0,) if fmt.has_tensor_scale else ())

@@ -66,7 +66,8 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled
+# Interpreting one compiles for 10 seconds.
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_bits_are_those_of_the_codec(kernels, case):
     name, shape, axis, dtype, rounding = CASES[case]
@@ -97,10 +98,11 @@ def test_matrices_with_an_amax_of_their_own_and_members_of_a_vmap(kernels):
     assert kernels
     ENCODERS._records.clear()
     jax.clear_caches()
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(jax.vmap(run)(x, keys)), strict=True):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(jax.jit(jax.vmap(run))(x, keys)), strict=True):
         assert_same_numbers(a, b) if a.dtype == np.float32 else assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_products_decode_by_the_kernel(kernels):
     x, w = data((8, 64), 1)[:, :32], data((32, 16), 2)
     x, w = (jnp.asarray(np.nan_to_num(a, nan=1, posinf=2, neginf=-2)) for a in (x, w))
