@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from ifjax.codec.blocks import as_float, bits_of
-from ifjax.formats import Grid
+from ifjax.formats import Candidate, Grid
 
 _EXPONENT = np.int32(0x7F800000)
 
@@ -46,17 +46,22 @@ class PlaceGrid(Protocol):
         ...
 
 
-def place_grid(grid: Grid) -> PlaceGrid | None:
-    """The way for a grid; None for those of more than 16 values that are no floats, and where the sign of zero is that
-    of the number."""
+def place_grid(c: Candidate) -> PlaceGrid | None:
+    """The way for a candidate's grid; None for those of more than 16 values that are no floats, and where the sign of
+    zero is that of the number."""
+    grid = c.grid
     if not grid.magnitudes:
         return _Sorted(grid) if len(grid.values) <= 16 else None
     if grid.zero == "negative":
         return None
+    if c.offset:
+        return _Signed(grid) if len(grid.magnitudes) <= 8 else None
+    return _floats(grid) or (_Magnitudes(grid) if len(grid.magnitudes) <= 8 else None)
+
+
+def _floats(grid: Grid) -> "_Floats | None":
     m = grid.mantissa_bits
-    if m and grid.ties == "even" and len(grid.magnitudes) > 2 << m:
-        return _Floats(grid, m)
-    return _Magnitudes(grid) if len(grid.magnitudes) <= 8 else None
+    return _Floats(grid, m) if m and grid.ties == "even" and len(grid.magnitudes) > 2 << m else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +132,7 @@ class _Searched:
         raise NotImplementedError
 
     def _search(self, y, edges) -> list[jax.Array]:
-        depth = (len(self.listed) - 1).bit_length()
+        depth = len(edges).bit_length()
         edges = [*edges, *[np.float32(np.inf)] * (2**depth - 1 - len(edges))]
         masks = []
         for level in range(depth):
@@ -158,6 +163,28 @@ class _Magnitudes(_Searched):
     def code(self, place, shift):
         bits = [jnp.where(mask, _int32(1 << i + shift), 0) for i, mask in enumerate(reversed(place))]
         return functools.reduce(jnp.bitwise_or, bits)
+
+
+class _Signed(_Magnitudes):
+    """Magnitudes whose signs are rounded with them, because an offset makes them other values than their negatives'."""
+
+    is_symmetric = False
+
+    @property
+    def listed(self):
+        count = len(self.grid.magnitudes)
+        negative = [-k % (2 * count) if self.grid.is_twos_complement else count | k for k in range(count)]
+        negative[0] = 0 if self.grid.zero == "unsigned" else negative[0]
+        return (*range(count), *negative)
+
+    def rounded(self, y, noise):
+        magnitude, floats = jnp.abs(y), _floats(self.grid)
+        if noise is not None and floats:
+            (_, magnitude), noise = floats.rounded(magnitude, noise), None
+        return [bits_of(y) < 0, *super().rounded(magnitude, noise)]
+
+    def code(self, place, shift):
+        return select(place, [_int32(code << shift) for code in self.listed])
 
 
 class _Sorted(_Searched):

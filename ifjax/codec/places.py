@@ -72,8 +72,6 @@ def encoder_refusal(how: Encoding) -> str | None:
         return "its loss is a function of whole blocks"
     if how.rounding.noise not in (None, uniform_noise):
         return "its noise is not the hash that kernels compute"
-    if any(c.offset and c.grid.magnitudes for c in how.fmt.candidates):
-        return "its symmetric grids are offset, and kernels round magnitudes"
     return _refusal(how.fmt)
 
 
@@ -257,7 +255,7 @@ class PlaceCodec:
     @functools.cached_property
     def _on_magnitudes(self) -> bool:
         """Whether all is done on magnitudes and signs come last: neither grids nor the loss see a difference."""
-        grids = [place_grid(c.grid) for c in self.fmt.candidates]
+        grids = [place_grid(c) for c in self.fmt.candidates]
         even = getattr(self.how.loss, "term", None) in [loss.term for loss in LOSSES.values()]
         return even and all(grid is not None and grid.is_symmetric for grid in grids)
 
@@ -282,7 +280,7 @@ class _Trial:
 
     def __init__(self, codec: PlaceCodec, i: int, payload, inverse, tensor: Tensor, xs, ys, rs):
         self.codec, self.i, self.c = codec, i, codec.fmt.candidates[i]
-        self.grid = place_grid(self.c.grid)
+        self.grid = place_grid(self.c)
         self.payload, self.inverse, self.tensor, self.xs = payload, inverse, tensor, xs
         fmt = codec.fmt
         if self.grid is None:
@@ -360,7 +358,7 @@ class _Trial:
 
 def _listed(c: Candidate) -> tuple[int, ...]:
     """The codes of which the encoder's table has values."""
-    grid = place_grid(c.grid)
+    grid = place_grid(c)
     return () if grid is None else grid.listed
 
 
