@@ -1,6 +1,6 @@
 """Adaptive block-scaled number formats for JAX.
 
-Quantize:    quantize, dequantize, fake_quantize, explain_quantize, QTensor
+Quantize:    quantize, dequantize, fake_quantize, explain_quantize, kernels, QTensor
 Formats:     FORMATS, get_format, learn_format, Format, Candidate, Grid, Scale, TableScale
 Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
 Models:      quantize_params, fake_quantize_params, quantized, trace_products, Site, gptq, trainable_mask, Report
@@ -49,7 +49,7 @@ from ifjax.models import (
     trainable_mask,
     training_report,
 )
-from ifjax.numerics import hadamard, inverse_hadamard, random_signs
+from ifjax.numerics import hadamard, inverse_hadamard, kernels, random_signs
 from ifjax.products import Prepacked, dot_general, einsum, explain_matmul, matmul, prepack, ragged_dot
 from ifjax.training import quantized_dot_general
 from ifjax.version import __version__
@@ -99,6 +99,7 @@ __all__ = [
     "hadamard",
     "interceptors",
     "inverse_hadamard",
+    "kernels",
     "learn_format",
     "load_file",
     "load_rules",

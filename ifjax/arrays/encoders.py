@@ -8,7 +8,6 @@ A kernel has the bits of the codec (see `ifjax.codec.places`). What none takes g
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from ifjax.codec.rounding import NEAREST, seeds, strides
 from ifjax.formats import Format
 from ifjax.lookup import Registry
 from ifjax.numerics.devices import device_kind, may_be_partitioned
+from ifjax.numerics.kernels import kernels_for, why_none
 
 
 class Explanation(NamedTuple):
@@ -76,12 +76,14 @@ def explain_quantize(
     block_2d: bool = False,
     amax_axes: Sequence[int] = (),
     search: str | Search | None = None,
+    weights: Any = None,
+    gradient: str = "straight_through",
     target: str | None = None,
 ) -> Explanation:
     """Tell which way `quantize` and `fake_quantize` go for x, and why. Nothing is computed; a shape suffices.
 
     Args:
-        x: an array or `jax.ShapeDtypeStruct`; the other arguments are those of `quantize`.
+        x: an array or `jax.ShapeDtypeStruct`; the other arguments are those of `quantize` and `fake_quantize`.
         target: the device kind, such as "TPU v6e"; the first device's unless given.
 
     Raises:
@@ -100,22 +102,31 @@ def explain_quantize(
     device = device_kind(target)
     encoder = encoder_for(device)
     if encoder is None:
-        return Explanation("xla", f"there is no kernel for {device}")
+        return Explanation("xla", why_none(device))
     axis = axis % x.ndim - x.ndim
     last = max((a % x.ndim for a in amax_axes), default=-1)
-    reason = refusal(encoder, x, how, axis, last + 1)
+    reason = refusal(encoder, x, how, axis, last + 1, is_weighed=weights is not None, is_clipped=gradient == "clipped")
     if reason is not None:
         return Explanation("xla", f"{encoder.name} cannot take it: {reason}")
     return Explanation(encoder.name, f"on {device}")
 
 
 def encoder_for(device: str) -> Encoder | None:
-    """The kernels for a device kind."""
-    return next((encoder for encoder in ENCODERS.values() if re.search(encoder.devices, device)), None)
+    """The kernels for a device kind, unless the setting leaves all to XLA."""
+    return kernels_for(ENCODERS.values(), device)
 
 
-def refusal(encoder: Encoder, x: Any, how: Encoding, axis: int, amax_ndim: int) -> str | None:
-    """Why the encoder cannot take x, whose amax has so many axes; None if it can."""
+def refusal(
+    encoder: Encoder, x: Any, how: Encoding, axis: int, amax_ndim: int, *, is_weighed: bool, is_clipped: bool
+) -> str | None:
+    """Why the encoder cannot take x, whose amax has so many axes; None if it can.
+
+    `is_weighed`: errors have weights. `is_clipped`: it is asked where a gradient passes.
+    """
+    if is_weighed:
+        return "it weighs no errors"
+    if is_clipped:
+        return "it does not tell which gradients are clipped"
     amax_ndim = _lead(x, how, amax_ndim)
     reason = encoder_refusal(how) or _refusal_of_shape(x.shape, axis, amax_ndim)
     return reason or _refusal_of_kernel(encoder, x.shape, x.dtype, how, axis, amax_ndim)

@@ -256,12 +256,17 @@ def _encoded(x, key, amax, weights, *, how, axis, amax_axes):
 _STATIC = ("how", "axis", "amax_axes")
 
 
-def _by_plan(by_xla, data, *, wants_codes, **place):
-    """by_xla(*data): (codes, scales, amax) or (values,); on a device that has a kernel for it, the same by that."""
+def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, **place):
+    """by_xla(*data): (codes, scales, amax), or values and where gradients pass.
+
+    On a device that has a kernel for it, the same by that.
+    """
     x, _, _, weights = data
     encoder = encoder_for(device_kind())
     amax_ndim = max(place["amax_axes"], default=-1) + 1
-    if encoder is None or weights is not None or refusal(encoder, x, place["how"], place["axis"], amax_ndim):
+    if encoder is None or refusal(
+        encoder, x, place["how"], place["axis"], amax_ndim, is_weighed=weights is not None, is_clipped=is_clipped
+    ):
         return opaque(by_xla, *data)
 
     def by_kernel(x, key, amax, weights):
@@ -269,7 +274,7 @@ def _by_plan(by_xla, data, *, wants_codes, **place):
         arrays, amax = encode_by_kernel(
             x, key, amax, encoder=encoder, wants_codes=wants_codes, wants_values=not wants_codes, **place
         )
-        return (*arrays, amax) if wants_codes else tuple(arrays)
+        return (*arrays, amax if wants_codes else None)
 
     ways = {encoder.platform: by_kernel, "default": by_xla}
     return opaque(lambda *data: lax.platform_dependent(*data, **ways), *data)
@@ -298,14 +303,11 @@ def _packed(x, key, amax, weights, *, how, axis, amax_axes):
 def _fake_quantize(x, key, amax, weights, *, how, axis, amax_axes, clipped):
     place = {"how": how, "axis": axis, "amax_axes": amax_axes}
     rounded = functools.partial(_rounded, clipped=clipped, **place)
-    if clipped:  # by XLA, which looks at headers too
-        return opaque(rounded, x, key, amax, weights)
-    (y,) = _by_plan(rounded, (x, key, amax, weights), wants_codes=False, **place)
-    return y, None
+    return _by_plan(rounded, (x, key, amax, weights), wants_codes=False, is_clipped=clipped, **place)
 
 
 def _rounded(x, key, amax, weights, *, how, axis, amax_axes, clipped):
-    """(x rounded,), and where the gradient passes if it is clipped."""
+    """x rounded, and where the gradient passes; None if it is not clipped."""
     fmt = how.fmt
     codes, scales, amax = _encoded(x, key, amax, weights, how=how, axis=axis, amax_axes=amax_axes)
     headers = jnp.expand_dims(header_words(scales, fmt.scale.nbytes, axis), axis)
@@ -324,7 +326,7 @@ def _rounded(x, key, amax, weights, *, how, axis, amax_axes, clipped):
     shape = codes.shape
     rounded = narrowed(values_of(codes), x.dtype)
     if not clipped:
-        return (rounded,)
+        return rounded, None
     selector, _ = fmt.split(headers)
 
     def end(i):

@@ -6,7 +6,6 @@
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from ifjax.codec.blocks import pad_axis
 from ifjax.formats import E4M3, E8M0, Format
 from ifjax.lookup import Registry
 from ifjax.numerics.devices import device_kind
+from ifjax.numerics.kernels import kernels_for, made_for
 from ifjax.numerics.packing import pack
 from ifjax.numerics.xla import divide
 
@@ -130,8 +130,8 @@ BACKENDS: Registry[Backend] = Registry(
 
 
 def backend_for(device: str) -> Backend | None:
-    """The backend for a device kind."""
-    return next((backend for backend in BACKENDS.values() if re.search(backend.devices, device)), None)
+    """The backend for a device kind, unless the setting leaves all to XLA."""
+    return kernels_for(BACKENDS.values(), device)
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def prepack(q: QTensor, target: str | None = None) -> Prepacked:
     if not isinstance(q, QTensor):
         raise TypeError(f"prepack needs a QTensor, got {type(q).__name__}: make one with ifjax.quantize")
     target = device_kind(target)
-    backend = backend_for(target)
+    backend = made_for(BACKENDS.values(), target)
     if backend is None or backend.pairs:
         raise ValueError(f"no kernel for {target!r} has a layout of its own: products take the QTensor itself there")
     lead = 0 if q.amax is None else q.amax.ndim

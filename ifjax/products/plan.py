@@ -9,6 +9,7 @@ import numpy as np
 
 from ifjax.arrays import Explanation, QTensor
 from ifjax.numerics.devices import device_kind, may_be_partitioned
+from ifjax.numerics.kernels import why_none
 from ifjax.products.backends import BACKENDS, Backend, Prepacked, backend_for, decoding_of
 
 Impl = str  # "xla", or a name in BACKENDS
@@ -97,7 +98,7 @@ def plan(x: Any, q: Any, dims: Dims, dtype: Any, device: str) -> Explanation:
             return Explanation(backend.name, f"on {device}")
         return Explanation("xla", f"{backend.name} cannot take it: {reason}")
     on_cpu = _plan_on_cpu(x, q, dims, dtype) if device == "cpu" else None
-    return on_cpu or Explanation("xla", f"there is no kernel for {device}: weights are decoded to {dtype.name} by XLA")
+    return on_cpu or Explanation("xla", f"{why_none(device)}: weights are decoded to {dtype.name} by XLA")
 
 
 def refusal(backend: Backend, x: Any, q: Any, dims: Dims, dtype: Any) -> str | None:

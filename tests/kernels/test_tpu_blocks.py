@@ -1,6 +1,8 @@
 """The TPU's encoder and decoder, interpreted, where `quantize` and the others find them."""
 
-import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +135,9 @@ def test_what_goes_which_way_and_why():
     assert ifjax.explain_quantize(x, target="NVIDIA H200") == ("xla", "there is no kernel for NVIDIA H200")
     settings = [
         ({"search": "fast"}, "searches"), ({"amax_axes": (0,)}, "amax belongs to rows"),
-        ({"loss": lambda x, y: x[..., 0]}, "loss"),
+        ({"loss": lambda x, y: x[..., 0]}, "loss"), ({"weights": jnp.ones(4096)}, "weighs no errors"),
+        ({"gradient": "clipped"}, "gradients are clipped"),
+        ({"fmt": "hifloat4"}, "hifloat4 has headers of several bytes"),
     ]  # fmt: skip
     for kwargs, reason in settings:
         path, why = ifjax.explain_quantize(x, target="TPU v6e", **kwargs)
@@ -143,5 +147,23 @@ def test_what_goes_which_way_and_why():
     for shape, dtype, reason in shapes:
         path, why = ifjax.explain_quantize(jax.ShapeDtypeStruct(shape, dtype), target="TPU v6e")
         assert (path, reason in why) == ("xla", True)
-    assert ENCODERS["tpu_blocks"] == dataclasses.replace(ENCODERS["tpu_blocks"])
     assert LANES == tpu_blocks.LANES
+
+
+def test_kernels_are_left_where_the_user_says_so(kernels):
+    """Though one function was compiled with them before."""
+    x = jnp.asarray(data((8, 16)))
+    run = jax.jit(lambda x: ifjax.quantize(x, "mxfp4").dequantize())
+    run.trace(x)
+    assert kernels == ["encode", "decode"]
+    with ifjax.kernels("never"):
+        run.trace(x)
+        assert ifjax.explain_quantize(x, "mxfp4").path == "xla"
+        assert "'never'" in ifjax.explain_matmul(x, ifjax.quantize(x.T, "mxfp4"), target="H200").reason
+    run.trace(x)
+    assert kernels == ["encode", "decode"]
+    with pytest.raises(ValueError, match="policy must be one of 'auto', 'never', got 'off'"):
+        ifjax.kernels("off")
+    code = "import ifjax; from ifjax.numerics.kernels import kernel_policy; print(kernel_policy())"
+    command, environment = [sys.executable, "-c", code], os.environ | {"IFJAX_KERNELS": "never"}
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == "never"
