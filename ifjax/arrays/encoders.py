@@ -7,7 +7,9 @@ A kernel has the bits of the codec (see `ifjax.codec.places`). What none takes g
 
 import dataclasses
 import functools
+import json
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from ifjax.formats import Format
 from ifjax.lookup import Registry
 from ifjax.numerics.devices import device_kind, may_be_partitioned
 from ifjax.numerics.kernels import kernels_for, why_none
+from ifjax.numerics.proofs import known_fault
 
 
 class Explanation(NamedTuple):
@@ -108,12 +111,22 @@ def explain_quantize(
     reason = refusal(encoder, x, how, axis, last + 1, is_weighed=weights is not None, is_clipped=gradient == "clipped")
     if reason is not None:
         return Explanation("xla", f"{encoder.name} cannot take it: {reason}")
+    for does in ("quantize", "fake_quantize"):
+        if fault := known_fault(work_of(encoder, does, how, x.dtype, axis), device):
+            return Explanation("xla", f"{encoder.name} failed its check on {device}: {fault}")
     return Explanation(encoder.name, f"on {device}")
 
 
 def encoder_for(device: str) -> Encoder | None:
     """The kernels for a device kind, unless the setting leaves all to XLA."""
     return kernels_for(ENCODERS.values(), device)
+
+
+def work_of(encoder: Encoder, does: str, how: Encoding, dtype: Any, axis: int) -> str:
+    """What a kernel is compiled for, in words, as its proofs are kept."""
+    record = zlib.crc32(json.dumps(how.fmt.to_dict(), sort_keys=True).encode())
+    way = [f"axis {max(axis, -2)}", how.rounding.name, getattr(how.loss, "name", "")] + ["squares"] * how.block_2d
+    return f"{encoder.name}: {does} {np.dtype(dtype).name} {how.fmt.name} ({record:08x}), {', '.join(way)}"
 
 
 def refusal(

@@ -14,15 +14,17 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from ifjax.arrays import indexing
-from ifjax.arrays.blocking import DTYPES, Blocking, with_length
-from ifjax.arrays.encoders import decode_by_kernel, encoder_for, refusal_to_decode
+from ifjax.arrays.blocking import DTYPES, Blocking, packed_shapes, with_length
+from ifjax.arrays.encoders import decode_by_kernel, encoder_for, refusal_to_decode, work_of
 from ifjax.arrays.flax_box import FlaxBox, introduce_to_flax
+from ifjax.codec import Encoding
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, split_blocks
 from ifjax.codec.decode import decode, narrowed
 from ifjax.codec.headers import header_bytes, header_words
 from ifjax.formats import Format
 from ifjax.numerics.devices import device_kind
 from ifjax.numerics.packing import group_of, pack, packed_length, unpack
+from ifjax.numerics.proofs import by_both, difference, fault_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -323,11 +325,29 @@ def _decoded(q, dtype):
     def by_xla(q):
         return narrowed(_values(q, q.amax), dtype)
 
-    encoder = encoder_for(device_kind())
-    if encoder is None or refusal_to_decode(encoder, q, dtype) is not None:
+    device = device_kind()
+    encoder = encoder_for(device)
+    if encoder is None or refusal_to_decode(encoder, q, dtype) or _fault(encoder, device, q, dtype):
         return by_xla(q)
     by_kernel = functools.partial(decode_by_kernel, encoder=encoder, dtype=dtype)
     return lax.platform_dependent(q, **{encoder.platform: by_kernel, "default": by_xla})
+
+
+def _fault(encoder, device, q, dtype):
+    """What is wrong with a kernel on a device that is here; None if nothing is. All bytes stand for something."""
+    axis, shape, has_amax = max(q.axis, -2), (256, 512), q.amax is not None
+
+    def prove():
+        def run():
+            rng = np.random.default_rng(0)
+            codes, scales = (jnp.asarray(rng.integers(0, 256, s, np.uint8)) for s in packed_shapes(shape, q.fmt, axis))
+            blocking = Blocking(q.fmt, axis, shape[axis], dtype, q.headroom)
+            return _dequantize(QTensor(codes, scales, jnp.float32(1.7) if has_amax else None, blocking), dtype)
+
+        return difference(*by_both(run))
+
+    does = "dequantize" if has_amax or not q.fmt.has_tensor_scale else "dequantize without amax"
+    return fault_of(work_of(encoder, does, Encoding(q.fmt), dtype, axis), device, prove)
 
 
 def _values(q, amax):

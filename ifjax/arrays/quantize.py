@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ifjax.arrays.blocking import DTYPES, Blocking
-from ifjax.arrays.encoders import encode_by_kernel, encoder_for, refusal
+from ifjax.arrays.encoders import encode_by_kernel, encoder_for, refusal, work_of
 from ifjax.arrays.qtensor import QTensor
 from ifjax.codec import BlockLoss, Encoding, Loss, Rounding, Search, decode, encode
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, pick, split_blocks
@@ -22,6 +22,7 @@ from ifjax.codec.headers import header_words
 from ifjax.formats import Format
 from ifjax.numerics.devices import device_kind
 from ifjax.numerics.packing import pack
+from ifjax.numerics.proofs import by_both, difference, fault_of, numbers_to_check
 from ifjax.numerics.xla import opaque
 
 
@@ -262,10 +263,12 @@ def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, **place):
     On a device that has a kernel for it, the same by that.
     """
     x, _, _, weights = data
-    encoder = encoder_for(device_kind())
-    amax_ndim = max(place["amax_axes"], default=-1) + 1
-    if encoder is None or refusal(
-        encoder, x, place["how"], place["axis"], amax_ndim, is_weighed=weights is not None, is_clipped=is_clipped
+    device, how, axis = device_kind(), place["how"], place["axis"]
+    encoder, amax_ndim = encoder_for(device), max(place["amax_axes"], default=-1) + 1
+    if (
+        encoder is None
+        or refusal(encoder, x, how, axis, amax_ndim, is_weighed=weights is not None, is_clipped=is_clipped)
+        or _fault(encoder, device, how, x.dtype, max(axis, -2), wants_codes)
     ):
         return opaque(by_xla, *data)
 
@@ -278,6 +281,22 @@ def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, **place):
 
     ways = {encoder.platform: by_kernel, "default": by_xla}
     return opaque(lambda *data: lax.platform_dependent(*data, **ways), *data)
+
+
+def _fault(encoder, device, how, dtype, axis, wants_codes):
+    """What is wrong with a kernel on a device that is here; None if nothing is."""
+
+    def prove():
+        def run():
+            x, key = jnp.asarray(numbers_to_check((128, 512))).astype(dtype), jax.random.key(0)
+            data = x, key if how.rounding.draws else None, None, None
+            if wants_codes:
+                return _quantize(*data, how=how, axis=axis, amax_axes=())
+            return _fake_quantize(*data, how=how, axis=axis, amax_axes=(), clipped=False)
+
+        return difference(*by_both(run))
+
+    return fault_of(work_of(encoder, "quantize" if wants_codes else "fake_quantize", how, dtype, axis), device, prove)
 
 
 @jax.jit(static_argnames=_STATIC)

@@ -8,7 +8,7 @@ from typing import Literal, Protocol, TypeVar
 
 import jax
 
-POLICIES = ("auto", "never")
+POLICIES = ("auto", "always", "never")
 
 
 class ForDevices(Protocol):
@@ -32,7 +32,7 @@ def _checked(policy: str, name: str) -> str:
 _policy = jax.make_user_context(_checked(os.environ.get("IFJAX_KERNELS", "auto"), "the environment's IFJAX_KERNELS"))
 
 
-def kernels(policy: Literal["auto", "never"]) -> AbstractContextManager[None]:
+def kernels(policy: Literal["auto", "always", "never"]) -> AbstractContextManager[None]:
     """Say whether kernels are taken, for what this thread traces within `with`. Results keep their meaning.
 
     A compiled program belongs to the setting that it was traced in: jax.jit compiles anew for another one. The
@@ -40,8 +40,10 @@ def kernels(policy: Literal["auto", "never"]) -> AbstractContextManager[None]:
     either.
 
     Args:
-        policy: "auto", as it is unless set, takes a kernel where there is one for the device; "never" leaves all to
-            XLA.
+        policy: "auto", as it is unless set, takes a kernel where there is one for the device and it has proven itself:
+            before its first use there it does a small case, which XLA does too, and their results are compared. What
+            was found is kept in the folder IFJAX_CACHE (~/.cache/ifjax; none if it is empty) for these versions;
+            `ifjax doctor` shows it. "always" takes kernels unproven; "never" leaves all to XLA.
 
     Raises:
         ValueError: another word.

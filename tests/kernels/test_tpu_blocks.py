@@ -41,7 +41,8 @@ def kernels(monkeypatch):
     jax.clear_caches()
     kernels = Interpreted()
     monkeypatch.setattr(ENCODERS, "_records", {"interpreted": Encoder("interpreted", "cpu", "cpu", lambda: kernels)})
-    yield kernels.calls
+    with ifjax.kernels("always"):
+        yield kernels.calls
     jax.clear_caches()
 
 
@@ -162,7 +163,7 @@ def test_kernels_are_left_where_the_user_says_so(kernels):
         assert "'never'" in ifjax.explain_matmul(x, ifjax.quantize(x.T, "mxfp4"), target="H200").reason
     run.trace(x)
     assert kernels == ["encode", "decode"]
-    with pytest.raises(ValueError, match="policy must be one of 'auto', 'never', got 'off'"):
+    with pytest.raises(ValueError, match="policy must be one of 'auto', 'always', 'never', got 'off'"):
         ifjax.kernels("off")
     code = "import ifjax; from ifjax.numerics.kernels import kernel_policy; print(kernel_policy())"
     command, environment = [sys.executable, "-c", code], os.environ | {"IFJAX_KERNELS": "never"}

@@ -1,0 +1,162 @@
+"""Kernels prove themselves on a device before they are taken there: once, in this process or an earlier one.
+
+    what a kernel is to do -> known? -> a small case on the device, by the kernel and by XLA -> a fault, or none -> kept
+
+A fault sends the work to XLA, with one warning. Nothing of this happens for devices that are not there.
+"""
+
+import importlib.metadata
+import json
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ifjax.atomic import write_text
+from ifjax.numerics.kernels import kernel_policy, kernels
+from ifjax.version import __version__
+
+_verdicts: dict[str, dict[str, str | None]] = {}  # device kind -> work -> what is wrong; None if nothing is
+_lock = threading.Lock()
+_warned = threading.Event()
+
+
+def is_here(device: str) -> bool:
+    """Whether programs that are compiled now for this device kind can run: none is only named."""
+    return jax.sharding.get_abstract_mesh().abstract_device is None and jax.local_devices()[0].device_kind == device
+
+
+def fault_of(work: str, device: str, prove: Callable[[], str | None]) -> str | None:
+    """What is wrong with how a kernel does this work on a device; None if nothing is, or if it is not asked for.
+
+    Args:
+        work: the kernel and all that it is compiled for, in words: what verdicts are kept under.
+        device: the device kind.
+        prove: does a small case and tells how the kernel's result differs from XLA's. What it raises is a fault.
+    """
+    if kernel_policy() != "auto" or not is_here(device):
+        return None
+    with _lock:
+        known = _known(device)
+        if work not in known:
+            known[work] = _proved(prove)
+            _keep(device)
+        fault = known[work]
+        if fault is not None and not _warned.is_set():
+            _warned.set()
+            warnings.warn(
+                f"{work}: a kernel is not taken on {device}, XLA does its work: {fault}. Please report what "
+                "`ifjax doctor` prints. Other kernels that fail are listed there, and not told again here.",
+                RuntimeWarning, stacklevel=3,
+            )  # fmt: skip
+        return fault
+
+
+def known_fault(work: str, device: str) -> str | None:
+    """What `fault_of` is known to say; nothing is computed."""
+    if kernel_policy() != "auto" or not is_here(device):
+        return None
+    with _lock:
+        return _known(device).get(work)
+
+
+def verdicts(device: str) -> dict[str, str | None]:
+    """For each work that was proven on a device kind what is wrong, None if nothing is."""
+    with _lock:
+        return dict(_known(device))
+
+
+def forget(device: str) -> None:
+    """Have all be proven anew."""
+    with _lock:
+        _verdicts[device] = {}
+        _keep(device)
+
+
+def difference(of_kernel: Any, of_xla: Any) -> str | None:
+    """How two trees of arrays differ, in a sentence; None if they have the same bits, NaN being one number."""
+    for i, (a, b) in enumerate(zip(jax.tree.leaves(of_kernel), jax.tree.leaves(of_xla), strict=True)):
+        a, b = np.asarray(a), np.asarray(b)
+        if a.dtype.kind not in "iu":
+            a, b = (np.asarray(v, np.float32) for v in (a, b))
+            differ = ~((a == b) & (np.signbit(a) == np.signbit(b)) | (np.isnan(a) & np.isnan(b)))
+        else:
+            differ = a != b
+        if differ.any():
+            at = tuple(int(n) for n in np.argwhere(differ)[0])
+            return (
+                f"{differ.sum()} of {differ.size} numbers of result {i} differ, the first at {at}: {a[at]} instead of "
+                f"{b[at]}"
+            )
+    return None
+
+
+def by_both(run: Callable[[], Any]) -> tuple[Any, Any]:
+    """(run() by the kernel on the first device, run() by XLA: on a CPU if there is one, which compiles fast)."""
+    with kernels("always"):
+        of_kernel = jax.block_until_ready(run())
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        cpu = None
+    with kernels("never"), jax.default_device(cpu):
+        return of_kernel, jax.block_until_ready(run())
+
+
+def numbers_to_check(shape: tuple[int, ...]) -> np.ndarray:
+    """float32 numbers of many sizes: zeros of either sign, ties, and some that are none."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape) * np.exp2(rng.integers(-12, 4, shape))
+    x.flat[::7] = rng.integers(-24, 25, x.flat[::7].shape) / 4
+    x.flat[::11], x.flat[5::13] = 0.0, -0.0
+    x.flat[::1001], x.flat[7::2003], x.flat[9::3001] = np.nan, np.inf, -np.inf
+    return x.astype(np.float32)
+
+
+def _proved(prove):
+    # A thread of its own has none of the caller's contexts: traces, meshes, default devices, settings of jax.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(prove).result()
+        except Exception as error:  # compilers raise all kinds; a kernel that raises is one that fails
+            return f"{type(error).__name__}: {str(error).strip()[:400] or 'no message'}"
+
+
+# --- from one process to the next ------------------------------------------------------------------------------------
+
+
+def _file(device: str) -> Path | None:
+    """Where verdicts of these versions are kept; None if the environment's IFJAX_CACHE is empty."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.environ.get("IFJAX_CACHE", os.path.join(base, "ifjax"))
+    versions = f"{device}, jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}, ifjax {__version__}"
+    return Path(folder) / f"kernels, {versions}.json".replace("/", "-") if folder else None
+
+
+def _known(device):
+    if device not in _verdicts:
+        _verdicts[device], file = {}, _file(device)
+        try:
+            found = json.loads(file.read_text()) if file is not None else {}
+        except (OSError, ValueError):  # none yet, or none that can be read: all is proven anew
+            found = {}
+        if isinstance(found, dict) and all(fault is None or isinstance(fault, str) for fault in found.values()):
+            _verdicts[device] |= found
+    return _verdicts[device]
+
+
+def _keep(device):
+    file = _file(device)
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(_verdicts[device], indent=1) + "\n")
+    except OSError:  # a home that cannot be written: what was found holds for this process
+        pass
