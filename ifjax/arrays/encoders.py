@@ -112,7 +112,7 @@ def explain_quantize(
     if reason is not None:
         return Explanation("xla", f"{encoder.name} cannot take it: {reason}")
     for does in ("quantize", "fake_quantize"):
-        if fault := known_fault(work_of(encoder, does, how, x.dtype, axis), device):
+        if fault := known_fault(work_of(encoder, does, how, x.dtype, axis), encoder):
             return Explanation("xla", f"{encoder.name} failed its check on {device}: {fault}")
     return Explanation(encoder.name, f"on {device}")
 
@@ -124,9 +124,13 @@ def encoder_for(device: str) -> Encoder | None:
 
 def work_of(encoder: Encoder, does: str, how: Encoding, dtype: Any, axis: int) -> str:
     """What a kernel is compiled for, in words, as its proofs are kept."""
-    record = zlib.crc32(json.dumps(how.fmt.to_dict(), sort_keys=True).encode())
     way = [f"axis {max(axis, -2)}", how.rounding.name, getattr(how.loss, "name", "")] + ["squares"] * how.block_2d
-    return f"{encoder.name}: {does} {np.dtype(dtype).name} {how.fmt.name} ({record:08x}), {', '.join(way)}"
+    return f"{encoder.name}: {does} {np.dtype(dtype).name} {described(how.fmt)}, {', '.join(way)}"
+
+
+def described(fmt: Format) -> str:
+    """A format's name, and a number of what its record says."""
+    return f"{fmt.name} ({zlib.crc32(json.dumps(fmt.to_dict(), sort_keys=True).encode()):08x})"
 
 
 def refusal(

@@ -325,15 +325,14 @@ def _decoded(q, dtype):
     def by_xla(q):
         return narrowed(_values(q, q.amax), dtype)
 
-    device = device_kind()
-    encoder = encoder_for(device)
-    if encoder is None or refusal_to_decode(encoder, q, dtype) or _fault(encoder, device, q, dtype):
+    encoder = encoder_for(device_kind())
+    if encoder is None or refusal_to_decode(encoder, q, dtype) or _fault(encoder, q, dtype):
         return by_xla(q)
     by_kernel = functools.partial(decode_by_kernel, encoder=encoder, dtype=dtype)
     return lax.platform_dependent(q, **{encoder.platform: by_kernel, "default": by_xla})
 
 
-def _fault(encoder, device, q, dtype):
+def _fault(encoder, q, dtype):
     """What is wrong with a kernel on a device that is here; None if nothing is. All bytes stand for something."""
     axis, shape, has_amax = max(q.axis, -2), (256, 512), q.amax is not None
 
@@ -347,7 +346,7 @@ def _fault(encoder, device, q, dtype):
         return difference(*by_both(run))
 
     does = "dequantize" if has_amax or not q.fmt.has_tensor_scale else "dequantize without amax"
-    return fault_of(work_of(encoder, does, Encoding(q.fmt), dtype, axis), device, prove)
+    return fault_of(work_of(encoder, does, Encoding(q.fmt), dtype, axis), encoder, prove)
 
 
 def _values(q, amax):

@@ -263,12 +263,12 @@ def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, **place):
     On a device that has a kernel for it, the same by that.
     """
     x, _, _, weights = data
-    device, how, axis = device_kind(), place["how"], place["axis"]
-    encoder, amax_ndim = encoder_for(device), max(place["amax_axes"], default=-1) + 1
+    how, axis = place["how"], place["axis"]
+    encoder, amax_ndim = encoder_for(device_kind()), max(place["amax_axes"], default=-1) + 1
     if (
         encoder is None
         or refusal(encoder, x, how, axis, amax_ndim, is_weighed=weights is not None, is_clipped=is_clipped)
-        or _fault(encoder, device, how, x.dtype, max(axis, -2), wants_codes)
+        or _fault(encoder, how, x.dtype, max(axis, -2), wants_codes)
     ):
         return opaque(by_xla, *data)
 
@@ -283,7 +283,7 @@ def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, **place):
     return opaque(lambda *data: lax.platform_dependent(*data, **ways), *data)
 
 
-def _fault(encoder, device, how, dtype, axis, wants_codes):
+def _fault(encoder, how, dtype, axis, wants_codes):
     """What is wrong with a kernel on a device that is here; None if nothing is."""
 
     def prove():
@@ -296,7 +296,7 @@ def _fault(encoder, device, how, dtype, axis, wants_codes):
 
         return difference(*by_both(run))
 
-    return fault_of(work_of(encoder, "quantize" if wants_codes else "fake_quantize", how, dtype, axis), device, prove)
+    return fault_of(work_of(encoder, "quantize" if wants_codes else "fake_quantize", how, dtype, axis), encoder, prove)
 
 
 @jax.jit(static_argnames=_STATIC)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from ifjax.atomic import write_text
-from ifjax.numerics.kernels import kernel_policy, kernels
+from ifjax.numerics.kernels import ForDevices, kernel_policy, kernels, made_for
 from ifjax.version import __version__
 
 _verdicts: dict[str, dict[str, str | None]] = {}  # device kind -> work -> what is wrong; None if nothing is
@@ -27,20 +27,16 @@ _lock = threading.Lock()
 _warned = threading.Event()
 
 
-def is_here(device: str) -> bool:
-    """Whether programs that are compiled now for this device kind can run: none is only named."""
-    return jax.sharding.get_abstract_mesh().abstract_device is None and jax.local_devices()[0].device_kind == device
-
-
-def fault_of(work: str, device: str, prove: Callable[[], str | None]) -> str | None:
-    """What is wrong with how a kernel does this work on a device; None if nothing is, or if it is not asked for.
+def fault_of(work: str, record: ForDevices, prove: Callable[[], str | None]) -> str | None:
+    """What is wrong with how a kernel does this work on the device here; None if nothing is, or if it is not asked for.
 
     Args:
         work: the kernel and all that it is compiled for, in words: what verdicts are kept under.
-        device: the device kind.
+        record: of the kernel, which says what devices it is for.
         prove: does a small case and tells how the kernel's result differs from XLA's. What it raises is a fault.
     """
-    if kernel_policy() != "auto" or not is_here(device):
+    device = _device_of(record)
+    if device is None:
         return None
     with _lock:
         known = _known(device)
@@ -58,12 +54,21 @@ def fault_of(work: str, device: str, prove: Callable[[], str | None]) -> str | N
         return fault
 
 
-def known_fault(work: str, device: str) -> str | None:
+def known_fault(work: str, record: ForDevices) -> str | None:
     """What `fault_of` is known to say; nothing is computed."""
-    if kernel_policy() != "auto" or not is_here(device):
+    device = _device_of(record)
+    if device is None:
         return None
     with _lock:
         return _known(device).get(work)
+
+
+def _device_of(record):
+    """The device that a kernel is proven on: None if it is for others, or not to be proven."""
+    if kernel_policy() != "auto" or jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return None
+    kind = jax.local_devices()[0].device_kind
+    return kind if made_for([record], kind) else None
 
 
 def verdicts(device: str) -> dict[str, str | None]:
@@ -95,6 +100,17 @@ def difference(of_kernel: Any, of_xla: Any) -> str | None:
                 f"{b[at]}"
             )
     return None
+
+
+def inexact(of_kernel: Any, of_xla: Any, size: Any) -> str | None:
+    """How two products differ by more than roundings of bfloat16 do, in a sentence; `size` is |a| @ |b|."""
+    of_kernel, of_xla, size = (np.asarray(v, np.float32) for v in (of_kernel, of_xla, size))
+    excess = np.abs(of_kernel - of_xla) > size * 2.0**-7
+    excess |= ~np.isfinite(of_kernel)
+    if not excess.any():
+        return None
+    at = tuple(int(n) for n in np.argwhere(excess)[0])
+    return f"{excess.sum()} of {excess.size} sums differ, the first at {at}: {of_kernel[at]} instead of {of_xla[at]}"
 
 
 def by_both(run: Callable[[], Any]) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ other axes contracted.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,11 +17,14 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from ifjax.arrays import QTensor
+from ifjax.arrays import QTensor, quantize
+from ifjax.arrays.encoders import described
 from ifjax.arrays.qtensor import unscaled_values
 from ifjax.codec.blocks import split_blocks
 from ifjax.codec.decode import block_scale, narrowed, unscaled
 from ifjax.numerics.devices import device_kind
+from ifjax.numerics.kernels import kernels
+from ifjax.numerics.proofs import by_both, fault_of, inexact
 from ifjax.numerics.xla import divide, in_axes, materialize
 from ifjax.products.backends import (
     BACKENDS,
@@ -172,7 +176,7 @@ def _two_packed(lhs, rhs, how):
 
     path = plan(lhs, rhs, how.dims, how.dtype, how.device).path if how.impl is None else how.impl
     backend = BACKENDS.get(path)
-    if backend is None or not backend.pairs:
+    if backend is None or not backend.pairs or (how.impl is None and _fault(backend, lhs, rhs, how)):
         return by_xla(lhs, rhs)
     by_pairs = functools.partial(backend.load().matmul, dtype=how.out_dtype)
     if how.impl is not None:
@@ -289,7 +293,27 @@ def _kernel_of(rows, q, how):
     if backend is None or backend.pairs:
         return None
     path = plan(rows, q, _rows_dims(rows, q), how.dtype, how.device).path
-    return backend if path == backend.name else None
+    return backend if path == backend.name and _fault(backend, rows, q, how) is None else None
+
+
+def _fault(backend, x, q, how):
+    """What is wrong with a kernel on a device that is here; None if nothing is. x is rows [..., K], or packed too."""
+    x_packed = isinstance(x, QTensor)
+    m = 128 if x_packed else math.prod(x.shape[:-1])
+    m = 1 << m.bit_length() - 1  # tiles go by the number of rows; its powers of two stand for all
+
+    def prove():
+        rng = np.random.default_rng(0)
+        rows, w = (jnp.asarray(rng.standard_normal(shape), np.float32) for shape in ((m, 512), (256, 512)))
+        with kernels("never"):
+            packed, values = quantize(w.astype(q.dtype), q.fmt), quantize(w, q.fmt).dequantize()
+            lhs = quantize(rows.astype(x.dtype), x.fmt) if x_packed else rows.astype(x.dtype)
+        lhs, packed = jax.tree.map(np.asarray, (lhs, packed))
+        of_kernel, of_xla = by_both(lambda: dot_general(lhs, packed, (((1,), (1,)), ((), ()))))
+        return inexact(of_kernel, of_xla, np.abs(rows) @ np.abs(values).T)
+
+    of = described(x.fmt) if x_packed else f"{m} rows of {np.dtype(x.dtype).name}"
+    return fault_of(f"{backend.name}: product of {of} with {described(q.fmt)} as {how.dtype.name}", backend, prove)
 
 
 def _rows_dims(rows, q):

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from ifjax.arrays import ENCODERS, Encoder
 from ifjax.codec import decode
 from ifjax.codec.blocks import merge_blocks
 from ifjax.numerics import kernels, proofs, unpack
+from ifjax.products import BACKENDS, Backend
 from pallas_kernels import tpu_blocks
 
 
@@ -84,6 +86,23 @@ def test_broken_kernels_are_told_of_once_and_not_taken(take):
     assert "failed its check on cpu" in reason
     with kernels("always"):
         assert not ifjax.quantize(x, "mxfp4").codes.any()
+
+
+def test_a_product_whose_kernel_is_broken_goes_by_xla(take, monkeypatch):
+    kernel = SimpleNamespace(
+        supports=lambda *_, m: None, pack=lambda nibbles, scales, decoding: (nibbles, scales),
+        matmul=lambda x, words, scales, factor, *, n, k, decoding, out_dtype: jnp.zeros((len(x), n), out_dtype),
+    )  # fmt: skip
+    take(None)
+    ENCODERS._records.clear()
+    monkeypatch.setattr(BACKENDS, "_records", {"mine": Backend("mine", "cpu", "cpu", lambda: kernel)})
+    x, w = (np.random.default_rng(i).standard_normal((3, 32)).astype(np.float32) for i in range(2))
+    q = ifjax.quantize(w, "mxfp4")
+    with pytest.warns(RuntimeWarning, match="mine: product of 2 rows of float32 with mxfp4.*sums differ"):
+        y = ifjax.einsum("mk,nk->mn", x, q)
+    np.testing.assert_allclose(y, x @ np.asarray(q.dequantize()).T, rtol=1e-5, atol=1e-5)
+    with kernels("always"):
+        assert not ifjax.einsum("mk,nk->mn", x, q).any()
 
 
 def test_what_was_found_holds_in_the_next_process(take, tmp_path):
