@@ -50,12 +50,14 @@ class Encoder:
         platform: JAX's name of the platform that they compile for: "cuda", "tpu", "cpu".
         devices: a regular expression, found in the device kinds that they are for, as JAX spells them and as people do.
         load: gives the module, with `supports`, `encode` and `decode` as in `pallas_kernels.tpu_blocks`.
+        measured: where times on hardware are stated, if anywhere.
     """
 
     name: str
     platform: str
     devices: str
     load: Callable[[], Any]
+    measured: str | None = None
 
 
 def _tpu_blocks():

@@ -1,4 +1,4 @@
-"""The command line: formats, compare, quantize, inspect, verify, dequantize."""
+"""The command line: formats, compare, quantize, inspect, verify, dequantize, import, export, doctor."""
 
 from ifjax.cli.main import main
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ifjax.cli.compare import add_compare
 from ifjax.cli.convert import add_dequantize, add_quantize
+from ifjax.cli.doctor import add_doctor
 from ifjax.cli.exchange import add_export, add_import
 from ifjax.cli.formats import add_formats
 from ifjax.cli.inspect import add_inspect, add_verify
@@ -55,4 +56,5 @@ def _parser() -> argparse.ArgumentParser:
     add_dequantize(commands)
     add_import(commands)
     add_export(commands)
+    add_doctor(commands)
     return parser

@@ -147,7 +147,7 @@ def _proved(prove):
 # --- from one process to the next ------------------------------------------------------------------------------------
 
 
-def _file(device: str) -> Path | None:
+def cache_file(device: str) -> Path | None:
     """Where verdicts of these versions are kept; None if the environment's IFJAX_CACHE is empty."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.environ.get("IFJAX_CACHE", os.path.join(base, "ifjax"))
@@ -157,7 +157,7 @@ def _file(device: str) -> Path | None:
 
 def _known(device):
     if device not in _verdicts:
-        _verdicts[device], file = {}, _file(device)
+        _verdicts[device], file = {}, cache_file(device)
         try:
             found = json.loads(file.read_text()) if file is not None else {}
         except (OSError, ValueError):  # none yet, or none that can be read: all is proven anew
@@ -168,7 +168,7 @@ def _known(device):
 
 
 def _keep(device):
-    file = _file(device)
+    file = cache_file(device)
     if file is None:
         return
     try:

@@ -75,6 +75,7 @@ class Backend:
         devices: a regular expression, found in the device kinds that it is for, as JAX spells them and as people do.
         load: gives the module, a `Kernel`; or a `PairKernel`, if `pairs`.
         pairs: whether it multiplies two QTensors instead of an array with one.
+        measured: where times on hardware are stated, if anywhere.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Backend:
     devices: str
     load: Callable[[], Any]
     pairs: bool = False
+    measured: str | None = None
 
 
 def _hopper():

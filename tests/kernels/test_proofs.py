@@ -11,6 +11,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import ifjax
+from ifjax import cli
 from ifjax.arrays import ENCODERS, Encoder
 from ifjax.codec import decode
 from ifjax.codec.blocks import merge_blocks
@@ -127,6 +128,27 @@ def test_what_was_found_holds_in_the_next_process(take, tmp_path):
     assert right.calls == 2
     proofs.forget("cpu")
     assert proofs.verdicts("cpu") == {}
+
+
+class Raises(Zeros):
+    """Kernels that no compiler takes."""
+
+    def encode(self, *args, **settings):
+        raise RuntimeError("does not compile here")
+
+
+def test_doctor_tells_what_is_here_and_which_kernels_pass(take, capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["jax"] == jax.__version__
+    assert report["devices"][0] == "cpu cpu"
+    assert {kernel["name"]: kernel["here"] for kernel in report["kernels"]}["tpu_blocks"] is False
+    assert report["checks"] == {}
+    take(Raises())
+    assert cli.main(["doctor"]) == 1
+    told = capsys.readouterr().out
+    assert "FAILS   mine: dequantize bfloat16 if4" in told
+    assert "RuntimeError: does not compile here" in told
 
 
 def test_devices_that_are_only_named_are_not_asked(take):
