@@ -408,8 +408,8 @@ def test_e8m0_decodes_every_byte_and_zero_means_zero():
         assert_array_equal(run(scales.E8M0.decode)(every), want)
 
 
-@pytest.mark.by_default("e4m3", "e8m0", "hifloat4")
-@pytest.mark.parametrize("scale", scales.SCALES.values(), ids=lambda scale: scale.name)
+# HiFloat4's is made from the largest values of runs as well, and stands in the frontier's vectors.
+@pytest.mark.parametrize("scale", [s for s in scales.SCALES.values() if not s.runs], ids=lambda scale: scale.name)
 def test_a_scale_keeps_its_own_bytes(scale):
     finite = np.arange(scale.top + 1)
     assert_array_equal(scale.encode(scale.decode(finite)), finite)
