@@ -4,14 +4,22 @@ import re
 
 from ifjax.models.sites import Site
 
-_NORMS = {"norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm"}
+_NORMS = {"norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm", "ln", "bn", "gn"}
+_FACTORS = {"scale", "gamma", "beta"}  # of norms, and of whole layers: one for each channel
 
 
 def keep_reason(name: str, shape: tuple[int, ...]) -> str | None:
     """Why a tensor of this name and shape is no matrix to multiply by, whatever rules say; None if it may be one.
 
-    The last whole word of a name counts: "debias_proj" is no bias, and "norm_proj" no norm. Axes of length 1 do not
-    count. Embeddings are matrices: they are stored, and often multiplied by, as such.
+    Axes of length 1 do not count. Embeddings are matrices: they are stored, and often multiplied by, as such.
+    """
+    return named_reason(name) or ("not a matrix" if sum(length > 1 for length in shape) < 2 else None)
+
+
+def named_reason(name: str) -> str | None:
+    """Why a name is that of no matrix, though layers of it may be stacked to one; None if it may be one's.
+
+    The last whole word of a name counts: "debias_proj" is no bias, and "norm_proj" no norm.
     """
     *parents, last = re.split(r"[./]", name)
     owner = parents[-1] if parents and last in ("weight", "scale", "kernel") else last
@@ -19,7 +27,7 @@ def keep_reason(name: str, shape: tuple[int, ...]) -> str | None:
     words = re.findall("[a-z]+", spaced)
     if words and (words[-1] == "bias" or words[-1] in _NORMS):
         return "a bias" if words[-1] == "bias" else "a norm"
-    return "not a matrix" if sum(length > 1 for length in shape) < 2 else None
+    return "factors of channels" if last.rpartition("_")[2] in _FACTORS else None
 
 
 def site_of_tensor(name: str, shape: tuple[int, ...], axis: int, reason: str | None = None) -> Site:

@@ -16,6 +16,7 @@ from ifjax.arrays import DTYPES, QTensor, gptq, quantize
 from ifjax.formats import Format
 from ifjax.models.decisions import Decision, decide
 from ifjax.models.leaves import is_leaf, is_parameter, nbytes_of, rebuilt, split_collection, value_of
+from ifjax.models.names import named_reason
 from ifjax.models.report import Entry, Report, decibels
 from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import Rule, as_rules, training_rules
@@ -208,6 +209,8 @@ def _site(path: str, value: Any, walk: Walk | None) -> Site:
         return site._replace(reason=known.reason)
     if len(shape) - len(stacked) < 2:
         return site._replace(reason=NO_MATRIX)
+    if walk is None and (named := named_reason(path)) is not None:
+        return site._replace(reason=named)
     return site if walk is None or known is not None else site._replace(reason=NOT_READ)
 
 

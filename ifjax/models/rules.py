@@ -306,18 +306,29 @@ _HEADS = (
 )  # fmt: skip
 
 
-_HEAD = rf"(?:.*/)?(?:{'|'.join(_HEADS)})(?:/.*)?"
+# "output" is a head at the top only, as Meta's Llama has it: BERT's layers have one each.
+_HEAD = rf"(?:.*/)?(?:{'|'.join(_HEADS)})(?:/.*)?|(?:model/|transformer/)?output"
 
 
-_EMBEDDING = r"(?:.*/)?(?:[^/]*(?i:embed)[^/]*|wte|wpe)(?:/.*)?"
+_EMBEDDING = r"(?:.*/)?(?:[^/]*(?i:embed)[^/]*|wte|wpe)(?:/.*)?|(?:model/|transformer/)?shared"
 
 
-# Matrices that no product reads as weights, or that decide: whole words of a name count, so "norm_proj" is none.
-_WORDS = r"(?:.*/)?(?:[^/]*_)?(?:{})(?:_[^/]*)?(?:/.*)?"
-_STATE_SPACE = r"(?:.*/)?(?:A_log|dt_bias|D|log_dt|A_real|A_imag)"
-_TABLES = _WORDS.format("rotary|rope|inv_freq|freqs_cis|freqs|relative_position|rel_pos|relative_attention|codebooks?")
-_LATENTS = r"(?:.*/)?(?:[^/]*_)?latents?"
-_ROUTER = _WORDS.format("router|gate_logits") + r"|(?:.*/)?(?:[^/]*moe[^/]*|mlp|feed_forward|ffn|experts?)/gate"
+# Matrices that no product reads as weights, or that decide. Whole words of a name count, and a projection of such a
+# thing is none: "codebook_proj", "to_latents" and the layers of a "rotary_attention" are weights.
+_NAME = r"(?:.*/)?(?:[^/]*_)?"
+_STATE_SPACE = (
+    r"(?:.*/)?(?:A(?:_b)?_logs?|dt_bias|D|Ds|D_b|log_dt|inv_dt|A_real|A_imag|Lambda_re|Lambda_im|time_decay|time_first|time_faaaa)"
+)
+_TABLES = (
+    _NAME + r"(?:rotary|rope|inv_freq|freqs|freqs_cis|(?:cos|sin)_cached|relative_position|rel_pos|rel_bias|"
+    r"relative_attention_bias|bias_table|codebooks?|codevectors)(?:_[^/]*)?(?<!_proj)(?<!_dense)(?<!_linear)"
+    r"(?:/(?:\d+|cos|sin|table|weight))*"
+)
+_LATENTS = _NAME + r"(?<!to_)(?<!from_)(?:latents?(?:_(?:queries|query|tokens|array))?|query_tokens|learned_queries)"
+_ROUTER = (
+    rf"(?:{_NAME}router|(?:.*/)?[^/]*Router|{_NAME}gate_logits)(?:_[^/]*)?(?:/.*)?|"
+    r"(?:.*/)?(?:[^/]*(?i:moe)[^/]*|mlp|mixer|feed_forward|ffn|experts?)/gate(?:/wg)?"
+)
 
 BY_DEFAULT = {  # what a report says of them, instead of such patterns
     (_HEAD, None): "output heads stay, by default",
@@ -342,8 +353,9 @@ def default_rules(weight_fmt: str | Format = "if4", act_fmt: str | Format | None
     a product: parameters of state spaces (A_log, dt_bias, D), tables of rotary and relative positions, codebooks,
     latents.
 
-    A head is known by name: lm_head, head, classifier, logits, output_layer and the like. Embeddings are the modules
-    of class Embed, and whatever has "embed" in its name (patch projections too), or is called wte or wpe. Other names
+    A head is known by name: lm_head, head, classifier, logits, output_layer and the like, and "output" at the top.
+    Embeddings are the modules of class Embed, and whatever has "embed" in its name (patch projections too), or is
+    called wte or wpe, and "shared" at the top. Routers, tables and latents are known by whole words. Other names
     need a rule of their own in front: (Rule("Dense_7", weight_fmt=None), *default_rules()).
 
     All are optional: parameters shorter than a block, and matrices of `self.param`, stay as they are. Of the matrices
