@@ -15,7 +15,7 @@ from ifjax.atomic import replacing
 from ifjax.exchange.layouts import LAYOUTS, Spec
 from ifjax.files import safetensors
 from ifjax.files.checkpoint import Item, open_file, write_items
-from ifjax.files.safetensors import FileError, Foreign
+from ifjax.files.safetensors import FileError, Foreign, Identity, check_written
 
 
 class Source(NamedTuple):
@@ -131,7 +131,8 @@ def _open_gguf(path: Path) -> Source:
     if not path.is_file():
         raise FileNotFoundError(2, os.strerror(2), str(path))
     try:
-        reader = gguf.GGUFReader(path)
+        identity = Identity.of(path.stat())
+        reader = gguf.GGUFReader(path)  # maps the file: where another takes its place, this one lives on
         tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
         for tensor in tensors.values():
             if tensor.data.nbytes != tensor.n_bytes:
@@ -140,6 +141,7 @@ def _open_gguf(path: Path) -> Source:
         raise FileError(f"{path} is not a whole GGUF file: {error}") from error
 
     def array(name: str) -> np.ndarray:
+        check_written(path, identity)
         data = tensors[name].data
         if data.dtype == np.uint8 and tensors[name].tensor_type.name not in known:
             raise FileError(f"{path}: {name} is of type {tensors[name].tensor_type.name}, which is not read here")

@@ -7,6 +7,7 @@ of formats, and checksums of every array and of the header. Nothing is ever unpi
     tree -> names -> items -> file          file -> header, checked -> arrays, mapped and checked one by one -> tree
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -24,8 +25,19 @@ from jax.core import Tracer
 
 from ifjax.arrays import DTYPES, Blocking, QTensor, packed_shapes, shardings
 from ifjax.arrays.qtensor import check_arrays
+from ifjax.atomic import Around, locked, temporary_folder
 from ifjax.files import safetensors
-from ifjax.files.safetensors import Contents, FileError, Foreign, Reader, Slot, StoredTensor, Write, natural_order
+from ifjax.files.safetensors import (
+    Contents,
+    FileError,
+    Foreign,
+    Identity,
+    Reader,
+    Slot,
+    StoredTensor,
+    Write,
+    natural_order,
+)
 from ifjax.formats import Format
 from ifjax.models.leaves import is_leaf, rebuilt, value_of
 from ifjax.models.sites import join_path
@@ -177,7 +189,24 @@ class Checkpoint(Mapping[str, Any]):
     """
 
     def __init__(self, path: str | os.PathLike, *, check: bool = True):
+        self._check = check
+        try:
+            whole = self._read(path)
+        except FileNotFoundError:
+            whole = False
+        except FileError:
+            if not safetensors.is_of_several(path):
+                raise
+            whole = False
+        if not whole:  # unless it is a fault of what is there, a writer put another checkpoint there meanwhile
+            folder = Path(path) if os.path.isdir(path) else Path(path).parent
+            with locked(folder):
+                self._read(path)
+
+    def _read(self, path: str | os.PathLike) -> bool:
+        """Read and check all headers; return whether the index was the same one before and after."""
         index, files, weight_map = safetensors.resolve(path)
+        before = None if index is None else Identity.of(index.stat())
         self.path = files[0] if index is None else index
         self.files = tuple(files)
         self.entries: dict[str, StoredTensor] = {}
@@ -186,7 +215,7 @@ class Checkpoint(Mapping[str, Any]):
         self.metadata: dict[str, str] = {}
         self.sums: dict[str, int] = {}
         self._file_of: dict[str, Path] = {}
-        self._identities: dict[Path, safetensors.Identity] = {}
+        self._identities: dict[Path, Identity] = {}
         for file in files:
             contents = safetensors.read_contents(file)
             if index is not None:
@@ -202,9 +231,9 @@ class Checkpoint(Mapping[str, Any]):
         inside = {part for name, p in self.packed.items() for part in _parts(name, p.fmt)}
         names = [*self.packed, *(name for name in self.entries if name not in inside)]
         self._names = dict.fromkeys(sorted(names, key=natural_order))
-        self._check = check
         self._checked: set[str] = set()
         self._maps: dict[Path, np.ndarray] = {}
+        return index is None or (Identity.of(index.stat()) == before and safetensors.resolve(path)[1] == files)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -330,30 +359,49 @@ def write_items(
         raise ValueError(f"{path} must end in .safetensors (or .safetensors.index.json, for several files)")
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
-    if not sharded:
-        old = safetensors.replaced_by_file(path)
-        _write_one(path, items, metadata or {}, own)
-        safetensors.remove(old)  # else a reader of the folder would find the old index
-        return path
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "is not a folder: create it first", str(path.parent))
-    old = safetensors.replaced_by_index(path, named=named)
+
+    def in_the_way():
+        return safetensors.replaced_by_index(path, named=named) if sharded else safetensors.replaced_by_file(path)
+
+    @contextlib.contextmanager
+    def taking_the_place():
+        with locked(path.parent):
+            old = in_the_way()
+            yield
+            safetensors.remove(old)  # else a reader of the folder would find the old index
+
+    with locked(path.parent):
+        in_the_way()  # what is not ours to remove is found out before the work
+    if not sharded:
+        _write_one(path, items, metadata or {}, own, taking_the_place)
+        return path
     groups = _groups(items, max_shard_bytes or SHARD_BYTES)
-    shards = safetensors.shard_paths(path, len(groups))
-    written = []
+    with temporary_folder(path) as folder:
+        made = [folder / f"{i}.safetensors" for i in range(len(groups))]
+        for file, group in zip(made, groups, strict=True):
+            _write_one(file, group, metadata or {}, own)
+        with taking_the_place():
+            _put(path, made, groups)
+    return path.with_name(path.name + safetensors.INDEX)
+
+
+def _put(path: Path, made: Sequence[Path], groups: Sequence[Sequence[Item]]) -> None:
+    """Give written shards their names, and then write the index for `path` that names them."""
+    shards = safetensors.shard_paths(path, len(made))
+    placed = []
     try:
-        for shard, group in zip(shards, groups, strict=True):
-            _write_one(shard, group, metadata or {}, own)
-            written.append(shard)
+        for file, shard in zip(made, shards, strict=True):
+            os.replace(file, shard)
+            placed.append(shard)
         pairs = zip(shards, groups, strict=True)
         places = {slot.name: shard for shard, group in pairs for item in group for slot in item.slots}
-        safetensors.write_index(path, places, file_bytes(items))
+        safetensors.write_index(path, places, sum(map(file_bytes, groups)))
     except BaseException:
-        for shard in written:  # no index names them
+        for shard in placed:  # no index names them
             shard.unlink(missing_ok=True)
         raise
-    safetensors.remove(old)
-    return path.with_name(path.name + safetensors.INDEX)
 
 
 def file_bytes(items: Iterable[Item]) -> int:
@@ -383,10 +431,12 @@ def _groups(items: Sequence[Item], limit: int) -> list[list[Item]]:
     return groups or [[]]
 
 
-def _write_one(path: Path, items: Sequence[Item], metadata: Mapping[str, str], own: bool) -> None:
+def _write_one(
+    path: Path, items: Sequence[Item], metadata: Mapping[str, str], own: bool, around: Around = contextlib.nullcontext
+) -> None:
     slots = [slot for item in items for slot in item.slots]
     stated = _metadata_of(items, slots, metadata) if own else lambda sums: dict(metadata)
-    with safetensors.safetensors_writer(path, slots, stated) as write:
+    with safetensors.safetensors_writer(path, slots, stated, around) as write:
         for item in items:
             item.fill(write)
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ifjax.atomic import replacing, sync_folder, write_all, write_text
+from ifjax.atomic import Around, replacing, sync_folder, write_all, write_text
 
 # The names of dtypes in safetensors files.
 CODES = {
@@ -96,7 +96,10 @@ class Foreign(NamedTuple):
 
 @contextlib.contextmanager
 def safetensors_writer(
-    path: str | os.PathLike, slots: Sequence[Slot | Foreign], metadata: Callable[[Mapping[str, str]], dict[str, str]]
+    path: str | os.PathLike,
+    slots: Sequence[Slot | Foreign],
+    metadata: Callable[[Mapping[str, str]], dict[str, str]],
+    around: Around = contextlib.nullcontext,
 ) -> Iterator[Write]:
     """What takes (name, bytes) of the slots, each slot's bytes in order; the file appears when the block has ended.
 
@@ -105,6 +108,7 @@ def safetensors_writer(
     Args:
         metadata: makes the file's metadata from checksums by name, eight hexadecimal digits each. It is called with
             zeros first, and the length of what it gives must not depend on the digits.
+        around: as for `ifjax.atomic.replacing`.
 
     Raises:
         ValueError: names or a header that safetensors cannot hold.
@@ -120,7 +124,7 @@ def safetensors_writer(
     at = {slot.name: first for slot, first in zip(slots, ends, strict=False)}
     last = {slot.name: end for slot, end in zip(slots, ends[1:], strict=True)}
 
-    with replacing(path) as file:
+    with replacing(path, around=around) as file:
         _reserve(file, ends[-1])
 
         def write(name, data):
@@ -243,6 +247,14 @@ def check_identity(file: Any, path: Path, identity: Identity | None) -> None:
         raise FileError(f"{path} has been changed since it was opened: open it again")
 
 
+def check_written(path: Path, identity: Identity) -> None:
+    """Raise a FileError if a file that is mapped was written to; that another took its place does no harm."""
+    with contextlib.suppress(FileNotFoundError):
+        now = Identity.of(path.stat())
+        if (now.device, now.inode) == (identity.device, identity.inode) and now != identity:
+            raise FileError(f"{path} has been changed since it was opened: open it again")
+
+
 def read_contents(path: str | os.PathLike) -> Contents:
     """Names, places and metadata; reads no array.
 
@@ -305,6 +317,12 @@ def resolve(path: str | os.PathLike) -> tuple[Path | None, list[Path], dict[str,
     if not path.exists() and index.exists():
         return resolve(index)
     return None, [path], {}
+
+
+def is_of_several(path: str | os.PathLike) -> bool:
+    """Whether other files than `path` tell where the checkpoint is: a folder's, or an index."""
+    path = Path(path)
+    return path.suffix == ".json" or not path.is_file()
 
 
 def _in_folder(folder: Path) -> Path:
