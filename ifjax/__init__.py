@@ -33,7 +33,7 @@ from ifjax.arrays import (
     quantize,
     shardings,
 )
-from ifjax.files import load_file, open_file, save_file
+from ifjax.files import NameRule, load_file, open_file, save_file
 from ifjax.formats import FORMATS, Candidate, Format, Grid, Scale, TableScale, get_format
 from ifjax.models import (
     Report,
@@ -71,6 +71,7 @@ __all__ = [
     "Candidate",
     "Format",
     "Grid",
+    "NameRule",
     "PackedParam",
     "Prepacked",
     "QTensor",

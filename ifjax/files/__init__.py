@@ -1,10 +1,12 @@
 """Files of packed arrays: checkpoints and Orbax's folders."""
 
-from ifjax.files.checkpoint import Checkpoint, load_file, open_file, save_file
+from ifjax.files.checkpoint import Checkpoint, open_file, save_file
+from ifjax.files.load import load_file
+from ifjax.files.names import NameRule
 from ifjax.files.orbax import describe, load_orbax, rebuild, save_orbax
 from ifjax.files.safetensors import FileError, StoredTensor, read_header
 
 __all__ = [
-    "Checkpoint", "FileError", "StoredTensor", "describe", "load_file", "load_orbax", "open_file", "read_header",
-    "rebuild", "save_file", "save_orbax",
+    "Checkpoint", "FileError", "NameRule", "StoredTensor", "describe", "load_file", "load_orbax", "open_file",
+    "read_header", "rebuild", "save_file", "save_orbax",
 ]  # fmt: skip

@@ -8,7 +8,6 @@ of formats, and checksums of every array and of the header. Nothing is ever unpi
 """
 
 import contextlib
-import dataclasses
 import errno
 import json
 import math
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ifjax.arrays import DTYPES, Blocking, QTensor, packed_shapes, shardings
+from ifjax.arrays import DTYPES, Blocking, QTensor, packed_shapes
 from ifjax.arrays.qtensor import check_arrays
 from ifjax.atomic import Around, locked, temporary_folder
 from ifjax.files import safetensors
@@ -39,7 +38,7 @@ from ifjax.files.safetensors import (
     natural_order,
 )
 from ifjax.formats import Format
-from ifjax.models.leaves import is_leaf, rebuilt, value_of
+from ifjax.models.leaves import is_leaf, value_of
 from ifjax.models.sites import join_path
 from ifjax.products import Prepacked
 
@@ -110,51 +109,6 @@ def save_file(params: Any, path: str | os.PathLike, *, max_shard_bytes: int | No
     items = [_item(join_path(keys), value_of(leaf)) for keys, leaf in leaves]
     _check_names(item.name for item in items)
     return write_items(path, items, max_shard_bytes=max_shard_bytes)
-
-
-def load_file(path: str | os.PathLike, like: Any = None, *, check: bool = True) -> Any:
-    """Read a checkpoint that `save_file` or `ifjax quantize` has written, or any other safetensors file.
-
-    Files are mapped to memory and read one tensor after the other, straight to where it is to be. `open_file` reads
-    single tensors.
-
-    Args:
-        path: of a file, an index, the file that an index stands for, or a folder with one checkpoint.
-        like: a tree of the structure that is wanted, of arrays, QTensors or `jax.ShapeDtypeStruct`, such as
-            `jax.eval_shape` gives. Names, shapes, dtypes and formats must agree; a packed tensor may stand where an
-            array of its shape and dtype was. What has a sharding in it is put there: each device reads its own part.
-        check: compare checksums, and not only sizes.
-
-    Returns:
-        A tree as `like`; without it nested dictionaries, by the '/' in names. Leaves are QTensors and arrays of JAX;
-        numpy arrays where JAX has no such dtype (64 bits, unless `jax_enable_x64` is set).
-
-    Raises:
-        FileError: (a ValueError) broken files, or such as a newer layout.
-        ValueError: the checkpoint is not like `like`; the message lists what differs.
-        OSError: it cannot be read.
-
-    Example:
-        >>> import tempfile
-        >>> import jax, jax.numpy as jnp
-        >>> import ifjax
-        >>> params = {"w": jnp.ones((4, 32)), "b": jnp.zeros(32)}
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     packed, _ = ifjax.quantize_params(params, ifjax.Rule("w", "if4", axis=-1))
-        ...     path = ifjax.save_file(packed, f"{folder}/model.safetensors")
-        ...     ifjax.load_file(path, like=jax.eval_shape(lambda: params))["w"]
-        QTensor(if4, 4x32 float32, axis=-1, 4.750 bits a value)
-    """
-    file = open_file(path, check=check)
-    if like is None:
-        return _nested({name: _placed(file[name], None) for name in file})
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_whole)
-    wanted = {join_path(keys): leaf for keys, leaf in leaves}
-    faults = list(_differences(file, wanted))
-    if faults:
-        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise ValueError(f"{path} is not like the given tree:\n  " + "\n  ".join(faults[:20]) + more)
-    return jax.tree_util.tree_unflatten(structure, [_like(leaf, file[name]) for name, leaf in wanted.items()])
 
 
 def open_file(path: str | os.PathLike, *, check: bool = True) -> "Checkpoint":
@@ -289,6 +243,21 @@ class Checkpoint(Mapping[str, Any]):
             return self._bytes(stored).view(dtype).reshape(entry.shape)
         except ValueError as error:  # a shape without elements that is too long for numpy
             raise FileError(f"{self._file_of[stored]}: {stored!r} cannot be of shape {entry.shape}: {error}") from None
+
+    def mapped(self, stored: str) -> np.ndarray:
+        """An array by its name in the file, mapped by itself: memory that was read is given back with it.
+
+        Errors as for `array`.
+        """
+        entry, dtype = self.entries[stored], self._dtype(stored)
+        if self._check:
+            self.check(stored)
+        if not entry.nbytes:
+            return np.zeros(entry.shape, dtype)
+        file = self._file_of[stored]
+        with file.open("rb") as opened:
+            safetensors.check_identity(opened, file, self._identities[file])
+            return np.asarray(np.memmap(opened, dtype, "r", entry.start, entry.shape))
 
     def reader(self, stored: str) -> Reader:
         """What reads an array by parts, and does not check it."""
@@ -628,71 +597,3 @@ def _fault_of(p: Packed, codes, scales, amax=()) -> str | None:
         return None
     fits = len(amax) <= len(p.shape) and all(a in (1, n) for a, n in zip(amax, p.shape, strict=False))
     return None if fits else f"amax of {p.shape} keeps leading axes or has 1 in their place, got {tuple(amax)}"
-
-
-def _nested(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        *parents, last = name.split("/")
-        inner = tree
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise FileError(f"{name!r} lies within another tensor of that name: read it with ifjax.open_file")
-        if last in inner:
-            raise FileError(f"{name!r} is a tensor and holds others: read it with ifjax.open_file")
-        inner[last] = tensor
-    return tree
-
-
-def _differences(file: Checkpoint, wanted: Mapping[str, Any]) -> Iterator[str]:
-    yield from (f"{name!r} is not in the file" for name in wanted if name not in file)
-    yield from (f"{name!r} of the file is not in the tree" for name in file if name not in wanted)
-    for name, leaf in wanted.items():
-        if name in file and (fault := _difference(file.abstract(name), value_of(leaf))) is not None:
-            yield f"{name!r} {fault}"
-
-
-def _difference(found: Any, value: Any) -> str | None:
-    if isinstance(value, QTensor):
-        if not isinstance(found, QTensor):
-            return f"is not packed: {found.dtype} {found.shape}; quantize it after loading"
-        for field in ("fmt", "shape", "axis", "dtype", "headroom", "block_2d"):
-            ours, theirs = getattr(found, field), getattr(value, field)
-            if ours != theirs:
-                ours, theirs = (getattr(x, "name", x) for x in (ours, theirs))
-                return f"has {field} {ours}, and the tree has {theirs}"
-        if found.amax is not None and (value.amax is None or found.amax.shape != value.amax.shape):
-            return f"has amax of {found.amax.shape}, and the tree {value.amax}"
-        return None
-    if tuple(found.shape) != tuple(value.shape) or found.dtype != value.dtype:
-        return f"is {found.dtype} {tuple(found.shape)}, and in the tree {value.dtype} {tuple(value.shape)}"
-    return None
-
-
-def _like(leaf: Any, tensor: Any) -> Any:
-    value = value_of(leaf)
-    if not isinstance(tensor, QTensor):
-        return rebuilt(leaf, _placed(tensor, getattr(value, "sharding", None)))
-    if isinstance(value, QTensor):
-        place = jax.tree.map(lambda a: getattr(a, "sharding", None), value)
-        names = value.names
-    else:
-        sharding = getattr(value, "sharding", None)
-        place = None if sharding is None else shardings(tensor, sharding)
-        names = getattr(leaf, "names", None)
-    tensor = _placed(tensor, place)
-    return rebuilt(leaf, tensor if names is None else tensor.replaced(names=names))
-
-
-def _placed(tensor: Any, place: Any) -> Any:
-    """On a device, or on those of a sharding (of a QTensor, one of them for each array)."""
-    if isinstance(tensor, QTensor):
-        arrays = {f: None if place is None else getattr(place, f) for f in ("codes", "scales", "amax")}
-        placed = {f: None if getattr(tensor, f) is None else _placed(getattr(tensor, f), s) for f, s in arrays.items()}
-        return dataclasses.replace(tensor, **placed)
-    if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
-        return np.array(tensor)
-    if place is None:
-        return jnp.array(tensor)  # a copy: the file may change
-    return jax.make_array_from_callback(tensor.shape, place, lambda index: np.array(tensor[index]))

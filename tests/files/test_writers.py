@@ -127,7 +127,7 @@ def test_shards_that_are_replaced_while_their_headers_are_read_are_read_again(tm
         left = [1.0] * saves
 
         def slowly(file, left=left):
-            if left and file.name.startswith("m-00002") or (left and "-00002-of-" in file.name):
+            if (left and file.name.startswith("m-00002")) or (left and "-00002-of-" in file.name):
                 for value in [left.pop() for _ in list(left)]:
                     new = {name: np.full(2, value, np.float32) for name in ("a", "b")}
                     ifjax.save_file(new, path, max_shard_bytes=1)

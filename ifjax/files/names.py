@@ -1,0 +1,151 @@
+"""From a checkpoint's names to the paths of a tree of parameters: rules of regular expressions, stacks of layers."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_LONGEST = 2000  # characters of a name that a rule is tried on
+_SHOWN = 20  # faults in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class NameRule:
+    """Where tensors of a checkpoint belong in a tree of parameters; see `ifjax.load_file`.
+
+    Args:
+        name: a regular expression of whole names in the checkpoint.
+        path: of the parameter, '/'-joined; "\\1" stands for the name's first group. Several paths share the tensor, as
+            tied embeddings and heads do. None: the tensors are left out.
+        transpose: whether the last two axes change places: a PyTorch weight [out, in] is a Flax kernel [in, out].
+        stack: the groups of `name` that count what is stacked along leading axes, in their order: (1,) for the layers
+            of `nn.scan`, (1, 2) for layers of experts. They count from 0.
+        reshape: whether the tensor, transposed if it is to be, is laid in the parameter's shape, such as [in, heads,
+            size] for [in, heads * size].
+
+    Raises:
+        ValueError: no regular expression; groups that it has not.
+
+    Example:
+        >>> import ifjax
+        >>> rule = ifjax.NameRule(r"layers\\.(\\d+)\\.up_proj\\.weight", r"layers/\\1/up/kernel", transpose=True)
+        >>> rule.paths_of("layers.3.up_proj.weight")
+        ('layers/3/up/kernel',)
+    """
+
+    name: str
+    path: str | tuple[str, ...] | None
+    _: dataclasses.KW_ONLY
+    transpose: bool = False
+    stack: tuple[int, ...] = ()
+    reshape: bool = False
+
+    def __post_init__(self):
+        try:
+            groups = re.compile(self.name).groups
+        except (re.error, TypeError) as error:
+            raise ValueError(f"NameRule({self.name!r}): name is not a regular expression: {error}") from None
+        object.__setattr__(self, "stack", tuple(self.stack))
+        if any(not isinstance(group, int) or not 1 <= group <= groups for group in self.stack):
+            raise ValueError(f"NameRule({self.name!r}): stack must be of the groups 1 to {groups}, got {self.stack}")
+        try:  # a template with a group that is not there is found out now
+            for path in self._templates:
+                re.sub(f"(?:{self.name})|", path, "")
+        except (re.error, IndexError) as error:
+            raise ValueError(f"NameRule({self.name!r}): path {self.path!r} does not fit it: {error}") from None
+
+    @property
+    def _templates(self) -> tuple[str, ...]:
+        return () if self.path is None else (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+    def paths_of(self, name: str) -> tuple[str, ...] | None:
+        """Return where a tensor of this name belongs; None if the rule is not for it."""
+        match = re.fullmatch(self.name, name) if len(name) <= _LONGEST else None
+        return None if match is None else tuple(match.expand(path) for path in self._templates)
+
+    def place_of(self, name: str) -> tuple[int, ...]:
+        """Return the place in the stack of a tensor whose name the rule matches.
+
+        Raises:
+            ValueError: a group that is no number.
+        """
+        match = re.fullmatch(self.name, name)
+        assert match is not None
+        counts = [match.group(group) or "" for group in self.stack]
+        if not all(re.fullmatch(r"\d{1,9}", count, re.ASCII) for count in counts):
+            raise ValueError(f"{name!r}: stack counts by groups {self.stack} of {self.name!r}, and these are {counts}")
+        return tuple(map(int, counts))
+
+
+class Origin(NamedTuple):
+    """What a parameter is made of.
+
+    Attributes:
+        rule: that says how.
+        names: of the tensors in the checkpoint: an array of strings, of the shape of the stack.
+    """
+
+    rule: NameRule
+    names: np.ndarray
+
+
+def origins(names: Iterable[str], rules: Iterable[NameRule], paths: Iterable[str]) -> dict[str, Origin]:
+    """Return what each parameter is made of; the first rule that matches a name decides.
+
+    Raises:
+        TypeError: `rules` are none.
+        ValueError: a tensor that no rule takes, a parameter that gets none or two, a stack with gaps; all of them.
+    """
+    rules = (rules,) if isinstance(rules, NameRule) else tuple(rules)
+    for rule in rules:
+        if not isinstance(rule, NameRule):
+            raise TypeError(f"names must be ifjax.NameRule records, got {type(rule).__name__}")
+    paths = dict.fromkeys(paths)
+    taken: dict[str, dict[tuple[int, ...], tuple[NameRule, str]]] = {}
+    faults = []
+    for name in names:
+        rule = next((rule for rule in rules if rule.paths_of(name) is not None), None)
+        if rule is None:
+            faults.append(f"{name!r} of the checkpoint is matched by no rule: NameRule(name, None) leaves it out")
+            continue
+        for path in rule.paths_of(name) or ():
+            if path not in paths:
+                faults.append(f"{name!r} goes to {path!r}, which is not in the tree")
+                continue
+            place, parts = rule.place_of(name), taken.setdefault(path, {})
+            if parts and next(iter(parts.values()))[0] != rule:
+                faults.append(f"{path!r} gets tensors by two rules, {name!r} and {next(iter(parts.values()))[1]!r}")
+            elif place in parts:
+                faults.append(f"{path!r} gets {name!r} and {parts[place][1]!r}: stack= tells which is which")
+            else:
+                parts[place] = rule, name
+    faults += [f"{path!r} of the tree gets no tensor" for path in paths if path not in taken]
+    faults += [fault for path, parts in taken.items() if (fault := _gap(path, parts)) is not None]
+    refuse(faults, "the names do not fit the tree")
+    return {path: Origin(next(iter(parts.values()))[0], _stack({p: n for p, (_, n) in parts.items()}))
+            for path, parts in taken.items()}  # fmt: skip
+
+
+def refuse(faults: Sequence[str], what: str) -> None:
+    """Raise a ValueError that lists the faults, if there are some."""
+    if faults:
+        more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise ValueError(f"{what}:\n  " + "\n  ".join(faults[:_SHOWN]) + more)
+
+
+def _gap(path: str, parts: Mapping[tuple[int, ...], object]) -> str | None:
+    lengths = tuple(max(place[i] for place in parts) + 1 for i in range(len(next(iter(parts)))))
+    if len(parts) == int(np.prod(lengths)):
+        return None
+    missing = next(place for place in itertools.product(*map(range, lengths)) if place not in parts)
+    return f"{path!r} is stacked of {' x '.join(map(str, lengths))} tensors, and number {missing} is missing"
+
+
+def _stack(names: Mapping[tuple[int, ...], str]) -> np.ndarray:
+    stacked = np.empty(tuple(n + 1 for n in max(names)), object)
+    for place, name in names.items():
+        stacked[place] = name
+    return stacked
