@@ -1,7 +1,8 @@
 """quantize, which makes QTensors, and fake_quantize, which rounds with a gradient."""
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import jax
@@ -148,9 +149,7 @@ def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (
     """
     if isinstance(x, QTensor):
         raise TypeError("x is quantized already: dequantize it first")
-    if isinstance(x, np.ndarray) and not x.dtype.isnative:  # JAX takes none
-        x = x.astype(x.dtype.newbyteorder("="))
-    x = jnp.asarray(x)
+    x = jnp.asarray(_native(x))
     if x.dtype.name not in DTYPES:
         raise TypeError(f"x must be a float array ({', '.join(DTYPES)}), got {x.dtype}: write x.astype(jnp.float32)")
     if x.ndim < 1:
@@ -169,6 +168,8 @@ def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (
     if how.block_2d and (x.ndim < 2 or axis < -2):
         raise ValueError(f"block_2d needs the block axis among the last two, got axis={axis} of shape {x.shape}")
     blocked = {x.ndim - 2, x.ndim - 1} if how.block_2d else {x.ndim + axis}
+    if not isinstance(amax_axes, Iterable) or not all(isinstance(a, int | np.integer) for a in amax_axes):
+        raise TypeError(f"amax_axes must be a tuple of integers, such as (0,) for a stack of layers, got {amax_axes!r}")
     if not all(-x.ndim <= a < x.ndim for a in amax_axes):
         raise ValueError(f"amax_axes must be axes of shape {x.shape}, got {tuple(amax_axes)}")
     axes = tuple(sorted(a % x.ndim for a in amax_axes))
@@ -179,16 +180,38 @@ def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (
         )
     if axes and not how.fmt.has_tensor_scale:
         raise ValueError(f"{how.fmt.name} has no tensor scale, so amax_axes does not apply: leave it out")
+    _check_parts(x, how.fmt, blocked)
     if amax is not None:
         amax = _checked_amax(amax, x.shape, axes, how.fmt)
     return x, {"axis": axis, "amax_axes": axes, "amax": amax}
+
+
+def _native(x):
+    """Of the machine's byte order, as JAX needs it."""
+    foreign = isinstance(x, np.ndarray) and not x.dtype.isnative
+    return x.astype(x.dtype.newbyteorder("=")) if foreign else x
+
+
+def _check_parts(x, fmt: Format, blocked: set[int]) -> None:
+    """Raise if an axis of a mesh that is explicit (and so is part of x's type) tears blocks apart."""
+    sharding = jax.typeof(x).sharding
+    for axis in blocked & set(range(len(sharding.spec))):
+        names = sharding.spec[axis]
+        names = () if names is None else names if isinstance(names, tuple) else (names,)
+        parts = math.prod(sharding.mesh.shape[name] for name in names)
+        if parts > 1 and x.shape[axis] % (parts * fmt.block):
+            raise ValueError(
+                f"axis {axis - x.ndim} of {x.shape} is sharded over {names} in {parts} parts, which tear blocks of "
+                f"{fmt.block} in {fmt.name}: write jax.reshard(x, ...) first, with this axis whole or over "
+                "fewer devices"
+            )
 
 
 def _checked_amax(amax, shape, axes, fmt):
     """amax as float32, in the shape in which a QTensor has it."""
     if not fmt.has_tensor_scale:
         raise ValueError(f"{fmt.name} has no tensor scale, so amax does not apply: leave it out")
-    amax = jnp.asarray(amax)
+    amax = jnp.asarray(_native(amax))
     if jnp.issubdtype(amax.dtype, jnp.integer):
         amax = amax.astype(jnp.float32)
     full = tuple(shape[a] if a in axes else 1 for a in range(max(axes, default=-1) + 1))

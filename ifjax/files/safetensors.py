@@ -66,7 +66,11 @@ def numpy_dtype(code: str) -> np.dtype | None:
 
 
 def as_bytes(a: np.ndarray) -> np.ndarray:
-    """uint8 [nbytes]: what a holds, in C order. Buffers know neither bfloat16 nor arrays without elements."""
+    """uint8 [nbytes]: what a holds, in C order and little-endian, as files have it.
+
+    Buffers know neither bfloat16 nor arrays without elements.
+    """
+    a = a if a.dtype.byteorder in "|=<" and a.dtype.isnative else a.astype(a.dtype.newbyteorder("<"))
     return np.ascontiguousarray(a).reshape(-1).view(np.uint8)
 
 

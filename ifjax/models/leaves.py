@@ -25,7 +25,10 @@ def is_parameter(leaf):
 
 def value_of(leaf):
     value = raw_value(leaf)
-    return value if hasattr(value, "dtype") else np.asarray(value)
+    value = value if hasattr(value, "dtype") else np.asarray(value)
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:  # JAX takes none
+        return value.astype(value.dtype.newbyteorder("="))
+    return value
 
 
 def raw_value(leaf: Any) -> Any:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from ifjax.arrays import QTensor
@@ -26,7 +27,8 @@ def ragged_dot(
     """`jax.lax.ragged_dot` with packed experts: each group of rows of lhs [m, k] times its own matrix of rhs [g, k, n].
 
     Either may be a QTensor, quantized along any axis; rhs with one amax or (amax_axes=(0,)) one for each group. Both
-    are dequantized. The gradient reaches an lhs that is an array.
+    are dequantized. The gradient reaches an lhs that is an array. On meshes with explicit axes, which JAX's own does
+    not take, rows come out as those of lhs are sharded, and columns as those of rhs.
 
     Raises:
         TypeError: as `jax.lax.ragged_dot`, where shapes do not fit.
@@ -38,6 +40,13 @@ def ragged_dot(
         >>> ifjax.ragged_dot(jnp.ones((5, 32)), experts, jnp.array([2, 3])).shape
         (5, 8)
     """
+    sharding = ragged_sharding(lhs, rhs)
+    if sharding is not None:
+        product = functools.partial(ragged_dot, precision=precision, preferred_element_type=preferred_element_type)
+        placed: Any = jax.sharding.auto_axes(
+            lambda lhs, rhs, sizes, offset: product(lhs, rhs, sizes, group_offset=offset), out_sharding=sharding
+        )
+        return placed(lhs, rhs, jnp.asarray(group_sizes), group_offset)
     lhs = lhs.dequantize() if is_packed(lhs) else jnp.asarray(lhs)
     if not is_packed(rhs):
         return lax.ragged_dot(
@@ -48,6 +57,20 @@ def ragged_dot(
     out_dtype = dtype if preferred_element_type is None else np.dtype(preferred_element_type)
     settings = (precision, lhs.dtype, dtype, out_dtype)
     return _ragged(as_varying(lhs, rhs), rhs, jnp.asarray(group_sizes), group_offset, settings)
+
+
+def ragged_sharding(lhs: Any, rhs: Any) -> Any:
+    """How lhs [m, k] times one of rhs [g, k, n] comes out on a mesh with explicit axes; None elsewhere.
+
+    A mesh's axis that both are sharded over is that of the rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.explicit_axes:
+        return None
+    specs = [jax.typeof(a.codes if is_packed(a) else jnp.asarray(a)).sharding.spec for a in (lhs, rhs)]
+    (rows, *_), (*_, columns) = specs
+    taken, wanted = (set(n if isinstance(n, tuple) else (n,)) - {None} for n in (rows, columns))
+    return NamedSharding(mesh, PartitionSpec(rows, None if taken & wanted else columns))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from ifjax.arrays import QTensor
 from ifjax.products.dot_general import accumulator, as_varying
+from ifjax.products.ragged import ragged_sharding
 from ifjax.training.product import Settings, once, operand_of
 from ifjax.training.recipes import Recipe, get_recipe
 
@@ -50,6 +51,15 @@ def quantized_ragged_dot(
     """
     recipe = get_recipe(recipe)
     x, w, group_sizes = jnp.asarray(x), jnp.asarray(w), jnp.asarray(group_sizes)
+    sharding = ragged_sharding(x, w)
+    if sharding is not None:
+        product = functools.partial(
+            quantized_ragged_dot, recipe=recipe, precision=precision, preferred_element_type=preferred_element_type
+        )
+        placed: Any = jax.sharding.auto_axes(
+            lambda x, w, sizes, key: product(x, w, sizes, key=key), out_sharding=sharding
+        )
+        return placed(x, w, group_sizes, key)
     dtype = jnp.promote_types(x.dtype, w.dtype)
     plain = functools.partial(lax.ragged_dot, precision=precision, preferred_element_type=preferred_element_type)
     if not recipe.is_quantized or 0 in (*x.shape, *w.shape):
