@@ -82,6 +82,7 @@ def add_dequantize(commands) -> None:
         "Write a copy of a packed checkpoint in floats, for programs that know no packed ones.",
         "ifjax dequantize packed.safetensors floats.safetensors",
         "ifjax dequantize packed.safetensors floats.safetensors --dtype bfloat16 --shard-size 5GB",
+        "ifjax dequantize packed/ floats/",
     )  # fmt: skip
     parser.add_argument("source", type=Path, metavar="IN", help=IN_HELP)
     parser.add_argument("target", type=Path, metavar="OUT", help=OUT_HELP)
@@ -149,7 +150,7 @@ def _dequantize(options: argparse.Namespace) -> None:
         opened = checkpoint.open_file(source)
         report = convert.contents(opened)
         tick = ticks(progress, report.totals.values)
-        convert.dequantize_file(opened, target, dtype=options.dtype, max_shard_bytes=options.shard_size, tick=tick)
+        convert.dequantize_file(source, target, dtype=options.dtype, max_shard_bytes=options.shard_size, tick=tick)
     seconds = time.perf_counter() - started
     if options.json:
         tensors = [entry.path for entry in report.quantized]

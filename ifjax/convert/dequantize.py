@@ -7,8 +7,9 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from ifjax.convert.folders import is_file, output, without_quantization
 from ifjax.convert.tensors import Tick, float_item, no_tick, plain_entry, plain_item
-from ifjax.files.checkpoint import Checkpoint, open_file, write_items
+from ifjax.files.checkpoint import SHARD_BYTES, Checkpoint, open_file, write_items
 from ifjax.files.safetensors import FileError
 from ifjax.models.report import Entry, Report
 
@@ -23,6 +24,9 @@ def dequantize_file(
 ) -> Path:
     """Write a copy of a packed checkpoint in floats, piece by piece; gives its path.
 
+    A target that does not end as files of weights do is a folder, new or empty, and gets all that the source's folder
+    has besides weights.
+
     Args:
         dtype: of what was packed; the original dtypes unless given.
 
@@ -30,6 +34,7 @@ def dequantize_file(
         FileError: the source is broken or holds nothing packed.
         OSError: it cannot be read or written. What was there is as it was.
     """
+    beside = None if isinstance(source, Checkpoint) or not Path(source).is_dir() else Path(source)
     source = source if isinstance(source, Checkpoint) else open_file(source)
     if not source.packed:
         raise FileError(f"{source.path} holds nothing packed: there is nothing to dequantize")
@@ -40,7 +45,12 @@ def dequantize_file(
             continue
         to = source.packed[name].blocking.dtype if dtype is None else jnp.dtype(dtype)
         items.append(float_item(source, name, to, tick))
-    return write_items(target, items, metadata=source.metadata, max_shard_bytes=max_shard_bytes)
+    target = Path(target)
+    if max_shard_bytes is None and not is_file(target):
+        max_shard_bytes = SHARD_BYTES
+    with output(target, ".safetensors", beside, without_quantization) as weights:
+        path = write_items(weights, items, metadata=source.metadata, max_shard_bytes=max_shard_bytes)
+    return path if is_file(target) else target
 
 
 def contents(source: Checkpoint) -> Report:
