@@ -19,6 +19,7 @@ from ifjax.cli.terminal import (
     add_command,
     add_json,
     add_search,
+    as_file_error,
     plain_table,
     progress_bar,
     size_of,
@@ -27,8 +28,7 @@ from ifjax.cli.terminal import (
     without_infinities,
 )
 from ifjax.exchange import Spec, companions
-from ifjax.files import FileError
-from ifjax.files.safetensors import read_header, resolve
+from ifjax.files import FileError, open_file, read_header
 from ifjax.formats import FORMATS, get_format
 from ifjax.version import __version__
 
@@ -91,7 +91,7 @@ def _compare(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
 
     synthetic = None
-    with progress_bar() as progress:
+    with progress_bar() as progress, as_file_error():
         if options.file is None:
             rows = analysis.synthetic_table(formats, search=options.search)
             count = len(formats) * len(analysis.DISTRIBUTIONS)
@@ -122,8 +122,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _measured(options: argparse.Namespace, formats: tuple[str, ...], path: Path, source: str, progress):
     """The report of a checkpoint of one file or several, each tensor shown while it is measured."""
-    _, files, _ = resolve(path)
-    headers = {file: read_header(file) for file in files}
+    headers = {file: read_header(file) for file in open_file(path).files}
     stored = [entry for header in headers.values() for entry in header]
     kept = companions({entry.name: Spec(entry.dtype, entry.shape) for entry in stored})
     how = {"axis": options.axis, "everything": options.vectors, "search": options.search, "kept": kept}

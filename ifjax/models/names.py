@@ -6,6 +6,7 @@ from ifjax.models.sites import Site
 
 _NORMS = {"norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm", "ln", "bn", "gn"}
 _FACTORS = {"scale", "gamma", "beta"}  # of norms, and of whole layers: one for each channel
+_OF_CHANNELS = "factors of channels"
 
 
 def keep_reason(name: str, shape: tuple[int, ...]) -> str | None:
@@ -13,7 +14,8 @@ def keep_reason(name: str, shape: tuple[int, ...]) -> str | None:
 
     Axes of length 1 do not count. Embeddings are matrices: they are stored, and often multiplied by, as such.
     """
-    return named_reason(name) or ("not a matrix" if sum(length > 1 for length in shape) < 2 else None)
+    reason, is_matrix = named_reason(name), sum(length > 1 for length in shape) > 1
+    return reason if is_matrix or reason not in (None, _OF_CHANNELS) else "not a matrix"
 
 
 def named_reason(name: str) -> str | None:
@@ -27,7 +29,7 @@ def named_reason(name: str) -> str | None:
     words = re.findall("[a-z]+", spaced)
     if words and (words[-1] == "bias" or words[-1] in _NORMS):
         return "a bias" if words[-1] == "bias" else "a norm"
-    return "factors of channels" if last.rpartition("_")[2] in _FACTORS else None
+    return _OF_CHANNELS if last.rpartition("_")[2] in _FACTORS else None
 
 
 def site_of_tensor(name: str, shape: tuple[int, ...], axis: int, reason: str | None = None) -> Site:

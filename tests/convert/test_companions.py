@@ -12,6 +12,7 @@ import ifjax
 from ifjax import exchange
 from ifjax.cli import main
 from ifjax.convert import plan, quantize_file
+from ifjax.files import FileError
 
 F8 = np.dtype(ml_dtypes.float8_e4m3fn)
 RNG = np.random.default_rng(0)
@@ -106,3 +107,24 @@ def test_compare_takes_a_folder_and_measures_no_scales(tmp_path, capsys):
     tensors = {t["name"]: t for t in json.loads(capsys.readouterr().out)["tensors"]}
     assert {name for name, t in tensors.items() if t["status"] == "quantized"} == {"other.weight"}
     assert "quantized already" in tensors["up.weight_scale_inv"]["reason"]
+
+
+def test_every_command_reads_an_index_by_one_reader(tmp_path, capsys):
+    """An entry that no shard holds is told by all of them, and a name that no rule is matched with, too."""
+    save_file({"a.weight": floats(32, 64)}, tmp_path / "shard.safetensors")
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.weight": "shard.safetensors", "b.weight": "shard.safetensors"}}))
+    out = str(tmp_path / "out.safetensors")
+    for command in (["compare", "--formats", "nvfp4"], ["inspect"], ["verify"], ["quantize", out], ["dequantize", out],
+                    ["import", out], ["export", out, "--to", "modelopt"]):  # fmt: skip
+        name, *rest = command
+        assert main([name, str(index), *rest]) == 1
+        assert "m.safetensors.index.json and its file shard.safetensors do not agree: the file lacks 'b.weight'" in (
+            capsys.readouterr().err)  # fmt: skip
+    with pytest.raises(FileError, match=r"lacks 'b\.weight'"):
+        exchange.load(index)
+    save_file({"n" * 3000 + ".weight": floats(32, 64)}, tmp_path / "long.safetensors")
+    for command in (["compare", "--formats", "nvfp4"], ["quantize", out]):
+        assert main([command[0], str(tmp_path / "long.safetensors"), *command[1:]]) == 1
+        error = capsys.readouterr().err
+        assert "a path of 3000 characters is matched by no rule" in error and len(error) < 500
