@@ -70,6 +70,10 @@ def add_export(commands) -> None:
         "--refused", choices=("error", "floats"), default="error",
         help="what the tool has no layout for is an error (default), or goes out decoded",
     )  # fmt: skip
+    parser.add_argument(
+        "--common-amax", action="store_true",
+        help="quantize layers that servers multiply as one (query, key, value; gate, up) again with one amax",
+    )  # fmt: skip
     _add_shared(parser)
 
 
@@ -96,7 +100,8 @@ def _import(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     with as_file_error(), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
-        transfer = plan_export(options.source, options.tool, recast=options.recast, refused=options.refused)
+        transfer = plan_export(options.source, options.tool, recast=options.recast, refused=options.refused,
+                               common_amax=options.common_amax)  # fmt: skip
     for warning in told:
         print(f"ifjax: warning: {printable(str(warning.message))}", file=sys.stderr)
     _run(options, transfer)

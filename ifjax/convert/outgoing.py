@@ -15,7 +15,7 @@ from ifjax.convert.folders import without_quantization
 from ifjax.convert.tensors import Tick, float_item, plain_entry, plain_item
 from ifjax.convert.transfer import Transfer
 from ifjax.exchange import blocks, write
-from ifjax.exchange.fused import warn_of_fused
+from ifjax.exchange.fused import fused_amax, warn_of_fused, with_amax
 from ifjax.exchange.layouts import Layout, Size, Spec
 from ifjax.exchange.recast import can_recast
 from ifjax.exchange.recast import recast as recast_tensor
@@ -32,6 +32,7 @@ def plan_export(
     *,
     recast: str | Format | None = None,
     refused: Literal["error", "floats"] = "error",
+    common_amax: bool = False,
 ) -> Transfer:
     """Return how a packed checkpoint goes out in another tool's layout; reads headers only.
 
@@ -41,6 +42,8 @@ def plan_export(
         recast: a format that tensors are recast to, where that is possible code for code: nvfp4 for MXFP4.
         refused: what happens to tensors that the tool has no layout for: an "error" that names them all, or they go out
             decoded, as "floats".
+        common_amax: whether layers that servers multiply as one, and that have several amax, are quantized again with
+            the largest, as by `ifjax.exchange.common_amax`; else a warning tells of them.
 
     Raises:
         FileError: (a ValueError) the source is broken, or holds nothing packed.
@@ -84,7 +87,7 @@ def plan_export(
             continue
         quantized.append((outgoing.layout, outgoing.layer, outgoing.specs))
         entries.append(outgoing.entry(opened))
-        makers.append(outgoing.item)
+        makers.append(outgoing)
         amaxes[new_name] = opened.array(parts["amax"]) if "amax" in (parts := opened.parts(name)) else None
     if faults and (refused == "error" or not quantized):
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
@@ -95,8 +98,17 @@ def plan_export(
     layout = quantized[0][0]
     inputs = {lay.input_factor.part.of(layer) for lay, layer, _ in quantized if lay.input_factor is not None}
     config = write.configuration(quantized, plain, tool, bool(inputs) and inputs <= plain.keys())
-    if target is None:
+    if common_amax and target is not None:
+        raise ValueError("recast= keeps codes, and common_amax= makes new ones: do one after the other")
+    formats = {name.replace("/", "."): (p.fmt, p.blocking.headroom) for name, p in opened.packed.items()}
+    largest = fused_amax(amaxes, formats) if common_amax else {}
+    if target is None and not common_amax:
         warn_of_fused(amaxes)
+    for i, maker in enumerate(makers):
+        if isinstance(maker, _Outgoing):
+            own = dataclasses.replace(maker, amax=largest.get(maker.name.replace("/", ".")))
+            makers[i] = own.item
+            entries[i] = own.entry(opened)
     return Transfer(
         Report(tuple(entries)), sum(entry.nbytes for entry in opened.entries.values()),
         lambda tick: [maker(tick) for maker in makers],
@@ -119,6 +131,7 @@ class _Outgoing:
     layer: str
     size: Size
     target: Format | None  # that it is recast to
+    amax: float | None = None  # that it is quantized again with
 
     @classmethod
     def of(cls, opened: Checkpoint, name: str, new_name: str, tool: str, target: Format | None) -> "_Outgoing":
@@ -156,6 +169,7 @@ class _Outgoing:
         before = sum(opened.entries[stored].nbytes for stored in opened.parts(self.name).values())
         after = sum(slot.nbytes for slot in self.slots)
         note = f"as {self.layout.name}" + (f", recast from {p.fmt.name}" if self.target is not None else "")
+        note += f", quantized again with the common amax {self.amax:g}" if self.amax is not None else ""
         bits = 8 * after / math.prod(p.shape)
         dtype, fmt = p.blocking.dtype.name, self.fmt.name
         return Entry(self.name, None, p.shape, dtype, fmt, None, bits, before, after, note=note)
@@ -210,7 +224,8 @@ class _Outgoing:
                 c, s = (r.bytes(i * n, n).reshape(shape)
                         for r, n, shape in zip((codes, scales), sizes, shapes, strict=True))  # fmt: skip
                 a = None if amax is None else np.float32(amax.reshape(-1)[i if amax.size > 1 else 0])
-                yield QTensor(c, s, a, dataclasses.replace(p.blocking, names=None))  # pyright: ignore
+                q = QTensor(c, s, a, dataclasses.replace(p.blocking, names=None))  # pyright: ignore
+                yield q if self.amax is None or a == np.float32(self.amax) else with_amax(q, self.amax)
 
 
 def _own(q: Any) -> QTensor:

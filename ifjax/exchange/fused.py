@@ -64,16 +64,16 @@ def common_amax(params: Mapping[str, Any], names: Iterable[Iterable[str]] | None
     for group in groups:
         if missing := [name for name in group if name not in packed]:
             raise ValueError(f"{missing} are no QTensors with an amax among the parameters")
-        if len({(packed[name].fmt, packed[name].headroom) for name in group}) > 1:
-            raise ValueError(f"{group} are of several formats, which no one amax serves")
+        _check_one_format(group, {(packed[name].fmt, packed[name].headroom) for name in group})
         amax = max(float(np.max(np.asarray(packed[name].amax))) for name in group)
         for name in group:
             if (np.asarray(packed[name].amax) != amax).any():
-                result[name] = _with_amax(packed[name], amax)
+                result[name] = with_amax(packed[name], amax)
     return result
 
 
-def _with_amax(q: QTensor, amax: float) -> QTensor:
+def with_amax(q: QTensor, amax: float) -> QTensor:
+    """Return q quantized again from its values, with another amax."""
     new = quantize(q.dequantize(jnp.float32), q.fmt, axis=q.axis, block_2d=q.block_2d, amax=jnp.float32(amax))
     return new.replaced(dtype=q.dtype, names=q.names)
 
@@ -88,6 +88,26 @@ def warn_of_fused(amaxes: Mapping[str, Any]) -> None:
             "for all: quantize them with a common amax=, or set one by ifjax.exchange.common_amax",
             stacklevel=4,
         )
+
+
+def fused_amax(amaxes: Mapping[str, Any], formats: Mapping[str, Any]) -> dict[str, float]:
+    """Return the largest amax of their group for layers that servers multiply as one and that have several.
+
+    Raises:
+        ValueError: tensors of several formats in a group.
+    """
+    largest = {}
+    for group in fused_groups(amaxes):
+        if not _agree([amaxes[name] for name in group]):
+            _check_one_format(group, {formats[name] for name in group})
+            amax = max(float(np.max(np.asarray(amaxes[name]))) for name in group)
+            largest |= dict.fromkeys(group, amax)
+    return largest
+
+
+def _check_one_format(group: tuple[str, ...], formats: set[Any]) -> None:
+    if len(formats) > 1:
+        raise ValueError(f"{group} are of several formats, which no one amax serves")
 
 
 def _agree(amaxes: list[Any]) -> bool:
