@@ -475,3 +475,52 @@ def test_no_float_copy_of_the_model_is_ever_in_memory(tmp_path):
     assert packed == layers * (n * n // 2 + n * n // 16 + 4)
     # A float32 copy of the stack would take 128 MiB, one in bfloat16 64 MiB.
     assert grown < 2 * packed + 12 * 2**20, f"{grown / 2**20:.1f} MiB"
+
+
+# --- several hosts ---------------------------------------------------------------------------------------------------
+
+HOSTS = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+import tempfile, numpy as np, ifjax
+from pathlib import Path
+from safetensors.numpy import save_file
+from jax.sharding import NamedSharding, PartitionSpec as P
+from ifjax.files import placed
+
+rng = np.random.default_rng(0)  # each host has the same file
+w = [rng.standard_normal((64, 128), np.float32) * (1 + 9 * (i == 1)) for i in range(2)]
+w[0][3, 5] = 50.0  # the amax lies with one host, and the other one has to know it
+path = Path(tempfile.mkdtemp()) / "m.safetensors"
+save_file({f"l.{i}.w": a for i, a in enumerate(w)}, path)
+expected = ifjax.quantize(np.stack([a.T for a in w]), "nvfp4", axis=-2, amax_axes=(0,))
+mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+read, sizes = placed._Stack.read, []
+
+def counted(self, index):
+    x = read(self, index)
+    sizes.append(x.size)
+    return x
+
+placed._Stack.read = counted
+for spec in (P(None, None, "a"), P(None, "a")):
+    like = jax.eval_shape(lambda: expected)
+    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like,
+                        ifjax.shardings(like, NamedSharding(mesh, spec)))
+    sizes.clear()
+    rule = ifjax.NameRule(r"l\\.(\\d)\\.w", "w", transpose=True, stack=(1,))
+    q = ifjax.load_file(path, like={"w": like}, names=rule)["w"]
+    for leaf, want in ((q.codes, expected.codes), (q.scales, expected.scales), (q.amax, expected.amax)):
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, np.asarray(want)[shard.index])
+    assert sum(sizes) == 2 * 64 * 128 * 2 // 2, sizes  # its half, for the amax and for the codes
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_each_host_reads_its_share(two_processes):
+    for out in two_processes(HOSTS):
+        assert out.strip().endswith("equal")
