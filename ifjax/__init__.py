@@ -1,10 +1,12 @@
 """Adaptive block-scaled number formats for JAX.
 
 Quantize:    quantize, dequantize, fake_quantize, explain_quantize, kernels, QTensor
+Rearrange:   dynamic_slice, dynamic_update_slice, concatenate, stack (QTensor has the methods of arrays)
 Formats:     FORMATS, get_format, learn_format, Format, Candidate, Grid, Scale, TableScale
 Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
 Models:      quantize_params, fake_quantize_params, quantized, trace_products, Site, gptq, trainable_mask, Report
              Rule, default_rules, load_rules, save_rules
+Serve:       PackedCache, pack_cache
 Training:    quantized_dot_general, recipes, ms_eden, training_report, optim
 Flax:        interceptors, calibrate, PackedParam, with_recipes (these import flax when first used)
 Rotate:      hadamard, inverse_hadamard, random_signs
@@ -23,8 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from ifjax.arrays import (
     QTensor,
+    concatenate,
     dequantize,
     device_put,
+    dynamic_slice,
+    dynamic_update_slice,
     explain_quantize,
     fake_quantize,
     gptq,
@@ -32,6 +37,7 @@ from ifjax.arrays import (
     ms_eden,
     quantize,
     shardings,
+    stack,
 )
 from ifjax.files import NameRule, load_file, open_file, save_file
 from ifjax.formats import FORMATS, Candidate, Format, Grid, Scale, TableScale, get_format
@@ -42,6 +48,7 @@ from ifjax.models import (
     default_rules,
     fake_quantize_params,
     load_rules,
+    pack_cache,
     quantize_params,
     quantized,
     save_rules,
@@ -50,7 +57,7 @@ from ifjax.models import (
     training_report,
 )
 from ifjax.numerics import hadamard, inverse_hadamard, kernels, random_signs
-from ifjax.products import Prepacked, dot_general, einsum, explain_matmul, matmul, prepack, ragged_dot
+from ifjax.products import PackedCache, Prepacked, dot_general, einsum, explain_matmul, matmul, prepack, ragged_dot
 from ifjax.training import quantized_dot_general
 from ifjax.version import __version__
 
@@ -72,6 +79,7 @@ __all__ = [
     "Format",
     "Grid",
     "NameRule",
+    "PackedCache",
     "PackedParam",
     "Prepacked",
     "QTensor",
@@ -84,11 +92,14 @@ __all__ = [
     "analysis",
     "calibrate",
     "checkpoint",
+    "concatenate",
     "convert",
     "default_rules",
     "dequantize",
     "device_put",
     "dot_general",
+    "dynamic_slice",
+    "dynamic_update_slice",
     "einsum",
     "exchange",
     "explain_matmul",
@@ -109,6 +120,7 @@ __all__ = [
     "ms_eden",
     "open_file",
     "optim",
+    "pack_cache",
     "plots",
     "prepack",
     "quantize",
@@ -121,6 +133,7 @@ __all__ = [
     "save_file",
     "save_rules",
     "shardings",
+    "stack",
     "trace_products",
     "trainable_mask",
     "training_report",

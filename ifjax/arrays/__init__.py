@@ -8,8 +8,10 @@ from ifjax.arrays.ms_eden import ms_eden
 from ifjax.arrays.qtensor import QTensor, dequantize
 from ifjax.arrays.quantize import fake_quantize, quantize
 from ifjax.arrays.sharding import device_put, shardings
+from ifjax.arrays.updates import concatenate, dynamic_slice, dynamic_update_slice, stack
 
 __all__ = [
-    "DTYPES", "ENCODERS", "Blocking", "Encoder", "Explanation", "QTensor", "dequantize", "device_put",
-    "explain_quantize", "fake_quantize", "gptq", "learn_format", "ms_eden", "packed_shapes", "quantize", "shardings",
+    "DTYPES", "ENCODERS", "Blocking", "Encoder", "Explanation", "QTensor", "concatenate", "dequantize", "device_put",
+    "dynamic_slice", "dynamic_update_slice", "explain_quantize", "fake_quantize", "gptq", "learn_format", "ms_eden",
+    "packed_shapes", "quantize", "shardings", "stack",
 ]  # fmt: skip

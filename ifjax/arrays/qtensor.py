@@ -13,7 +13,7 @@ from jax import export, lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
-from ifjax.arrays import indexing
+from ifjax.arrays import indexing, shaping
 from ifjax.arrays.blocking import DTYPES, Blocking, packed_shapes, with_length
 from ifjax.arrays.encoders import decode_by_kernel, encoder_for, refusal_to_decode, work_of
 from ifjax.arrays.flax_box import FlaxBox, introduce_to_flax
@@ -172,6 +172,47 @@ class QTensor(FlaxBox):
     def __getitem__(self, index: Any) -> "QTensor":
         """Integers, slices and at most one integer array or traced integer (see `take`), along unblocked axes."""
         return indexing.index(self, index)
+
+    @property
+    def at(self) -> Any:
+        """`q.at[index].set(x)`: q with other values at an index along unblocked axes, as by `jax.Array.at`.
+
+        x is quantized as q is, and entries with amax values of their own (`amax_axes`) get new ones. An amax that
+        entries share which stay is kept only where `set(x, keep_amax=True)` says so.
+
+        Raises:
+            ValueError: the index is along a blocked axis, or the amax cannot be that of old and new values.
+        """
+        from ifjax.arrays.updates import At
+
+        return At(self)
+
+    def transpose(self, *axes: Any) -> "QTensor":
+        """The axes in another order, reversed unless given; blocks lie along the same one, wherever it is then.
+
+        Raises:
+            ValueError: the axes are not q's; the last two of 2-D blocks would move (see `mT`).
+        """
+        given = axes[0] if len(axes) == 1 and not hasattr(axes[0], "__index__") else axes or None
+        return shaping.transposed(self, given)
+
+    def swapaxes(self, axis1: int, axis2: int) -> "QTensor":
+        """Two axes exchanged. See `transpose`."""
+        axes = list(range(self.ndim))
+        axes[axis1], axes[axis2] = axes[axis2], axes[axis1]
+        return shaping.transposed(self, axes)
+
+    def moveaxis(self, source: int, destination: int) -> "QTensor":
+        """One axis in another place. See `transpose`."""
+        return shaping.moved_axis(self, source, destination)
+
+    def reshape(self, *shape: Any) -> "QTensor":
+        """Another shape, in which the blocked axis is one of its own; one length may be -1.
+
+        Raises:
+            ValueError: the blocked axis would be torn or joined to another, or the shape has other values.
+        """
+        return shaping.reshape(self, shape[0] if len(shape) == 1 and not hasattr(shape[0], "__index__") else shape)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ifjax.arrays.shaping import reshape_groups
+
 # One operand in, the same values out, in the same places.
 ALIKE = {
     "convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint", "reshard", "mesh_cast",
@@ -54,32 +56,6 @@ def _reshaped(old: tuple[int, ...], new: tuple[int, ...]) -> Axes | None:
         for j in after:
             sources[j] = before
     return Axes(tuple(sources))
-
-
-def reshape_groups(
-    old: Sequence[int], new: Sequence[int]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
-    """The least groups of neighbouring axes that a reshape makes of each other; None for empty arrays."""
-    if 0 in (*old, *new):
-        return None
-    groups, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        if i < len(old) and old[i] == 1 and (j == len(new) or new[j] != 1):
-            groups.append(((i,), ()))
-            i += 1
-        elif j < len(new) and new[j] == 1 and (i == len(old) or old[i] != 1):
-            groups.append(((), (j,)))
-            j += 1
-        else:
-            first, second, before, after = i, j, old[i], new[j]
-            i, j = i + 1, j + 1
-            while before != after:
-                if before < after:
-                    before, i = before * old[i], i + 1
-                else:
-                    after, j = after * new[j], j + 1
-            groups.append((tuple(range(first, i)), tuple(range(second, j))))
-    return groups
 
 
 def inner_jaxpr(eqn: Any) -> Any:

@@ -41,9 +41,11 @@ def quantized(
 
     fn is traced, as by jax.jit, and its program runs again with other products. Packed parameters stay packed on their
     way through transposes, reshapes, slices, casts, loops and calls to the products that read them, and are decoded
-    where anything else reads them. Parameters that are floats are quantized on the fly where a rule says so, which
-    gives the same values, slowly, and has no gradient for them. Activations are rounded on their way into a product
-    where the rule has an `act_fmt`, with a straight-through gradient. With recipes every product of a parameter trains
+    where anything else reads them. Packed arguments that are no parameters, such as a cache of keys and values
+    (`ifjax.pack_cache`), are written by the program's updates and come back packed. Parameters that are floats are
+    quantized on the fly where a rule says so, which gives the same values, slowly, and has no gradient for them.
+    Activations are rounded on their way into a product where the rule has an `act_fmt`, with a straight-through
+    gradient. With recipes every product of a parameter trains
     by its rule's: forward and backward, in scans too. What the rules leave alone stays as it is, equation by equation.
 
     Works under jit, grad, vmap, scan, remat and shard_map, before or after them. Wrap the loss rather than its
@@ -190,7 +192,7 @@ class _Program:
             self._decide(i, value, site, decide(rules, site), trains)
         for i, value in enumerate(call.arrays):
             if isinstance(value, QTensor) and self.hows[i] is None:
-                self.hows[i] = How()
+                self.hows[i] = How(is_state=i not in call.parameters.values())
         if rules and call.parameters:
             _check(rules, sites, walk)
         # That was traced already: attention multiplies operands as the rules say.
@@ -240,7 +242,7 @@ class _Program:
                 value = quantize(kernel, decision.weights, axis=decision.axis, amax_axes=decision.amax_axes)
             values.append(value if how is None else Weight.of(value, how))
         outs = self.rewriter.run(_Open(self.closed.jaxpr, consts), values, key)
-        return [out.array() if isinstance(out, Weight) else out for out in outs]
+        return [out.result() if isinstance(out, Weight) else out for out in outs]
 
 
 class _Open(NamedTuple):

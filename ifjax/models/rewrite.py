@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ifjax.arrays import QTensor
+from ifjax.arrays import QTensor, dynamic_slice, dynamic_update_slice
+from ifjax.arrays.shaping import reshape_groups, reshaped
 from ifjax.arrays.sharding import partition_specs
 from ifjax.codec import Encoding
 from ifjax.models import packed
@@ -27,7 +28,6 @@ from ifjax.models.equations import (
     is_literal,
     is_lookup,
     rearranged,
-    reshape_groups,
 )
 from ifjax.products import dot_general, ragged_dot
 from ifjax.training import Recipe, quantized_conv, quantized_dot_general, quantized_ragged_dot
@@ -41,12 +41,14 @@ class How(NamedTuple):
         act_amax: as in `Rule`.
         recipe: by which the product is trained.
         name: of the activations, where they are calibrated by name.
+        is_state: whether the program writes into it and gives it back packed: a cache.
     """
 
     activations: Encoding | None = None
     act_amax: str = "tensor"
     recipe: Recipe | None = None
     name: str = ""
+    is_state: bool = False
 
 
 @functools.partial(
@@ -91,6 +93,13 @@ class Weight:
             return self.value
         array = lax.stop_gradient(self.value.dequantize(self.dtype))
         return jnp.transpose(array, [a for a in self.axes if a is not None]).reshape(self.shape)
+
+    def result(self) -> Any:
+        """What a program gives for it: a state as a QTensor, other weights as arrays."""
+        if not (self.is_packed and self.how.is_state):
+            return self.array()
+        q = self.value.transpose([a for a in self.axes if a is not None]).reshape(self.shape)
+        return q if self.dtype == q.dtype else q.astype(self.dtype)
 
     def moved(self, value: Any, axes: Sequence[int | None]) -> "Weight":
         """Another QTensor, with these axes."""
@@ -226,6 +235,50 @@ class Rewriter:
         weight = w.value.astype(w.dtype) if in_place else w.array()
         return [ragged_dot(x, weight, sizes[0], **rest)]
 
+    # --- states ---
+
+    def _dynamic_update_slice(self, eqn, ins, key):
+        w, x, *starts = ins
+        if not isinstance(w, Weight) or not w.is_packed or None in w.axes:
+            return self._as_it_is(eqn, ins)
+        own = np.argsort(np.asarray(w.axes)).tolist()
+        return self._written(
+            eqn, ins, lambda q: dynamic_update_slice(q, jnp.transpose(_array(x), own), [starts[i] for i in own])
+        )
+
+    def _scatter(self, eqn, ins, key):
+        w, indices, x = ins
+        dims, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+        axes = dims.scatter_dims_to_operand_dims
+        plain = isinstance(w, Weight) and w.is_packed and w.axes == tuple(range(len(shape)))
+        plain = plain and axes == dims.inserted_window_dims and not dims.operand_batching_dims
+        if not plain or list(axes) != list(range(axes[0], axes[0] + len(axes))):
+            return self._as_it_is(eqn, ins)
+        windows = [i for i in range(len(shape)) if i not in axes]
+        if [x.shape[i] for i in dims.update_window_dims] != [shape[i] for i in windows]:
+            return self._as_it_is(eqn, ins)
+        # Index arrays put their axes in the place of the first.
+        lead = [i for i in range(x.ndim) if i not in dims.update_window_dims]
+        order = [*dims.update_window_dims[: axes[0]], *lead, *dims.update_window_dims[axes[0] :]]
+        index: list[Any] = [slice(None)] * len(shape)
+        for j, axis in enumerate(axes):
+            entry = indices[..., j]
+            clips = "CLIP" in str(eqn.params["mode"])
+            # Negative numbers are out of range here, and count from the end in q.at.
+            index[axis] = jnp.clip(entry, 0, shape[axis] - 1) if clips else jnp.where(entry < 0, shape[axis], entry)
+        return self._written(eqn, ins, lambda q: q.at[tuple(index)].set(jnp.transpose(_array(x), order)))
+
+    def _written(self, eqn, ins, write: Callable[[QTensor], QTensor]) -> list[Any]:
+        """A packed value with others written into it. It is a state from there on."""
+        w = ins[0]
+        try:
+            q = write(w.value)
+        except ValueError:
+            if w.how.is_state:
+                raise
+            return self._as_it_is(eqn, ins)  # a parameter
+        return [dataclasses.replace(w, value=q, how=w.how._replace(is_state=True))]
+
     # --- programs inside ---
 
     def _jit(self, eqn, ins, key):
@@ -243,7 +296,7 @@ class Rewriter:
     def _remat(self, eqn, ins, key):
         program, params = inner_jaxpr(eqn), eqn.params
         body = jax.checkpoint(
-            lambda values, key: [_array(out) for out in self.run(program, values, key)],
+            lambda values, key: [_settled(out) for out in self.run(program, values, key)],
             policy=params["policy"], prevent_cse=params["prevent_cse"],
         )  # fmt: skip
         return body(ins, key)
@@ -294,16 +347,16 @@ class Rewriter:
             own = None if key is None else jax.random.fold_in(key, count)
             own_layers = [put(x) for (_, put), x in zip(stacked, xs, strict=True)]
             values = [*consts, *_merged(fixed, carry, moving), *own_layers]
-            outs = [_array(out) for out in self.run(body, values, own)]
+            outs = [_settled(out) for out in self.run(body, values, own)]
             moving = [out for out, same in zip(outs[: len(carry)], fixed, strict=True) if not same]
             return (None if key is None else count + 1, moving), outs[len(carry) :]
 
-        start = [_array(value) for value, same in zip(carry, fixed, strict=True) if not same]
+        start = [_settled(value) for value, same in zip(carry, fixed, strict=True) if not same]
         options = {k: params[k] for k in ("length", "reverse", "unroll", "_split_transpose") if k in params}
         (_, end), ys = lax.scan(
             step, (None if key is None else jnp.int32(0), start), [xs for xs, _ in stacked], **options
         )
-        return [*_merged(fixed, carry, end), *ys]
+        return [*_merged(fixed, carry, end), *map(_restacked, ys)]
 
     def _while(self, eqn, ins, key):
         params = eqn.params
@@ -319,16 +372,16 @@ class Rewriter:
             count, moving = state
             own = None if key is None else jax.random.fold_in(key, count)
             outs = self.run(body, [*ins[a:b], *_merged(fixed, carry, moving)], own)
-            moving = [_array(out) for out, same in zip(outs, fixed, strict=True) if not same]
+            moving = [_settled(out) for out, same in zip(outs, fixed, strict=True) if not same]
             return None if key is None else count + 1, moving
 
-        start = [_array(value) for value, same in zip(carry, fixed, strict=True) if not same]
+        start = [_settled(value) for value, same in zip(carry, fixed, strict=True) if not same]
         _, end = lax.while_loop(test, step, (None if key is None else jnp.int32(0), start))
         return _merged(fixed, carry, end)
 
     def _cond(self, eqn, ins, key):
         def branch(program):
-            return lambda values: [_array(out) for out in self.run(program, values, key)]
+            return lambda values: [_settled(out) for out in self.run(program, values, key)]
 
         index, values = _array(ins[0]), list(ins[1:])
         return lax.switch(index, [branch(program) for program in eqn.params["branches"]], values)
@@ -351,11 +404,25 @@ _HANDLERS = {
     "remat2": Rewriter._remat, "checkpoint": Rewriter._remat, "remat": Rewriter._remat,
     "custom_jvp_call": Rewriter._custom, "custom_vjp_call": Rewriter._custom, "scan": Rewriter._scan,
     "while": Rewriter._while, "cond": Rewriter._cond, "shard_map": Rewriter._shard_map,
+    "dynamic_update_slice": Rewriter._dynamic_update_slice, "scatter": Rewriter._scatter,
 }  # fmt: skip
 
 
 def _array(value: Any) -> Any:
     return value.array() if isinstance(value, Weight) else value
+
+
+def _settled(value: Any) -> Any:
+    """What leaves a program inside: a packed state as it is, anything else as an array."""
+    keeps = isinstance(value, Weight) and value.is_packed and value.how.is_state
+    return value if keeps else _array(value)
+
+
+def _restacked(value: Any) -> Any:
+    """What a scan has stacked."""
+    if not isinstance(value, Weight):
+        return value
+    return value.moved(value.value, [0, *(None if a is None else a + 1 for a in value.axes)])
 
 
 def _draws(ins: Sequence[Any]) -> bool:
@@ -511,7 +578,7 @@ def _reshaped(w: Weight, shape: tuple[int, ...]) -> list[Any] | None:
         return [w.moved(w.value, axes)]
     if w.axes != tuple(range(w.value.ndim)):
         return None
-    q = packed.reshaped(w.value, groups, shape)
+    q = reshaped(w.value, shape)
     return None if q is None else [w.moved(q, range(q.ndim))]
 
 
@@ -533,15 +600,14 @@ def _cut(w: Weight, name: str, params: Any, starts: Sequence[Any]) -> list[Any] 
         cuts = [list(zip(starts, params["slice_sizes"], strict=True))]
     out = []
     for cut in cuts:
-        q = w.value
-        for i, (start, size) in enumerate(cut):
-            axis = w.axes[i]
-            if size == shape[i]:
+        starts, sizes = [0] * w.value.ndim, list(w.value.shape)
+        for axis, (start, size), whole in zip(w.axes, cut, shape, strict=True):
+            if size == whole:
                 continue
-            if axis is None or packed.is_blocked(q, axis):
+            if axis is None or packed.is_blocked(w.value, axis):
                 return None
-            q = packed.sliced(q, axis, start, size)
-        out.append(w.moved(q, w.axes))
+            starts[axis], sizes[axis] = start, size
+        out.append(w.moved(dynamic_slice(w.value, starts, sizes), w.axes))
     return out
 
 
