@@ -5,15 +5,15 @@ Rearrange:   dynamic_slice, dynamic_update_slice, concatenate, stack (QTensor ha
 Formats:     FORMATS, get_format, learn_format, Format, Candidate, Grid, Scale, TableScale
 Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
 Models:      quantize_params, fake_quantize_params, quantized, trace_products, Site, gptq, trainable_mask, Report
-             Rule, default_rules, load_rules, save_rules
+             plan_formats, FormatPlan, Rule, default_rules, load_rules, save_rules
 Serve:       PackedCache, pack_cache
-Training:    quantized_dot_general, recipes, ms_eden, training_report, optim
+Training:    quantized_dot_general, recipes, ms_eden, training_report, optim, lora, partition, combine
 Flax:        interceptors, calibrate, PackedParam, with_recipes (these import flax when first used)
 Rotate:      hadamard, inverse_hadamard, random_signs
 Place:       device_put, shardings
 Store:       save_file, load_file, open_file (safetensors), convert (file to file), checkpoint (Orbax, too)
 Exchange:    exchange (other tools' layouts)
-Look:        analysis (errors), plots (imports matplotlib)
+Look:        analysis (errors), evaluate (a model beside its packed twin), plots (imports matplotlib)
 Hardware:    mac (IF4 and NVFP4 multiply-accumulate units)
 
 The rooms that these come from, bottom to top: numerics, formats, codec, arrays, products, training, models, files,
@@ -42,13 +42,17 @@ from ifjax.arrays import (
 from ifjax.files import NameRule, load_file, open_file, save_file
 from ifjax.formats import FORMATS, Candidate, Format, Grid, Scale, TableScale, get_format
 from ifjax.models import (
+    FormatPlan,
     Report,
     Rule,
     Site,
+    combine,
     default_rules,
     fake_quantize_params,
     load_rules,
     pack_cache,
+    partition,
+    plan_formats,
     quantize_params,
     quantized,
     save_rules,
@@ -66,7 +70,8 @@ if TYPE_CHECKING:
     from ifjax import measure as analysis
     from ifjax import training as recipes
     from ifjax.files import checkpoint
-    from ifjax.measure import mac, plots
+    from ifjax.measure import evaluate, mac, plots
+    from ifjax.models import lora
     from ifjax.models.flax import interceptors
     from ifjax.models.flax.calibration import Calibration, calibrate
     from ifjax.models.flax.nnx import PackedParam, with_recipes
@@ -77,6 +82,7 @@ __all__ = [
     "Calibration",
     "Candidate",
     "Format",
+    "FormatPlan",
     "Grid",
     "NameRule",
     "PackedCache",
@@ -92,6 +98,7 @@ __all__ = [
     "analysis",
     "calibrate",
     "checkpoint",
+    "combine",
     "concatenate",
     "convert",
     "default_rules",
@@ -101,6 +108,7 @@ __all__ = [
     "dynamic_slice",
     "dynamic_update_slice",
     "einsum",
+    "evaluate",
     "exchange",
     "explain_matmul",
     "explain_quantize",
@@ -115,12 +123,15 @@ __all__ = [
     "learn_format",
     "load_file",
     "load_rules",
+    "lora",
     "mac",
     "matmul",
     "ms_eden",
     "open_file",
     "optim",
     "pack_cache",
+    "partition",
+    "plan_formats",
     "plots",
     "prepack",
     "quantize",
@@ -147,6 +158,7 @@ _LAZY_MODULES = {
     "convert": ("ifjax.convert", None),
     "exchange": ("ifjax.exchange", None),
     "interceptors": ("ifjax.models.flax.interceptors", "flax"),
+    "lora": ("ifjax.models.lora", None),
     "mac": ("ifjax.measure.mac", None),
     "optim": ("ifjax.training.optim", "flax"),
     "plots": ("ifjax.measure.plots", None),
@@ -156,6 +168,7 @@ _LAZY_NAMES = {
     "Calibration": "ifjax.models.flax.calibration",
     "PackedParam": "ifjax.models.flax.nnx",
     "calibrate": "ifjax.models.flax.calibration",
+    "evaluate": "ifjax.measure.evaluation",
     "with_recipes": "ifjax.models.flax.nnx",
 }
 

@@ -99,10 +99,8 @@ def dynamic_update_slice(
     how = Encoding.of(q.fmt, loss=loss, search=search, rounding=rounding, block_2d=q.block_2d)
     new = _encoded(q, x, how, q.axis, own, amax if kept is None else kept, partial, keep_amax, key)
     if amax is not None and not keep_amax:
-        amax = new.amax if not amax.ndim else lax.dynamic_update_slice(
-            amax, jnp.broadcast_to(new.amax.reshape(new.amax.shape + (1,) * (amax.ndim - new.amax.ndim)), cut[1]),
-            cut[0],
-        )  # fmt: skip
+        values = _with_ndim(new.amax, amax.ndim)
+        amax = lax.dynamic_update_slice(amax, jnp.broadcast_to(values, cut[1]), cut[0]) if amax.ndim else values
     codes = lax.dynamic_update_slice(q.codes, new.codes, place.codes)
     scales = lax.dynamic_update_slice(q.scales, new.scales, place.scales)
     return q.replaced(codes=codes, scales=scales, amax=amax)
@@ -213,8 +211,8 @@ class At:
         if amax is not None and not keep_amax:
             entries = tuple(index[a] if a in own else slice(None) for a in range(amax.ndim))
             shape = jax.eval_shape(lambda a: a[entries], amax).shape
-            values = new.amax.reshape(new.amax.shape + (1,) * (len(shape) - new.amax.ndim))
-            amax = new.amax if not amax.ndim else amax.at[entries].set(values)
+            values = _with_ndim(new.amax, len(shape))
+            amax = amax.at[entries].set(values) if amax.ndim else values
         codes, scales = q.codes.at[index].set(new.codes), q.scales.at[index].set(new.scales)
         return q.replaced(codes=codes, scales=scales, amax=amax)
 
@@ -319,6 +317,10 @@ def _encoded(q, x, how, axis, own, amax, partial, keep_amax, key) -> QTensor:
         return quantize(x, how, axis=axis, key=key, amax_axes=own)
     amax = amax.reshape(amax.shape[: max(own, default=-1) + 1])
     return quantize(x, how, axis=axis, key=key, amax_axes=own, amax=amax)
+
+
+def _with_ndim(amax: Any, ndim: int) -> jax.Array:
+    return amax.reshape(amax.shape + (1,) * (ndim - amax.ndim))
 
 
 def _full_index(q: QTensor, entries: Any) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from ifjax.arrays import QTensor, quantize
 from ifjax.formats import Format
 from ifjax.models.activations import without_gradient
+from ifjax.models.adapters import Adapted
 from ifjax.models.arguments import is_array
 from ifjax.models.decisions import Decision, decide
 from ifjax.models.leaves import abstract, is_leaf, is_parameter, raw_value, with_value
@@ -51,6 +52,9 @@ def quantized(
     Works under jit, grad, vmap, scan, remat and shard_map, before or after them. Wrap the loss rather than its
     gradient: the rules are about products of the forward pass. Variables of NNX modules among the arguments that fn
     changes are changed.
+
+    A recipe over a packed parameter multiplies by it as it is, and quantizes what it is multiplied with: for training
+    what stands beside it, as LoRA's adapters do (`ifjax.lora`).
 
     Args:
         fn: any function, or a module of Equinox or NNX, which is a function of its own parameters.
@@ -160,14 +164,15 @@ class Quantized:
             [leaves[i].get_raw_value() for i in changed], _Static(info)
 
     def _program(self, call: "_Call") -> "_Program":
-        shapes = [abstract(a) if isinstance(a, QTensor) else a for a in call.arrays]
+        shapes = [abstract(a) if isinstance(a, QTensor | Adapted) else a for a in call.arrays]
         traced = self._tracing.trace(call.spec, shapes)
         closed = traced.jaxpr
         info = traced.out_info[2].value
         if len(closed.jaxpr.invars) != len(shapes):  # it has closed over values of a transformation around
             closed, out = jax.make_jaxpr(functools.partial(self._traced, call.spec), return_shape=True)(shapes)
             info = out[2].value
-        identity = id(closed), tuple(a.blocking if isinstance(a, QTensor) else None for a in call.arrays)
+        kinds = tuple(jax.tree.structure(a) if isinstance(a, QTensor | Adapted) else None for a in call.arrays)
+        identity = id(closed), kinds
         if identity not in self._programs:
             self._programs[identity] = _Program(self, closed, info, call)
         return self._programs[identity]
@@ -186,12 +191,12 @@ class _Program:
         sites = []
         for path, i in call.parameters.items():
             value, site = call.arrays[i], walk.sites[path]
-            site = site._replace(packed=isinstance(value, QTensor))
+            site = site._replace(packed=_is_packed(value))
             site = site.in_training() if trains else site
             sites.append(site)
             self._decide(i, value, site, decide(rules, site), trains)
         for i, value in enumerate(call.arrays):
-            if isinstance(value, QTensor) and self.hows[i] is None:
+            if isinstance(value, QTensor | Adapted) and self.hows[i] is None:
                 self.hows[i] = How(is_state=i not in call.parameters.values())
         if rules and call.parameters:
             _check(rules, sites, walk)
@@ -207,10 +212,8 @@ class _Program:
         return self.attends or any(how is not None for how in self.hows)
 
     def _decide(self, i: int, value: Any, site: Site, decision: Decision, trains: bool) -> None:
-        rule, packed = decision.rule, isinstance(value, QTensor)
+        rule, packed = decision.rule, _is_packed(value)
         if trains:
-            if packed and rule is not None and rule.recipe is not None and site.axes:
-                raise ValueError(f"{site.path!r} is packed, and training needs floats: exclude it by Rule(path, None)")
             if decision.recipe is not None:
                 self.hows[i] = How(recipe=decision.recipe)
             return
@@ -235,6 +238,8 @@ class _Program:
     def _run(self, consts: list[Any], arrays: list[Any], key: Any) -> list[Any]:
         values = []
         for i, (value, how) in enumerate(zip(arrays, self.hows, strict=True)):
+            if isinstance(value, Adapted) and not _is_packed(value):
+                value = value.dequantize()
             if i in self.weights:
                 site, decision = self.weights[i]
                 assert decision.weights is not None and decision.axis is not None
@@ -243,6 +248,10 @@ class _Program:
             values.append(value if how is None else Weight.of(value, how))
         outs = self.rewriter.run(_Open(self.closed.jaxpr, consts), values, key)
         return [out.result() if isinstance(out, Weight) else out for out in outs]
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value.base if isinstance(value, Adapted) else value, QTensor)
 
 
 class _Open(NamedTuple):

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 
 from ifjax.arrays import QTensor
+from ifjax.models.adapters import Adapted
 
 
 def is_leaf(leaf):
-    return hasattr(leaf, "unbox") or hasattr(leaf, "get_raw_value")
+    return hasattr(leaf, "unbox") or hasattr(leaf, "get_raw_value") or isinstance(leaf, Adapted)
 
 
 def is_parameter(leaf):
@@ -33,7 +34,7 @@ def value_of(leaf):
 
 def raw_value(leaf: Any) -> Any:
     """What is in a box or variable: an array, a QTensor, a key."""
-    if isinstance(leaf, QTensor):
+    if isinstance(leaf, QTensor | Adapted):
         return leaf
     return leaf.get_raw_value() if hasattr(leaf, "get_raw_value") else leaf.unbox() if hasattr(leaf, "unbox") else leaf
 

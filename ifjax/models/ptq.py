@@ -124,7 +124,7 @@ def training_report(
     if model is None:
         raise TypeError("training_report needs model=: it says where the parameters are multiplied by")
     inner, _ = split_collection(params)
-    walk = _walk(model, params, sample, method)
+    walk = walk_model(model, params, sample, method)
     leaves, _ = jax.tree_util.tree_flatten_with_path(inner, is_leaf=is_leaf)
     found = [p.decided(rules, p.site.in_training()) for p in _parameters(leaves, rules, walk)]
     if found:
@@ -169,7 +169,7 @@ class _Parameter(NamedTuple):
 def _quantize(params, rules, model, sample, method, calibration, *, fake):
     rules = as_rules(rules)
     inner, put_back = split_collection(params)
-    walk = _walk(model, params, sample, method)
+    walk = walk_model(model, params, sample, method)
     leaves, structure = jax.tree_util.tree_flatten_with_path(inner, is_leaf=is_leaf)
     found = _parameters(leaves, rules, walk)
     if found:
@@ -236,7 +236,8 @@ def _products(rules, walk) -> Iterable[Entry]:
         )  # fmt: skip
 
 
-def _walk(model, params, sample, method) -> Walk | None:
+def walk_model(model: Any, params: Any, sample: Any, method: Any) -> Walk | None:
+    """The sites of a model's parameters; None without a model."""
     if model is None:
         if sample is not None:
             raise TypeError("sample= is for the model that it is an input of: pass model=, too")

@@ -20,6 +20,7 @@ from ifjax.arrays.sharding import partition_specs
 from ifjax.codec import Encoding
 from ifjax.models import packed
 from ifjax.models.activations import multiplied, quantized_activation, rounded, static_amax
+from ifjax.models.adapters import Adapted, Adapter
 from ifjax.models.equations import (
     ALIKE,
     ELEMENTWISE,
@@ -52,7 +53,7 @@ class How(NamedTuple):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["how", "axes", "dtype"]
+    jax.tree_util.register_dataclass, data_fields=["value", "adapter"], meta_fields=["how", "axes", "dtype"]
 )
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -63,16 +64,20 @@ class Weight:
         how: its products go.
         axes: of a QTensor, which of its axes each axis of the value is; None for one of length 1 that is new.
         dtype: of the value.
+        adapter: of a QTensor, what is added to it.
     """
 
     value: Any
     how: How
     axes: tuple[int | None, ...] = ()
     dtype: Any = None
+    adapter: Adapter | None = None
 
     @classmethod
     def of(cls, value: Any, how: How) -> "Weight":
         """A parameter as it enters the program."""
+        if isinstance(value, Adapted):
+            return dataclasses.replace(cls.of(value.base, how), adapter=value.adapter)
         return cls(value, how, tuple(range(value.ndim)) if isinstance(value, QTensor) else (), np.dtype(value.dtype))
 
     @property
@@ -92,7 +97,13 @@ class Weight:
         if not self.is_packed:
             return self.value
         array = lax.stop_gradient(self.value.dequantize(self.dtype))
+        if self.adapter is not None:
+            array = array + self.adapter.update(array.shape, array.dtype)
         return jnp.transpose(array, [a for a in self.axes if a is not None]).reshape(self.shape)
+
+    def plain(self) -> "Weight":
+        """The weight as an array, if it has an adapter."""
+        return self if self.adapter is None else Weight.of(self.array(), self.how)
 
     def result(self) -> Any:
         """What a program gives for it: a state as a QTensor, other weights as arrays."""
@@ -182,12 +193,23 @@ class Rewriter:
             "precision": params["precision"], "preferred_element_type": out.dtype,
             "out_sharding": params.get("out_sharding"),
         }  # fmt: skip
-        if w.how.recipe is not None:
+        if w.adapter is not None:
+            base = dataclasses.replace(w, adapter=None)
+            (y,) = self._dot_general(eqn, [x, base] if side else [base, x], key)
+            return [y + _adapted(w, x, dims, side, y.shape).astype(y.dtype)]
+        recipe = w.how.recipe
+        if recipe is not None and w.is_packed:
+            recipe = recipe.over_packed()
+        if recipe is not None and (recipe.is_quantized or not w.is_packed):
             sharding = rest.pop("out_sharding")
-            y = quantized_dot_general(
-                x, w.array(), ((x_contracted, w_contracted), (x_batch, w_batch)), w.how.recipe, key,
-                out_sharding=sharding if side else None, **rest,
-            )  # fmt: skip
+
+            def trained(x, w, key):
+                numbers = (x_contracted, w_contracted), (x_batch, w_batch)
+                placed = sharding if side else None
+                return quantized_dot_general(x, w.array(), numbers, recipe, key, out_sharding=placed, **rest)
+
+            # The backward pass decodes packed weights again, so that they are not kept decoded until then.
+            y = (jax.checkpoint(trained) if w.is_packed else trained)(x, w, key)
             return [y if side else _swapped(y, len(x_batch), x.ndim - len(x_contracted) - len(x_batch), sharding)]
         # In the weight's order: blocks of both lie along the same one.
         own = [(w.axes[a] if w.is_packed else a, b) for a, b in zip(w_contracted, x_contracted, strict=True)]
@@ -210,6 +232,8 @@ class Rewriter:
         if not isinstance(w, Weight):
             return self._as_it_is(eqn, ins)
         x, how = _array(x), w.how
+        if w.is_packed and how.recipe is not None:
+            how = how._replace(recipe=how.recipe.over_packed())
         if how.recipe is not None:
             params = {k: v for k, v in eqn.params.items() if k not in ("preferred_element_type", "precision")}
             y = quantized_conv(x, w.array(), how.recipe, key, precision=eqn.params["precision"], **params)
@@ -228,10 +252,12 @@ class Rewriter:
             return self._as_it_is(eqn, ins)
         x, how = _array(x), w.how
         rest = {"precision": eqn.params["precision"], "preferred_element_type": eqn.outvars[0].aval.dtype}
+        if w.is_packed and how.recipe is not None:
+            how = how._replace(recipe=how.recipe.over_packed())
         if how.recipe is not None:
             return [quantized_ragged_dot(x, w.array(), sizes[0], how.recipe, key, **rest)]
         x = rounded(x, self._activation(how, x, (-1,)))
-        in_place = w.is_packed and w.axes == (0, 1, 2)
+        in_place = w.is_packed and w.axes == (0, 1, 2) and w.adapter is None
         weight = w.value.astype(w.dtype) if in_place else w.array()
         return [ragged_dot(x, weight, sizes[0], **rest)]
 
@@ -239,7 +265,7 @@ class Rewriter:
 
     def _dynamic_update_slice(self, eqn, ins, key):
         w, x, *starts = ins
-        if not isinstance(w, Weight) or not w.is_packed or None in w.axes:
+        if not isinstance(w, Weight) or not w.is_packed or None in w.axes or w.adapter is not None:
             return self._as_it_is(eqn, ins)
         own = np.argsort(np.asarray(w.axes)).tolist()
         return self._written(
@@ -250,7 +276,7 @@ class Rewriter:
         w, indices, x = ins
         dims, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
         axes = dims.scatter_dims_to_operand_dims
-        plain = isinstance(w, Weight) and w.is_packed and w.axes == tuple(range(len(shape)))
+        plain = isinstance(w, Weight) and w.is_packed and w.axes == tuple(range(len(shape))) and w.adapter is None
         plain = plain and axes == dims.inserted_window_dims and not dims.operand_batching_dims
         if not plain or list(axes) != list(range(axes[0], axes[0] + len(axes))):
             return self._as_it_is(eqn, ins)
@@ -302,7 +328,11 @@ class Rewriter:
         return body(ins, key)
 
     def _custom(self, eqn, ins, key):
-        """Packed weights are multiplied inside; derivatives are those of the function, of decoded weights."""
+        """Packed weights are multiplied inside; derivatives are those of the function, of decoded weights.
+
+        Those with adapters enter as arrays, so that the function's derivatives reach the adapters.
+        """
+        ins = [value.plain() if isinstance(value, Weight) else value for value in ins]
         if not any(isinstance(value, Weight) and value.is_packed for value in ins):
             return self._as_it_is(eqn, ins)
         program = inner_jaxpr(eqn)
@@ -464,6 +494,22 @@ def _swapped(y: Any, batch: int, free: int, sharding: Any) -> Any:
     return y if sharding is None else jax.reshard(y, sharding)
 
 
+def _adapted(w: Weight, x: Any, dims: Any, side: int, shape: Sequence[int]) -> Any:
+    """x times what w's adapter adds to w. Labels are w's own axes, and numbers above them for x's others."""
+    (x_contracted, w_contracted), (x_batch, w_batch) = (pair if side else pair[::-1] for pair in dims)
+    new = w.value.ndim
+    labels = [new + i for i in range(x.ndim)]
+    for i, axis in zip((*x_contracted, *x_batch), (*w_contracted, *w_batch), strict=True):
+        own = w.axes[axis]
+        labels[i] = labels[i] if own is None else own
+    batch = [labels[i] for i in x_batch]
+    x_free = [labels[i] for i in range(x.ndim) if i not in (*x_contracted, *x_batch)]
+    w_free = [w.axes[i] for i in range(len(w.axes)) if i not in (*w_contracted, *w_batch)]
+    w_free = [own for own in w_free if own is not None and w.value.shape[own] > 1]
+    assert w.adapter is not None
+    return w.adapter.product(x, labels, [*batch, *x_free, *w_free] if side else [*batch, *w_free, *x_free], shape)
+
+
 def _packed_product(pair, side, axes, dims, rest):
     """dot_general of which the operand on this side is a QTensor with these axes; its new axes of length 1 drop out."""
     x, q = pair[1 - side], pair[side]
@@ -519,12 +565,27 @@ def _stacked(value: Any) -> tuple[Any, Callable[[Any], Any]]:
         return value.array(), lambda x: Weight.of(x, how)
     arrays, shared, like = packed.layers(value.value, axis)
     axes = [a if a is None or a < axis else a - 1 for a in value.axes[1:]]
-    return arrays, lambda arrays: value.moved(packed.layer(like, arrays, shared), axes)
+    adapter = value.adapter
+    if adapter is None:
+        return arrays, lambda arrays: value.moved(packed.layer(like, arrays, shared), axes)
+    sides = {"a": adapter.a, "b": adapter.b}
+    stacked = {name: jnp.moveaxis(side, axis, 0) for name, side in sides.items() if side.shape[axis] > 1}
+    fixed = {name: side.squeeze(axis) for name, side in sides.items() if side.shape[axis] == 1}
+
+    def put(xs):
+        layer = value.moved(packed.layer(like, xs[0], shared), axes)
+        return dataclasses.replace(layer, adapter=Adapter(**fixed, **xs[1], scale=adapter.scale))
+
+    if len(fixed) == 2:  # a stack of one layer
+        stacked, fixed = {name: side[None] for name, side in fixed.items()}, {}
+    return (arrays, stacked), put
 
 
 def _in_place(value: Any) -> Any:
     """A weight whose QTensor has the value's own axes, or the decoded one."""
-    if not isinstance(value, Weight) or not value.is_packed or value.axes == tuple(range(value.value.ndim)):
+    if not isinstance(value, Weight) or not value.is_packed:
+        return value
+    if value.axes == tuple(range(value.value.ndim)) and value.adapter is None:
         return value
     return Weight.of(value.array(), value.how)
 
@@ -559,6 +620,8 @@ def _moved(eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
         kept = [source[0] for source in sources.sources if source]
         lost = [a for i, a in enumerate(w.axes) if i not in kept and a is not None]
         return [w.moved(q, [w.axes[s[0]] if s else None for s in sources.sources])] if fits and not lost else None
+    if w.adapter is not None:  # what follows changes the QTensor's own axes
+        return None
     if name in ("slice", "dynamic_slice", "split"):
         return _cut(w, name, params, ins[1:])
     return _gathered(eqn, w, ins[1]) if name == "gather" else None
@@ -576,7 +639,7 @@ def _reshaped(w: Weight, shape: tuple[int, ...]) -> list[Any] | None:
             if (a := w.axes[i]) is not None]  # fmt: skip
     if not lost:
         return [w.moved(w.value, axes)]
-    if w.axes != tuple(range(w.value.ndim)):
+    if w.axes != tuple(range(w.value.ndim)) or w.adapter is not None:
         return None
     q = reshaped(w.value, shape)
     return None if q is None else [w.moved(q, range(q.ndim))]
@@ -600,7 +663,8 @@ def _cut(w: Weight, name: str, params: Any, starts: Sequence[Any]) -> list[Any] 
         cuts = [list(zip(starts, params["slice_sizes"], strict=True))]
     out = []
     for cut in cuts:
-        starts, sizes = [0] * w.value.ndim, list(w.value.shape)
+        starts: list[Any] = [0] * w.value.ndim
+        sizes = list(w.value.shape)
         for axis, (start, size), whole in zip(w.axes, cut, shape, strict=True):
             if size == whole:
                 continue

@@ -6,6 +6,7 @@ products that read it.
 
 import collections
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -69,8 +70,23 @@ def function_walk(fn: Callable[..., Any], params: Any, sample: Any) -> Walk:
     return Walk(named, classes)
 
 
+def shared_inputs(fn: Callable[..., Any], params: Any, sample: Any) -> dict[str, int]:
+    """What the first product of each parameter multiplies it by, as a number: equal for those that share an input."""
+    inner, put_back = split_collection(params)
+    args, kwargs = as_arguments(sample)
+    program, paths = _program_of(lambda tree, args, kwargs: fn(put_back(tree), *args, **kwargs), inner, (args, kwargs))
+    walk = _followed(program, {path: i for i, path in enumerate(paths)})
+    return {path: number for path, number in zip(paths, walk.inputs, strict=True) if number is not None}
+
+
 def trace_tree(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> dict[str, Site]:
     """The sites of the parameters in a tree, by their paths, in the program of fn(tree, *sample)."""
+    program, paths = _program_of(fn, tree, sample)
+    return sites_of(program, {path: i for i, path in enumerate(paths)})
+
+
+def _program_of(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> tuple[Any, list[str]]:
+    """The program, and the paths of the parameters, which are its first operands."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     raw = [raw_value(leaf) for _, leaf in leaves]
     places = [i for i, (_, leaf) in enumerate(leaves) if is_array(raw[i]) and is_parameter(leaf)]
@@ -85,7 +101,7 @@ def trace_tree(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> di
     values = [abstract(raw[i]) for i in places]
     rest = [value for i, value in enumerate(raw) if is_array(value) and i not in places]
     paths = [join_path(leaves[i][0]) for i in places]
-    return sites_of(jax.make_jaxpr(flat)(values, rest, arrays), {path: i for i, path in enumerate(paths)})
+    return jax.make_jaxpr(flat)(values, rest, arrays), paths
 
 
 def only_arrays(result: Any) -> list[Any]:
@@ -95,6 +111,14 @@ def only_arrays(result: Any) -> list[Any]:
 
 def sites_of(program: Any, parameters: Mapping[str, int]) -> dict[str, Site]:
     """The sites of a program's parameters: operands by their paths and numbers. All other operands are data."""
+    jaxpr, walk = program.jaxpr, _followed(program, parameters)
+    return {
+        path: _site(path, tuple(jaxpr.invars[i].aval.shape), reads)
+        for (path, i), reads in zip(parameters.items(), walk.reads, strict=True)
+    }
+
+
+def _followed(program: Any, parameters: Mapping[str, int]) -> "_Walk":
     jaxpr, count = program.jaxpr, len(parameters)
     held: list[Any] = [None] * len(jaxpr.invars)
     masks = [1] * len(jaxpr.invars)
@@ -103,10 +127,7 @@ def sites_of(program: Any, parameters: Mapping[str, int]) -> dict[str, Site]:
         masks[i] = masks[i] & ~1 | 2 << k
     walk = _Walk(count)
     walk.follow(jaxpr, held, masks)
-    return {
-        path: _site(path, tuple(jaxpr.invars[i].aval.shape), reads)
-        for (path, i), reads in zip(parameters.items(), walk.reads, strict=True)
-    }
+    return walk
 
 
 class _Held(NamedTuple):
@@ -146,17 +167,43 @@ class _Read(NamedTuple):
     changed: str | None = None
 
 
+# What makes the same values of the same.
+_RESHAPES = {"convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim"}
+
+
 class _Walk:
     """Follows parameters through a program. A value's mask has bit 0 if it depends on data, others for parameters."""
 
     def __init__(self, count: int):
         self.reads: list[list[_Read]] = [[] for _ in range(count)]
+        self.inputs: list[int | None] = [None] * count  # the number of what each is multiplied by first
+        self._numbers: dict[Any, Any] = {}  # of values of the program that is being followed
+        self._new = itertools.count()
+        self._alike: dict[Any, int] = {}  # numbers of values that are made alike of one
 
-    def follow(self, jaxpr: Any, held: Sequence[Any], masks: Sequence[int]) -> tuple[list[Any], list[int]]:
-        """What the program's results hold and depend on, given this of its operands."""
+    def follow(
+        self, jaxpr: Any, held: Sequence[Any], masks: Sequence[int], numbers: Sequence[int] = ()
+    ) -> tuple[list[Any], list[int]]:
+        """What the program's results hold and depend on, given this of its operands, and their numbers."""
+        outside, self._numbers = self._numbers, dict(zip(jaxpr.invars, numbers, strict=False))
+        found = self._follow(jaxpr, held, masks)
+        self._numbers = outside
+        return found
+
+    def _number(self, atom: Any) -> int:
+        if is_literal(atom):
+            return next(self._new)
+        if atom not in self._numbers:
+            self._numbers[atom] = next(self._new)
+        return self._numbers[atom]
+
+    def _follow(self, jaxpr, held, masks):
         holds = {v: h for v, h in zip(jaxpr.invars, held, strict=True) if h}
         depends = dict(zip(jaxpr.invars, masks, strict=True))
         for eqn in jaxpr.eqns:
+            if eqn.primitive.name in _RESHAPES:
+                made = (eqn.primitive.name, self._number(eqn.invars[0]), str(eqn.params))
+                self._numbers[eqn.outvars[0]] = self._alike.setdefault(made, next(self._new))
             own = [0 if is_literal(v) else depends.get(v, 0) for v in eqn.invars]
             mask = _union(own)
             out, out_masks = None, None
@@ -178,7 +225,7 @@ class _Walk:
             return handler(self, eqn, ins, masks)
         program = inner_jaxpr(eqn)
         if program is not None:
-            return self.follow(program.jaxpr, ins, masks)
+            return self.follow(program.jaxpr, ins, masks, [self._number(v) for v in eqn.invars])
         if name in ELEMENTWISE:
             return self._elementwise(eqn, ins, masks), None
         if name in ("concatenate", "stack"):
@@ -231,8 +278,8 @@ class _Walk:
                 out.append(h._replace(axes=axes, changed=h.changed or eqn.primitive.name))
         return tuple(out) or None
 
-    def _product(self, eqn, held, dims, other_mask):
-        """dims: contracted and batch axes of the value."""
+    def _product(self, eqn, held, dims, other, other_mask):
+        """dims: contracted and batch axes of the value; other: what it is multiplied by."""
         contracted, batch = dims
         for h in held or ():
             axes = [a for i in contracted for a in h.axes[i]]
@@ -241,23 +288,26 @@ class _Walk:
             weak = other_mask & ~1 and not other_mask & 1
             kind = "other" if h.spread or not axes else "weak" if weak else "product"
             self._read(h, eqn.primitive.name, kind, axes, apart)
+            if kind == "product" and self.inputs[h.parameter] is None:
+                self.inputs[h.parameter] = self._number(other)
 
     def _dot_general(self, eqn, ins, masks):
         contracted, batch = eqn.params["dimension_numbers"]
         for side in (0, 1):
-            self._product(eqn, ins[side], (contracted[side], batch[side]), masks[1 - side])
+            dims = contracted[side], batch[side]
+            self._product(eqn, ins[side], dims, eqn.invars[1 - side], masks[1 - side])
         return None, None
 
     def _ragged_dot(self, eqn, ins, masks):
         dims = eqn.params["ragged_dot_dimension_numbers"]
         (_, contracted), (_, batch) = dims.dot_dimension_numbers
-        self._product(eqn, ins[1], (contracted, (*batch, *dims.rhs_group_dimensions)), masks[0])
+        self._product(eqn, ins[1], (contracted, (*batch, *dims.rhs_group_dimensions)), eqn.invars[0], masks[0])
         self._note(eqn, [ins[0], *ins[2:]])
         return None, None
 
     def _conv(self, eqn, ins, masks):
         _, features, *_ = eqn.params["dimension_numbers"].rhs_spec
-        self._product(eqn, ins[1], ((features,), ()), masks[0])
+        self._product(eqn, ins[1], ((features,), ()), eqn.invars[0], masks[0])
         self._note(eqn, [ins[0], *ins[2:]])
         return None, None
 
@@ -278,9 +328,9 @@ class _Walk:
         lead = consts + carry
         inner = [*ins[:lead], *(_scanned(held) for held in ins[lead:])]
         body = params["jaxpr"].jaxpr
-        masks, out_masks = list(masks), []
+        masks, out_masks, numbers = list(masks), [], [self._number(v) for v in eqn.invars]
         for _ in range(2):  # until what the carry depends on is known
-            _, out_masks = self.follow(body, inner, masks)
+            _, out_masks = self.follow(body, inner, masks, numbers)
             before = masks[consts:lead]
             masks[consts:lead] = [a | b for a, b in zip(before, out_masks[:carry], strict=True)]
             if masks[consts:lead] == before:

@@ -236,6 +236,16 @@ class Recipe:
         """Whether some product draws noise or signs. Forward alone a key is needed only if fprop does."""
         return any(product.is_random for product in (self.fprop, self.dgrad, self.wgrad))
 
+    def over_packed(self) -> "Recipe":
+        """The same over a weight that is packed already and stays so: multiplied as it is, without a gradient."""
+
+        def as_it_is(product):
+            return Product() if product.lhs.fmt is None else dataclasses.replace(product, rhs=Operand())
+
+        return dataclasses.replace(
+            self, fprop=as_it_is(self.fprop), dgrad=as_it_is(self.dgrad), wgrad=Product(), residuals="float"
+        )
+
     @property
     def _saved(self):
         yield "dgrad.rhs", self.dgrad.rhs, self.fprop.rhs

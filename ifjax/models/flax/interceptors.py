@@ -192,7 +192,8 @@ class _Training(Watcher):
         if recipe is None or layer.kernel is None:
             return next_fun(*args, **kwargs)
         if isinstance(module.get_variable("params", layer.kernel), QTensor):
-            raise ValueError(f"{site.path!r} is packed, and training needs floats: use ifjax.interceptors.inference")
+            raise ValueError(f"{site.path!r} is packed, and training needs floats: use ifjax.interceptors.inference, "
+                             "or ifjax.quantized to train beside it")
         if recipe.needs_key and module.has_rng(self.rng):  # without one the backward pass says what is missing
             key = module.make_rng(self.rng)
 

@@ -247,7 +247,8 @@ def with_recipes(
         if decision.rule is None or decision.rule.recipe is None:
             continue
         if isinstance(_parameter(module, site).get_raw_value(), QTensor):
-            raise ValueError(f"{site.path!r} is packed, and training needs floats: exclude it by Rule(path, None)")
+            raise ValueError(f"{site.path!r} is packed, and training needs floats: exclude it by Rule(path, None), or "
+                             "train beside it by ifjax.quantized(fn, rules)")
         if decision.recipe is not None:
             module.dot_general = nnx.data(_product(decision.recipe, site, module, rngs))
     return copy

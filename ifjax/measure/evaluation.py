@@ -1,0 +1,215 @@
+"""What quantization does to a model's outputs: loss or perplexity, divergence, agreement, each with its error bar."""
+
+import dataclasses
+import io
+import math
+import sys
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ifjax.models.arguments import as_arguments
+
+
+class Estimate(NamedTuple):
+    """A mean over tokens and its standard error.
+
+    Rows (sequences) are what is independent: the error comes from how much they differ, with their tokens together.
+    """
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} ± {self.error:.1g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured. As text it is a table.
+
+    Attributes:
+        rows, tokens: how many were counted.
+        loss, packed_loss: of the two functions: nats a token, or what the loss of one's own says. None without targets.
+        difference: packed_loss - loss. Its error is that of the pairs, far smaller than those of the two.
+        divergence: KL(float, packed) in nats a token. None where outputs are no logits.
+        agreement: how often both have their largest logit in the same place. None where outputs are no logits.
+    """
+
+    rows: int
+    tokens: int
+    loss: Estimate | None
+    packed_loss: Estimate | None
+    difference: Estimate | None
+    divergence: Estimate | None
+    agreement: Estimate | None
+    is_nats: bool = True
+
+    @property
+    def perplexity(self) -> Estimate | None:
+        """exp(loss), where the loss is in nats."""
+        return _exponential(self.loss) if self.is_nats else None
+
+    @property
+    def packed_perplexity(self) -> Estimate | None:
+        """exp(packed_loss), where the loss is in nats."""
+        return _exponential(self.packed_loss) if self.is_nats else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: {"rows", "tokens", and for each measure {"mean", "error"} or None}."""
+        names = ("loss", "packed_loss", "difference", "perplexity", "packed_perplexity", "divergence", "agreement")
+        measures = {name: getattr(self, name) for name in names}
+        return {"rows": self.rows, "tokens": self.tokens} | {
+            name: None if value is None else value._asdict() for name, value in measures.items()
+        }
+
+    def __str__(self) -> str:
+        table = Table(box=box.SIMPLE_HEAD, title=f"{self.rows:,} rows, {self.tokens:,} tokens", title_justify="left")
+        for name in ("", "float", "packed"):
+            table.add_column(name, justify="right" if name else "left")
+        pairs = [("loss", self.loss, self.packed_loss), ("perplexity", self.perplexity, self.packed_perplexity)]
+        for name, one, other in pairs:
+            if one is not None:
+                table.add_row(name, str(one), str(other))
+        rest = {"loss difference": self.difference, "KL divergence": self.divergence, "agreement": self.agreement}
+        for name, value in rest.items():
+            if value is not None:
+                table.add_row(name, "", str(value))
+        out = io.StringIO()
+        Console(file=out, width=100, color_system=None).print(table)
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
+
+
+def evaluate(
+    fn_float: Callable[..., Any],
+    fn_packed: Callable[..., Any],
+    batches: Iterable[tuple[Any, ArrayLike | None]],
+    *,
+    loss: Callable[[Any, Any], Float[Array, "..."]] | None = None,
+    logits: bool = True,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Compare a function with its quantized twin over batches.
+
+    Args:
+        fn_float, fn_packed: the two, of a batch's arguments alone: parameters are bound, as by functools.partial. They
+            return logits [..., classes] of which the first axis is that of rows, or what `loss` takes.
+        batches: pairs of (arguments, targets). Arguments are a tuple of positional ones, a mapping of keyword ones, or
+            the only one. Targets are integers of the shape of the logits without the last axis; negative ones are left
+            out; None for divergence and agreement only.
+        loss: called with (outputs, targets), gives losses [rows, ...]; cross entropy in nats unless given.
+        logits: whether outputs are logits, of which divergence and agreement are taken.
+        progress: whether to show a bar on stderr; where it is a terminal unless given.
+
+    Raises:
+        ValueError: there is no batch; outputs or targets of other shapes; nothing is measured.
+
+    Example:
+        >>> import functools, jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> def model(params, x):
+        ...     return x @ params
+        >>> w, x = jax.random.normal(jax.random.key(0), (2, 64, 64))
+        >>> q = ifjax.quantize(w, "if4", axis=0)
+        >>> batches = [(x, (x @ w).argmax(-1))]
+        >>> found = ifjax.evaluate(functools.partial(model, w), functools.partial(ifjax.quantized(model), q), batches)
+        >>> found.tokens, found.agreement.mean > 0.7
+        (64, True)
+    """
+    shown = sys.stderr.isatty() if progress is None else progress
+    total = len(batches) if isinstance(batches, Sized) else None
+    sums: list[np.ndarray] = []  # [rows, measures]
+    with_targets = None
+    with Progress(console=Console(file=sys.stderr), disable=not shown, transient=True) as bar:
+        task = bar.add_task("evaluate", total=total)
+        for arguments, targets in batches:
+            if with_targets is not None and with_targets != (targets is not None):
+                raise ValueError("some batches have targets and others none: give all or none")
+            with_targets = targets is not None
+            if not (logits or with_targets):
+                raise ValueError("nothing to measure: batches without targets need logits=True")
+            args, kwargs = as_arguments(arguments)
+            outputs = fn_float(*args, **kwargs), fn_packed(*args, **kwargs)
+            targets = None if targets is None else jnp.asarray(targets)
+            if loss is None or logits:
+                _check(outputs, targets if loss is None else None)
+            rows = _rows(*outputs, targets, logits=logits, loss=loss)
+            sums.append(np.asarray(rows, np.float64))
+            bar.advance(task)
+    if not sums:
+        raise ValueError("there is no batch to evaluate on")
+    count, counted, one, other, divergence, agreement = np.concatenate(sums).T
+    seen = counted if with_targets and loss is None else count
+
+    def mean(values, tokens):
+        if tokens.sum() == 0:
+            raise ValueError("all targets are negative, which leaves nothing to count")
+        ratio = values.sum() / tokens.sum()
+        n = len(values)
+        spread = ((values - ratio * tokens) ** 2).sum() * (n / (n - 1) if n > 1 else math.nan)
+        return Estimate(float(ratio), float(spread**0.5 / tokens.sum()))
+
+    losses = [mean(a, counted) for a in (one, other, other - one)] if with_targets else [None] * 3
+    about = [mean(a, seen) for a in (divergence, agreement)] if logits else [None] * 2
+    tokens = int((counted if with_targets else count).sum())
+    return Evaluation(len(count), tokens, *losses, *about, is_nats=loss is None)
+
+
+@jax.jit(static_argnames=("logits", "loss"))
+def _rows(one, other, targets, *, logits, loss):
+    """[rows, 6]: positions, those that count, sums of both losses, of divergences, of agreements."""
+
+    def by_row(a):
+        return a.astype(jnp.float32).reshape(a.shape[0], -1).sum(-1)
+
+    first = jax.tree.leaves(one)[0]
+    nothing = jnp.zeros(first.shape[0], jnp.float32)
+    losses, divergence, agreement = [nothing, nothing], nothing, nothing
+    counted = by_row(jnp.ones(first.shape[:-1])) if loss is None or logits else nothing
+    count = counted
+    counts = None
+    if targets is not None and loss is None:
+        counts = targets >= 0
+        counted = by_row(counts)
+    if targets is not None and loss is not None:
+        losses = [loss(outputs, targets) for outputs in (one, other)]
+        counted = by_row(jnp.ones(losses[0].shape))
+        losses = [by_row(a) for a in losses]
+    if loss is None or logits:
+        p, q = (jax.nn.log_softmax(a.astype(jnp.float32)) for a in (one, other))
+
+        def kept(a):
+            return by_row(a if counts is None else jnp.where(counts, a, 0))
+
+        if counts is not None:
+            places = jnp.maximum(targets, 0)[..., None]
+            losses = [kept(-jnp.take_along_axis(a, places, -1)[..., 0]) for a in (p, q)]
+        if logits:
+            divergence = kept((jnp.exp(p) * (p - q)).sum(-1))
+            agreement = kept((one.argmax(-1) == other.argmax(-1)).astype(jnp.float32))
+    return jnp.stack([count, counted, *losses, divergence, agreement], -1)
+
+
+def _check(outputs, targets):
+    shapes = [getattr(a, "shape", None) for a in outputs]
+    if shapes[0] is None or shapes[0] != shapes[1] or len(shapes[0]) < 2:
+        raise ValueError(f"both functions must return logits [rows, ..., classes] of one shape, got {shapes[0]} and "
+                         f"{shapes[1]}; for other outputs pass loss= and logits=False")
+    if targets is not None and (targets.shape != shapes[0][:-1] or not jnp.issubdtype(targets.dtype, jnp.integer)):
+        raise ValueError(f"targets must be integers of shape {shapes[0][:-1]}, got {targets.dtype} {targets.shape}")
+
+
+def _exponential(estimate: Estimate | None) -> Estimate | None:
+    if estimate is None:
+        return None
+    value = math.exp(min(estimate.mean, 700.0))
+    return Estimate(value, value * estimate.error)

@@ -1,0 +1,65 @@
+"""Trees of parameters taken apart into what trains and what does not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ifjax.arrays import QTensor
+from ifjax.models.adapters import Adapted
+from ifjax.models.leaves import is_leaf, is_parameter, value_of
+from ifjax.models.sites import join_path
+
+
+def partition(params: Any, where: Callable[[str, Any], bool] | None = None) -> tuple[Any, Any]:
+    """Take parameters apart into (trainable, frozen): two trees of the same structure, None where the other has a leaf.
+
+    jax.grad, optimizers and their states see the trainable ones alone, as None is no leaf: `jax.grad` and optax cannot
+    take packed bytes. `combine` puts both together again.
+
+    Args:
+        params: a tree of arrays and QTensors: nested dictionaries, linen variables, an NNX state.
+        where: called with the path and the array of each float parameter, tells whether it trains; all do unless given.
+            Packed parameters and arrays that are no floats never do.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> params = {"kernel": ifjax.quantize(jnp.eye(16), axis=-2), "bias": jnp.zeros(16)}
+        >>> trainable, frozen = ifjax.partition(params)
+        >>> trainable
+        {'bias': Array([0., 0., ...], dtype=float32), 'kernel': None}
+        >>> def loss(trainable):
+        ...     params = ifjax.combine(trainable, frozen)
+        ...     return (jnp.ones(16) @ params["kernel"] + params["bias"]).sum()
+        >>> float(jax.grad(loss)(trainable)["bias"].sum())
+        16.0
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+
+    def trains(keys, leaf):
+        value = value_of(leaf)
+        if isinstance(value, QTensor | Adapted) or not is_parameter(leaf):
+            return False
+        return jnp.issubdtype(value.dtype, jnp.floating) and (where is None or bool(where(join_path(keys), value)))
+
+    chosen = [trains(keys, leaf) for keys, leaf in leaves]
+    parts = [[leaf if c == wanted else None for (_, leaf), c in zip(leaves, chosen, strict=True)]
+             for wanted in (True, False)]  # fmt: skip
+    return jax.tree.unflatten(structure, parts[0]), jax.tree.unflatten(structure, parts[1])
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """Put together what `partition` took apart.
+
+    Raises:
+        ValueError: a leaf is in both trees, or they differ in structure.
+    """
+
+    def one(a, b):
+        if a is not None and b is not None:
+            raise ValueError("a leaf is in both trees: pass what ifjax.partition gave, trained or not")
+        return b if a is None else a
+
+    return jax.tree.map(one, trainable, frozen, is_leaf=lambda leaf: leaf is None or is_leaf(leaf))
