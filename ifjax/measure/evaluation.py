@@ -178,7 +178,7 @@ def _rows(one, other, targets, *, logits, loss):
     count = counted
     counts = None
     if targets is not None and loss is None:
-        counts = targets >= 0
+        counts = jnp.asarray(targets >= 0)
         counted = by_row(counts)
     if targets is not None and loss is not None:
         losses = [loss(outputs, targets) for outputs in (one, other)]
@@ -190,7 +190,7 @@ def _rows(one, other, targets, *, logits, loss):
         def kept(a):
             return by_row(a if counts is None else jnp.where(counts, a, 0))
 
-        if counts is not None:
+        if counts is not None and targets is not None:
             places = jnp.maximum(targets, 0)[..., None]
             losses = [kept(-jnp.take_along_axis(a, places, -1)[..., 0]) for a in (p, q)]
         if logits:

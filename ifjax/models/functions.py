@@ -243,6 +243,7 @@ class _Program:
             if i in self.weights:
                 site, decision = self.weights[i]
                 assert decision.weights is not None and decision.axis is not None
+                assert not isinstance(value, Adapted)
                 kernel = without_gradient(value, site.path)
                 value = quantize(kernel, decision.weights, axis=decision.axis, amax_axes=decision.amax_axes)
             values.append(value if how is None else Weight.of(value, how))

@@ -663,15 +663,15 @@ def _cut(w: Weight, name: str, params: Any, starts: Sequence[Any]) -> list[Any] 
         cuts = [list(zip(starts, params["slice_sizes"], strict=True))]
     out = []
     for cut in cuts:
-        starts: list[Any] = [0] * w.value.ndim
+        firsts: list[Any] = [0] * w.value.ndim
         sizes = list(w.value.shape)
         for axis, (start, size), whole in zip(w.axes, cut, shape, strict=True):
             if size == whole:
                 continue
             if axis is None or packed.is_blocked(w.value, axis):
                 return None
-            starts[axis], sizes[axis] = start, size
-        out.append(w.moved(dynamic_slice(w.value, starts, sizes), w.axes))
+            firsts[axis], sizes[axis] = start, size
+        out.append(w.moved(dynamic_slice(w.value, firsts, sizes), w.axes))
     return out
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -24,10 +25,11 @@ class PackedCache:
 
     Formats with a tensor scale keep an amax for each token and head, so that a token is quantized once, when it is
     written, whatever comes after it. The last `window` tokens are kept in floats beside that, and attention reads
-    those. All methods work inside jit, scan and vmap, and return new caches.
+    those. All methods work inside jit, scan and vmap, and return new caches. A function that takes one may go through
+    `ifjax.quantized`, for its weights.
 
     Attributes:
-        keys: [batch, length, heads, head size].
+        keys: [batch, length, heads, head size]; an array where the format is None, for comparison.
         values: the same; the head size may differ.
         recent: floats [batch, window, heads, head size] of keys and of values, token i in place i % window; () without
             a window.
@@ -43,8 +45,8 @@ class PackedCache:
         ((1, 10, 4, 64), 10)
     """
 
-    keys: QTensor
-    values: QTensor
+    keys: QTensor | Array
+    values: QTensor | Array
     recent: tuple[Array, ...]
     count: Int[Array, ""]
 
@@ -52,7 +54,7 @@ class PackedCache:
     def zeros(
         cls,
         shape: tuple[int, int, int, int],
-        fmt: str | Format | Encoding = "if4",
+        fmt: str | Format | Encoding | None = "if4",
         *,
         value_fmt: str | Format | Encoding | None = None,
         value_size: int | None = None,
@@ -63,7 +65,7 @@ class PackedCache:
 
         Args:
             shape: batch, length, heads (of keys, where several query heads share one), head size.
-            fmt: of keys, and of values unless `value_fmt` is given.
+            fmt: of keys, and of values unless `value_fmt` is given; None for floats.
             value_size: head size of values, where it differs.
             window: how many of the last tokens are kept in floats, too.
             dtype: of the arrays that the cache stands for, and of the window.
@@ -78,7 +80,7 @@ class PackedCache:
             raise ValueError(f"window must lie between 0 and the cache's length {shape[1]}, got {window}")
         value_shape = (*shape[:3], shape[3] if value_size is None else value_size)
         shapes, formats = (shape, value_shape), (fmt, fmt if value_fmt is None else value_fmt)
-        keys, values = (zeros(s, f, dtype) for s, f in zip(shapes, formats, strict=True))
+        keys, values = (_zeros(s, f, dtype) for s, f in zip(shapes, formats, strict=True))
         recent = tuple(jnp.zeros((s[0], window, *s[2:]), dtype) for s in shapes) if window else ()
         return cls(keys, values, recent, jnp.int32(0))
 
@@ -115,7 +117,7 @@ class PackedCache:
         new = [jnp.where(fits, a, jnp.asarray(jnp.nan, a.dtype)) for a in new]
         zero = np.int32(0)
         keys, values = (
-            dynamic_update_slice(q, a, (zero, self.count, zero, zero))
+            _written(q, a, (zero, self.count, zero, zero))
             for q, a in zip((self.keys, self.values), new, strict=True)
         )
         kept = min(tokens, self.window)
@@ -175,7 +177,7 @@ class PackedCache:
 
     def dequantize(self) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h v"]]:
         """Return keys and values as attention reads them: packed ones decoded, the last ones as they were."""
-        out = [self.keys.dequantize(), self.values.dequantize()]
+        out = [q.dequantize() if isinstance(q, QTensor) else q for q in (self.keys, self.values)]
         if self.window:
             slots = jnp.arange(self.window, dtype=jnp.int32)
             place = self.count - 1 - (self.count - 1 - slots) % self.window
@@ -193,8 +195,17 @@ class PackedCache:
         return jnp.take(mask.reshape(batch, heads, groups, tokens, length), jnp.clip(place, 0), axis=-1)
 
 
-def zeros(shape: tuple[int, ...], fmt: str | Format | Encoding, dtype: DTypeLike) -> QTensor:
+def _written(q: Any, a: jax.Array, start: tuple[Any, ...]) -> Any:
+    """q with other values. It is an array in a cache of floats, and while `ifjax.quantized` traces."""
+    if isinstance(q, QTensor):
+        return dynamic_update_slice(q, a, start)
+    return lax.dynamic_update_slice(q, a.astype(q.dtype), start)
+
+
+def _zeros(shape: tuple[int, ...], fmt: str | Format | Encoding | None, dtype: DTypeLike) -> Any:
     """Zeros in blocks along the last axis, with an amax of 0 for each vector along it. No array of floats is made."""
+    if fmt is None:
+        return jnp.zeros(shape, dtype)
     lead = len(shape) - 1
     has_amax = Encoding.of(fmt).fmt.has_tensor_scale
     one = quantize(jnp.zeros((1,) * lead + shape[-1:], dtype), fmt, amax_axes=range(lead) if has_amax else ())

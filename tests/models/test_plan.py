@@ -45,7 +45,7 @@ def problem():
 
 
 def test_parameters_that_share_an_input_are_one_item():
-    model, params, loss = problem()
+    _, params, loss = problem()
     plan = ifjax.plan_formats(params, loss, [X], ("mxfp4", None), budget_bits=12, progress=False)
     assert [item.paths for item in plan.items] == [
         tuple(f"{block}/{name}/kernel" for name in names)
@@ -110,7 +110,8 @@ def test_never_worse_than_one_format_for_all_of_that_budget():
     for fmt, bits in (("nvfp4", 4.5), ("mxfp6_e3m2", 6.25)):
         plan = ifjax.plan_formats(params, loss, [X], ("if3", fmt, None), budget_bits=bits)
         k = plan.formats.index(fmt)
-        assert plan.bits <= bits and plan.predicted_loss <= plan.base_loss + sum(i.losses[k] for i in plan.items)
+        for_all = plan.base_loss + sum(item.losses[k] for item in plan.items)
+        assert plan.bits <= bits and plan.predicted_loss <= for_all * (1 + 1e-9)
 
 
 def test_refusals():

@@ -1,0 +1,44 @@
+"""Examples run, tiny, and do what they say."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ifjax
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def generate():
+    sys.path.append(str(EXAMPLES.parent / "benchmarks"))
+    yield runpy.run_path(str(EXAMPLES / "generate.py"))
+    sys.path.pop()
+
+
+def test_generate(generate, tmp_path, capsys):
+    train_lm = generate["train_lm"]
+    settings = train_lm.Settings(layers=3, dim=32, heads=2, hidden=80, steps=2, warmup=1, dtype="float32")
+    model, tokens = train_lm.Transformer(settings), jnp.arange(12, dtype=jnp.int32)[None]
+    with jax.numpy_dtype_promotion("standard"):
+        params = model.init(jax.random.key(0), tokens)["params"]
+        wanted = model.apply({"params": params}, tokens)
+    # Token by token on floats the decoder is the model that was trained.
+    caches = generate["empty_caches"](settings, 1, 12, None, 0)
+    first, caches = generate["decode"](settings, params, caches, tokens[:, :5])
+    rest, _ = generate["decode"](settings, params, caches, tokens[:, 5:])
+    np.testing.assert_allclose(jnp.concatenate([first, rest], 1), wanted, atol=2e-5)
+
+    file = tmp_path / "lm.safetensors"
+    ifjax.save_file(params, file)
+    options = f"--params {file} --layers 3 --dim 32 --heads 2 --tokens 5 --window 2 --fmt mxfp4 --cache mxfp4"
+    figures = generate["main"]([*options.split(), "--prompt", "def "])
+    printed = capsys.readouterr().out
+    assert "--- packed:" in printed and "tokens a second" in printed and printed.count("def ") == 2
+    assert figures["packed"]["weights"] < 0.6 * figures["float"]["weights"]  # embedding and head stay
+    assert figures["packed"]["cache"] < 0.5 * figures["float"]["cache"]
