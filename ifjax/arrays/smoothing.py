@@ -1,0 +1,98 @@
+"""Scales of a product's inputs that move magnitude between activations and weights: SmoothQuant and AWQ.
+
+x w = (x / s) (s w) for any s > 0, one for each input channel.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from ifjax.arrays.quantize import quantize
+from ifjax.codec import Encoding
+from ifjax.formats import Format
+
+
+def smooth_scales(
+    x_max: Float[ArrayLike, " k"], w_max: Float[ArrayLike, " k"], alpha: float = 0.5
+) -> Float[Array, " k"]:
+    """SmoothQuant's scales: x_max^alpha / w_max^(1 - alpha) for each input channel.
+
+    Args:
+        x_max: largest magnitude of each channel of the activations.
+        w_max: of the weights, over all outputs.
+        alpha: 0 to 1: how much of the activations' spread goes to the weights. 0.5 in SmoothQuant, 0.6 in DuQuant++.
+
+    Raises:
+        ValueError: alpha is out of its range.
+
+    Source: arXiv 2211.10438.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ifjax.arrays.smoothing import smooth_scales
+        >>> print(smooth_scales(jnp.array([16.0, 1]), jnp.array([1.0, 1])))
+        [4. 1.]
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    x, w = (jnp.maximum(jnp.asarray(a, jnp.float32), 1e-5) for a in (x_max, w_max))
+    return jnp.maximum(x**alpha / w ** (1 - alpha), 1e-5)
+
+
+class Awq(NamedTuple):
+    """What `awq_scales` found.
+
+    Attributes:
+        scales: float32 [k].
+        index: of the exponent that was chosen, in twentieths.
+        losses: mean squared error of the product for each exponent.
+    """
+
+    scales: Array
+    index: int
+    losses: np.ndarray
+
+
+def awq_scales(
+    x: Float[ArrayLike, "rows k"],
+    w: Float[ArrayLike, "k n"],
+    fmt: str | Format | Encoding = "if4",
+    *,
+    x_mean: Float[ArrayLike, " k"] | None = None,
+) -> Awq:
+    """AWQ's scales: the power of the activations' mean magnitudes by which quantized weights lose the product least.
+
+    Args:
+        x: rows to measure the product on.
+        w: the weights, quantized along k.
+        fmt: of the weights, as for `ifjax.quantize`.
+        x_mean: mean magnitude of each channel; that of x unless given.
+
+    Source: arXiv 2306.00978.
+
+    Example:
+        >>> import jax
+        >>> from ifjax.arrays.smoothing import awq_scales
+        >>> x, w = jax.random.normal(jax.random.key(0), (2, 32, 32))
+        >>> awq_scales(x, w, "nvfp4").losses.shape
+        (20,)
+    """
+    x, w = (jnp.asarray(a, jnp.float32) for a in (x, w))
+    magnitudes = jnp.abs(x).mean(0) if x_mean is None else jnp.asarray(x_mean, jnp.float32)
+    exact = jnp.matmul(x, w, precision="highest")
+
+    @jax.jit
+    def tried(exponent):
+        s = jnp.maximum(magnitudes**exponent, 1e-4)
+        s = s / jnp.sqrt(s.max() * s.min())
+        rounded = quantize(w * s[:, None], fmt, axis=0).dequantize()
+        return s, ((jnp.matmul(x / s[None], rounded, precision="highest") - exact) ** 2).mean()
+
+    scales, losses = zip(*(tried(jnp.float32(i / 20)) for i in range(20)), strict=True)
+    losses = np.asarray(losses, np.float64)
+    best = int(losses.argmin())
+    return Awq(scales[best], best, losses)
