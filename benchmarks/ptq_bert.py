@@ -36,6 +36,17 @@ METHODS = {
     "gptq": {"gptq": True},
     "gptq, loss mse": {"gptq": True, "loss": "mse"},
     "gptq, search": {"gptq": True, "search": "fast"},
+    "rotate 16": {"rotate": 16},
+    "rotate 128": {"rotate": 128},
+    "greedy": {"rotate": "greedy"},
+    "smooth": {"smooth": 0.5},
+    "awq": {"smooth": "awq"},
+    "smooth, rotate 128": {"smooth": 0.5, "rotate": 128},
+    "rotate 16, gptq, search": {"rotate": 16, "gptq": True, "search": "fast"},
+    "rotate 128, gptq, search": {"rotate": 128, "gptq": True, "search": "fast"},
+    "greedy, gptq, search": {"rotate": "greedy", "gptq": True, "search": "fast"},
+    "smooth, gptq, search": {"smooth": 0.5, "gptq": True, "search": "fast"},
+    "smooth, rotate 128, gptq, search": {"smooth": 0.5, "rotate": 128, "gptq": True, "search": "fast"},
 }
 TARGETS = {"W4A16": 0.0150, "W4A4": 0.0240}
 LENGTH = 32  # tokens, to which the few longer sentences are cut

@@ -227,6 +227,9 @@ def _check_rules(rules: Iterable[Rule], axis: int) -> None:
         if rule.gptq:
             raise ValueError(f"Rule({rule.path!r}): gptq needs calibration, which a file has not: leave it out, or use "
                              "ifjax.quantize_params")  # fmt: skip
+        if rule.smooth is not None or rule.rotate is not None:
+            raise ValueError(f"Rule({rule.path!r}): smooth and rotate change what a program multiplies by, which a "
+                             "file does not hold: leave them out, or use ifjax.quantize_params")  # fmt: skip
         axis_of_rule = axis if rule.axis is None else rule.axis
         if axis_of_rule not in (-1, -2):
             raise ValueError(f"Rule({rule.path!r}): files are quantized along axis -1 or -2, got {axis_of_rule}")

@@ -38,6 +38,7 @@ from ifjax.files.safetensors import (
     natural_order,
 )
 from ifjax.formats import Format
+from ifjax.models.adapters import Adapted
 from ifjax.models.leaves import is_leaf, value_of
 from ifjax.models.sites import join_path
 from ifjax.products import Prepacked
@@ -443,7 +444,8 @@ def _seal(shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[s
 
 
 def is_whole(leaf: Any) -> bool:
-    return isinstance(leaf, QTensor | Prepacked) or is_leaf(leaf)
+    # What is beside a packed weight (a basis, an adapter) is stored beside it, and read with `like`.
+    return isinstance(leaf, QTensor | Prepacked) or (is_leaf(leaf) and not isinstance(leaf, Adapted))
 
 
 def _item(name: str, value: Any) -> Item:

@@ -1,4 +1,4 @@
-"""What LoRA adds to a weight: two narrow matrices beside a base that stays as it is."""
+"""A packed weight with something beside it: an adapter that is added to it, a change of basis that it is packed in."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ifjax.arrays import QTensor
+from ifjax.models.transforms import Transform
 
 
 @jax.tree_util.register_dataclass
@@ -59,15 +60,17 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapted:
-    """A weight with an adapter, as a leaf of a tree of parameters: `ifjax.quantized` multiplies by both.
+    """A weight with what is beside it, as a leaf of a tree of parameters, for `ifjax.quantized`.
 
     Attributes:
-        base: the QTensor or array that is adapted; no gradient reaches a packed one.
-        adapter: what is added to it.
+        base: the QTensor or array; no gradient reaches a packed one.
+        adapter: what is added to it; None for none.
+        transform: the basis that a packed base is in; None for its own.
     """
 
     base: Any
-    adapter: Adapter
+    adapter: Adapter | None = None
+    transform: Transform | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,6 +88,11 @@ class Adapted:
         return self.base.size
 
     @property
+    def axis(self) -> int:
+        """The blocked axis of a packed base, negative."""
+        return self.base.axis
+
+    @property
     def dtype(self) -> np.dtype:
         """Of the weight."""
         return np.dtype(self.base.dtype)
@@ -94,16 +102,18 @@ class Adapted:
         dtype = self.dtype if dtype is None else dtype
         packed = isinstance(self.base, QTensor)
         base = lax.stop_gradient(self.base.dequantize(dtype)) if packed else self.base.astype(dtype)
-        return base + self.adapter.update(self.shape, base.dtype)
+        if self.transform is not None:
+            base = lax.stop_gradient(self.transform.undone(base, self.base.axis))
+        return base if self.adapter is None else base + self.adapter.update(self.shape, base.dtype)
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("this weight has a LoRA adapter: run the function through ifjax.quantized(fn), or join both by "
-                        "ifjax.lora.merge")
+        raise TypeError("this weight has an adapter, or is smoothed or rotated: run the function through "
+                        "ifjax.quantized(fn)")
 
 
 jax.tree_util.register_pytree_with_keys(
     Adapted,
-    lambda w: ([(jax.tree_util.GetAttrKey(n), getattr(w, n)) for n in ("base", "adapter")], None),
+    lambda w: ([(jax.tree_util.GetAttrKey(n), getattr(w, n)) for n in ("base", "adapter", "transform")], None),
     lambda _, children: Adapted(*children),
 )
 

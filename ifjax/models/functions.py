@@ -221,6 +221,10 @@ class _Program:
             return
         if rule.gptq and not packed:
             raise ValueError(f"{site.path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
+        if (rule.smooth is not None or rule.rotate is not None) and not packed:
+            raise ValueError(
+                f"{site.path!r}: smooth and rotate need packed parameters: make them with ifjax.quantize_params"
+            )
         static = rule.act_amax == "static" and decision.activations is not None
         self.hows[i] = How(decision.activations, rule.act_amax, name=site.path if static else "")
         if not packed:

@@ -71,4 +71,6 @@ def abstract(value: Any) -> jax.ShapeDtypeStruct:
 
 
 def nbytes_of(value):
+    if isinstance(value, Adapted):
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(value))
     return value.nbytes if isinstance(value, QTensor) else math.prod(value.shape) * value.dtype.itemsize

@@ -8,6 +8,7 @@
 Adapters are a dictionary by the parameters' paths, so they are saved, sharded and optimized as any tree.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -78,7 +79,7 @@ def init(
             continue
         path, value = join_path(keys), value_of(leaf)
         paths.append(path)
-        if not (isinstance(value, QTensor) if targets is None else fullmatch(targets, path)):
+        if not (isinstance(value, QTensor | Adapted) if targets is None else fullmatch(targets, path)):
             continue
         site = walk.sites.get(path) if walk is not None else None
         contracted, stacked = _axes(path, value, site)
@@ -104,7 +105,7 @@ def attach(params: Any, adapters: Mapping[str, Adapter]) -> Any:
     Raises:
         ValueError: an adapter is of no parameter, or of another shape.
     """
-    return _changed(params, adapters, lambda leaf, value, adapter: with_value(leaf, Adapted(value, adapter)))
+    return _changed(params, adapters, lambda leaf, value, adapter: with_value(leaf, _beside(value, adapter)))
 
 
 def merge(
@@ -126,15 +127,24 @@ def merge(
     """
 
     def one(leaf, value, adapter):
-        new = Adapted(value, adapter).dequantize()
+        new = _beside(value, adapter).dequantize()
+        transform = value.transform if isinstance(value, Adapted) else None
+        value = value.base if isinstance(value, Adapted) else value
         if not isinstance(value, QTensor):
             return with_value(leaf, new)
+        new = new if transform is None else transform.weights(new, value.axis)
         own = [axis for axis in range(value.ndim) if has_own_amax(value, axis)]
         options: Any = {"loss": loss, "search": search, "block_2d": value.block_2d, "amax_axes": own}
         q = quantize(new, value.fmt, axis=value.axis, **options)
-        return rebuilt(leaf, q.replaced(names=value.names))
+        q = q.replaced(names=value.names)
+        return rebuilt(leaf, q) if transform is None else with_value(leaf, Adapted(q, transform=transform))
 
     return _changed(params, adapters, one)
+
+
+def _beside(value: Any, adapter: Adapter) -> Adapted:
+    """A weight, smoothed and rotated or not, with an adapter."""
+    return dataclasses.replace(value, adapter=adapter) if isinstance(value, Adapted) else Adapted(value, adapter)
 
 
 def _changed(params, adapters, change):
@@ -163,7 +173,7 @@ def _axes(path: str, value: Any, site: Site | None) -> tuple[list[int], list[int
     ndim = value.ndim
     if site is not None and site.axes:
         return [a + ndim for a in site.axes], [a + ndim for a in site.stacked]
-    if isinstance(value, QTensor) and ndim == 2 and site is None:
+    if isinstance(value, QTensor | Adapted) and ndim == 2 and site is None:
         return [value.axis + ndim], []
     raise ValueError(
         f"nothing tells which axes of {path!r} {tuple(value.shape)} are contracted"

@@ -10,18 +10,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from ifjax.arrays import DTYPES, QTensor, gptq, quantize
 from ifjax.formats import Format
+from ifjax.models.adapters import Adapted
 from ifjax.models.decisions import Decision, decide
-from ifjax.models.leaves import is_leaf, is_parameter, nbytes_of, rebuilt, split_collection, value_of
+from ifjax.models.leaves import (
+    is_leaf,
+    is_parameter,
+    nbytes_of,
+    rebuilt,
+    split_collection,
+    value_of,
+    with_value,
+)
 from ifjax.models.names import named_reason
 from ifjax.models.report import Entry, Report, decibels
 from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import Rule, as_rules, training_rules
 from ifjax.models.sites import LOOKUP, NO_MATRIX, NOT_READ, Site, Walk, innermost, join_path, without_matmul
 from ifjax.models.trace import function_walk
+from ifjax.models.transforms import transform_of
 from ifjax.training.recipes import Recipe
 
 Rules = Iterable[Rule] | Rule | str | Format | None
@@ -147,7 +158,7 @@ def trainable_mask(params: Any) -> Any:
 
     def trains(leaf):
         value = value_of(leaf)
-        fixed = isinstance(value, QTensor) or not is_parameter(leaf)
+        fixed = isinstance(value, QTensor | Adapted) or not is_parameter(leaf)
         return not fixed and jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
     return jax.tree.map(trains, params, is_leaf=is_leaf)
@@ -193,7 +204,7 @@ def _parameters(leaves, rules, walk) -> list[_Parameter]:
 
 def _site(path: str, value: Any, walk: Walk | None) -> Site:
     """What the walk found at a parameter, or what its shape and type tell."""
-    shape, packed = tuple(value.shape), isinstance(value, QTensor)
+    shape, packed = tuple(value.shape), isinstance(value, QTensor | Adapted)
     known = walk.sites.get(path) if walk is not None else None
     if known is not None and known.axes:
         return known._replace(shape=shape, packed=packed, **({"axes": (value.axis,)} if packed else {}))
@@ -291,8 +302,9 @@ def _one(p: _Parameter, calibration, fake):
         "path": site.parameter, "module": site.module, "shape": tuple(p.value.shape), "dtype": str(p.value.dtype),
         "bytes_before": before, "rule": None if rule is None else rule.path,
     }  # fmt: skip
-    if isinstance(p.value, QTensor):
-        q, wanted = p.value, None if rule is None else rule.weight_format
+    if isinstance(p.value, QTensor | Adapted):
+        q = p.value.base if isinstance(p.value, Adapted) else p.value
+        wanted = None if rule is None else rule.weight_format
         other, act = wanted is not None and wanted != q.fmt, decision.activations
         return p.leaf, about | _measured(q, None) | {
             "fmt": q.fmt.name, "act_fmt": None if act is None else act.fmt.name,
@@ -308,15 +320,16 @@ def _one(p: _Parameter, calibration, fake):
             "fmt": None, "act_fmt": None, "bits_per_value": bits, "bytes_after": before, "reason": reason,
             "expected": expected,
         }  # fmt: skip
-    q, act = _packed(p, calibration), decision.activations
-    entry = about | _measured(q, p.value) | {
+    new, act = _packed(p, calibration), decision.activations
+    q = new.base if isinstance(new, Adapted) else new
+    entry = about | _measured(new, p.value) | {
         "fmt": q.fmt.name, "act_fmt": None if act is None else act.fmt.name, "bits_per_value": q.bits_per_value,
-        "bytes_after": q.nbytes, "note": "; ".join(decision.notes) or None, "expected": decision.expected,
+        "bytes_after": nbytes_of(new), "note": "; ".join(decision.notes) or None, "expected": decision.expected,
     }  # fmt: skip
     if fake:
         entry |= {"bytes_after": before, "bits_per_value": 8.0 * p.value.dtype.itemsize}
-        return rebuilt(p.leaf, q.dequantize()), entry
-    return rebuilt(p.leaf, q), entry
+        return rebuilt(p.leaf, new.dequantize()), entry
+    return with_value(p.leaf, new) if isinstance(new, Adapted) else rebuilt(p.leaf, new), entry
 
 
 def _no_gptq(p: _Parameter, calibration) -> str | None:
@@ -336,25 +349,41 @@ def _no_gptq(p: _Parameter, calibration) -> str | None:
     return None
 
 
-def _packed(p: _Parameter, calibration) -> QTensor:
+def _packed(p: _Parameter, calibration) -> QTensor | Adapted:
     decision, value, names = p.decision, jnp.asarray(p.value), getattr(p.leaf, "names", None)
     assert decision.rule is not None and decision.weights is not None and decision.axis is not None
+    inputs = None if calibration is None else calibration.inputs.get(p.site.path)
+    try:
+        transform = transform_of(decision.rule, value, decision.axis, p.site.axes, inputs)
+    except ValueError as error:
+        raise ValueError(f"{p.site.path!r}: {error}") from None
+    if transform is not None:
+        value = transform.weights(value, decision.axis)
+    q = _rounded(p, value, calibration, transform).replaced(names=names)
+    return q if transform is None else Adapted(q, transform=transform)
+
+
+def _rounded(p: _Parameter, value, calibration, transform) -> QTensor:
+    decision = p.decision
+    assert decision.rule is not None and decision.weights is not None and decision.axis is not None
     if decision.rule.gptq:
-        return _by_gptq(p, value, decision.weights, decision.rule, calibration).replaced(names=names)
+        return _by_gptq(p, value, decision.weights, decision.rule, calibration, transform)
     if decision.axis in p.site.stacked:
         raise ValueError(
             f"{p.site.parameter!r}: layers are stacked along axis {decision.axis} of {value.shape}: give another axis="
         )
-    return quantize(value, decision.weights, axis=decision.axis, amax_axes=decision.amax_axes).replaced(names=names)
+    return quantize(value, decision.weights, axis=decision.axis, amax_axes=decision.amax_axes)
 
 
-def _by_gptq(p: _Parameter, value, how, rule, calibration) -> QTensor:
+def _by_gptq(p: _Parameter, value, how, rule, calibration, transform) -> QTensor:
     hessian = None if calibration is None else calibration.hessians.get(p.site.path)
     if hessian is None:
         raise ValueError(
             f"{p.site.path!r}: gptq needs calibration=ifjax.calibrate(...) with these rules"
             + ("" if calibration is None else ", and this one has not seen the module")
         )
+    if transform is not None:
+        hessian = np.asarray(transform.hessian(hessian))
     first, last = p.site.axes[0], p.site.axes[-1]
     before, after = value.shape[:first], value.shape[value.ndim + last + 1 :]
     rows = value.reshape(*before, -1, *after)
@@ -370,8 +399,9 @@ def _powers(q, x):
     return (x**2).sum(), ((x - q.dequantize(jnp.float32)) ** 2).sum()
 
 
-def _measured(q: QTensor, value) -> dict[str, Any]:
-    share = (q.choices() > 0).mean() if q.fmt.has_selector else None
+def _measured(q: QTensor | Adapted, value) -> dict[str, Any]:
+    base = q.base if isinstance(q, Adapted) else q
+    share = (base.choices() > 0).mean() if base.fmt.has_selector else None
     return {"choice_share": share, "sqnr_db": None if value is None else _powers(q, value)}
 
 

@@ -30,6 +30,7 @@ from ifjax.models.equations import (
     is_lookup,
     rearranged,
 )
+from ifjax.models.transforms import Transform
 from ifjax.products import dot_general, ragged_dot
 from ifjax.training import Recipe, quantized_conv, quantized_dot_general, quantized_ragged_dot
 
@@ -53,7 +54,8 @@ class How(NamedTuple):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["value", "adapter"], meta_fields=["how", "axes", "dtype"]
+    jax.tree_util.register_dataclass, data_fields=["value", "adapter", "transform"],
+    meta_fields=["how", "axes", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -65,6 +67,7 @@ class Weight:
         axes: of a QTensor, which of its axes each axis of the value is; None for one of length 1 that is new.
         dtype: of the value.
         adapter: of a QTensor, what is added to it.
+        transform: of a QTensor, the basis that it is in.
     """
 
     value: Any
@@ -72,12 +75,14 @@ class Weight:
     axes: tuple[int | None, ...] = ()
     dtype: Any = None
     adapter: Adapter | None = None
+    transform: Transform | None = None
 
     @classmethod
     def of(cls, value: Any, how: How) -> "Weight":
         """A parameter as it enters the program."""
         if isinstance(value, Adapted):
-            return dataclasses.replace(cls.of(value.base, how), adapter=value.adapter)
+            base = cls.of(value.base, how)
+            return dataclasses.replace(base, adapter=value.adapter, transform=value.transform)
         return cls(value, how, tuple(range(value.ndim)) if isinstance(value, QTensor) else (), np.dtype(value.dtype))
 
     @property
@@ -96,14 +101,17 @@ class Weight:
         """The value as an array, decoded here."""
         if not self.is_packed:
             return self.value
-        array = lax.stop_gradient(self.value.dequantize(self.dtype))
-        if self.adapter is not None:
-            array = array + self.adapter.update(array.shape, array.dtype)
+        array = Adapted(self.value, self.adapter, self.transform).dequantize(self.dtype)
         return jnp.transpose(array, [a for a in self.axes if a is not None]).reshape(self.shape)
 
     def plain(self) -> "Weight":
-        """The weight as an array, if it has an adapter."""
-        return self if self.adapter is None else Weight.of(self.array(), self.how)
+        """The weight as an array, if there is something beside it."""
+        return Weight.of(self.array(), self.how) if self.has_more else self
+
+    @property
+    def has_more(self) -> bool:
+        """Whether something is beside the QTensor."""
+        return self.adapter is not None or self.transform is not None
 
     def result(self) -> Any:
         """What a program gives for it: a state as a QTensor, other weights as arrays."""
@@ -197,6 +205,13 @@ class Rewriter:
             base = dataclasses.replace(w, adapter=None)
             (y,) = self._dot_general(eqn, [x, base] if side else [base, x], key)
             return [y + _adapted(w, x, dims, side, y.shape).astype(y.dtype)]
+        if w.transform is not None:
+            at = next((b for a, b in zip(w_contracted, x_contracted, strict=True)
+                       if w.axes[a] == w.value.ndim + w.value.axis), None)  # fmt: skip
+            if at is None:
+                return self._dot_general(eqn, [x, w.plain()] if side else [w.plain(), x], key)
+            x, w = w.transform.inputs(x, at), dataclasses.replace(w, transform=None)
+            return self._dot_general(eqn, [x, w] if side else [w, x], key)
         recipe = w.how.recipe
         if recipe is not None and w.is_packed:
             recipe = recipe.over_packed()
@@ -257,7 +272,7 @@ class Rewriter:
         if how.recipe is not None:
             return [quantized_ragged_dot(x, w.array(), sizes[0], how.recipe, key, **rest)]
         x = rounded(x, self._activation(how, x, (-1,)))
-        in_place = w.is_packed and w.axes == (0, 1, 2) and w.adapter is None
+        in_place = w.is_packed and w.axes == (0, 1, 2) and not w.has_more
         weight = w.value.astype(w.dtype) if in_place else w.array()
         return [ragged_dot(x, weight, sizes[0], **rest)]
 
@@ -265,7 +280,7 @@ class Rewriter:
 
     def _dynamic_update_slice(self, eqn, ins, key):
         w, x, *starts = ins
-        if not isinstance(w, Weight) or not w.is_packed or None in w.axes or w.adapter is not None:
+        if not isinstance(w, Weight) or not w.is_packed or None in w.axes or w.has_more:
             return self._as_it_is(eqn, ins)
         own = np.argsort(np.asarray(w.axes)).tolist()
         return self._written(
@@ -276,7 +291,7 @@ class Rewriter:
         w, indices, x = ins
         dims, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
         axes = dims.scatter_dims_to_operand_dims
-        plain = isinstance(w, Weight) and w.is_packed and w.axes == tuple(range(len(shape))) and w.adapter is None
+        plain = isinstance(w, Weight) and w.is_packed and w.axes == tuple(range(len(shape))) and not w.has_more
         plain = plain and axes == dims.inserted_window_dims and not dims.operand_batching_dims
         if not plain or list(axes) != list(range(axes[0], axes[0] + len(axes))):
             return self._as_it_is(eqn, ins)
@@ -585,7 +600,7 @@ def _in_place(value: Any) -> Any:
     """A weight whose QTensor has the value's own axes, or the decoded one."""
     if not isinstance(value, Weight) or not value.is_packed:
         return value
-    if value.axes == tuple(range(value.value.ndim)) and value.adapter is None:
+    if value.axes == tuple(range(value.value.ndim)) and not value.has_more:
         return value
     return Weight.of(value.array(), value.how)
 
@@ -620,7 +635,7 @@ def _moved(eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
         kept = [source[0] for source in sources.sources if source]
         lost = [a for i, a in enumerate(w.axes) if i not in kept and a is not None]
         return [w.moved(q, [w.axes[s[0]] if s else None for s in sources.sources])] if fits and not lost else None
-    if w.adapter is not None:  # what follows changes the QTensor's own axes
+    if w.has_more:  # what follows changes the QTensor's own axes
         return None
     if name in ("slice", "dynamic_slice", "split"):
         return _cut(w, name, params, ins[1:])
@@ -639,7 +654,7 @@ def _reshaped(w: Weight, shape: tuple[int, ...]) -> list[Any] | None:
             if (a := w.axes[i]) is not None]  # fmt: skip
     if not lost:
         return [w.moved(w.value, axes)]
-    if w.axes != tuple(range(w.value.ndim)) or w.adapter is not None:
+    if w.axes != tuple(range(w.value.ndim)) or w.has_more:
         return None
     q = reshaped(w.value, shape)
     return None if q is None else [w.moved(q, range(q.ndim))]

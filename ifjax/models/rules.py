@@ -13,6 +13,7 @@ from ifjax.codec import LOSSES, SEARCHES, BlockLoss, Encoding, Loss, Search
 from ifjax.formats import FORMATS, Format, get_format
 from ifjax.lookup import did_you_mean
 from ifjax.models.patterns import UnsupportedPattern, check_pattern, fullmatch
+from ifjax.numerics.hadamard import SIZES
 from ifjax.training import RECIPES, Recipe, get_recipe
 
 # Of attention's two products: query times key, and probabilities times value.
@@ -51,6 +52,11 @@ class Rule:
         recipe: of training, a name or record of `ifjax.recipes`: what the products of forward and backward pass
             multiply. Only training goes by it, and by nothing else but path and module.
         gptq: round weights by `ifjax.gptq` with what `ifjax.calibrate` saw, instead of each to its nearest value.
+        smooth: divide the product's inputs by a scale for each channel, and multiply the weights by it, before both are
+            quantized: SmoothQuant's with this alpha (0.5), or "awq". Needs `ifjax.calibrate`.
+        rotate: rotate runs of inputs and weights along the contraction, after smoothing: 16, 32, 64 or 128 by
+            `ifjax.hadamard`; "greedy" by a rotation of a block that calibration makes (DuQuant++). Weights that are
+            smoothed or rotated run through `ifjax.quantized` only.
         act_loss: of activations and operands.
         act_amax: amax of activations and operands: "tensor" and "token" take it from the values at hand, one for all
             or one for each row; "static" from calibration.
@@ -85,6 +91,8 @@ class Rule:
     block_2d: bool = False
     gptq: bool = False
     recipe: str | Recipe | None = None
+    smooth: float | Literal["awq"] | None = None
+    rotate: int | Literal["greedy"] | None = None
     act_loss: Loss | None = None
     act_amax: Literal["tensor", "token", "static"] = "tensor"
     axis: int | None = None
@@ -109,12 +117,20 @@ class Rule:
         self._need(block_fits, "block", "an integer >= 1, or None for the format's own")
         for field in ("block_2d", "gptq", "optional"):
             self._need(isinstance(getattr(self, field), bool), field, "True or False")
+        alpha_fits = isinstance(self.smooth, int | float) and not isinstance(self.smooth, bool)
+        alpha_fits = alpha_fits and 0 <= float(self.smooth) <= 1  # pyright: ignore[reportArgumentType]
+        self._need(self.smooth in (None, "awq") or alpha_fits, "smooth", "a number from 0 to 1, 'awq', or None")
+        turns = self.rotate in (None, "greedy") or (_is_int(self.rotate) and self.rotate in SIZES)
+        self._need(turns, "rotate", f"one of {SIZES}, 'greedy', or None")
         amaxes = ("tensor", "token", "static")
         self._need(self.act_amax in amaxes, "act_amax", "'tensor', 'token' or 'static'")
         axis_fits = self.axis is None or (_is_int(self.axis) and self.axis < 0)
         self._need(axis_fits, "axis", "an integer < 0, counted from the last axis (-2 for a matrix [in, out])")
         if self.gptq and self.block_2d:
             raise self._error("gptq", "gptq feeds errors along one axis, and block_2d shares scales across: use one")
+        if (self.smooth is not None or self.rotate is not None) and self.act_amax == "static":
+            raise self._error("act_amax", "calibration sees inputs as they are before smoothing and rotation: use "
+                              "act_amax='tensor' or 'token'")
         if self.block_2d and self.axis is not None:
             self._need(self.axis >= -2, "axis", "-1 or -2, as block_2d takes squares of the last two axes")
         self._check_effects()
@@ -157,6 +173,18 @@ class Rule:
     def operand_formats(self) -> dict[str, Format]:
         """Records of the operands of attention's products that are quantized."""
         return {name: get_format(fmt) for name, fmt in dict(self.operands).items() if fmt is not None}
+
+    @property
+    def rotation_block(self) -> int | None:
+        """The run that is rotated; None without a rotation."""
+        if self.rotate is None or self.weight_format is None:
+            return None
+        return self.weight_format.block if self.rotate == "greedy" else int(self.rotate)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether weights are changed by what calibration has seen of the inputs, besides gptq."""
+        return self.smooth is not None or self.rotate == "greedy"
 
     @property
     def excludes(self) -> bool:
@@ -258,7 +286,7 @@ class Rule:
                     raise self._error(field, f"{field}={getattr(self, field)!r} has no effect {reason}")
 
         if self.weight_fmt is None:
-            weight = ("act_fmt", "loss", "search", "block", "block_2d", "gptq", "recipe", "axis")
+            weight = ("act_fmt", "loss", "search", "block", "block_2d", "gptq", "recipe", "smooth", "rotate", "axis")
             check(weight, "with weight_fmt=None, which excludes what matches: leave it out, or name a weight_fmt")
         formats = [fmt for fmt in (self.activation_format, *self.operand_formats.values()) if fmt is not None]
         if not formats:

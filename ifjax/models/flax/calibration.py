@@ -18,6 +18,9 @@ from ifjax.models.decisions import decide
 from ifjax.models.flax.linen import Operands, Watcher, layer_of, site_of
 from ifjax.models.functions import inside
 from ifjax.models.rules import Rule, as_rules
+from ifjax.models.transforms import Inputs
+
+ROWS = 128  # of a batch that are kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,10 +32,12 @@ class Calibration:
             Layers that nn.scan repeats share one.
         hessians: sums of x x^T over all rows x [K] that enter a module, float32 [K, K], for rules with gptq. K counts
             all contracted axes together.
+        inputs: largest magnitudes of channels and some rows, for rules that smooth or rotate by them.
     """
 
     amax: Mapping[str, float]
     hessians: Mapping[str, np.ndarray]
+    inputs: Mapping[str, Inputs] = dataclasses.field(default_factory=dict)
 
 
 def calibrate(
@@ -70,8 +75,8 @@ def calibrate(
         raise ValueError(f"statistic must be 'max', 'mean' or 'percentile', got {statistic!r}")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile must lie in (0, 100], got {percentile}")
-    if not any(_wants_amax(rule) or rule.gptq for rule in rules):
-        raise ValueError("no rule needs calibration: give one act_fmt with act_amax='static', or gptq=True")
+    if not any(_wants_amax(rule) or rule.gptq or rule.needs_inputs for rule in rules):
+        raise ValueError("no rule needs calibration: give one act_fmt with act_amax='static', gptq=True, or smooth=")
     collector = _Collector(rules, percentile if statistic == "percentile" else None)
 
     key = object()  # in caches of functions that are jitted already, programs with callbacks are for this call alone
@@ -95,7 +100,7 @@ def calibrate(
     wrong += [path for path, hessian in collector.hessians.items() if not np.all(np.isfinite(hessian))]
     if wrong:
         raise ValueError(f"activations of {wrong[:3]} are not finite: look at the batches, and at the model's outputs")
-    return Calibration(amax, collector.hessians)
+    return Calibration(amax, collector.hessians, collector.inputs)
 
 
 def _wants_amax(rule):
@@ -120,6 +125,7 @@ class _Collector(Watcher):
         self.rules, self.percentile = rules, percentile
         self.amax: dict[str, list[float]] = {}
         self.hessians: dict[str, np.ndarray] = {}
+        self.inputs: dict[str, Inputs] = {}
         self._batch: dict[str, float] = {}
 
     def __call__(self, next_fun, args, kwargs, context):
@@ -135,7 +141,7 @@ class _Collector(Watcher):
         self.layers[site.parameter] = site
         decision = decide(self.rules, site)
         rule = decision.rule
-        if rule is None or not (_wants_amax(rule) or rule.gptq):
+        if rule is None or not (_wants_amax(rule) or rule.gptq or rule.needs_inputs):
             return next_fun(*args, **kwargs)
         encodings = {"input": decision.activations} if layer.kernel is not None else decision.operands
 
@@ -146,9 +152,15 @@ class _Collector(Watcher):
                 if self.percentile is not None:
                     peak = jnp.percentile(magnitude, self.percentile)
                 x = _noted(x, functools.partial(self._note_amax, value_name(path, operand)), peak)
-            if rule.gptq and operand == "input":
-                last = jnp.moveaxis(jnp.asarray(x, jnp.float32), axes, range(-len(axes), 0))
-                rows = last.reshape(-1, int(np.prod(last.shape[last.ndim - len(axes) :])))
+            if not (rule.gptq or rule.needs_inputs) or operand != "input":
+                return x
+            last = jnp.moveaxis(jnp.asarray(x, jnp.float32), axes, range(-len(axes), 0))
+            rows = last.reshape(-1, int(np.prod(last.shape[last.ndim - len(axes) :])))
+            if rule.needs_inputs:
+                some = rows[:: max(1, len(rows) // ROWS)][:ROWS]
+                seen = jnp.concatenate([jnp.abs(rows).max(0, initial=0)[None], some])
+                x = _noted(x, functools.partial(self._note_inputs, path), seen)
+            if rule.gptq:
                 hessian = jnp.matmul(rows.T, rows, precision="highest")
                 x = _noted(x, functools.partial(self._note_hessian, path), hessian)
             return x
@@ -161,6 +173,13 @@ class _Collector(Watcher):
 
     def _note_hessian(self, path, hessian):
         self.hessians[path] = self.hessians.get(path, 0) + np.asarray(hessian)
+
+    def _note_inputs(self, path, seen):
+        largest, rows = np.asarray(seen[0]), np.asarray(seen[1:])
+        if path in self.inputs:
+            largest = np.maximum(largest, self.inputs[path].largest)
+            rows = np.concatenate([self.inputs[path].rows, rows])[-4 * ROWS :]
+        self.inputs[path] = Inputs(largest, rows)
 
     def end_batch(self):
         for name, peak in self._batch.items():

@@ -152,6 +152,8 @@ class _Inference(Watcher):
             return None
         if decision.rule.gptq:
             raise ValueError(f"{site.path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
+        if decision.rule.smooth is not None or decision.rule.rotate is not None:
+            raise ValueError(f"{site.path!r}: smooth and rotate are for ifjax.quantized, on packed parameters")
         return quantize(without_gradient(kernel, site.path), decision.weights, axis=decision.axis)
 
     def _encodings(self, site: Site, decision: Decision) -> dict[str, Encoding]:
