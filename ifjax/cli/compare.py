@@ -52,7 +52,7 @@ def add_compare(commands) -> None:
     )  # fmt: skip
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=IN_HELP)
     parser.add_argument(
-        "--formats", nargs="+", type=_formats, metavar="FORMAT", default=[list(analysis.DEFAULT_FORMATS)],
+        "--formats", nargs="+", type=formats_of, metavar="FORMAT", default=[list(analysis.DEFAULT_FORMATS)],
         help=f"names, separated by spaces or commas, or all (default: {' '.join(analysis.DEFAULT_FORMATS)})",
     )  # fmt: skip
     parser.add_argument(
@@ -70,7 +70,8 @@ def add_compare(commands) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write pareto.png, errors.png and choices.png there")
 
 
-def _formats(text: str) -> list[str]:
+def formats_of(text: str) -> list[str]:
+    """Names with commas between, for argparse."""
     names = [name for name in text.split(",") if name]
     if not names:
         raise argparse.ArgumentTypeError("needs a format's name")
@@ -96,11 +97,11 @@ def _compare(options: argparse.Namespace) -> None:
             rows = analysis.synthetic_table(formats, search=options.search)
             count = len(formats) * len(analysis.DISTRIBUTIONS)
             synthetic = tuple(tracked(progress, rows, [1] * count, ["random samples"] * count))
-            report = _measured(options, formats, analysis.sample_path(), analysis.SAMPLE_SOURCE, progress)
+            report = measured(options, formats, analysis.sample_path(), analysis.SAMPLE_SOURCE, progress)
         else:
             name = "stdin" if str(options.file) == "-" else options.file.resolve().name
             with input_file(options.file) as path:
-                report = _measured(options, formats, path, name, progress)
+                report = measured(options, formats, path, name, progress)
     path = options.file
     if not report.quantized:
         raise FileError(f"{path} has nothing to measure: {_why_nothing(report)}")
@@ -120,7 +121,7 @@ def _compare(options: argparse.Namespace) -> None:
         _write_plots(report, options.out)
 
 
-def _measured(options: argparse.Namespace, formats: tuple[str, ...], path: Path, source: str, progress):
+def measured(options: argparse.Namespace, formats: tuple[str, ...], path: Path, source: str, progress):
     """The report of a checkpoint of one file or several, each tensor shown while it is measured."""
     headers = {file: read_header(file) for file in open_file(path).files}
     stored = [entry for header in headers.values() for entry in header]

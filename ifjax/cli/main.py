@@ -11,6 +11,7 @@ from ifjax.cli.doctor import add_doctor
 from ifjax.cli.exchange import add_export, add_import
 from ifjax.cli.formats import add_formats
 from ifjax.cli.inspect import add_inspect, add_verify
+from ifjax.cli.plan import add_plan
 from ifjax.cli.terminal import Misused, sentence
 from ifjax.files import FileError
 from ifjax.version import __version__
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_formats(commands)
     add_compare(commands)
+    add_plan(commands)
     add_quantize(commands)
     add_inspect(commands)
     add_verify(commands)

@@ -48,7 +48,7 @@ def test_a_cache_written_token_by_token_is_the_whole_quantized(fmt):
     assert_same(scanned, packed(x * 2, fmt))
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("index0", "index4", "index6")
 @pytest.mark.parametrize(
     "index",
     [
@@ -141,7 +141,7 @@ def test_values_of_other_kinds_are_refused():
     assert_same(ifjax.dynamic_update_slice(q, packed(x), (0, 2, 0, 0)), ifjax.dynamic_update_slice(q, x, (0, 2, 0, 0)))
 
 
-@pytest.mark.sampled
+@pytest.mark.by_default("nvfp4-axes0", "mxfp4-axes1")
 @pytest.mark.parametrize(
     "fmt, axes", [("nvfp4", (0, 1)), ("mxfp4", ()), ("nvfp4", (0, 1, 2)), ("nvfp4", (1,)), ("if3", (0, 2))]
 )
