@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ifjax
+from ifjax.models.adapters import Adapted
 
 DATA = Path(__file__).parent / "data"
 FORMATS = ("if4", "fouroversix", "nvfp4", "nvint4")
@@ -46,6 +47,7 @@ METHODS = {
     "rotate 128, gptq, search": {"rotate": 128, "gptq": True, "search": "fast"},
     "greedy, gptq, search": {"rotate": "greedy", "gptq": True, "search": "fast"},
     "smooth, gptq, search": {"smooth": 0.5, "gptq": True, "search": "fast"},
+    "smooth, rotate 16, gptq, search": {"smooth": 0.5, "rotate": 16, "gptq": True, "search": "fast"},
     "smooth, rotate 128, gptq, search": {"smooth": 0.5, "rotate": 128, "gptq": True, "search": "fast"},
 }
 TARGETS = {"W4A16": 0.0150, "W4A4": 0.0240}
@@ -129,10 +131,9 @@ def rules(fmt: str, act_fmt: str | None = None, **method) -> tuple[ifjax.Rule, .
 
 
 def dequantized(variables):
+    packed = ifjax.QTensor | Adapted
     return jax.tree.map(
-        lambda a: a.dequantize() if isinstance(a, ifjax.QTensor) else a,
-        variables,
-        is_leaf=lambda a: isinstance(a, ifjax.QTensor),
+        lambda a: a.dequantize() if isinstance(a, packed) else a, variables, is_leaf=lambda a: isinstance(a, packed)
     )
 
 
@@ -152,26 +153,26 @@ def measure(formats, pairs) -> tuple[list[dict], list[dict]]:
     dense = jax.jit(embed)
     reference = embeddings(dense, variables, batches)
     start = time.perf_counter()
-    calibration = ifjax.calibrate(embed, variables, sentences("docstrings_calibration"), rules("if4", gptq=True))
+    calibration = ifjax.calibrate(embed, variables, sentences("docstrings_calibration"), rules("if4", gptq=True, smooth=0.5))
     print(f"calibration: {time.perf_counter() - start:.1f} s, with compiling")
 
     quality: list[dict] = []
     packed: dict[str, Any] = {}
     for fmt in formats:
-        both = jax.jit(ifjax.quantized(embed, rules(fmt, fmt)))
         for name, method in METHODS.items():
-            if fmt != "if4" and name in ("search", "gptq, loss mse"):
+            if fmt != "if4" and name not in ("nearest", "gptq", "gptq, search"):
                 continue
 
             def quantize(fmt=fmt, method=method):
                 return ifjax.quantize_params(
                     variables, rules(fmt, **method), model=module, sample=inputs(*batches[0]),
-                    calibration=calibration if "gptq" in method else None,
+                    calibration=calibration,
                 )[0]  # fmt: skip
 
             packed[fmt] = quantize()
             seconds, processor = np.min([timed(quantize) for _ in range(2)], axis=0).tolist()
             row = {"format": fmt, "method": name}
+            both = jax.jit(ifjax.quantized(embed, rules(fmt, fmt)))
             row["W4A16"] = distance(reference, embeddings(dense, dequantized(packed[fmt]), batches))
             row["W4A4"] = distance(reference, embeddings(both, packed[fmt], batches))
             quality.append(row | {"seconds": seconds, "processor": processor, "MB": megabytes(packed[fmt])})
