@@ -153,7 +153,8 @@ def measure(formats, pairs) -> tuple[list[dict], list[dict]]:
     dense = jax.jit(embed)
     reference = embeddings(dense, variables, batches)
     start = time.perf_counter()
-    calibration = ifjax.calibrate(embed, variables, sentences("docstrings_calibration"), rules("if4", gptq=True, smooth=0.5))
+    wanted = rules("if4", gptq=True, smooth=0.5)
+    calibration = ifjax.calibrate(embed, variables, sentences("docstrings_calibration"), wanted)
     print(f"calibration: {time.perf_counter() - start:.1f} s, with compiling")
 
     quality: list[dict] = []
