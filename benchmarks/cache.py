@@ -3,8 +3,7 @@
     python benchmarks/cache.py [--formats nvfp4 if4 if6]
 
 Relative root mean square error, to float32, of attention of 16 normal queries over normal keys and values, with 8
-heads of 64; logits have the variance of a trained model's sharp heads (--sharpness 3) and of flat ones (1). --window tokens are in
-floats.
+heads of 64. Sharpness multiplies the queries: 3 is that of sharp heads. Window: how many tokens are in floats.
 """
 
 import argparse

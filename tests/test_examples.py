@@ -26,12 +26,13 @@ def test_generate(generate, tmp_path, capsys):
     settings = train_lm.Settings(layers=3, dim=32, heads=2, hidden=80, steps=2, warmup=1, dtype="float32")
     model, tokens = train_lm.Transformer(settings), jnp.arange(12, dtype=jnp.int32)[None]
     with jax.numpy_dtype_promotion("standard"):
-        params = model.init(jax.random.key(0), tokens)["params"]
-        wanted = model.apply({"params": params}, tokens)
+        params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+        wanted = jax.jit(model.apply)({"params": params}, tokens)
     # Token by token on floats the decoder is the model that was trained.
     caches = generate["empty_caches"](settings, 1, 12, None, 0)
-    first, caches = generate["decode"](settings, params, caches, tokens[:, :5])
-    rest, _ = generate["decode"](settings, params, caches, tokens[:, 5:])
+    decode = jax.jit(generate["decode"], static_argnums=0)
+    first, caches = decode(settings, params, caches, tokens[:, :6])
+    rest, _ = decode(settings, params, caches, tokens[:, 6:])
     np.testing.assert_allclose(jnp.concatenate([first, rest], 1), wanted, atol=2e-5)
 
     file = tmp_path / "lm.safetensors"
