@@ -333,8 +333,8 @@ def test_a_file_by_hand_may_use_all_of_yaml_but_aliases(tmp_path):
 
 # What follows the file's name, or with "..." at its end the beginning of that.
 ALL_KEYS = (
-    "act_amax, act_fmt, act_loss, axis, block, block_2d, gptq, loss, module, operands, optional, path, recipe, search, "
-    "weight_fmt"
+    "act_amax, act_fmt, act_loss, axis, block, block_2d, gptq, loss, module, operands, optional, path, recipe, rotate, "
+    "search, smooth, weight_fmt"
 )
 NO_LIST = 'needs a list of rules, as in `- path: .*`, in JSON [{"path": ".*"}]'
 NO_EXPRESSION = (
