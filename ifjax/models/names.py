@@ -14,7 +14,7 @@ def keep_reason(name: str, shape: tuple[int, ...]) -> str | None:
 
     Axes of length 1 do not count. Embeddings are matrices: they are stored, and often multiplied by, as such.
     """
-    reason, is_matrix = named_reason(name), sum(length > 1 for length in shape) > 1
+    reason, is_matrix = named_reason(name), sum(length > 1 for length in shape) > 1 and 0 not in shape
     return reason if is_matrix or reason not in (None, _OF_CHANNELS) else "not a matrix"
 
 

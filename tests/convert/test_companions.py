@@ -128,3 +128,25 @@ def test_every_command_reads_an_index_by_one_reader(tmp_path, capsys):
         assert main([command[0], str(tmp_path / "long.safetensors"), *command[1:]]) == 1
         error = capsys.readouterr().err
         assert "a path of 3000 characters is matched by no rule" in error and len(error) < 500
+
+
+def test_tensors_without_elements_are_kept_however_long_their_shape_is(tmp_path, capsys):
+    """numpy has no array of such a shape, and an empty stack of experts is an ordinary tensor."""
+    from ifjax.files.names import NameRule
+
+    shapes = {"empty.weight": [0, 64, 64], "absurd.weight": [0, 2**62, 2**62], "w.weight": [32, 32]}
+    header = {n: {"dtype": "F32", "shape": s, "data_offsets": [0, 4096 * (n == "w.weight")]} for n, s in shapes.items()}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4096))
+    out = str(tmp_path / "out.safetensors")
+    for command, code in ((["inspect"], 0), (["compare", "--formats", "nvfp4"], 0), (["quantize", out], 0)):
+        assert main([command[0], str(path), *command[1:]]) == code, capsys.readouterr().err
+    opened = ifjax.open_file(out)
+    assert set(opened.packed) == {"w.weight"} and opened.entries["absurd.weight"].shape == (0, 2**62, 2**62)
+    import jax
+
+    like = {"a": jax.ShapeDtypeStruct((0, 2**62, 2**62), np.float32)}
+    with pytest.raises(FileError, match=r"'absurd\.weight' cannot be of shape"):
+        ifjax.load_file(path, like=like, names=[NameRule(r"absurd\.weight", "a"), NameRule(".*", None)])
