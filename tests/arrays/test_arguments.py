@@ -40,7 +40,7 @@ def test_stacks_with_an_amax_each_are_walked_as_arrays_are(how):
 # --- numbers, axes, byte orders --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [">f4", "<f4", ">f2", ">f8"])
+@pytest.mark.parametrize("dtype", [">f4", ">f8"])
 def test_arrays_of_any_byte_order_are_taken(dtype, tmp_path):
     """A file has their values, too: safetensors are little-endian."""
     x = X[0].astype(dtype)
