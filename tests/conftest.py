@@ -39,7 +39,7 @@ hypothesis.settings.load_profile("ifjax")
 
 
 # Where bits are decided: there LLVM may contract and reorder as it does for users.
-OPTIMIZED = {"numerics", "formats", "codec"}
+OPTIMIZED = {"numerics", "formats", "codec", "measure"}
 
 
 @pytest.fixture(scope="module", autouse=True)
