@@ -33,6 +33,20 @@ def take(q: Any, indices: ArrayLike, axis: int) -> Any:
 
 def index(q: Any, entries: Any) -> Any:
     """q[entries]: integers, slices and at most one integer array or traced integer, along unblocked axes."""
+    entries = without_ellipsis(q, entries)
+    if sum(_is_index_array(entry) for entry in entries) > 1:
+        raise IndexError("at most one index array: take one axis after the other")
+    for axis, entry in reversed(list(enumerate(entries))):
+        q = _index(q, axis, entry)
+    return q
+
+
+def without_ellipsis(q: Any, entries: Any) -> tuple[Any, ...]:
+    """The entries of an index, whole slices in place of an ellipsis; there may be fewer than axes.
+
+    Raises:
+        IndexError: several ellipses, or more entries than axes.
+    """
     entries = entries if isinstance(entries, tuple) else (entries,)
     dots = [i for i, entry in enumerate(entries) if entry is Ellipsis]
     if len(dots) > 1:
@@ -41,11 +55,7 @@ def index(q: Any, entries: Any) -> Any:
         entries = (*entries[:at], *[slice(None)] * (q.ndim - len(entries) + 1), *entries[at + 1 :])
     if len(entries) > q.ndim:
         raise IndexError(f"{len(entries)} indices for a QTensor of {q.ndim} axes")
-    if sum(_is_index_array(entry) for entry in entries) > 1:
-        raise IndexError("at most one index array: take one axis after the other")
-    for axis, entry in reversed(list(enumerate(entries))):
-        q = _index(q, axis, entry)
-    return q
+    return entries
 
 
 def unblocked(q: Any, axis: int) -> int:

@@ -15,7 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from ifjax.arrays.indexing import unblocked
+from ifjax.arrays.indexing import unblocked, without_ellipsis
 from ifjax.arrays.qtensor import QTensor
 from ifjax.arrays.quantize import quantize
 from ifjax.arrays.shaping import expanded, has_own_amax, spread_amax
@@ -325,15 +325,8 @@ def _with_ndim(amax: Any, ndim: int) -> jax.Array:
 
 def _full_index(q: QTensor, entries: Any) -> tuple[Any, ...]:
     """An entry for each axis: slices, integers, integer arrays."""
-    entries = entries if isinstance(entries, tuple) else (entries,)
-    dots = [i for i, entry in enumerate(entries) if entry is Ellipsis]
-    if len(dots) > 1:
-        raise IndexError("an index can have one ellipsis at most")
-    for at in dots:
-        entries = (*entries[:at], *[slice(None)] * (q.ndim - len(entries) + 1), *entries[at + 1 :])
-    if len(entries) > q.ndim:
-        raise IndexError(f"{len(entries)} indices for a QTensor of {q.ndim} axes")
-    entries = list(entries) + [slice(None)] * (q.ndim - len(entries))
+    entries = list(without_ellipsis(q, entries))
+    entries += [slice(None)] * (q.ndim - len(entries))
     for axis, entry in enumerate(entries):
         if isinstance(entry, slice):
             if len(range(*entry.indices(q.shape[axis]))) == q.shape[axis] and entry.step in (None, 1):
