@@ -1,9 +1,7 @@
 """What quantization does to a model's outputs: loss or perplexity, divergence, agreement, each with its error bar."""
 
 import dataclasses
-import io
 import math
-import sys
 from collections.abc import Callable, Iterable, Sized
 from typing import Any, NamedTuple
 
@@ -13,11 +11,10 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 from rich import box
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ifjax.models.arguments import as_arguments
+from ifjax.models.shown import as_text, bar_on_stderr
 
 
 class Estimate(NamedTuple):
@@ -84,9 +81,7 @@ class Evaluation:
         for name, value in rest.items():
             if value is not None:
                 table.add_row(name, "", str(value))
-        out = io.StringIO()
-        Console(file=out, width=100, color_system=None).print(table)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
+        return as_text(table, 100).strip("\n")
 
 
 def evaluate(
@@ -125,11 +120,10 @@ def evaluate(
         >>> found.tokens, found.agreement.mean > 0.7
         (64, True)
     """
-    shown = sys.stderr.isatty() if progress is None else progress
     total = len(batches) if isinstance(batches, Sized) else None
     sums: list[np.ndarray] = []  # [rows, measures]
     with_targets = None
-    with Progress(console=Console(file=sys.stderr), disable=not shown, transient=True) as bar:
+    with bar_on_stderr(progress) as bar:
         task = bar.add_task("evaluate", total=total)
         for arguments, targets in batches:
             if with_targets is not None and with_targets != (targets is not None):

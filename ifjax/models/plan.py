@@ -4,11 +4,9 @@
 """
 
 import dataclasses
-import io
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -16,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich import box
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ifjax.arrays import quantize
@@ -29,6 +25,7 @@ from ifjax.models.decisions import Decision, decide
 from ifjax.models.leaves import is_leaf, is_parameter, raw_value, split_collection, with_value
 from ifjax.models.rule_files import save_rules
 from ifjax.models.rules import Rule, default_rules
+from ifjax.models.shown import as_text, bar_on_stderr
 from ifjax.models.sites import join_path
 from ifjax.models.trace import function_walk, shared_inputs
 
@@ -94,9 +91,7 @@ class FormatPlan:
             cells = [f"{item.values:,}", item.fmt or "float", f"{item.bits:.2f}"]
             cells += [f"{loss:.2g}" for loss in item.losses]
             table.add_row(" ".join(item.paths), *cells)
-        out = io.StringIO()
-        Console(file=out, width=140, color_system=None).print(table)
-        lines = [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
+        lines = [line for line in as_text(table, 140).splitlines() if line]
         return "\n".join([*lines, f"{self.bits:.3f} bits a value of {self.budget_bits:g}; loss {self.base_loss:.4f} in "
                           f"floats, {self.predicted_loss:.4f} predicted, {self.measured_loss:.4f} measured"])
 
@@ -157,9 +152,8 @@ def plan_formats(
     if len(names) < 2:
         raise ValueError("formats must be two at least, to choose from")
     found = _Items(params, fn, batches[0], default_rules() if rules is None else tuple(rules))
-    shown = sys.stderr.isatty() if progress is None else progress
     runs = _Runs(fn, batches)
-    with Progress(console=Console(file=sys.stderr), disable=not shown, transient=True) as bar:
+    with bar_on_stderr(progress) as bar:
         count = len(found.items) * len(names)
         task = bar.add_task("sensitivities", total=count)
         base = runs.loss(params)

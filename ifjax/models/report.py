@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import io
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ifjax.atomic import write_text
+from ifjax.models.shown import as_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -224,12 +224,7 @@ class Report:
     # --- the table ---
 
     def __str__(self) -> str:
-        file = io.StringIO()
-        console = Console(
-            file=file, width=_WIDTH, color_system=None, markup=False, highlight=False, emoji=False, force_jupyter=False,
-        )  # fmt: skip
-        console.print(self)
-        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+        return as_text(self, _WIDTH)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         del console
