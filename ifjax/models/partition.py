@@ -39,15 +39,19 @@ def partition(params: Any, where: Callable[[str, Any], bool] | None = None) -> t
     leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
 
     def trains(keys, leaf):
-        value = value_of(leaf)
-        if isinstance(value, QTensor | Adapted) or not is_parameter(leaf):
-            return False
-        return jnp.issubdtype(value.dtype, jnp.floating) and (where is None or bool(where(join_path(keys), value)))
+        return can_train(leaf) and (where is None or bool(where(join_path(keys), value_of(leaf))))
 
     chosen = [trains(keys, leaf) for keys, leaf in leaves]
     parts = [[leaf if c == wanted else None for (_, leaf), c in zip(leaves, chosen, strict=True)]
              for wanted in (True, False)]  # fmt: skip
     return jax.tree.unflatten(structure, parts[0]), jax.tree.unflatten(structure, parts[1])
+
+
+def can_train(leaf: Any) -> bool:
+    """Whether a leaf is a float parameter that is not packed."""
+    value = value_of(leaf)
+    fixed = isinstance(value, QTensor | Adapted) or not is_parameter(leaf)
+    return not fixed and jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
 
 def combine(trainable: Any, frozen: Any) -> Any:

@@ -27,6 +27,7 @@ from ifjax.models.leaves import (
     with_value,
 )
 from ifjax.models.names import named_reason
+from ifjax.models.partition import can_train
 from ifjax.models.report import Entry, Report, decibels
 from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import Rule, as_rules, training_rules
@@ -155,13 +156,7 @@ def trainable_mask(params: Any) -> Any:
         >>> ifjax.trainable_mask({"kernel": ifjax.quantize(jnp.ones((16, 16))), "lora": jnp.ones(16)})
         {'kernel': False, 'lora': True}
     """
-
-    def trains(leaf):
-        value = value_of(leaf)
-        fixed = isinstance(value, QTensor | Adapted) or not is_parameter(leaf)
-        return not fixed and jnp.issubdtype(jnp.result_type(value), jnp.floating)
-
-    return jax.tree.map(trains, params, is_leaf=is_leaf)
+    return jax.tree.map(can_train, params, is_leaf=is_leaf)
 
 
 class _Parameter(NamedTuple):
