@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ifjax.codec import Encoding, Loss, Rounding, Search
+from ifjax.codec.encode import amax_of
 from ifjax.codec.places import PlaceCodec, decoder_refusal, encoder_refusal
 from ifjax.codec.rounding import NEAREST, seeds, strides
 from ifjax.formats import Format
@@ -233,9 +234,7 @@ def _how_to_decode(q):
 def _amax(x, amax_axes, fmt):
     """As the codec takes it, from x as it lies: the largest finite magnitude."""
     kept = ~jnp.isnan(x) if fmt.saturates else jnp.isfinite(x)
-    others = tuple(a for a in range(x.ndim) if a not in amax_axes)
-    peak = jnp.max(jnp.where(kept, jnp.abs(x), jnp.zeros_like(x)), axis=others, initial=0, keepdims=True)
-    return peak.reshape(peak.shape[: max(amax_axes, default=-1) + 1]).astype(jnp.float32)
+    return amax_of(jnp.where(kept, jnp.abs(x), jnp.zeros_like(x)), amax_axes).astype(jnp.float32)
 
 
 def _of_matrices(amax, shape, count):

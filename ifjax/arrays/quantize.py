@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (
     """
     if isinstance(x, QTensor):
         raise TypeError("x is quantized already: dequantize it first")
-    x = jnp.asarray(_native(x))
+    x = jnp.asarray(native(x))
     if x.dtype.name not in DTYPES:
         raise TypeError(f"x must be a float array ({', '.join(DTYPES)}), got {x.dtype}: write x.astype(jnp.float32)")
     if x.ndim < 1:
@@ -186,8 +186,8 @@ def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (
     return x, {"axis": axis, "amax_axes": axes, "amax": amax}
 
 
-def _native(x):
-    """Of the machine's byte order, as JAX needs it."""
+def native(x: Any) -> Any:
+    """x in the machine's byte order, the only one that JAX takes."""
     foreign = isinstance(x, np.ndarray) and not x.dtype.isnative
     return x.astype(x.dtype.newbyteorder("=")) if foreign else x
 
@@ -211,7 +211,7 @@ def _checked_amax(amax, shape, axes, fmt):
     """amax as float32, in the shape in which a QTensor has it."""
     if not fmt.has_tensor_scale:
         raise ValueError(f"{fmt.name} has no tensor scale, so amax does not apply: leave it out")
-    amax = jnp.asarray(_native(amax))
+    amax = jnp.asarray(native(amax))
     if jnp.issubdtype(amax.dtype, jnp.integer):
         amax = amax.astype(jnp.float32)
     full = tuple(shape[a] if a in axes else 1 for a in range(max(axes, default=-1) + 1))

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from ifjax.arrays import DTYPES, QTensor
+from ifjax.arrays.quantize import native
 from ifjax.exchange.blocks import qtensor_of
 from ifjax.exchange.containers import open_checkpoint
 from ifjax.exchange.layouts import (
@@ -90,16 +91,12 @@ def import_tensors(
         >>> exchange.import_tensors(arrays, config, axis=-2)
         {'up.weight': QTensor(nvfp4, 64x8 float32, axis=-2, 4.562 bits a value)}
     """
-    arrays = {name: _native(np.asarray(array)) for name, array in tensors.items()}
+    arrays = {name: native(np.asarray(array)) for name, array in tensors.items()}
     specs = {name: Spec.of(array) for name, array in arrays.items()}
     layouts, how = choose(specs, tool, fmt=fmt, nibbles=nibbles, axis=axis, dtype=dtype, headroom=headroom,
                           decode=decode)  # fmt: skip
     tensors_ = survey(specs, layouts)
     return dict(read_all(tensors_, arrays.__getitem__, how))
-
-
-def _native(array: np.ndarray) -> np.ndarray:
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def choose(specs: Specs, tool: str | Mapping[str, Any] | None, **settings: Any) -> tuple[tuple[Layout, ...], Reading]:

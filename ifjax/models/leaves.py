@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from ifjax.arrays import QTensor
+from ifjax.arrays.quantize import native
 from ifjax.models.adapters import Adapted
 
 
@@ -26,10 +27,7 @@ def is_parameter(leaf):
 
 def value_of(leaf):
     value = raw_value(leaf)
-    value = value if hasattr(value, "dtype") else np.asarray(value)
-    if isinstance(value, np.ndarray) and not value.dtype.isnative:  # JAX takes none
-        return value.astype(value.dtype.newbyteorder("="))
-    return value
+    return native(value if hasattr(value, "dtype") else np.asarray(value))
 
 
 def raw_value(leaf: Any) -> Any:

@@ -104,6 +104,12 @@ class Weight:
         array = Adapted(self.value, self.adapter, self.transform).dequantize(self.dtype)
         return jnp.transpose(array, [a for a in self.axes if a is not None]).reshape(self.shape)
 
+    @property
+    def recipe(self) -> Recipe | None:
+        """By which its products are trained: what is packed is multiplied as it is, without a gradient."""
+        recipe = self.how.recipe
+        return recipe.over_packed() if recipe is not None and self.is_packed else recipe
+
     def plain(self) -> "Weight":
         """The weight as an array, if there is something beside it."""
         return Weight.of(self.array(), self.how) if self.has_more else self
@@ -212,9 +218,7 @@ class Rewriter:
                 return self._dot_general(eqn, [x, w.plain()] if side else [w.plain(), x], key)
             x, w = w.transform.inputs(x, at), dataclasses.replace(w, transform=None)
             return self._dot_general(eqn, [x, w] if side else [w, x], key)
-        recipe = w.how.recipe
-        if recipe is not None and w.is_packed:
-            recipe = recipe.over_packed()
+        recipe = w.recipe
         if recipe is not None and (recipe.is_quantized or not w.is_packed):
             sharding = rest.pop("out_sharding")
 
@@ -246,12 +250,10 @@ class Rewriter:
         x, w = ins
         if not isinstance(w, Weight):
             return self._as_it_is(eqn, ins)
-        x, how = _array(x), w.how
-        if w.is_packed and how.recipe is not None:
-            how = how._replace(recipe=how.recipe.over_packed())
-        if how.recipe is not None:
+        x, how, recipe = _array(x), w.how, w.recipe
+        if recipe is not None:
             params = {k: v for k, v in eqn.params.items() if k not in ("preferred_element_type", "precision")}
-            y = quantized_conv(x, w.array(), how.recipe, key, precision=eqn.params["precision"], **params)
+            y = quantized_conv(x, w.array(), recipe, key, precision=eqn.params["precision"], **params)
             return [y.astype(eqn.outvars[0].aval.dtype)]
         features = eqn.params["dimension_numbers"].lhs_spec[1]
         x = rounded(x, self._activation(how, x, (features - x.ndim,)))
@@ -265,12 +267,10 @@ class Rewriter:
         plain = (contracted, batch, ragged, groups) == (((1,), (1,)), ((), ()), (0,), (0,))
         if not isinstance(w, Weight) or not plain or len(sizes) > 1:
             return self._as_it_is(eqn, ins)
-        x, how = _array(x), w.how
+        x, how, recipe = _array(x), w.how, w.recipe
         rest = {"precision": eqn.params["precision"], "preferred_element_type": eqn.outvars[0].aval.dtype}
-        if w.is_packed and how.recipe is not None:
-            how = how._replace(recipe=how.recipe.over_packed())
-        if how.recipe is not None:
-            return [quantized_ragged_dot(x, w.array(), sizes[0], how.recipe, key, **rest)]
+        if recipe is not None:
+            return [quantized_ragged_dot(x, w.array(), sizes[0], recipe, key, **rest)]
         x = rounded(x, self._activation(how, x, (-1,)))
         in_place = w.is_packed and w.axes == (0, 1, 2) and not w.has_more
         weight = w.value.astype(w.dtype) if in_place else w.array()

@@ -160,8 +160,7 @@ class PackedCache:
         keys, values = [self.keys.astype(jnp.float32)], [self.values.astype(jnp.float32)]
         seen = [places[0] < self.count - self.window]
         if self.window:
-            slots = jnp.arange(self.window, dtype=jnp.int32)
-            places.append(self.count - 1 - (self.count - 1 - slots) % self.window)
+            places.append(self._recent_places())
             keys, values = ([q, a.astype(jnp.float32)] for q, a in zip((keys[0], values[0]), self.recent, strict=True))
             seen.append(places[1] >= 0)
         logits = []
@@ -179,11 +178,15 @@ class PackedCache:
         """Return keys and values as attention reads them: packed ones decoded, the last ones as they were."""
         out = [q.dequantize() if isinstance(q, QTensor) else q for q in (self.keys, self.values)]
         if self.window:
-            slots = jnp.arange(self.window, dtype=jnp.int32)
-            place = self.count - 1 - (self.count - 1 - slots) % self.window
+            place = self._recent_places()
             place = jnp.where(place < 0, self.keys.shape[1], place)  # not written yet: dropped
             out = [a.at[:, place].set(r.astype(a.dtype)) for a, r in zip(out, self.recent, strict=True)]
         return out[0], out[1]
+
+    def _recent_places(self):
+        """The position of the token in each place of the window; negative where none is yet."""
+        slots = jnp.arange(self.window, dtype=jnp.int32)
+        return self.count - 1 - (self.count - 1 - slots) % self.window
 
     def _masked(self, mask, place, tokens, heads, groups):
         """The mask at these positions, [b, h, g, s, positions]."""
