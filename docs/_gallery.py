@@ -4,11 +4,10 @@ from pathlib import Path
 
 import ifjax
 from ifjax import analysis, plots
-from ifjax.arrays import packed_shapes
+from ifjax.cli.formats import matrix_bytes
 
 FOLDER = Path(__file__).resolve().parent
 DISTRIBUTIONS = ("normal", "laplace")
-SHAPE = (4096, 4096)
 # Who reads a format's bytes besides ifjax, by the layouts of ifjax.exchange.
 NVFP4_READERS = "vLLM, transformers, TensorRT-LLM, SGLang"
 READERS = {"nvfp4": NVFP4_READERS, "fouroversix": f"{NVFP4_READERS} (as NVFP4)", "mxfp4": "vLLM, transformers"}
@@ -34,10 +33,9 @@ def distinct():
 
 def facts(fmt: ifjax.Format) -> list[str]:
     """The columns that need no measurement."""
-    nbytes = sum(a * b for a, b in packed_shapes(SHAPE, fmt, -1)) + 4 * fmt.has_tensor_scale
     grids = " or ".join(dict.fromkeys(decoding.grid.name for decoding in fmt.decodings))
     link, bits = f"[`{fmt.name}`](#{fmt.name})", f"{fmt.bits_per_value:g}"
-    return [link, grids, bits, str(fmt.block), fmt.scale.name, f"{nbytes / 1e6:.2f}"]
+    return [link, grids, bits, str(fmt.block), fmt.scale.name, f"{matrix_bytes(fmt) / 1e6:.2f}"]
 
 
 def error_of(fmt: ifjax.Format, distribution: str) -> str:

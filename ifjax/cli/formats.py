@@ -44,7 +44,7 @@ def _formats(options: argparse.Namespace) -> None:
     formats.sort(key=lambda fmt: (fmt.bits_per_value, errors.get(fmt.name, 0.0)))
     rows = [
         {"format": fmt.name, "grids": list(dict.fromkeys(d.grid.name for d in fmt.decodings)), "block": fmt.block,
-         "scale": fmt.scale.name, "bits": fmt.bits_per_value, "bytes": _nbytes(fmt), "error": errors.get(fmt.name)}
+         "scale": fmt.scale.name, "bits": fmt.bits_per_value, "bytes": matrix_bytes(fmt), "error": errors.get(fmt.name)}
         for fmt in formats
     ]  # fmt: skip
     if options.json:
@@ -67,5 +67,6 @@ def _errors(formats: list[Format], progress: Progress) -> dict[str, float]:
     return {row.fmt: row.error.normalized_mse for row in tracked(progress, rows, [1] * len(names), names)}
 
 
-def _nbytes(fmt: Format) -> int:
+def matrix_bytes(fmt: Format) -> int:
+    """Bytes of a matrix of 4096 x 4096: codes, scales and an amax."""
     return sum(a * b for a, b in packed_shapes(_SHAPE, fmt, -1)) + 4 * fmt.has_tensor_scale

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -28,24 +29,9 @@ CASES = {
     "nvfp4 float32": ("nvfp4", "float32", {}),
 }
 
-# The fields of XLA's GpuTargetConfigProto that a compiler has to know of a device it cannot ask.
-H200 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  memory_bandwidth: 4800000000000 device_memory_size: 151397597184 l2_cache_size: 52428800
-  shared_memory_per_core: 233472 shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  threads_per_core_limit: 2048 threads_per_block_limit: 1024 threads_per_warp: 32
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
-  device_vendor: "NVIDIA Corporation" device_address_bits: 64
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
+# The target that benchmarks/deviceless.py describes to a compiler, which cannot ask a device that is not there.
+_DEVICELESS = runpy.run_path(os.fspath(Path(__file__).resolve().parents[2] / "benchmarks" / "deviceless.py"))
+H200 = _DEVICELESS["GPU"].format(name="H200", **_DEVICELESS["GPUS"]["H200"])
 
 
 class Operation(NamedTuple):
