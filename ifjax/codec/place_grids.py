@@ -7,6 +7,7 @@ where the grid is symmetric; its sign is the caller's affair.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from ifjax.codec.blocks import as_float, bits_of
-from ifjax.formats import Candidate, Grid
+from ifjax.formats import Candidate, Grid, TableScale
 
 _EXPONENT = np.int32(0x7F800000)
 
@@ -57,6 +58,20 @@ def place_grid(c: Candidate) -> PlaceGrid | None:
     if c.offset:
         return _Signed(grid) if len(grid.magnitudes) <= 8 else None
     return _floats(grid) or (_Magnitudes(grid) if len(grid.magnitudes) <= 8 else None)
+
+
+def payload_of(scale: TableScale, y: jax.Array) -> jax.Array:
+    """scale.encode(y), of an arithmetic scale, by operations that all kernels have: not all know `round`."""
+    if scale.mantissa_bits == 0 or scale.rounding != "even":
+        return scale.encode(y)
+    count = 1 << (len(scale.values) - 1).bit_length()
+    levels: Any = SimpleNamespace(magnitudes=range_of(scale, count), max=scale.values[scale.top])
+    floats = _Floats(levels, scale.mantissa_bits)
+    return floats.code(floats.rounded(y, None), 0)
+
+
+def range_of(scale, count):
+    return (*scale.values, *[0.0] * (count - len(scale.values)))
 
 
 def _floats(grid: Grid) -> "_Floats | None":

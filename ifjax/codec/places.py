@@ -20,7 +20,7 @@ from ifjax.codec.decode import decode, grid_values, narrowed, scaled
 from ifjax.codec.encode import Encoding, codes_of, inverse_for
 from ifjax.codec.headers import TensorScale, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss
-from ifjax.codec.place_grids import place_grid, select
+from ifjax.codec.place_grids import payload_of, place_grid, select
 from ifjax.codec.rounding import noise_of, uniform_noise
 from ifjax.codec.search import better
 from ifjax.formats import Candidate, Format, Grid, TableScale
@@ -271,7 +271,7 @@ class PlaceCodec:
             scale = jnp.where(is_small, scale * np.float32(2.0**-64), scale)
             scale = jnp.where(peak > 0, jnp.maximum(scale, np.float32(2.0**-126)), 0)
         scale = scale if c.scale_multiplier == 1 else scale * np.float32(c.scale_multiplier)
-        payload = fmt.scale.encode(scale)
+        payload = payload_of(cast(TableScale, fmt.scale), scale)  # see `_refusal`
         return jnp.maximum(payload, 1) if fmt.prevent_zero else payload
 
 
