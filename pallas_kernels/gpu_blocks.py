@@ -27,8 +27,8 @@ THREADS = 128
 
 def supports(codec: Codec, x: Any, axis: int) -> str | None:
     """Why `encode` cannot take an array or shape x [L, R, C]; None if it can."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"values must be float32, bfloat16 or float16, got {x.dtype}"
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"values must be float32 or bfloat16, got {x.dtype}"
     if axis not in (-1, -2):
         return f"blocks must lie along one of the last two axes, got {axis}"
     if codec.is_square:

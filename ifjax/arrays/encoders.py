@@ -67,9 +67,19 @@ def _tpu_blocks():
     return tpu_blocks
 
 
+def _gpu_blocks():
+    from pallas_kernels import gpu_blocks
+
+    return gpu_blocks
+
+
 ENCODERS: Registry[Encoder] = Registry(
-    "encoder", Encoder, "ifjax.arrays.ENCODERS", (Encoder("tpu_blocks", "tpu", r"\bv[56] ?(lite|e)\b", _tpu_blocks),)
-)
+    "encoder", Encoder, "ifjax.arrays.ENCODERS",
+    (
+        Encoder("tpu_blocks", "tpu", r"\bv[56] ?(lite|e)\b", _tpu_blocks),
+        Encoder("gpu_blocks", "cuda", r"\bG?(H(100|200|800|20)|B[123]00)\b", _gpu_blocks),
+    ),
+)  # fmt: skip
 
 
 def explain_quantize(
