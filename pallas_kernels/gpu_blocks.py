@@ -31,6 +31,8 @@ def supports(codec: Codec, x: Any, axis: int) -> str | None:
         return f"values must be float32 or bfloat16, got {x.dtype}"
     if axis not in (-1, -2):
         return f"blocks must lie along one of the last two axes, got {axis}"
+    if codec.bits > 4:
+        return f"it takes codes of up to 4 bits, got {codec.bits}: Triton does not round to integers"
     if codec.is_square:
         return "it does not know square blocks"
     if math.prod(x.shape) >= 2**31:

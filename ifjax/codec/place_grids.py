@@ -102,7 +102,7 @@ class _Floats:
         binade = as_float(bits_of(jnp.maximum(y, self._lowest)) & _EXPONENT)
         if noise is not None:
             # A number beyond the grid is in its last binade. Times a power of two, the sum of y / step and the noise.
-            binade = jnp.minimum(binade, as_float(bits_of(jnp.asarray(top)) & _EXPONENT))
+            binade = jnp.minimum(binade, (top.view(np.int32) & _EXPONENT).view(np.float32))
             y = jnp.minimum(y + noise * (binade * np.float32(2.0**-self.m)), top)
         # `lift` steps more, so that the sum's bits are the code's.
         large = binade * np.float32(2.0 ** (23 - self.m) + self._lift * 2.0**-self.m)
