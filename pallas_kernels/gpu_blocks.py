@@ -35,7 +35,8 @@ def supports(codec: Codec, x: Any, axis: int) -> str | None:
         return f"it takes codes of up to 4 bits, got {codec.bits}: Triton does not round to integers"
     if codec.is_square:
         return "it does not know square blocks"
-    if math.prod(x.shape) >= 2**31:
+    at = _Blocks(x.shape, axis, codec.block)
+    if at.matrices * at.threads * codec.block >= 2**31:
         return "it counts elements in 31 bits"
     return None
 

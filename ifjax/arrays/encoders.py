@@ -243,8 +243,9 @@ def _how_to_decode(q):
 
 def _amax(x, amax_axes, fmt):
     """As the codec takes it, from x as it lies: the largest finite magnitude."""
+    x = x.astype(jnp.float32)
     kept = ~jnp.isnan(x) if fmt.saturates else jnp.isfinite(x)
-    return amax_of(jnp.where(kept, jnp.abs(x), jnp.zeros_like(x)), amax_axes).astype(jnp.float32)
+    return amax_of(jnp.where(kept, jnp.abs(x), 0), amax_axes)
 
 
 def _of_matrices(amax, shape, count):
