@@ -67,9 +67,19 @@ def _tpu_blocks():
     return tpu_blocks
 
 
+def _gpu_blocks():
+    from pallas_kernels import gpu_blocks
+
+    return gpu_blocks
+
+
 ENCODERS: Registry[Encoder] = Registry(
-    "encoder", Encoder, "ifjax.arrays.ENCODERS", (Encoder("tpu_blocks", "tpu", r"\bv[56] ?(lite|e)\b", _tpu_blocks),)
-)
+    "encoder", Encoder, "ifjax.arrays.ENCODERS",
+    (
+        Encoder("tpu_blocks", "tpu", r"\bv[56] ?(lite|e)\b", _tpu_blocks),
+        Encoder("gpu_blocks", "cuda", r"\bG?(H(100|200|800|20)|B[123]00)\b", _gpu_blocks),
+    ),
+)  # fmt: skip
 
 
 def explain_quantize(
@@ -233,8 +243,9 @@ def _how_to_decode(q):
 
 def _amax(x, amax_axes, fmt):
     """As the codec takes it, from x as it lies: the largest finite magnitude."""
+    x = x.astype(jnp.float32)
     kept = ~jnp.isnan(x) if fmt.saturates else jnp.isfinite(x)
-    return amax_of(jnp.where(kept, jnp.abs(x), jnp.zeros_like(x)), amax_axes).astype(jnp.float32)
+    return amax_of(jnp.where(kept, jnp.abs(x), 0), amax_axes)
 
 
 def _of_matrices(amax, shape, count):

@@ -175,7 +175,7 @@ def _unit_weights(weights, ndim, axis):
 def amax_of(magnitudes: jax.Array, amax_axes: tuple[int, ...]) -> jax.Array:
     """The largest of magnitudes, over all axes but `amax_axes` (from the front), in the shape of an amax."""
     others = tuple(a for a in range(magnitudes.ndim) if a not in amax_axes)
-    peak = jnp.max(magnitudes, axis=others, initial=0, keepdims=True)
+    peak = jnp.max(magnitudes, axis=others, initial=None if magnitudes.size else 0, keepdims=True)
     return peak.reshape(peak.shape[: max(amax_axes, default=-1) + 1])
 
 

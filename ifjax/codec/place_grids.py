@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from ifjax.codec.blocks import as_float, bits_of
-from ifjax.formats import Candidate, Grid
+from ifjax.formats import Candidate, Grid, TableScale
 
 _EXPONENT = np.int32(0x7F800000)
 
@@ -59,19 +59,39 @@ def place_grid(c: Candidate) -> PlaceGrid | None:
     return _floats(grid) or (_Magnitudes(grid) if len(grid.magnitudes) <= 8 else None)
 
 
+def payload_of(scale: TableScale, y: jax.Array) -> jax.Array:
+    """scale.encode(y), of an arithmetic scale, by operations that all kernels have: not all know `round`."""
+    if scale.mantissa_bits == 0 or scale.rounding != "even":
+        return scale.encode(y)
+    floats = _Floats.of(scale.values, scale.values[scale.top], scale.mantissa_bits)
+    return floats.code(floats.rounded(y, None), 0)
+
+
 def _floats(grid: Grid) -> "_Floats | None":
-    m = grid.mantissa_bits
-    return _Floats(grid, m) if m and grid.ties == "even" and len(grid.magnitudes) > 2 << m else None
+    m = grid.mantissa_bits or 0
+    is_float = m and grid.ties == "even" and len(grid.magnitudes) > 2 << m
+    return _Floats.of(grid.magnitudes, grid.max, m) if is_float else None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Floats:
     """Magnitudes of a binary float with m >= 1 mantissa bits. The levels are those of the lowest binade; all other
-    values are theirs times a power of two."""
+    values are theirs times a power of two.
 
-    grid: Grid
+    `lowest` is the least normal one, `largest` the largest, `count` a power of two from the number of codes on.
+    """
+
+    lowest: np.float32
+    largest: np.float32
+    count: int
     m: int
     is_symmetric = True
+
+    @classmethod
+    def of(cls, magnitudes: Sequence[float], largest: float, m: int) -> "_Floats":
+        """For the magnitudes of all codes, ascending."""
+        count = 1 << (len(magnitudes) - 1).bit_length()
+        return cls(np.float32(magnitudes[1 << m]), np.float32(largest), count, m)
 
     @property
     def listed(self):
@@ -82,12 +102,12 @@ class _Floats:
 
         The sum's lowest bits count steps, its exponent binades.
         """
-        top = np.float32(self.grid.max)
+        top = self.largest
         y = jnp.minimum(y, top) if noise is None else y
-        binade = as_float(bits_of(jnp.maximum(y, self._lowest)) & _EXPONENT)
+        binade = as_float(bits_of(jnp.maximum(y, self.lowest)) & _EXPONENT)
         if noise is not None:
             # A number beyond the grid is in its last binade. Times a power of two, the sum of y / step and the noise.
-            binade = jnp.minimum(binade, as_float(bits_of(jnp.asarray(top)) & _EXPONENT))
+            binade = jnp.minimum(binade, (top.view(np.int32) & _EXPONENT).view(np.float32))
             y = jnp.minimum(y + noise * (binade * np.float32(2.0**-self.m)), top)
         # `lift` steps more, so that the sum's bits are the code's.
         large = binade * np.float32(2.0 ** (23 - self.m) + self._lift * 2.0**-self.m)
@@ -97,19 +117,15 @@ class _Floats:
     def code(self, place, shift):
         total = bits_of(place[0])
         # Steps, and 2^m of them for each binade.
-        code = total + lax.shift_right_logical(total, np.int32(23 - self.m)) & np.int32(len(self.grid.magnitudes) - 1)
+        code = total + lax.shift_right_logical(total, np.int32(23 - self.m)) & np.int32(self.count - 1)
         return code << shift if shift else code
 
     def value(self, place, levels):
         bits = bits_of(place[1])
         masks = [(bits & np.int32(1 << (22 - i))) != 0 for i in range(self.m)]
         power = as_float(bits & _EXPONENT)
-        power = power if self._lowest == 1 else power * (1 / self._lowest)
+        power = power if self.lowest == 1 else power * (1 / self.lowest)
         return select(masks, levels) * power
-
-    @property
-    def _lowest(self):
-        return np.float32(self.grid.magnitudes[1 << self.m])
 
     @property
     def _lift(self):
@@ -117,8 +133,8 @@ class _Floats:
 
         At least one pair, so that noise does not bring the sum of zero below the power of two.
         """
-        exponent = int(np.float32(self._lowest * 2.0 ** (23 - self.m)).view(np.int32)) >> 23
-        return -(exponent << self.m) % len(self.grid.magnitudes) or len(self.grid.magnitudes)
+        exponent = int(np.float32(self.lowest * 2.0 ** (23 - self.m)).view(np.int32)) >> 23
+        return -(exponent << self.m) % self.count or self.count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ifjax.codec.decode import decode, grid_values, narrowed, scaled
 from ifjax.codec.encode import Encoding, codes_of, inverse_for
 from ifjax.codec.headers import TensorScale, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss
-from ifjax.codec.place_grids import place_grid, select
+from ifjax.codec.place_grids import payload_of, place_grid, select
 from ifjax.codec.rounding import noise_of, uniform_noise
 from ifjax.codec.search import better
 from ifjax.formats import Candidate, Format, Grid, TableScale
@@ -139,30 +139,32 @@ class PlaceCodec:
         """The scalars of `Tensor` [count, 4] and a table [count, rows, 128], for the amax [count] of each tensor, or
         None in formats that have none."""
         how, fmt, length = self.how, self.fmt, LANES * self.pages
-        (payload,) = _full((count, 1, length), np.arange(length, dtype=np.int32))
+        payload = np.arange(length, dtype=np.int32)
         if amax is None:
+            (payload,) = _full((count, 1, length), payload)
             return jnp.ones((count, 4), jnp.float32), _as_table([inverse_for(payload, None, None, 0, None, how)])
         tensor = normalized(amax, fmt.tensor_constant(how.headroom), 3)
         numbers = tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)
-        rows = [inverse_for(payload, None, None, 0, tensor, how)]
-        for c in fmt.candidates:
-            codes = np.array(_listed(c), np.int32)[:, None]
-            if codes.size:
-                # Every factor is an array of the full shape: XLA would multiply scalars and constants beforehand.
-                shape = count, len(codes), length
-                codes, payloads, amaxes, step = _full(shape, codes, payload, tensor.amax, np.float32(c.step))
-                values, scale = grid_values(codes, c.decoding), fmt.scale.decode(payloads)
-                units = TensorScale(tensor.power, amaxes)
-                rows.append(scaled(values, scale, step, units, fmt.tensor_constant(how.headroom)))
-        return jnp.stack([number.reshape(-1) for number in numbers], -1), _as_table(rows)
+        # Every factor is an array of the full shape: XLA would multiply scalars and constants beforehand. The first row
+        # is for the inverses, which have no code.
+        rows = [(0, 1.0), *((code, c.step) for c in fmt.candidates for code in _listed(c))]
+        codes, steps = np.array([code for code, _ in rows], np.int32), np.array([step for _, step in rows], np.float32)
+        shape = count, len(rows), length
+        codes, payload, peaks, steps = _full(shape, codes[:, None], payload, tensor.amax, steps[:, None])
+        table = [inverse_for(payload[:, :1], None, None, 0, tensor, how)]
+        for i, c in enumerate(fmt.candidates):
+            at = slice(self._first_listed(i), self._first_listed(i + 1))
+            scale, units = fmt.scale.decode(payload[:, at]), TensorScale(tensor.power, peaks[:, at])
+            values = grid_values(codes[:, at], c.decoding)
+            table.append(scaled(values, scale, steps[:, at], units, fmt.tensor_constant(how.headroom)))
+        return jnp.stack([number.reshape(-1) for number in numbers], -1), _as_table(table)
 
     def decoder_table(self, amax: jax.Array | None, count: int) -> jax.Array:
         """What each code stands for, rounded to the dtype, by decoding: [count, rows, 128]; of codes up to 4 bits."""
         fmt, length, rows = self.fmt, LANES * self._decoder_pages, []
+        codes, payload = np.arange(2**fmt.bits, dtype=np.int32)[:, None], np.arange(length, dtype=np.int32)
+        codes, payload = _full((count, 2**fmt.bits, length), codes, payload)
         for i in range(len(fmt.decodings)):
-            shape = count, 2**fmt.bits, length
-            codes = np.arange(2**fmt.bits, dtype=np.int32)[:, None]
-            codes, payload = _full(shape, codes, np.arange(length, dtype=np.int32))
             values = decode(codes, fmt.join(i, payload), fmt, amax=amax, headroom=self.how.headroom)
             rows.append(narrowed(values, self.dtype).astype(jnp.float32))
         return _as_table(rows)
@@ -240,7 +242,10 @@ class PlaceCodec:
 
     def first_row(self, i: int) -> int:
         """The first row of the encoder's table that is candidate i's."""
-        return (1 + sum(len(_listed(c)) for c in self.fmt.candidates[:i])) * self.pages
+        return self._first_listed(i) * self.pages
+
+    def _first_listed(self, i):
+        return 1 + sum(len(_listed(c)) for c in self.fmt.candidates[:i])
 
     @property
     def pages(self) -> int:
@@ -271,7 +276,7 @@ class PlaceCodec:
             scale = jnp.where(is_small, scale * np.float32(2.0**-64), scale)
             scale = jnp.where(peak > 0, jnp.maximum(scale, np.float32(2.0**-126)), 0)
         scale = scale if c.scale_multiplier == 1 else scale * np.float32(c.scale_multiplier)
-        payload = fmt.scale.encode(scale)
+        payload = payload_of(cast(TableScale, fmt.scale), scale)  # see `_refusal`
         return jnp.maximum(payload, 1) if fmt.prevent_zero else payload
 
 
@@ -363,8 +368,10 @@ def _listed(c: Candidate) -> tuple[int, ...]:
 
 
 def _full(shape, *arrays):
-    """Arrays broadcast to a shape, as XLA does not see it."""
-    return lax.optimization_barrier([jnp.broadcast_to(a, shape) for a in arrays])
+    """Arrays of int32 and float32 broadcast to a shape, as XLA does not see it. In one array: a GPU has one launch."""
+    arrays = [jnp.asarray(a) for a in arrays]
+    words = lax.optimization_barrier(jnp.stack([jnp.broadcast_to(bits_of(a), shape) for a in arrays]))
+    return [as_float(word) if a.dtype == jnp.float32 else word for a, word in zip(arrays, words, strict=True)]
 
 
 def _as_table(rows):

@@ -162,6 +162,11 @@ class TableScale(Scale):
         """Whether `encode` and `decode` compute bits, as for a binary float, and look nothing up in a table."""
         return self._mantissa_bits is not None and (self.rounding == "even" or self._is_exponent)
 
+    @property
+    def mantissa_bits(self) -> int:
+        """Of an arithmetic scale."""
+        return self._mantissa_bits or 0
+
     @functools.cached_property
     def _mantissa_bits(self) -> int | None:
         return float_mantissa_bits(self.values)

@@ -74,8 +74,9 @@ CASES = {
     for name, fmt in FORMATS.items()
     for rounding, dtype in (("nearest", "float32"), ("stochastic_unbiased", "bfloat16"))
 }
-# A float that is chosen against integers, and looked-up values of which two kinds are sorted differently.
-ALWAYS = ("if4, stochastic_unbiased", "two sorted grids, nearest")
+# A float that is chosen against integers, looked-up values of which two kinds are sorted differently, and scales so
+# large that products with an amax of 1e33 must not overflow.
+ALWAYS = ("if4, stochastic_unbiased", "two sorted grids, nearest", "nvfp4_ue5m3, nearest")
 
 
 @pytest.mark.parametrize("case", [c if c in ALWAYS else pytest.param(c, marks=pytest.mark.slow) for c in CASES])

@@ -133,7 +133,8 @@ def test_rotated_places_are_the_hadamard_transform(size):
 def test_what_goes_which_way_and_why():
     x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
     assert ifjax.explain_quantize(x, target="TPU v5 lite") == ("tpu_blocks", "on TPU v5 lite")
-    assert ifjax.explain_quantize(x, target="NVIDIA H200") == ("xla", "there is no kernel for NVIDIA H200")
+    assert ifjax.explain_quantize(x, target="NVIDIA H200") == ("gpu_blocks", "on NVIDIA H200")
+    assert ifjax.explain_quantize(x, target="NVIDIA A100") == ("xla", "there is no kernel for NVIDIA A100")
     settings = [
         ({"search": "fast"}, "searches"), ({"amax_axes": (0,)}, "amax belongs to rows"),
         ({"loss": lambda x, y: x[..., 0]}, "loss"), ({"weights": jnp.ones(4096)}, "weighs no errors"),

@@ -1,0 +1,203 @@
+"""Block-scaled encoding and decoding on an NVIDIA GPU, as on a TPU: one pass, and no number format that it knows.
+
+The interface is that of `pallas_kernels.tpu_blocks`: what is computed is handed in as a `Codec`. A thread owns a whole
+block, so that what belongs to a block is computed once and its values meet in registers. With blocks along rows
+(axis=-2) neighbouring threads read neighbouring columns; with blocks along columns a thread reads the bytes of its own
+block, which lie in one sector. Nothing of x's size is written but what is asked for.
+
+Nothing here has run on a GPU. It is compiled for an H200, and interpreted.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.tpu_blocks import LANES, Codec, Noise
+
+__all__ = ["Noise", "decode", "encode", "supports"]
+
+THREADS = 128
+
+
+def supports(codec: Codec, x: Any, axis: int) -> str | None:
+    """Why `encode` cannot take an array or shape x [L, R, C]; None if it can."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"values must be float32 or bfloat16, got {x.dtype}"
+    if axis not in (-1, -2):
+        return f"blocks must lie along one of the last two axes, got {axis}"
+    if codec.bits > 4:
+        return f"it takes codes of up to 4 bits, got {codec.bits}: Triton does not round to integers"
+    if codec.is_square:
+        return "it does not know square blocks"
+    at = _Blocks(x.shape, axis, codec.block)
+    if at.matrices * at.threads * codec.block >= 2**31:
+        return "it counts elements in 31 bits"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "axis", "wants_codes", "wants_values", "interpret"))
+def encode(
+    x: jax.Array,
+    scalars: jax.Array,
+    tables: jax.Array,
+    noise: Noise | None = None,
+    *,
+    codec: Codec,
+    axis: int,
+    wants_codes: bool = True,
+    wants_values: bool = False,
+    interpret: Any = False,
+) -> list[jax.Array]:
+    """Codes and headers, or what they decode to, or both, as `tpu_blocks.encode` gives them.
+
+    Raises:
+        ValueError: `supports` has a reason; noise is missing.
+    """
+    if reason := supports(codec, x, axis):
+        raise ValueError(reason)
+    if codec.noises and noise is None:
+        raise ValueError("this codec draws noise, got noise=None: pass a Noise")
+    at, args = _Blocks(x.shape, axis, codec.block), [scalars, tables, x]
+    if codec.noises and noise is not None:
+        args += [noise.base, noise.strides, noise.seeds]
+    shapes = []
+    if wants_codes:
+        lengths = at.count * codec.block * codec.bits // 8, at.count
+        shapes += [jax.ShapeDtypeStruct(at.with_length(length), jnp.uint8) for length in lengths]
+    if wants_values:
+        shapes.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    body = functools.partial(
+        _encode_blocks, at=at, codec=codec, own=(len(scalars) > 1, len(tables) > 1), wants_codes=wants_codes,
+        wants_values=wants_values,
+    )  # fmt: skip
+    return _run(body, "encode_blocks", at, args, shapes, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "axis", "length", "dtype", "interpret"))
+def decode(
+    codes: jax.Array,
+    headers: jax.Array,
+    tables: jax.Array,
+    *,
+    codec: Codec,
+    axis: int,
+    length: int,
+    dtype: Any,
+    interpret: Any = False,
+) -> jax.Array:
+    """The values [L, R, C] of codes and headers, as `tpu_blocks.decode` gives them."""
+    shape = list(codes.shape)
+    shape[axis] = length
+    at = _Blocks(tuple(shape), axis, codec.block)
+    body = functools.partial(_decode_blocks, at=at, codec=codec, own=len(tables) > 1)
+    (values,) = _run(
+        body, "decode_blocks", at, [tables, codes, headers], [jax.ShapeDtypeStruct(tuple(shape), dtype)], interpret
+    )
+    return values
+
+
+def _run(body, name, at, args, shapes, interpret):
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    flat = [jax.ShapeDtypeStruct((math.prod(s.shape),), s.dtype) for s in shapes]
+    moved = sum(a.size * a.dtype.itemsize for a in [*args, *shapes])
+    found = pl.pallas_call(
+        body,
+        out_shape=flat,
+        grid=(at.matrices, pl.cdiv(at.threads, THREADS)),
+        in_specs=[whole] * len(args),
+        out_specs=[whole] * len(flat),
+        compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32, num_stages=1),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),
+        interpret=interpret,
+        name=name,
+    )(*(a.reshape(-1) for a in args))
+    return [a.reshape(s.shape) for a, s in zip(found, shapes, strict=True)]
+
+
+class _Blocks:
+    """Where the blocks of [L, R, C] lie: one for each thread of a matrix, neighbours where memory wants it."""
+
+    def __init__(self, shape, axis, block):
+        self.shape, self.axis, self.block = shape, axis, block
+        self.matrices, rows, columns = shape
+        self.across, self.along = (rows, columns) if axis == -1 else (columns, rows)
+        self.count = -(-self.along // block)  # blocks along the axis
+        self.threads = self.across * self.count
+
+    def with_length(self, length):
+        """The shape with another length along the axis."""
+        return (*self.shape[:-1], length) if self.axis == -1 else (self.shape[0], length, self.shape[2])
+
+    def here(self):
+        """(matrix, block along the axis, row or column across it, whether there is one) of this program's threads."""
+        thread = pl.program_id(1) * THREADS + lax.iota(jnp.int32, THREADS)
+        if self.axis == -1:
+            return pl.program_id(0), thread % self.count, thread // self.count, thread < self.threads
+        return pl.program_id(0), thread // self.across, thread % self.across, thread < self.threads
+
+    def index(self, matrix, along, across, length):
+        """Of an element of [L, ...], of this length along the axis."""
+        if self.axis == -1:
+            return (matrix * self.across + across) * length + along
+        return (matrix * length + along) * self.across + across
+
+
+def _encode_blocks(scalars, tables, x, *refs, at, codec, own, wants_codes, wants_values):
+    refs = iter(refs)
+    numbers = [next(refs) for _ in range(3)] if codec.noises else None
+    codes, headers = (next(refs), next(refs)) if wants_codes else (None, None)
+    values = next(refs) if wants_values else None
+    matrix, block, across, is_there = at.here()
+    places = [block * codec.block + i for i in range(codec.block)]
+    masks = [is_there & (place < at.along) for place in places]
+    ats = [at.index(matrix, place, across, at.along) for place in places]
+    xs = [plgpu.load(x.at[i], mask=mask, other=0.0).astype(jnp.float32) for i, mask in zip(ats, masks, strict=True)]
+    known = [scalars[(matrix * 4 if own[0] else 0) + i] for i in range(4)]
+    noise = None
+    if numbers is not None:
+        base, strides, seeds = numbers
+        row, column = strides[0], strides[1]
+        along, other = (column, row) if at.axis == -1 else (row, column)
+        drawn = [
+            codec.noise(base[matrix] + place * along + across * other, seeds[2 * matrix], seeds[2 * matrix + 1])
+            for place in places
+        ]
+        noise = list(zip(*drawn, strict=True))
+    words, header, some = codec.encode(
+        xs, noise, known, _lookup(tables, at, matrix, own[1]), wants_codes=wants_codes, wants_values=wants_values
+    )
+    if codes is not None and headers is not None:
+        nbytes = codec.block * codec.bits // 8
+        for i in range(nbytes):
+            byte = lax.shift_right_logical(words[i // 4], 8 * (i % 4)).astype(jnp.uint8)
+            plgpu.store(codes.at[at.index(matrix, block * nbytes + i, across, at.count * nbytes)], byte, mask=is_there)
+        plgpu.store(headers.at[at.index(matrix, block, across, at.count)], header.astype(jnp.uint8), mask=is_there)
+    if values is not None:
+        for i, mask, value in zip(ats, masks, some, strict=True):
+            plgpu.store(values.at[i], value.astype(x.dtype), mask=mask)
+
+
+def _decode_blocks(tables, codes, headers, out, *, at, codec, own):
+    matrix, block, across, is_there = at.here()
+    nbytes = codec.block * codec.bits // 8
+    words = [0] * -(-nbytes // 4)
+    for i in range(nbytes):
+        source = codes.at[at.index(matrix, block * nbytes + i, across, at.count * nbytes)]
+        byte = plgpu.load(source, mask=is_there, other=0)
+        words[i // 4] = words[i // 4] | byte.astype(jnp.int32) << 8 * (i % 4)
+    header = plgpu.load(headers.at[at.index(matrix, block, across, at.count)], mask=is_there, other=0).astype(jnp.int32)
+    for i, value in enumerate(codec.decode(words, header, _lookup(tables, at, matrix, own))):
+        place = block * codec.block + i
+        target = out.at[at.index(matrix, place, across, at.along)]
+        plgpu.store(target, value.astype(out.dtype), mask=is_there & (place < at.along))
+
+
+def _lookup(tables, at, matrix, own):
+    first = matrix * (tables.shape[0] // at.matrices) if own else 0
+    return lambda row, index: plgpu.load(tables.at[first + row * LANES + index])

@@ -1,0 +1,58 @@
+"""The GPU's encoder and decoder, interpreted, where `quantize` and the others find them: the bits of the codec."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from numpy.testing import assert_array_equal
+from test_places import assert_same_numbers
+from test_tpu_blocks import data
+
+import ifjax
+from ifjax.arrays import ENCODERS, Encoder
+from pallas_kernels import gpu_blocks
+
+
+class Interpreted:
+    """The kernels as CPUs interpret them."""
+
+    Noise, supports = gpu_blocks.Noise, staticmethod(gpu_blocks.supports)
+
+    @staticmethod
+    def encode(*args, **settings):
+        return gpu_blocks.encode(*args, **settings, interpret=True)
+
+    @staticmethod
+    def decode(*args, **settings):
+        return gpu_blocks.decode(*args, **settings, interpret=True)
+
+
+# Threads that have no block, last blocks that are not full, matrices with an amax of their own.
+CASES = {
+    "nvfp4, rows, matrices": ("nvfp4", (2, 40, 72), -2, "float32", "stochastic"),
+    "nvfp4, columns, matrices": ("nvfp4", (3, 40, 72), -1, "bfloat16", "nearest"),
+    "if4, columns": ("if4", (40, 200), -1, "bfloat16", "stochastic_unbiased"),
+    "if3, rows": ("if3", (40, 24), -2, "bfloat16", "nearest"),
+    "mxfp4, rows": ("mxfp4", (72, 136), -2, "float32", "nearest"),
+}
+
+
+@pytest.mark.by_default("nvfp4, rows*")
+@pytest.mark.parametrize("case", CASES)
+def test_bits_are_those_of_the_codec(monkeypatch, case):
+    fmt, shape, axis, dtype, rounding = CASES[case]
+    monkeypatch.setattr(ENCODERS, "_records", {"mine": Encoder("mine", "cpu", "cpu", lambda: Interpreted)})
+    x, key = jnp.asarray(data(shape)).astype(dtype), None if rounding == "nearest" else jax.random.key(3)
+    settings = {"axis": axis, "rounding": rounding, "key": key, "amax_axes": (0,) if len(shape) > 2 else ()}
+
+    def run(x):
+        q = ifjax.quantize(x, fmt, **settings)
+        return q, q.dequantize(), ifjax.fake_quantize(x, fmt, **settings)
+
+    with ifjax.kernels("always"):
+        got = jax.jit(run)(x)
+    with ifjax.kernels("never"):
+        expected = jax.jit(run)(x)
+    for a, b in zip(jax.tree.leaves(got[0]), jax.tree.leaves(expected[0]), strict=True):
+        assert_array_equal(a, b)
+    for a, b in zip(got[1:], expected[1:], strict=True):
+        assert_same_numbers(a, b)
