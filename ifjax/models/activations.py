@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,15 +16,20 @@ from ifjax.products.dot_general import no_gradient
 
 
 def quantized_activation(
-    x: jax.Array, axes: tuple[int, ...], how: Encoding, act_amax: str, amax: float | None
+    x: jax.Array, axes: tuple[int, ...], how: Encoding, act_amax: str, amax: float | None, layers: Sequence[int] = ()
 ) -> QTensor:
-    """x quantized along one of the contracted axes (which come in the kernel's order), with amax as the rule says."""
+    """x quantized along one of the contracted axes (which come in the kernel's order), with amax as the rule says.
+
+    Entries of the axes `layers` meet weights with amax values of their own, and get their own too.
+    """
     x = jnp.asarray(x)
     axis = blocked_axis(axes, x.shape, how.fmt.block)
     if not how.fmt.has_tensor_scale:
         return quantize(x, how, axis=axis)
     if act_amax != "token":
-        return quantize(x, how, axis=axis, amax=None if amax is None else jnp.float32(amax))
+        if amax is None:
+            return quantize(x, how, axis=axis, amax_axes=layers)
+        return quantize(x, how, axis=axis, amax=jnp.float32(amax))
     contracted = {a % x.ndim for a in axes}
     return quantize(x, how, axis=axis, amax_axes=[a for a in range(x.ndim) if a not in contracted])
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from ifjax.arrays import QTensor, dynamic_slice, dynamic_update_slice
-from ifjax.arrays.shaping import reshape_groups, reshaped
+from ifjax.arrays.shaping import has_own_amax, reshape_groups, reshaped
 from ifjax.arrays.sharding import partition_specs
 from ifjax.codec import Encoding
 from ifjax.models import packed
@@ -188,14 +188,14 @@ class Rewriter:
 
     # --- products ---
 
-    def _activation(self, how: How, x: Any, axes: tuple[int, ...]) -> Any:
+    def _activation(self, how: How, x: Any, axes: tuple[int, ...], layers: Sequence[int] = ()) -> Any:
         """What is multiplied in place of x, of which these axes are contracted, in the weight's order."""
         if self.note is not None:
             return self.note(how, x, axes)
         if how.activations is None:
             return x
         amax = static_amax(self.amax, how.name) if how.act_amax == "static" else None
-        return quantized_activation(x, axes, how.activations, how.act_amax, amax)
+        return quantized_activation(x, axes, how.activations, how.act_amax, amax, layers)
 
     def _dot_general(self, eqn, ins, key):
         params, side = eqn.params, 1 if isinstance(ins[1], Weight) else 0
@@ -233,6 +233,8 @@ class Rewriter:
         # In the weight's order: blocks of both lie along the same one.
         own = [(w.axes[a] if w.is_packed else a, b) for a, b in zip(w_contracted, x_contracted, strict=True)]
         axes = tuple(b - x.ndim for _, b in sorted((a, b) for a, b in own if a is not None))
+        pairs = [(w.axes[a], b) for a, b in zip(w_batch, x_batch, strict=True)] if w.is_packed else []
+        layers = [b for a, b in pairs if a is not None and has_own_amax(w.value, a)]
 
         def product(x, weight):
             pair = (x, weight) if side else (weight, x)
@@ -240,7 +242,7 @@ class Rewriter:
                 return lax.dot_general(*pair, dims, **rest)
             return _packed_product(pair, side, w.axes, dims, rest)
 
-        activation = functools.partial(self._activation, w.how, axes=axes)
+        activation = functools.partial(self._activation, w.how, axes=axes, layers=layers)
         if not w.is_packed or None in w.axes:
             weight = w.array() if not w.is_packed else w.value.astype(w.dtype)
             return [product(rounded(x, activation(x)), weight)]

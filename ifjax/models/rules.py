@@ -59,7 +59,8 @@ class Rule:
             smoothed or rotated run through `ifjax.quantized` only.
         act_loss: of activations and operands.
         act_amax: amax of activations and operands: "tensor" and "token" take it from the values at hand, one for all
-            or one for each row; "static" from calibration.
+            (one for each layer or expert, where their weights in a stack have one each) or one for each row; "static"
+            from calibration.
         axis: the contraction axis of parameters that no module explains, negative so that it holds for stacked layers
             too: -2 for [in, out]. Where a module explains a parameter, the module is followed.
         operands: formats for the operands of attention's products, by name: "query", "key" and "probabilities",

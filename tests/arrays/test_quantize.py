@@ -23,7 +23,8 @@ def short(name, block=4):
 
 
 IF4, NVFP4, MXFP4 = short("if4"), short("nvfp4"), short("mxfp4")
-SINGLE = [name for name in KINDS if len(ifjax.FORMATS[name].candidates) == 1]
+# Of those that the oracle decodes.
+SINGLE = [name for name in KINDS if name in oracle.FORMATS and len(ifjax.FORMATS[name].candidates) == 1]
 ROUNDINGS = ["nearest", "stochastic", "stochastic_unbiased"]
 
 

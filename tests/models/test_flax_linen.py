@@ -445,7 +445,6 @@ class Heads(nn.Module):
         return heads(8)(x)
 
 
-@pytest.mark.slow
 def test_layers_that_vmap_stacked_keep_an_amax_each():
     model, x = Heads(), normal(3, 5, 16)
     variables = model.init(jax.random.key(1), x)
