@@ -68,11 +68,13 @@ class Encoding:
             )
         if self.search is not None and self.search.rounds and not self.fmt.has_tensor_scale:
             raise ValueError(
-                f"search={self.search.name!r} fits the tensor's scale, and {self.fmt.name} has none: use another search, "
-                "such as 'least_squares' or 'fast'"
+                f"search={self.search.name!r} fits the tensor's scale, and {self.fmt.name} has none: use another "
+                "search, such as 'least_squares' or 'fast'"
             )
         if self.search is not None and self.search.rounds and self.block_2d:
-            raise ValueError(f"search={self.search.name!r} sums over 1-D blocks: leave block_2d out, or use another search")
+            raise ValueError(
+                f"search={self.search.name!r} sums over 1-D blocks: leave block_2d out, or use another search"
+            )
         if self.block_2d and self.fmt.scale.runs:
             raise ValueError(f"{self.fmt.name} scales parts of a block, which squares cannot share: use 1-D blocks")
 

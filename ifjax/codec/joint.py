@@ -17,7 +17,7 @@ from ifjax.codec.search import better
 from ifjax.formats import Format
 from ifjax.numerics.xla import divide
 
-# (amax, each candidate's payloads) to each candidate's losses, sums of x d and sums of d d, all of blocks [..., m, ...].
+# (amax, each candidate's payloads) to each candidate's losses, sums of x d and sums of d d, all [..., m, ...].
 Fit = Callable[[jax.Array, Sequence[jax.Array]], list[list[jax.Array]]]
 
 _SETTLED = 1e-3  # a round that changes the loss by less is the last
