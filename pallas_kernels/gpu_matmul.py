@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.decoding import Decoding
+from pallas_kernels.decoding import Decoding, TableDecoding
 from pallas_kernels.tiles import UNIT_K, UNIT_N, Tiles, choose, padded
 
 GROUP = 64  # K that four lanes share, a block of 16 each
@@ -46,7 +46,7 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 def supports(
-    decoding: Decoding, dtype: Any, *, m: int = 1, out_dtype: Any = None, device_kind: str | None = None
+    decoding: Decoding | TableDecoding, dtype: Any, *, m: int = 1, out_dtype: Any = None, device_kind: str | None = None
 ) -> str | None:
     """Why `matmul` cannot take x [m, K] of `dtype` and weights of `decoding`; None if it can.
 
@@ -58,6 +58,8 @@ def supports(
         return f"the result must be float16, bfloat16 or float32, got {jnp.dtype(out_dtype).name}"
     if m < 1:
         return f"x must have rows, got {m}"
+    if isinstance(decoding, TableDecoding):
+        return "it decodes eight magnitudes with a sign, and not tables of sixteen values"
     if decoding.block != 16:
         return f"a lane decodes blocks of 16 weights, got blocks of {decoding.block}"
     if decoding.scale != "e4m3":
