@@ -46,8 +46,10 @@ CASES = {
 }
 
 # The most bundles, prologue and epilogue included. On a v6e a prototype took 515, this kernel 471 (libtpu 0.0.42); on
-# a v5e, whose vector unit works in float32, 692.
-BUDGET = {("if4", "v6e:2x2"): 515, ("if4", "v5e:2x2"): 720}
+# a v5e, whose vector unit works in float32, 692. Tables of sixteen values take 1420 and 2170: three times as many.
+BUDGET = {
+    ("if4", "v6e:2x2"): 515, ("if4", "v5e:2x2"): 720, ("quad", "v6e:2x2"): 1500, ("quad", "v5e:2x2"): 2300,
+}  # fmt: skip
 
 each_topology = pytest.mark.parametrize("topology", TOPOLOGIES)
 pytestmark = pytest.mark.compile
