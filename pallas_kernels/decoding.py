@@ -76,3 +76,14 @@ class TableDecoding:
     def bits(self) -> int:
         """Of the scale."""
         return self.exponent + self.mantissa
+
+    @property
+    def largest(self) -> float:
+        """The largest scale."""
+        top = 2**self.bits - (1 if self.nan is None else 2)
+        return (1 + (top & 2**self.mantissa - 1) / 2**self.mantissa) * 2.0 ** ((top >> self.mantissa) - self.bias)
+
+    @property
+    def unit_at_top(self) -> float:
+        """What the largest scale is less than the one after it."""
+        return 2.0 ** (2**self.exponent - 1 - self.bias - self.mantissa)

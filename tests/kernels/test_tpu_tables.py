@@ -72,8 +72,8 @@ def test_products_of_quantized_weights_are_those_of_their_values(name):
 
 
 def test_what_a_kernel_cannot_hold_is_refused():
-    with pytest.raises(ValueError, match=r"hopper cannot hold .*tables of sixteen values"):
-        ifjax.prepack(ifjax.quantize(jnp.ones((64, 64)), "quad"), "H200")
+    with pytest.raises(ValueError, match=r"hopper cannot hold .*scales of at most E4M3"):
+        ifjax.prepack(ifjax.quantize(jnp.ones((64, 64)), "nvfp4_ue5m3"), "H200")
     with pytest.raises(ValueError, match="sixteen finite values"):
         TableDecoding(((1.0,) * 8,), 4, 3, 7, 127, 16)
     with pytest.raises(ValueError, match="4 modes beside a scale of 7 bits"):
