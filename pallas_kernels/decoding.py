@@ -1,4 +1,4 @@
-"""What a kernel is told about a 4-bit format: a table, a factor and the kind of scale, as one record."""
+"""What a kernel is told about a 4-bit format, as a record: sign and magnitude, or tables of any sixteen values."""
 
 import dataclasses
 import math
@@ -41,3 +41,49 @@ class Decoding:
                 raise ValueError(f"eight magnitudes, ascending from 0: got {row}")
             if any(math.frexp(m)[0] * 8 % 1 for m in row):
                 raise ValueError(f"magnitudes of three significant bits: got {row}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TableDecoding:
+    """How a nibble and its block's scale byte make a weight by a table of any sixteen values.
+
+        weight = values[byte >> bits][nibble] * scale(byte & 2^bits - 1)
+
+    The scale is an unsigned binary float with subnormal numbers; the bits of the byte above its own are the mode.
+
+    Attributes:
+        values: for each mode, the sixteen numbers that nibbles stand for.
+        exponent, mantissa: bits of the scale.
+        bias: of its exponent.
+        nan: the scale that makes NaN of the whole block; None if none does.
+        block: consecutive weights along K that share a byte: 8, 16 or 32.
+    """
+
+    values: tuple[tuple[float, ...], ...]
+    exponent: int
+    mantissa: int
+    bias: int
+    nan: int | None
+    block: int
+
+    def __post_init__(self):
+        if any(len(row) != 16 or not all(map(math.isfinite, row)) for row in self.values):
+            raise ValueError(f"sixteen finite values for each mode: got {self.values}")
+        if not 0 < len(self.values) <= 2 ** (8 - self.bits):
+            raise ValueError(f"{len(self.values)} modes beside a scale of {self.bits} bits: a byte has eight")
+
+    @property
+    def bits(self) -> int:
+        """Of the scale."""
+        return self.exponent + self.mantissa
+
+    @property
+    def largest(self) -> float:
+        """The largest scale."""
+        top = 2**self.bits - (1 if self.nan is None else 2)
+        return (1 + (top & 2**self.mantissa - 1) / 2**self.mantissa) * 2.0 ** ((top >> self.mantissa) - self.bias)
+
+    @property
+    def unit_at_top(self) -> float:
+        """What the largest scale is less than the one after it."""
+        return 2.0 ** (2**self.exponent - 1 - self.bias - self.mantissa)

@@ -17,6 +17,7 @@ are K 8j + 2 (l % 4) + b, for j < 8 and b < 2; so x is reordered within every 64
 Numerics. Sums are float32; factor multiplies them once, before the one rounding to the type of the result. With x in
 float16 every weight is exact. With x in bfloat16 a weight is rounded once, to 8 bits, an error of at most 2^-8 of it,
 and has none where it fits: E2M1 and INT4 of one mode and multiplier 1 do, IF4, with its multipliers 7 and 6, may not.
+The values of a `TableDecoding` are rounded to the type of x before they meet the scale, so its weights twice.
 A NaN byte makes NaN of the outputs of its row of W.
 
 Nothing here has run on a GPU yet. It compiles for one without spilling registers, its instructions are emulated for all
@@ -37,7 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.decoding import Decoding
+from pallas_kernels.decoding import Decoding, TableDecoding
 from pallas_kernels.tiles import UNIT_K, UNIT_N, Tiles, choose, padded
 
 GROUP = 64  # K that four lanes share, a block of 16 each
@@ -46,7 +47,7 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 def supports(
-    decoding: Decoding, dtype: Any, *, m: int = 1, out_dtype: Any = None, device_kind: str | None = None
+    decoding: Decoding | TableDecoding, dtype: Any, *, m: int = 1, out_dtype: Any = None, device_kind: str | None = None
 ) -> str | None:
     """Why `matmul` cannot take x [m, K] of `dtype` and weights of `decoding`; None if it can.
 
@@ -60,13 +61,25 @@ def supports(
         return f"x must have rows, got {m}"
     if decoding.block != 16:
         return f"a lane decodes blocks of 16 weights, got blocks of {decoding.block}"
+    if isinstance(decoding, TableDecoding):
+        largest = decoding.largest * max(abs(v) for row in decoding.values for v in row)
+        if decoding.mantissa != 3 or decoding.exponent > 4 or largest > 65504:
+            return f"values * scale must be within float16, with scales of at most E4M3: got {decoding}"
+        if decoding.nan not in (None, 2**decoding.bits - 1):
+            return f"the scale that means NaN must be the one after the largest: got {decoding}"
+    elif reason := _refusal_of_magnitudes(decoding):
+        return reason
+    if device_kind is not None and not any(name in device_kind for name in HOPPER):
+        return f"the kernel is for NVIDIA Hopper (H100, H200), got {device_kind}"
+    return None
+
+
+def _refusal_of_magnitudes(decoding: Decoding) -> str | None:
     if decoding.scale != "e4m3":
         return f"scales must be e4m3, got {decoding.scale}: float16 does not have its range"
     largest = 448 * max(m[-1] * abs(f) for m, f in zip(decoding.magnitudes, decoding.multipliers, strict=True))
     if largest > 65504 or not _fit_float16(decoding):
         return f"magnitude * multiplier * scale must be exact in float16, which ends at 65504: got {decoding}"
-    if device_kind is not None and not any(name in device_kind for name in HOPPER):
-        return f"the kernel is for NVIDIA Hopper (H100, H200), got {device_kind}"
     return None
 
 
@@ -457,6 +470,8 @@ def decode_lane(emit, words, scales, group: int, decoding: Decoding, dtype):
     Returns:
         pairs[j][h]: registers with codes 2j (lower half) and 2j + 1 (upper half) of row h as floats of `dtype`.
     """
+    if isinstance(decoding, TableDecoding):
+        return _decode_lane_by_table(emit, words, scales, group, decoding, dtype)
     half = jnp.dtype(dtype) == jnp.float16
     suffix, shift, mask, bias = ("f16x2", 1, 0x3F803F80, 8) if half else ("bf16x2", 4, 0x07F007F0, 120)
     two_modes = len(decoding.magnitudes) == 2
@@ -519,8 +534,80 @@ def decode_lane(emit, words, scales, group: int, decoding: Decoding, dtype):
     return pairs
 
 
+def _decode_lane_by_table(emit, words, scales, group: int, decoding: TableDecoding, dtype):
+    """The same for tables of any sixteen values, which are rounded to `dtype` before they meet the scale.
+
+    A value has two bytes and a table two halves, so that four codes take four look-ups; bit 3 of each code, where the
+    layout has signs, chooses between the halves.
+    """
+    half = jnp.dtype(dtype) == jnp.float16
+    suffix, shift, bias = ("f16x2", 1, 15) if half else ("bf16x2", 4, 127)
+    mask = 0x10001 * ((2**decoding.bits - 1) << (8 - shift))
+    code = struct.Struct("<e" if half else "<f")
+
+    def bits(number):  # rounded to even
+        if half:
+            return int.from_bytes(code.pack(number), "little")
+        whole = int.from_bytes(code.pack(number), "little")
+        return (whole + 0x7FFF + (whole >> 16 & 1)) >> 16
+
+    def constant(number):
+        return emit("mov.b32", bits(number) * 0x10001)
+
+    def multiply(a, b):
+        return emit(f"mul.rn.{suffix}", a, b)
+
+    byte = emit("prmt.b32", scales, scales, 0x1100 * (2 + group) + 0x11 * group)  # as in `decode_lane`
+    masks = []  # of each bit of the mode, lowest first, all bits of a row's half
+    for bit in range(decoding.bits, 8)[: (len(decoding.values) - 1).bit_length()]:
+        top = emit("shl.b32", byte, 7 - bit) if bit < 7 else byte
+        masks.append(emit("prmt.b32", top, top, 0xBB99))
+    scale = multiply(emit("and.b32", emit("shr.u32", byte, shift), mask), constant(2.0 ** (bias - decoding.bias)))
+    if decoding.nan is not None:
+        # It reads as a number beyond the largest, whose product with this is infinite, and times 0 NaN.
+        end = 65504.0 if half else float(jnp.finfo(jnp.bfloat16).max)
+        beyond = constant(end / (decoding.largest + decoding.unit_at_top / 2))
+        scale = emit(f"fma.rn.{suffix}", multiply(scale, beyond), constant(0.0), scale)
+
+    pairs = [[None, None] for _ in range(8)]
+    for h, own in enumerate((0x1010, 0x3232)):
+        scale_h = emit("prmt.b32", scale, scale, own)
+        masks_h = [emit("prmt.b32", m, m, own) for m in masks]
+
+        def table(at, masks_h=masks_h):
+            """Four registers with one byte each of the sixteen values, as the mode of this block has them."""
+            rows = [struct.unpack("<4I", bytes(bits(v) >> at & 0xFF for v in row)) for row in decoding.values]
+            rows += rows[-1:] * (2 ** len(masks_h) - len(rows))
+            registers = []
+            for words in zip(*rows, strict=True):
+                options: list = [emit("mov.b32", words[0])] if len(words) == 1 else list(words)
+                for m in masks_h:
+                    both = zip(options[::2], options[1::2], strict=True)
+                    options = [emit("lop3.b32", m, b, a, 0xCA) for a, b in both]
+                registers += options
+            return registers
+
+        low, high = table(0), table(8)
+        for w, word in enumerate(words[h]):
+            codes = emit("and.b32", word, 0x77777777)
+            for q in range(2):  # four codes at a time
+                selector = emit("shr.u32", codes, 16) if q else codes
+                signs = emit("shl.b32", word, 4) if q else word
+                is_upper = emit("prmt.b32", signs, signs, 0xBA98)
+                bytes_ = []
+                for plane in (low, high):
+                    first, second = (emit("prmt.b32", *part, selector) for part in (plane[:2], plane[2:]))
+                    bytes_.append(emit("lop3.b32", is_upper, second, first, 0xCA))
+                floats = emit("prmt.b32", *bytes_, 0x5140), emit("prmt.b32", *bytes_, 0x7362)
+                for p, pair in enumerate(floats):
+                    pairs[4 * w + 2 * q + p][h] = multiply(pair, scale_h)
+    return pairs
+
+
 def _weights(nibbles, scales, decoding):
     """The weights by their formula, float32 [N, K], exact."""
+    if isinstance(decoding, TableDecoding):
+        return _table_weights(nibbles, scales, decoding)
     k, two_modes = nibbles.shape[1], len(decoding.magnitudes) == 2
     scale = lax.bitcast_convert_type(scales & 127 if two_modes else scales, jnp.float8_e4m3fn).astype(jnp.float32)
     scale, mode = (jnp.repeat(array, 16, axis=1)[:, :k] for array in (scale, scales >> 7))
@@ -530,6 +617,23 @@ def _weights(nibbles, scales, decoding):
             here = (nibbles & 7 == code) & (mode == i) if two_modes else nibbles & 7 == code
             weights = jnp.where(here, magnitude * multiplier, weights)
     return jnp.where(nibbles > 7, -weights, weights) * scale
+
+
+def _table_weights(nibbles, scales, decoding):
+    """The weights by their formula, float32 [N, K], rounded once."""
+    byte = scales.astype(jnp.int32)
+    low, mode = byte & (2**decoding.bits - 1), byte >> decoding.bits
+    normal = lax.bitcast_convert_type((low << (23 - decoding.mantissa)) + ((127 - decoding.bias) << 23), jnp.float32)
+    scale = jnp.minimum(normal, 2 * normal - 2.0 ** (1 - decoding.bias))  # subnormal ones
+    if decoding.nan is not None:
+        scale = jnp.where(low == decoding.nan, jnp.nan, scale)
+    scale, mode = (jnp.repeat(array, 16, axis=1)[:, : nibbles.shape[1]] for array in (scale, mode))
+    values = jnp.zeros(nibbles.shape, jnp.float32)
+    for i, row in enumerate(decoding.values):
+        for code, value in enumerate(row):
+            here = nibbles == code if len(decoding.values) == 1 else (nibbles == code) & (mode == i)
+            values = jnp.where(here, value, values)
+    return values * scale
 
 
 def _fit_float16(decoding):

@@ -11,6 +11,10 @@ base, to which a block of the other adds the difference. IF4, in units of 1/2 fo
 
 Two nibbles share a 32-bit lane: one `and` and one `or` on the word put them into the last bits of two bfloat16 128.
 
+Tables of any sixteen values (`TableDecoding`) are multiplied with each block's scale beforehand: a block has as many
+values as its table has. Its bits at a nibble are a polynomial over the nibble's four bits, with `and` for the product
+and `xor` for the sum, whose sixteen coefficients are worked out once a block; fifteen of both make two weights.
+
 Numerics. The value (a magnitude over its unit) and scale * multiplier * unit are exact in bfloat16. Their product, the
 weight, is exact in float32; for a bfloat16 x it is rounded once to bfloat16, an error of at most 2**-8 of the weight,
 and none where both fit 8 bits (NVFP4, 4/6, MXFP4, 3-bit integers with multiplier 1). Products with x are exact, sums
@@ -32,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decoding import Decoding
+from pallas_kernels.decoding import Decoding, TableDecoding
 
 # From this many rows of x on, the caller had better dequantize once and use XLA's dot: to write and read back bfloat16
 # weights costs 4.5 bytes a weight, on a v6e (1.6 TB/s, 918 Tflop/s) the time of 1300 rows, but once. What the kernel
@@ -51,8 +55,12 @@ _SUBLANES = 16  # of a bfloat16 register: rows of x are padded to a multiple of 
 
 # On a word whose 16-bit halves hold one nibble each in their last bits:
 _INDICES = 0x00070007
+_LAST_BITS = 0x00010001
 _SIGNS = -0x7FFF8000  # 0x80008000: where the signs of two bfloat16 are
 _TWO_128 = 0x43004300  # two bfloat16 128, whose last bit is worth 1
+
+
+AnyDecoding = Decoding | TableDecoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +85,7 @@ TILES = {
 }
 
 
-def supports(decoding: Decoding, dtype: Any, m: int) -> str | None:
+def supports(decoding: AnyDecoding, dtype: Any, m: int) -> str | None:
     """The reason why `matmul` should not be asked for m rows of x of this dtype, with what to do; None if it may be."""
     if m >= LARGE_M:
         return f"m={m} rows of x: from {LARGE_M} on, dequantize once and use jnp.dot"
@@ -86,7 +94,7 @@ def supports(decoding: Decoding, dtype: Any, m: int) -> str | None:
     return _wrong_decoding(decoding)
 
 
-def pack(nibbles: jax.Array, scales: jax.Array, decoding: Decoding) -> tuple[jax.Array, jax.Array]:
+def pack(nibbles: jax.Array, scales: jax.Array, decoding: AnyDecoding) -> tuple[jax.Array, jax.Array]:
     """The kernel's layout of W: half a byte a weight, K before N, every code and byte kept (negative zero too).
 
     N and K are padded to multiples of 256 and 512 with zeros, whose scales are zero. Word row 64 g + r holds in bits
@@ -121,7 +129,7 @@ def pack(nibbles: jax.Array, scales: jax.Array, decoding: Decoding) -> tuple[jax
     return words, jnp.pad(scales, ((0, padded_n - n), (0, (padded_k - k) // decoding.block))).T
 
 
-def unpack(words: jax.Array, scales: jax.Array, n: int, k: int, decoding: Decoding) -> tuple[jax.Array, jax.Array]:
+def unpack(words: jax.Array, scales: jax.Array, n: int, k: int, decoding: AnyDecoding) -> tuple[jax.Array, jax.Array]:
     """The nibbles uint8 [n, k] and scale bytes uint8 [n, k / block] that `pack` was given, all of them bit for bit.
 
     Raises:
@@ -144,7 +152,7 @@ def matmul(
     *,
     n: int,
     k: int,
-    decoding: Decoding,
+    decoding: AnyDecoding,
     out_dtype: Any,
     tiles: Tiles | None = None,
     interpret: Any = False,
@@ -178,7 +186,7 @@ def matmul(
     m = x.shape[0]
     if m == 0:
         return jnp.zeros((0, n), out_dtype)
-    modes, padded_k, padded_n = len(decoding.magnitudes), words.shape[0] * 8, words.shape[1]
+    padded_k, padded_n = words.shape[0] * 8, words.shape[1]
     if tiles is None:
         tiles = TILES[min((rows for rows in TILES if m <= rows), default=LARGE_M)]
     # As many tiles of rows as needed, all of a size: 520 rows are two of 272, not 512 and 8.
@@ -199,7 +207,7 @@ def matmul(
         out_specs=pl.BlockSpec((tile_m, tile_n), lambda i, j, step: (i, j)),
         scratch_shapes=[
             pltpu.VMEM((tile_m, tile_n), jnp.float32),
-            pltpu.VMEM((tile_n // _LANES, modes, tile_k // decoding.block, _LANES), jnp.int32),
+            pltpu.VMEM((tile_n // _LANES, _tables(decoding), tile_k // decoding.block, _LANES), jnp.int32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
@@ -208,7 +216,7 @@ def matmul(
     return out[:m, :n]
 
 
-def _body(x, words, scales, factor, out, sums, tables, *, decoding: Decoding, arithmetic: Any):
+def _body(x, words, scales, factor, out, sums, tables, *, decoding: AnyDecoding, arithmetic: Any):
     """One tile: x [tm, tk], words [tk / 8, tn], scales [tk / block, tn], out and sums [tm, tn].
 
     tables [tn / 128, modes, tk / block, 128] holds what `_scale_words` makes of the scales: from memory that is 128
@@ -221,7 +229,7 @@ def _body(x, words, scales, factor, out, sums, tables, *, decoding: Decoding, ar
 
     strips = words.shape[1] // _LANES
     for s in range(strips):
-        for t, table in enumerate(_scale_words(scales[:, s * _LANES : (s + 1) * _LANES], decoding, arithmetic)):
+        for t, table in enumerate(_words_of(scales[:, s * _LANES : (s + 1) * _LANES], decoding, arithmetic)):
             tables[s, t] = table
 
     count = decoding.block // (4 // jnp.dtype(arithmetic).itemsize)  # words that a block has in a column
@@ -234,7 +242,7 @@ def _body(x, words, scales, factor, out, sums, tables, *, decoding: Decoding, ar
             for i in range(_PAIRS):
                 first = (g * _PAIRS + i) * blocks
                 spread = [_spread(tables.at[s, t], first, blocks, count) for t in range(tables.shape[1])]
-                weights.append(_decode(word, i, spread, decoding, arithmetic, x.dtype))
+                weights.append(_decoded(word, i, spread, decoding, arithmetic, x.dtype))
         # Strips lie side by side, the pairs of a strip below each other.
         weight = jnp.concatenate(
             [jnp.concatenate(weights[s * _PAIRS : (s + 1) * _PAIRS], axis=0) for s in range(strips)], axis=1
@@ -247,6 +255,70 @@ def _body(x, words, scales, factor, out, sums, tables, *, decoding: Decoding, ar
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
         out[...] = (sums[...] * factor[0, 0]).astype(out.dtype)
+
+
+def _tables(decoding: AnyDecoding) -> int:
+    """How many words a block has."""
+    return 16 if isinstance(decoding, TableDecoding) else len(decoding.magnitudes)
+
+
+def _words_of(scales: jax.Array, decoding: AnyDecoding, arithmetic: Any) -> list[jax.Array]:
+    """From scale bytes [r, 128] all int32 words that their blocks are decoded by."""
+    if isinstance(decoding, TableDecoding):
+        return _table_words(scales, decoding, arithmetic)
+    return _scale_words(scales, decoding, arithmetic)
+
+
+def _decoded(
+    words: jax.Array, pair: int, spread: Sequence[jax.Array], decoding: AnyDecoding, arithmetic: Any, dtype: Any
+) -> jax.Array:
+    """The weights [2 r, 128] of this dtype in one of the four pairs of nibbles of int32 words [r, 128].
+
+    spread holds the words of `_words_of`, spread over their blocks: [r, 128] if arithmetic is bfloat16, else
+    [2 r, 128].
+    """
+    if isinstance(decoding, TableDecoding):
+        return _decode_by_table(words, pair, spread, arithmetic, dtype)
+    return _decode(words, pair, spread, decoding, arithmetic, dtype)
+
+
+def _table_words(scales: jax.Array, decoding: TableDecoding, arithmetic: Any) -> list[jax.Array]:
+    """Sixteen values, times the scale: in bfloat16 the coefficients of the polynomial of their bits, each twice."""
+    byte, bits = scales.astype(jnp.int32), decoding.bits
+    low, mode = byte & (2**bits - 1), byte >> bits
+    normal = lax.bitcast_convert_type((low << (23 - decoding.mantissa)) + ((127 - decoding.bias) << 23), jnp.float32)
+    scale = jnp.minimum(normal, 2 * normal - 2.0 ** (1 - decoding.bias))  # as in `_scale_words`
+    if decoding.nan is not None:
+        scale = jnp.where(low == decoding.nan, jnp.nan, scale)
+    levels = []
+    for column in zip(*decoding.values, strict=True):
+        value = jnp.full(scale.shape, column[0], jnp.float32)
+        for i, number in enumerate(column[1:], 1):
+            value = value if number == column[i - 1] else jnp.where(mode >= i, number, value)
+        levels.append(value * scale)
+    if arithmetic != jnp.bfloat16:
+        return [lax.bitcast_convert_type(level, jnp.int32) for level in levels]
+    words = [lax.bitcast_convert_type(level.astype(jnp.bfloat16).astype(jnp.float32), jnp.int32) for level in levels]
+    words = [word | lax.shift_right_logical(word, 16) for word in words]
+    for bit in range(4):  # the values where it is set become what they differ by
+        words = [word ^ words[i - 2**bit] if i >> bit & 1 else word for i, word in enumerate(words)]
+    return words
+
+
+def _decode_by_table(words, pair: int, spread, arithmetic, dtype) -> jax.Array:
+    if arithmetic == jnp.bfloat16:
+        values = list(spread)
+        for bit in range(4):
+            last = lax.shift_right_logical(words, 4 * pair + bit) & _LAST_BITS
+            mask = (last << 16) - last  # all bits of the halves whose bit is set
+            values = [low ^ (high & mask) for low, high in zip(values[::2], values[1::2], strict=True)]
+        return pltpu.bitcast(values[0], jnp.bfloat16).astype(dtype)
+    values = [pltpu.bitcast(word, arithmetic) for word in spread]
+    for bit in range(4):
+        last = lax.shift_right_logical(words, 4 * pair + bit) & _LAST_BITS
+        is_set = pltpu.bitcast(last << 14, jnp.bfloat16).astype(arithmetic) > 1  # 2 or 0
+        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0].astype(dtype)
 
 
 def _scale_words(scales: jax.Array, decoding: Decoding, arithmetic: Any) -> list[jax.Array]:
@@ -397,9 +469,11 @@ def _wrong_dtype(dtype: Any) -> str | None:
     return None if dtype in (jnp.bfloat16, jnp.float32) else f"must be bfloat16 or float32, got {dtype}: convert it"
 
 
-def _wrong_decoding(decoding: Decoding) -> str | None:
+def _wrong_decoding(decoding: AnyDecoding) -> str | None:
     if decoding.block not in (8, 16, 32):
         return f"blocks must be of 8, 16 or 32, got {decoding.block}: dequantize and use jnp.dot"
+    if isinstance(decoding, TableDecoding):
+        return None
     plan = _plan(decoding)
     if any(_significant_bits(multiple) > 4 for multiple in plan.multiples):
         return f"multipliers need at most 4 significant bits, got {decoding.multipliers}: move the rest into factor"
@@ -410,7 +484,7 @@ def _wrong_decoding(decoding: Decoding) -> str | None:
     return None
 
 
-def _check_packed(words: jax.Array, scales: jax.Array, n: int, k: int, decoding: Decoding) -> None:
+def _check_packed(words: jax.Array, scales: jax.Array, n: int, k: int, decoding: AnyDecoding) -> None:
     if words.dtype != jnp.int32 or scales.dtype != jnp.uint8:
         raise TypeError(f"words must be int32 and scales uint8, got {words.dtype} and {scales.dtype}: call pack")
     if n < 1 or k < 1 or k % decoding.block:
@@ -434,7 +508,7 @@ def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _unit_k(decoding: Decoding) -> int:
+def _unit_k(decoding: AnyDecoding) -> int:
     """Tiles of bytes have 32 rows, hence blocks of 32 units of 1024 columns."""
     return max(UNIT_K, 32 * decoding.block)
 
@@ -444,8 +518,19 @@ def _divisor(size: int, limit: int, unit: int) -> int:
     return max((tile for tile in range(unit, min(size, limit) + 1, unit) if size % tile == 0), default=unit)
 
 
-def reference(x: jax.Array, nibbles: jax.Array, scales: jax.Array, factor: jax.Array, decoding: Decoding) -> jax.Array:
+def reference(
+    x: jax.Array, nibbles: jax.Array, scales: jax.Array, factor: jax.Array, decoding: AnyDecoding
+) -> jax.Array:
     """What `matmul` computes, in float32 and jnp: x [M, K], nibbles uint8 [N, K], scales uint8 [N, K / block]."""
+    if isinstance(decoding, TableDecoding):
+        low, mode = scales & (2**decoding.bits - 1), scales >> decoding.bits
+        binade, units = low.astype(jnp.int32) >> decoding.mantissa, 2**decoding.mantissa
+        significand = (low & (units - 1)).astype(jnp.float32) / units + (binade > 0).astype(jnp.float32)
+        scale = jnp.ldexp(significand, jnp.maximum(binade, 1) - decoding.bias)
+        scale = scale if decoding.nan is None else jnp.where(low == decoding.nan, jnp.nan, scale)
+        scale, mode = (jnp.repeat(array, decoding.block, axis=1) for array in (scale, mode))
+        weight = jnp.asarray(decoding.values, jnp.float32)[mode, nibbles] * scale
+        return jnp.dot(x.astype(jnp.float32), weight.T, precision=lax.Precision.HIGHEST) * factor
     if decoding.scale == "e8m0":
         exponent = jnp.maximum(scales.astype(jnp.int32), 1) - 127
         scale = jnp.where(scales == 0, 0.0, jnp.ldexp(jnp.float32(1), exponent))

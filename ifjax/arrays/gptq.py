@@ -30,7 +30,7 @@ from ifjax.arrays.qtensor import QTensor
 from ifjax.arrays.quantize import checked, quantize
 from ifjax.codec import Encoding, Loss, Search
 from ifjax.codec.blocks import pad_axis, split_blocks
-from ifjax.codec.encode import amax_of
+from ifjax.codec.encode import amax_of, block_peaks, joint
 from ifjax.codec.feedback import FeedbackBlock, encode_block, with_feedback
 from ifjax.codec.headers import header_bytes, normalized, power_near
 from ifjax.formats import Format
@@ -148,28 +148,32 @@ def _gptq(w, factor, order, *, how, axis, own_loss):
     columns = jnp.moveaxis(w, axis, 0).astype(jnp.float32)
     blocks = split_blocks(columns.reshape(k, -1), block, -2)[order]  # [m, B, N]
     amax = amax_of(jnp.where(jnp.isfinite(blocks), jnp.abs(blocks), 0), ())
+    r = jnp.diagonal(factor)
+    weights = (r * r).reshape(blocks.shape[:2])
+    own = None
+    if how.search is not None and how.search.rounds:
+        amax, own = joint(blocks, *block_peaks(blocks, -2, how), amax, weights / jnp.max(weights), how, -2)
     unit, tensor = power_near(amax), None
     if fmt.has_tensor_scale:
         # From here on all is in units of the power, which then is 1.
         tensor = normalized(amax * unit, fmt.tensor_constant(), 1)
         blocks, unit = blocks * unit, jnp.float32(1)
 
-    r = jnp.diagonal(factor)
     lower = (factor / r[None]).T.reshape(*blocks.shape[:2], len(factor))  # [m, B, m B]
-    weights = (r * r).reshape(blocks.shape[:2])
 
-    def next_block(errors, at):
+    def next_block(errors, block_and_own):
         """Errors w - q [m B, N] of the blocks before this one, and the number of this one."""
+        at, own = block_and_own
         feedback = jnp.dot(lower[at], errors, precision=lax.Precision.HIGHEST)
         within = lax.dynamic_slice_in_dim(lower[at], at * block, block, axis=1)
         # In units of the largest: equal weights are 1, and the losses those of `quantize`.
         weight = weights[at] / jnp.max(weights[at])
         step = FeedbackBlock(with_feedback(blocks[at], feedback), blocks[at], within, weight, unit)
-        codes, header, error = encode_block(step, tensor, how, own_loss)
+        codes, header, error = encode_block(step, tensor, how, own_loss, own)
         return lax.dynamic_update_slice_in_dim(errors, error, at * block, axis=0), (codes, header)
 
     errors = jnp.zeros((len(factor), blocks.shape[-1]), jnp.float32)
-    _, (codes, headers) = lax.scan(next_block, errors, jnp.arange(len(blocks)))
+    _, (codes, headers) = lax.scan(next_block, errors, (jnp.arange(len(blocks)), own))
     codes, headers = codes[jnp.argsort(order)], headers[jnp.argsort(order)]
     codes = jnp.moveaxis(codes.reshape(-1, *columns.shape[1:]), 0, axis)
     headers = jnp.moveaxis(headers.reshape(-1, *columns.shape[1:]), 0, axis)

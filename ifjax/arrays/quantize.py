@@ -69,7 +69,8 @@ def quantize(
         amax_axes: unblocked axes whose entries keep an amax of their own: layers, experts, tokens. What `jax.lax.scan`
             or `jax.vmap` is to run over needs it: `amax_axes=(0,)` for a stack of layers.
         search: try scales around the one that the block's maximum asks for, and keep the least loss: "fast" ten of
-            them, "exhaustive" all (`ifjax.codec.SEARCHES`). Slower to encode; the result is of the same format.
+            them, "exhaustive" all; "soar" fits amax and the scales to each other (`ifjax.codec.SEARCHES`). Slower to
+            encode; the result is of the same format.
         weights: float >= 0 [k], k = x.shape[axis], such as the mean squares of a product's inputs: what the loss of a
             value counts in its block's choice of a candidate and of a searched scale.
 
@@ -182,6 +183,11 @@ def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (
         raise ValueError(f"{how.fmt.name} has no tensor scale, so amax_axes does not apply: leave it out")
     _check_parts(x, how.fmt, blocked)
     if amax is not None:
+        if how.search is not None and how.search.rounds:
+            raise ValueError(
+                f"search={how.search.name!r} fits amax to the values at hand: leave amax= out, or use another search, "
+                "such as 'least_squares' or 'fast'"
+            )
         amax = _checked_amax(amax, x.shape, axes, how.fmt)
     return x, {"axis": axis, "amax_axes": axes, "amax": amax}
 

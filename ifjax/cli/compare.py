@@ -40,7 +40,8 @@ def add_compare(commands) -> None:
         commands, "compare", _compare, "what each format costs, on the weights of a file or on samples",
         "Quantize the weights of a checkpoint to each format, one tensor at a time, and report bits a value,\n"
         "size, SQNR, relative error and the share of blocks that took another grid than the first. The total\n"
-        "comes first, then the tensors with the most and the least error; --all prints every tensor.\n"
+        "comes first, by bits and then by error, then the tensors with the most and the least error; --all prints\n"
+        "every tensor.\n"
         "\n"
         "Without FILE: a small sample of pretrained weights that comes with ifjax, and the errors of random\n"
         "samples beside the published ones.",
@@ -192,7 +193,11 @@ def _thousandths(value: float) -> str:
 
 def _print_total(console: Console, report) -> None:
     table = plain_table("format", *_FIGURES)
-    for name, error in report.total.items():
+    # An amax a tensor is some thousandths of a bit: formats of one size are in the order of their errors.
+    def place(entry):
+        return round(entry[1].bits_per_value, 2), entry[1].normalized_mse
+
+    for name, error in sorted(report.total.items(), key=place):
         table.add_row(name, *_figures(error))
     left = [t for t in report.tensors if t.status != "quantized"]
     before, rest = (size_of(sum(t.nbytes for t in tensors)) for tensors in (report.quantized, left))

@@ -32,6 +32,7 @@ from ifjax.codec.blocks import (
 )
 from ifjax.codec.decode import scaled
 from ifjax.codec.headers import header_bytes, normalized, power_near
+from ifjax.codec.joint import joint_scale
 from ifjax.codec.losses import LOSSES, BlockLoss, Loss, get_loss, without_last_bit
 from ifjax.codec.rounding import NEAREST, ROUNDINGS, Rounding
 from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
@@ -64,6 +65,15 @@ class Encoding:
         if self.search is not None and self.rounding.draws:
             raise ValueError(
                 "search keeps the scale with the least error, which biases stochastic rounding: use only one of them"
+            )
+        if self.search is not None and self.search.rounds and not self.fmt.has_tensor_scale:
+            raise ValueError(
+                f"search={self.search.name!r} fits the tensor's scale, and {self.fmt.name} has none: use another "
+                "search, such as 'least_squares' or 'fast'"
+            )
+        if self.search is not None and self.search.rounds and self.block_2d:
+            raise ValueError(
+                f"search={self.search.name!r} sums over 1-D blocks: leave block_2d out, or use another search"
             )
         if self.block_2d and self.fmt.scale.runs:
             raise ValueError(f"{self.fmt.name} scales parts of a block, which squares cannot share: use 1-D blocks")
@@ -153,10 +163,14 @@ def encode(
         if amax is None:
             amax = amax_of(as_float(magnitude_bits(peaks)), amax_axes)
         tensor = normalized(amax, fmt.tensor_constant(how.headroom), peaks.ndim)
-    encoded = functools.partial(_encode_in_stages, how=how, axis=axis)
+    own = None
+    if how.search is not None and how.search.rounds:
+        amax, own = joint(blocks, peaks, runs, amax, weights, how, axis)
+        tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim)
+    encoded = functools.partial(_encode_in_stages, own=own, how=how, axis=axis)
     # With one candidate nothing is chosen, and stages without boundaries are one pass already.
     plain = isinstance(how.loss, BlockLoss) and not (how.block_2d or how.search or fmt.scale.runs or fmt.ties == "last")
-    extras = Extras(None if noise is None else tuple(noise), _unit_weights(weights, blocks.ndim, axis))
+    extras = Extras(None if noise is None else tuple(noise), _unit_weights(weights, blocks.ndim, axis, (1,)))
     if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and plain and fmt.scale.nbytes == 1 and weights is None:
         in_one_pass = functools.partial(_encode_in_one_pass, how=how, axis=axis)
         encoded = functools.partial(lax.platform_dependent, cpu=encoded, default=in_one_pass)
@@ -164,11 +178,11 @@ def encode(
     return codes, header_bytes(headers, fmt.scale.nbytes, axis), amax
 
 
-def _unit_weights(weights, ndim, axis):
-    """Weights [1, ..., m, B, 1, ...], in units of a power of two near the block's largest."""
+def _unit_weights(weights, ndim, axis, over):
+    """Weights [1, ..., m, B, 1, ...], in units of a power of two near the largest `over` these axes of [m, B]."""
     if weights is None:
         return None
-    weights = weights * power_near(jnp.max(weights, axis=1, keepdims=True))
+    weights = weights * power_near(jnp.max(weights, axis=over, keepdims=True))
     return weights.reshape(*[1] * (ndim + axis - 1), *weights.shape, *[1] * (-axis - 1))
 
 
@@ -182,20 +196,24 @@ def amax_of(magnitudes: jax.Array, amax_axes: tuple[int, ...]) -> jax.Array:
 # --- the two arrangements of the encoder -----------------------------------------------------------------------------
 
 
-def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis):
-    """uint8 codes [..., m, B, ...] and int32 headers [..., m, ...]: the choice, then the codes of what it took."""
+def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own):
+    """uint8 codes [..., m, B, ...] and int32 headers [..., m, ...]: the choice, then the codes of what it took.
+
+    `own` has each candidate's payloads, or is None for those that the blocks' maxima ask for.
+    """
     fmt = how.fmt
 
     def inverse_of(word, tensor, place: Any = 0):
         header, _, rounding, multiplier = word_parts(word, fmt)
         return inverse_for(fmt.split(header)[1], rounding, multiplier, place, tensor, how)
 
-    def chosen(blocks, peaks, runs, tensor, extras):
-        word = choose(blocks, peaks, runs, tensor, extras, how, axis)
+    def chosen(blocks, peaks, runs, tensor, extras, own):
+        own = wanted_payloads(peaks, runs, tensor, how) if own is None else own
+        word = choose(blocks, peaks, own, tensor, extras, how, axis)
         # One inverse for each place if the scale has several factors: then as each place is encoded.
         return word, None if fmt.scale.runs else inverse_of(word, tensor)
 
-    word, inverse = materialize(chosen, blocks, peaks, runs, tensor, extras)
+    word, inverse = materialize(chosen, blocks, peaks, runs, tensor, extras, own)
 
     def codes_of_blocks(blocks, word, inverse, tensor, noise):
         word, inverse, tensor = insert_axis((word, inverse, tensor), axis)
@@ -252,6 +270,23 @@ def _encode_in_one_pass(blocks, peaks, runs, tensor, extras, how, axis):
     return jnp.concatenate(codes, axis).astype(jnp.uint8), header
 
 
+def joint(blocks, peaks, runs, amax, weights, how, axis):
+    """The joint scale (see `Search.rounds`): amax, and each candidate's payloads. Arguments as those of `encode`."""
+    fmt, power = how.fmt, power_near(amax)
+    extras = Extras(weights=_unit_weights(weights, blocks.ndim, axis, (0, 1)))
+    tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim)
+
+    def fit(amax, payloads):
+        def of_blocks(blocks, peaks, extras, tensor, payloads):
+            trials = _BlockTrials(blocks, peaks, tensor, extras, how, axis)
+            return [[jnp.where(peaks < 0, 0, a) for a in trials.fit(i, p)] for i, p in enumerate(payloads)]
+
+        tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim, power)
+        return materialize(of_blocks, blocks, peaks, extras, tensor, payloads)
+
+    return joint_scale(fit, amax, wanted_payloads(peaks, runs, tensor, how), fmt, how.search.rounds)
+
+
 # --- the steps of the encoder ----------------------------------------------------------------------------------------
 
 
@@ -274,14 +309,18 @@ def block_peaks(blocks, axis, how):
     return peak | (poisoned << 31), runs
 
 
-def choose(blocks, peaks, runs, tensor, extras: "Extras", how, axis):
+def choose(blocks, peaks, own, tensor, extras: "Extras", how, axis):
     """int32 [..., m, ...]: the word of the best trial (see `ifjax.codec.search`)."""
     fmt = how.fmt
-    own = [wanted_payload(candidate, peaks, runs, tensor, fmt, how.headroom) for candidate in fmt.candidates]
     if len(own) == 1 and how.search is None:
         return jnp.where(peaks < 0, fmt.scale.nan, own[0])
     trials = _BlockTrials(blocks, peaks, tensor, extras, how, axis)
     return jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
+
+
+def wanted_payloads(peaks, runs, tensor, how):
+    """For each candidate the payloads that the blocks' maxima ask for."""
+    return [wanted_payload(candidate, peaks, runs, tensor, how.fmt, how.headroom) for candidate in how.fmt.candidates]
 
 
 def wanted_payload(candidate: Candidate, peaks, runs, tensor, fmt, headroom):
@@ -422,10 +461,15 @@ class _BlockTrials:
 
     def refitted(self, i, rounding, multiplier):
         trial, fmt = _Trial(None, rounding, self.unit), self.how.fmt
-        above, below = (self._over_blocks(term, i, trial, multiplier) for term in (_PRODUCT, _SQUARE))
+        above, below = (self._over_blocks(term, i, trial, multiplier) for term in _SUMS)
         scale = jnp.where(below > 0, divide(above, jnp.where(below > 0, below, 1)), 0)
         # Values that are all zero, or a scale that would flip signs, say nothing: the scale stays.
         return jnp.where(scale > 0, fmt.scale.encode(scale), rounding)
+
+    def fit(self, i, payload):
+        """(loss, sum of x d, sum of d d) of blocks x that candidate i makes d of."""
+        trial = _Trial(payload, None, self.unit)
+        return self.loss(i, payload, None, None), *(self._over_blocks(term, i, trial, None) for term in _SUMS)
 
     def refined(self, payload):
         scale = self.how.fmt.scale
@@ -544,7 +588,7 @@ class _Term(NamedTuple):
         return lax.add
 
 
-_PRODUCT, _SQUARE = _Term(False), _Term(True)
+_SUMS = _Term(False), _Term(True)
 
 
 def _scales(trial, multiplier, place, tensor, how):

@@ -17,7 +17,7 @@ from ifjax.codec.encode import (
     decoded_place,
     inverse_for,
     one_for_each_decoding,
-    wanted_payload,
+    wanted_payloads,
 )
 from ifjax.codec.headers import TensorScale
 from ifjax.codec.losses import squared
@@ -44,22 +44,22 @@ class FeedbackBlock(NamedTuple):
 
 
 def encode_block(
-    step: FeedbackBlock, tensor: TensorScale | None, how: Encoding, own_loss: bool
+    step: FeedbackBlock, tensor: TensorScale | None, how: Encoding, own_loss: bool, own: list[jax.Array] | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """uint8 codes [B, N], int32 headers [N], and errors w - q [B, N] of what they decode to.
 
     With `own_loss` the header is chosen by the weighted errors of all rows with the feedback between them; else by
-    `how.loss` of the block as it stands when its first row is reached.
+    `how.loss` of the block as it stands when its first row is reached. `own` has the payloads of each candidate that
+    searches start from, or is None for those that the block's maximum asks for.
     """
     fmt = how.fmt
     peaks, runs = block_peaks(step.x, -2, how)
+    own = wanted_payloads(peaks, runs, tensor, how) if own is None else own
     if own_loss:
-        own = [wanted_payload(c, peaks, runs, tensor, fmt, 1.0) for c in fmt.candidates]
-
         trials = _FeedbackTrials(step, tensor, how)
         word = jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
     else:
-        word = choose(step.x, peaks, runs, tensor, Extras(), how, -2)
+        word = choose(step.x, peaks, own, tensor, Extras(), how, -2)
     header, _, rounding, multiplier = word_parts(word, fmt)
     codes, errors = _codes(step, header, rounding, multiplier, tensor, how)
     return codes, header, errors

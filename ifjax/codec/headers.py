@@ -45,13 +45,14 @@ def power_near(amax: jax.Array) -> jax.Array:
     return jnp.where(amax > 0, as_float((127 - exponent) << 23), 1)
 
 
-def normalized(amax: jax.Array, constant: np.float32, ndim: int) -> TensorScale:
+def normalized(amax: jax.Array, constant: np.float32, ndim: int, power: jax.Array | None = None) -> TensorScale:
     """The scale of an encoder: its power brings amax to [1, 2), so that losses neither underflow nor overflow, and so
     that multiplying a tensor by a power of two changes neither codes nor choices.
 
-    `amax` is float32, of the shape of leading axes; it broadcasts against `ndim` axes. `constant` is K.
+    `amax` is float32, of the shape of leading axes; it broadcasts against `ndim` axes. `constant` is K. `power` is
+    given where a number near amax is to be in its units.
     """
-    tensor = _scaled(amax, power_near(amax), ndim)
+    tensor = _scaled(amax, power_near(amax) if power is None else power, ndim)
     ratio = jnp.where(tensor.amax > 0, divide(constant, tensor.amax), 0)
     return tensor._replace(ratio=ratio, unit=divide(1.0, ratio))
 

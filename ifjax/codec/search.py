@@ -29,6 +29,9 @@ class Search:
             candidate's own scale.
         descends: whether each trial rounds with the scale that the one before decoded with: coordinate descent between
             scales and codes. Needs `refit`.
+        rounds: at most so many times, before any trial, the tensor's amax and the blocks' scales are fitted in turn by
+            least squares to what they round, and the round with the least loss of the tensor is kept: the joint scale.
+            A block's own scale, from which offsets count, is then that one. 0 leaves both to the maxima.
 
     Raises:
         ValueError: nothing to try, more than 255 multipliers, or fields that do not go together.
@@ -40,6 +43,7 @@ class Search:
     _: dataclasses.KW_ONLY
     refit: bool = False
     descends: bool = False
+    rounds: int = 0
 
     def __post_init__(self):
         for field in ("offsets", "multipliers"):
@@ -52,6 +56,8 @@ class Search:
             raise ValueError(f"Search {self.name!r} needs offsets, and at most 255 multipliers, to try")
         if (self.refit and self.offsets is None) or (self.descends and not self.refit):
             raise ValueError(f"Search {self.name!r}: refit needs offsets, such as (0,), and descends needs refit")
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 0:
+            raise ValueError(f"Search {self.name!r}: rounds must be an integer >= 0, got {self.rounds!r}")
 
     @property
     def is_decoupled(self) -> bool:
@@ -88,6 +94,10 @@ SEARCHES: Registry[Search] = Registry(
         Search("decoupled", (0, -1, 1), _HALF_TO_THREE_HALVES),
         Search("least_squares", (0,), _HALF_TO_THREE_HALVES, refit=True),
         Search("descent", (0,), (1.0,) * 12, refit=True, descends=True),
+        # SOAR's joint scale alone, with its decoupled search, and with the least-squares scale in that.
+        Search("joint", (0,), rounds=15),
+        Search("soar", (0, -1, 1), _HALF_TO_THREE_HALVES, rounds=15),
+        Search("soar_least_squares", (0,), _HALF_TO_THREE_HALVES, refit=True, rounds=15),
     ),
 )  # fmt: skip
 

@@ -230,6 +230,10 @@ def _check_rules(rules: Iterable[Rule], axis: int) -> None:
         if rule.smooth is not None or rule.rotate is not None:
             raise ValueError(f"Rule({rule.path!r}): smooth and rotate change what a program multiplies by, which a "
                              "file does not hold: leave them out, or use ifjax.quantize_params")  # fmt: skip
+        if rule.weights is not None and rule.weights.search is not None and rule.weights.search.rounds:
+            raise ValueError(f"Rule({rule.path!r}): search {rule.weights.search.name!r} fits a tensor's amax to all of "
+                             "it, and files are quantized in pieces: use another one, such as 'least_squares', or "
+                             "ifjax.quantize_params")  # fmt: skip
         axis_of_rule = axis if rule.axis is None else rule.axis
         if axis_of_rule not in (-1, -2):
             raise ValueError(f"Rule({rule.path!r}): files are quantized along axis -1 or -2, got {axis_of_rule}")

@@ -18,7 +18,8 @@ from jax.typing import DTypeLike
 from ifjax.arrays import Blocking, QTensor
 from ifjax.arrays.ml_dtypes import is_plain_e2m1, to_ml_dtypes
 from ifjax.codec.blocks import pad_axis
-from ifjax.formats import E4M3, E8M0, Format
+from ifjax.formats import E4M3, E8M0, Format, TableScale
+from ifjax.formats.scales import float_mantissa_bits
 from ifjax.lookup import Registry
 from ifjax.numerics.devices import device_kind
 from ifjax.numerics.kernels import kernels_for, made_for
@@ -245,6 +246,8 @@ def prepack(q: QTensor, target: str | None = None) -> Prepacked:
     lead = 0 if q.amax is None else q.amax.ndim
     if decoding_of(q.fmt) is None or q.ndim - lead < 2:
         raise ValueError(f"{backend.name} multiplies by matrices of 4-bit codes, got {q!r}: products take it as it is")
+    if reason := backend.load().supports(decoding_of(q.fmt), jnp.bfloat16, m=1):
+        raise ValueError(f"{backend.name} cannot hold {q!r}: {reason}: products take it as it is")
     return _prepack(q, backend.name)
 
 
@@ -254,25 +257,50 @@ _KERNEL_SCALES = {E4M3: "e4m3", E8M0: "e8m0"}
 
 @functools.lru_cache
 def decoding_of(fmt: Format) -> Any:
-    """The format as kernels know formats, a `Decoding`; None where they cannot."""
+    """The format as kernels know formats, a `Decoding` or `TableDecoding`; None where they cannot."""
     from pallas_kernels import decoding
 
     # Multipliers are the smallest integers in proportion to the steps: 7 and 6 for 1 and 6/7.
-    steps, common = _fractions(fmt), common_multiple(fmt)
+    steps = _fractions(fmt)
+    common = math.lcm(*(step.denominator for step in steps))
     exact = all(np.float32(float(a)) == np.float32(d.step) for a, d in zip(steps, fmt.decodings, strict=True))
     magnitudes = [d.grid.magnitudes for d in fmt.decodings]
     plain = not any(d.offset for d in fmt.decodings) and all(magnitudes)
-    if fmt.bits != 4 or not exact or not plain or fmt.scale not in _KERNEL_SCALES:
+    if fmt.bits != 4:
         return None
+    if not exact or not plain or fmt.scale not in _KERNEL_SCALES or len(fmt.decodings) > 2:
+        return _table_of(fmt)
     try:
         multipliers = tuple(int(step * common) for step in steps)
         return decoding.Decoding(tuple(magnitudes), multipliers, _KERNEL_SCALES[fmt.scale], fmt.block)  # pyright: ignore
     except ValueError:
+        return _table_of(fmt)
+
+
+def _table_of(fmt: Format) -> Any:
+    """The format as tables of sixteen values; None if its scale is no binary float with subnormal numbers."""
+    from pallas_kernels.decoding import TableDecoding
+
+    scale = fmt.scale
+    mantissa = float_mantissa_bits(scale.values) if isinstance(scale, TableScale) else None
+    if not isinstance(scale, TableScale) or not mantissa:
         return None
+    nibbles = np.arange(16)
+    rows = []
+    for decoding in fmt.decodings:
+        codes = np.where(nibbles > 8, 24 - nibbles, nibbles) if decoding.grid.is_twos_complement else nibbles
+        values = np.asarray(decoding.grid.values, np.float32)[codes] + np.float32(decoding.offset)
+        rows.append(tuple((values * np.float32(decoding.step)).tolist()))
+    if scale.dtype is not None and scale.bits == 7 and len(rows) == 1:  # its sign bit is free, and is a sign
+        rows.append(tuple(-value for value in rows[0]))
+    bias = 1 - mantissa - round(math.log2(scale.values[1]))  # payload 1 is 2^(1 - bias - mantissa)
+    return TableDecoding(tuple(rows), scale.bits - mantissa, mantissa, bias, scale.nan, fmt.block)
 
 
 def common_multiple(fmt: Format) -> int:
-    """What the multipliers of `decoding_of` have to be divided by."""
+    """What the multipliers of `decoding_of` have to be divided by: tables have steps in their values."""
+    if not hasattr(decoding_of(fmt), "multipliers"):
+        return 1
     return math.lcm(*(step.denominator for step in _fractions(fmt)))
 
 

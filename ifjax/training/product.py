@@ -26,6 +26,7 @@ def quantized_dot_general(
     recipe: str | Recipe = "if4",
     key: jax.Array | None = None,
     *,
+    amax: ArrayLike | None = None,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
     out_sharding: Any = None,
@@ -49,9 +50,13 @@ def quantized_dot_general(
         dimension_numbers, precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`.
         recipe: a name in `ifjax.recipes.RECIPES` or a record.
         key: a fresh one for each layer and step. Recipes without noise ignore it.
+        amax: float32 [3], the maxima of x, w and the cotangent of y that formats with a tensor scale go by, instead of
+            those of the arrays at hand, which then need not be read first; 0 stands for the one at hand. Larger values
+            saturate. Rotated products, and operands with an amax of their own, do not go by it. Its cotangent is no
+            gradient: it is the three maxima of this call, to be carried to later ones. Pass each product its own.
 
     Raises:
-        ValueError: the recipe needs a key and has none; the second derivative was asked for.
+        ValueError: the recipe needs a key and has none; amax has another shape; the second derivative was asked for.
         TypeError: as `jax.lax.dot_general`, where axes do not match.
 
     Example:
@@ -62,6 +67,19 @@ def quantized_dot_general(
         ...     return quantized_dot_general(x, w, (((1,), (0,)), ((), ())), "if4", key).sum()
         >>> jax.jit(jax.grad(loss))(w, jax.random.key(0)).shape
         (32, 32)
+
+        Maxima that are taken at every tenth step, and carried in between; without them XLA leaves their taking out:
+
+        >>> def loss(w, amax, key):
+        ...     y = quantized_dot_general(x, w, (((1,), (0,)), ((), ())), "ue5m3", key, amax=amax)
+        ...     return (y * y).sum()
+        >>> step, refresh = jax.jit(jax.grad(loss)), jax.jit(jax.grad(loss, (0, 1)))
+        >>> amax = jnp.zeros(3)
+        >>> for i in range(20):
+        ...     key = jax.random.key(i)
+        ...     gradient, amax = refresh(w, amax, key) if i % 10 == 0 else (step(w, amax, key), amax)
+        >>> amax
+        Array([1., 1., 2.], dtype=float32)
     """
     recipe = get_recipe(recipe)
     x, w = jnp.asarray(x), jnp.asarray(w)
@@ -71,6 +89,10 @@ def quantized_dot_general(
     )
     numbers = (x_contracted, w_contracted), (x_batch, w_batch)
     dtype = jnp.promote_types(x.dtype, w.dtype)
+    if amax is not None:
+        amax = jnp.asarray(amax, jnp.float32)
+        if amax.shape != (3,):
+            raise ValueError(f"amax must be of shape (3,), the maxima of x, w and the gradient of y: got {amax.shape}")
     plain = functools.partial(
         lax.dot_general, dimension_numbers=numbers, precision=precision, preferred_element_type=preferred_element_type
     )
@@ -82,15 +104,17 @@ def quantized_dot_general(
             quantized_dot_general, dimension_numbers=numbers, recipe=recipe, precision=precision,
             preferred_element_type=preferred_element_type,
         )  # fmt: skip
-        placed: Any = jax.sharding.auto_axes(lambda x, w, key: product(x, w, key=key), out_sharding=sharding)
-        return placed(x, w, key)
+        placed: Any = jax.sharding.auto_axes(
+            lambda x, w, key, amax: product(x, w, key=key, amax=amax), out_sharding=sharding
+        )
+        return placed(x, w, key, amax)
     result: Any = jax.eval_shape(plain, *(jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, w)))
 
     settings = Settings(recipe, precision, np.dtype(dtype), result.dtype, x.dtype, w.dtype)
     x, w = as_varying(x, w), as_varying(w, x)
     rows = _as_matrices(x, x_batch, _rest(x, x_batch, x_contracted), x_contracted)
     columns = _as_matrices(w, w_batch, w_contracted, _rest(w, w_batch, w_contracted))
-    y: Any = _product(rows, columns, key, settings)
+    y: Any = _product(rows, columns, key, amax, settings)
     y = y.reshape(result.shape)
     return y if out_sharding is None else jax.reshard(y, out_sharding)
 
@@ -120,51 +144,63 @@ def _as_matrices(a, batch, rows, columns):
     return a.reshape(shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(x, w, key, settings: Settings):
-    """x [tokens, K] times w [K, N], each with one leading batch axis or none."""
-    return _forward(x, w, key, settings)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _product(x, w, key, amax, settings: Settings):
+    """x [tokens, K] times w [K, N], each with one leading batch axis or none; `amax` is of x, w and g, or None."""
+    return _forward(x, w, key, amax, settings)[0]
 
 
-def _forward(x, w, key, settings):
+def _forward(x, w, key, amax, settings):
     """y, and the operands that it is the product of."""
-    qx = operand_of(x, "fprop", "lhs", -1, key, settings)
-    qw = operand_of(w, "fprop", "rhs", -2, key, settings)
+    of_x, of_w, _ = _each(amax)
+    qx = operand_of(x, "fprop", "lhs", -1, key, settings, of_x)
+    qw = operand_of(w, "fprop", "rhs", -2, key, settings, of_w)
     return _multiply(qx, qw, -1, -2, settings.dtype, settings.out_dtype, settings.precision), (qx, qw)
 
 
-def _product_fwd(x, w, key, settings):
+def _each(amax):
+    return (None, None, None) if amax is None else (amax[0], amax[1], amax[2])
+
+
+def _largest(a):
+    return jnp.max(jnp.where(jnp.isfinite(a), jnp.abs(a), 0)).astype(jnp.float32)
+
+
+def _product_fwd(x, w, key, amax, settings):
     recipe = settings.recipe
     if recipe.needs_key:
         _check_key(key, recipe)  # here, not only where the backward pass draws: nearer to what forgot it
-    y, (qx, qw) = _forward(x, w, key, settings)
+    y, (qx, qw) = _forward(x, w, key, amax, settings)
+    of_x, of_w, _ = _each(amax)
 
-    def kept(a, forward, operand, product_name, side, axis):
+    def kept(a, forward, operand, product_name, side, axis, amax):
         if operand.reuse:
             return forward
         is_packed = recipe.residuals == "packed" and operand.is_packed_early
-        return operand_of(a, product_name, side, axis, key, settings) if is_packed else a
+        return operand_of(a, product_name, side, axis, key, settings, amax) if is_packed else a
 
-    for_dgrad = kept(w, qw, recipe.dgrad.rhs, "dgrad", "rhs", -1)
-    for_wgrad = kept(x, qx, recipe.wgrad.lhs, "wgrad", "lhs", -2)
+    for_dgrad = kept(w, qw, recipe.dgrad.rhs, "dgrad", "rhs", -1, of_w)
+    for_wgrad = kept(x, qx, recipe.wgrad.lhs, "wgrad", "lhs", -2, of_x)
     # Nothing of x and of w, from which `once` sees whether what is being differentiated depends on them.
     nothing = [lax.slice_in_dim(a, 0, 0, axis=a.ndim - 1) for a in (x, w)]
-    return y, (for_dgrad, for_wgrad, nothing, key)
+    maxima = None if amax is None else (_largest(x), _largest(w))
+    return y, (for_dgrad, for_wgrad, nothing, key, amax, maxima)
 
 
 def _product_bwd(settings, residuals, g):
-    for_dgrad, for_wgrad, nothing, key = residuals
+    for_dgrad, for_wgrad, nothing, key, amax, maxima = residuals
+    of_x, of_w, of_g = _each(amax)
     g, _ = once(g, nothing)
-    left = operand_of(g, "dgrad", "lhs", -1, key, settings)
-    right = operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings)
+    left = operand_of(g, "dgrad", "lhs", -1, key, settings, of_g)
+    right = operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings, of_w)
     dx = _multiply(left, right, -1, -1, settings.dtype, settings.x_dtype, settings.precision)
-    left = operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings)
-    right = operand_of(g, "wgrad", "rhs", -2, key, settings)
+    left = operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings, of_x)
+    right = operand_of(g, "wgrad", "rhs", -2, key, settings, of_g)
     like = None
     if isinstance(left, QTensor) and not isinstance(for_wgrad, QTensor):
         like = pad_axis(for_wgrad, left.shape[-2], -2)
     dw = _multiply(left, right, -2, -2, settings.dtype, settings.w_dtype, settings.precision, like)
-    return dx, dw, None
+    return dx, dw, None, None if maxima is None else jnp.stack([*maxima, _largest(g)])
 
 
 _product.defvjp(_product_fwd, _product_bwd)
@@ -183,8 +219,11 @@ def _once_jvp(primals, tangents):
     )
 
 
-def operand_of(a, product_name, side, axis, key, settings) -> Any:
-    """What the named product multiplies for a, of which it contracts `axis`: a QTensor, or an array."""
+def operand_of(a, product_name, side, axis, key, settings, amax=None) -> Any:
+    """What the named product multiplies for a, of which it contracts `axis`: a QTensor, or an array.
+
+    `amax` is a's, if the caller has one; 0 if it has none yet.
+    """
     product = getattr(settings.recipe, product_name)
     operand, size = getattr(product, side), product.hadamard
     if isinstance(a, QTensor):
@@ -207,7 +246,11 @@ def operand_of(a, product_name, side, axis, key, settings) -> Any:
         a = hadamard(a, axis=axis, size=size, signs=signs)
     if operand.how is None:
         return a
-    return quantize(a, operand.how, axis=axis, key=key if operand.is_random else None, amax=operand.amax)
+    if operand.amax is not None or not operand.how.fmt.has_tensor_scale or size:
+        amax = operand.amax
+    elif amax is not None:
+        amax = lax.cond(amax > 0, lambda a, amax: amax, lambda a, amax: _largest(a), a, amax)
+    return quantize(a, operand.how, axis=axis, key=key if operand.is_random else None, amax=amax)
 
 
 def _check_key(key, recipe):

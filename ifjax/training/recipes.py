@@ -324,7 +324,7 @@ def _named():
         return Recipe(name, nearest, nearest, nearest, source=source)
 
     yield rotated("hifloat4", "hifloat4", 64, "HiFloat4 pretraining (arXiv 2604.08826): H64, nearest rounding")
-    # The published one takes the tensor's maximum now and then; here each product takes its own.
+    # The published one takes tensors' maxima now and then, and carries them: `quantized_dot_general(amax=)`.
     scales, noisy = Operand("nvfp4_ue5m3"), Operand("nvfp4_ue5m3", "stochastic")
     yield Recipe(
         "ue5m3", Product(scales, scales), Product(noisy, scales), Product(scales, noisy),

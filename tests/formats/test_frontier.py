@@ -14,6 +14,7 @@ from numpy.testing import assert_array_equal
 
 import ifjax
 from ifjax.formats import E3M3, UE5M3
+from ifjax.formats.grids import E2M1
 
 OUT_OF_RANGE = {"tiny_1e-30_f32": 2.0**100, "huge_1e33_f32": 2.0**-110}
 
@@ -222,3 +223,30 @@ def test_the_search_of_hifloat4_finds_the_best_of_scale_and_doublings():
     assert np.any(np.asarray(q.headers()) < 0)  # the last doubling is the header's sign bit
     # The encoder multiplies by a reciprocal of 8 bits, so that elements near a middle may go to the other value.
     np.testing.assert_allclose(got, want, rtol=0.02)
+
+
+# --- the joint scale -------------------------------------------------------------------------------------------------
+
+SOAR = {"joint": "cjso", "decoupled": "dss", "soar": "full", "soar_least_squares": "full_ls"}
+
+
+@pytest.mark.by_default("joint", "soar_least_squares")
+@pytest.mark.parametrize("search", SOAR)
+def test_joint_and_decoupled_scales_meet_their_vectors(golden_dir, search):
+    """Codes and scales in every bit; the tensor's factor, a quotient of two sums over it, within a unit of float32."""
+    for matrix in ("gauss", "t5"):
+        keys = (f"{matrix}__w", *(f"{matrix}__{SOAR[search]}__{what}" for what in ("alpha", "scales", "q_x2", "trace")))
+        w, alpha, scales, q_x2, trace = (arrays(golden_dir, "soar")[key] for key in keys)
+        q = ifjax.quantize(w, "nvfp4", search=search)
+        assert_array_equal(np.asarray(q.scales).ravel(), scales)
+        assert_array_equal(2 * np.asarray(E2M1.decode(q.unpacked_codes())), q_x2.reshape(w.shape))
+        np.testing.assert_allclose(np.float32(q.amax) / np.float32(2688), alpha, rtol=2e-7)
+        error = np.square(np.asarray(q.dequantize(), np.float64) - w).mean()
+        assert error == pytest.approx(trace.min(), rel=1e-5)
+
+
+def test_a_search_of_all_nearby_scales_meets_its_vectors(golden_dir):
+    for matrix in ("gauss", "t5"):
+        found = arrays(golden_dir, "soar")
+        q = ifjax.quantize(found[f"{matrix}__w"], "nvfp4", search="wide")
+        assert_array_equal(q.scales, found[f"{matrix}__scale_search__scales"])

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-IF4, NVFP4 = "if4", "nvfp4"
+IF4, NVFP4, QUAD = "if4", "nvfp4", "quad"
 CASES = {
     # decoding, dtype, result, M, N, K; the tiles are those of the table, or in CUTS
     "one row": (IF4, "float16", "float16", 1, 4096, 4096),
@@ -25,6 +25,8 @@ CASES = {
     "K by two": (IF4, "bfloat16", "float32", 13, 1000, 11000),
     "64 rows": (IF4, "float16", "bfloat16", 64, 8192, 8192),
     "ragged rows": (IF4, "float16", "float16", 203, 4096, 4096),
+    "tables": (QUAD, "float16", "float16", 64, 8192, 8192),
+    "tables, bfloat16, one row": (QUAD, "bfloat16", "bfloat16", 1, 4096, 4096),
     "a cluster": (IF4, "float16", "float16", 64, 8192, 8192),
     "many rows": (IF4, "float16", "float16", 4096, 8192, 8192),
     "many rows, bfloat16": (IF4, "bfloat16", "bfloat16", 8192, 28672, 8192),
@@ -80,7 +82,8 @@ def compiled(tmp_path_factory) -> dict[str, Program]:
 
     # In a process of its own, on the platform cpu: else the plugin would look for a GPU.
     folder = tmp_path_factory.mktemp("compiled")
-    paths = f"{Path(pallas_kernels.__file__).parents[1]}{os.pathsep}{Path(__file__).parent}"
+    tests = Path(__file__).resolve().parents[1]
+    paths = os.pathsep.join(map(str, (Path(pallas_kernels.__file__).parents[1], tests / "codec")))
     settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths, "MOSAIC_GPU_DUMP_TO": str(folder)}
     command = [sys.executable, __file__, str(folder)]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600)
@@ -139,7 +142,7 @@ def test_only_blocks_of_a_cluster_load_x_for_each_other(compiled, case):
     assert (".multicast::cluster" in compiled[case].ptx) == (case == "a cluster")
 
 
-@each_case
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][0] != QUAD])
 def test_a_weight_costs_two_integer_instructions(loop, case):
     """At most; in bfloat16, whose look-up takes two bytes, 2.25. Memory at 4.3 TB/s delivers 29 weights a clock."""
     counts = collections.Counter(name for name, _ in loop)
@@ -148,6 +151,14 @@ def test_a_weight_costs_two_integer_instructions(loop, case):
     assert 1.3 <= integer / weights <= (2.0 if CASES[case][1] == "float16" else 2.25), counts
     assert 64 * weights / integer > 28
     assert 128 * weights / len(loop) > 28, counts
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][0] == QUAD])
+def test_a_weight_by_tables_costs_five_integer_instructions(loop, case):
+    """At most, with four tables: two bytes of two halves are looked up, and each block chooses its table."""
+    counts = collections.Counter(name for name, _ in loop)
+    integer = sum(counts[name] for name in INTEGER) / (8 * counts["HGMMA"])
+    assert 3 <= integer <= 5, counts
 
 
 def test_the_reader_of_machine_code_finds_the_innermost_loop():
@@ -171,10 +182,12 @@ def main(folder: Path):
     from test_compile import H200
 
     from pallas_kernels import gpu_matmul, tiles
-    from pallas_kernels.decoding import Decoding
+    from pallas_kernels.decoding import Decoding, TableDecoding
 
     e2m1, int4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), tuple(map(float, range(8)))
     decodings = {IF4: Decoding((e2m1, int4), (7, 6), "e4m3", 16), NVFP4: Decoding((e2m1,), (1,), "e4m3", 16)}
+    rows = tuple(tuple((code + 3 * i) / 16 - 0.5 for code in range(16)) for i in range(4))
+    decodings[QUAD] = TableDecoding(rows, 3, 3, 3, 63, 16)
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     warpgroups = {}

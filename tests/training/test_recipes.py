@@ -486,3 +486,38 @@ def test_what_cannot_be_is_refused(case):
 def test_a_recipe_is_a_name_or_a_record():
     with pytest.raises(TypeError, match=r"recipe must be a name or an ifjax\.recipes\.Recipe, got Format"):
         get_recipe(ifjax.FORMATS["if4"])
+
+
+def carried(amax, recipe="ue5m3"):
+    """y, dx, dw and what comes back for amax."""
+    f = functools.partial(quantized_dot_general, dimension_numbers=MATRICES, recipe=recipe, key=KEY)
+    y, pull = jax.vjp(lambda x, w, amax: f(x, w, amax=amax), X, W, amax)
+    return y, *pull(G)
+
+
+def test_carried_maxima_stand_for_those_at_hand_and_those_come_back():
+    maxima = jnp.stack([jnp.max(jnp.abs(a)) for a in (X, W, G)])
+    want = products(X, W, G, KEY, "ue5m3")
+    for amax in (maxima, jnp.zeros(3)):
+        *got, back = carried(amax)
+        for a, b in zip(got, want, strict=True):
+            assert_array_equal(a, b)
+        assert_array_equal(back, maxima)
+    # Half of them saturate what is larger: each product goes by its operands' own.
+    y, dx, dw, back = carried(maxima / 2)
+    assert_array_equal(back, maxima)
+    qx, qw = (ifjax.fake_quantize(a, "nvfp4_ue5m3", axis=axis, amax=jnp.max(jnp.abs(a)) / 2) for a, axis in
+              ((X, -1), (W, -2)))  # fmt: skip
+    assert_allclose(y, qx @ qw, rtol=1e-5, atol=1e-5)
+    assert all((a != b).any() for a, b in zip((y, dx, dw), want, strict=True))
+
+
+def test_carried_maxima_are_three():
+    with pytest.raises(ValueError, match=r"amax must be of shape \(3,\)"):
+        quantized_dot_general(X, W, MATRICES, "ue5m3", KEY, amax=jnp.ones(2))
+
+
+@slowly
+def test_carried_maxima_are_left_out_where_they_say_nothing():
+    """Rotated products have other maxima, and this format has none."""
+    assert_array_equal(carried(jnp.full(3, 0.1), "hifloat4")[0], products(X, W, G, KEY, "hifloat4")[0])

@@ -1,0 +1,94 @@
+"""All formats of 4.5 bits on a pretrained sentence encoder: nearest, searched, by GPTQ, and both.
+
+    python benchmarks/frontier_bert.py [--formats quad "razer;razer_act" "octet;octet@token" ...]
+
+Model, sentences and figures are those of ptq_bert.py. A format may name another for activations, and that each token
+has an amax of its own: WEIGHTS;ACTIVATIONS@token. Rows are printed as they come, in Markdown. First comes the share of
+blocks of each weight that are flushed (all that is left of some values is zeros), with one amax for the tensor and with
+one for each row, where any is.
+"""
+
+import argparse
+import time
+
+import jax
+import numpy as np
+import ptq_bert as bert
+
+import ifjax
+
+FORMATS = (
+    "quad", "octet;octet@token", "octet", "split87", "razer;razer_act", "nf4_mirror", "if4", "mixfp4", "hifloat4",
+    "nf4", "sfp4", "fouroversix", "nvint4", "nvfp4", "nvfp4_ue5m3", "fp4_ue5m3_pz", "fp4_e4m3_46",
+)  # fmt: skip
+METHODS = {
+    "nearest": {}, "search": {"search": "fast"}, "gptq": {"gptq": True},
+    "gptq, search": {"gptq": True, "search": "fast"},
+}  # fmt: skip
+
+
+def flushed(x: np.ndarray, fmt: str, axis: int, amax_axes: tuple[int, ...] = ()) -> float:
+    """Share of the blocks with a value that decode to zeros alone."""
+
+    def any_in_blocks(a):
+        a = np.moveaxis(np.asarray(a), axis, -1)
+        block = ifjax.get_format(fmt).block
+        a = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % block)])
+        return (a != 0).reshape(*a.shape[:-1], -1, block).any(-1)
+
+    kept = any_in_blocks(ifjax.fake_quantize(x, fmt, axis=axis, amax_axes=amax_axes))
+    there = any_in_blocks(x)
+    return float((there & ~kept).sum() / max(there.sum(), 1))
+
+
+def flushed_rows(variables, formats) -> list[str]:
+    """Of every matrix, the embedding tables too, along the last axis and the one before it."""
+    rows = []
+    for path, x in jax.tree_util.tree_leaves_with_path(variables):
+        if x.ndim < 2:
+            continue
+        name = "/".join(str(getattr(key, "key", key)) for key in path[1:])
+        for fmt in formats:
+            if not ifjax.get_format(fmt).has_tensor_scale:
+                continue
+            for axis in (-1, -2):
+                share, by_row = flushed(x, fmt, axis), flushed(x, fmt, axis, (0 if axis == -1 else 1,))
+                if share or by_row:
+                    rows.append(f"| {name} | {fmt} | {axis} | {100 * share:.3f} | {100 * by_row:.3f} |")
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--flushed", nargs="*", default=("quad", "octet", "sfp4", "razer"), help="formats to count for")
+    args = parser.parse_args()
+    module, variables = bert.load()
+    embed, batches = bert.embedder(module), bert.sentences("docstrings")
+    print("| weight | format | blocks along | flushed, % | flushed with an amax a row, % |\n| ---|---|---|---|--- |")
+    print("\n".join(flushed_rows(variables, args.flushed)), flush=True)
+
+    dense = jax.jit(embed)
+    reference = bert.embeddings(dense, variables, batches)
+    calibration = ifjax.calibrate(
+        embed, variables, bert.sentences("docstrings_calibration"), bert.rules("if4", gptq=True), progress=False
+    )
+    print("\n| format | method | W4A16 | W4A4 | seconds to quantize |\n| ---|---|---|---|--- |", flush=True)
+    for spec in args.formats:
+        fmt, _, act = spec.partition(";")
+        act, _, amax = (act or fmt).partition("@")
+        both = jax.jit(ifjax.quantized(embed, bert.rules(fmt, act, **({"act_amax": amax} if amax else {}))))
+        for name, method in METHODS.items():
+            start = time.perf_counter()
+            packed = ifjax.quantize_params(
+                variables, bert.rules(fmt, **method), model=module, sample=bert.inputs(*batches[0]),
+                calibration=calibration,
+            )[0]  # fmt: skip
+            seconds = time.perf_counter() - start
+            weights = bert.distance(reference, bert.embeddings(dense, bert.dequantized(packed), batches))
+            all_ = bert.distance(reference, bert.embeddings(both, packed, batches))
+            print(f"| {spec} | {name} | {weights:.4f} | {all_:.4f} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
