@@ -3,11 +3,12 @@
 import contextlib
 import errno
 import glob
+import json
 import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
         if alone:
             for left in path.parent.glob(f".{glob.escape(path.name[:80])}.{'[0-9a-f]' * 8}.tmp"):
                 if (guard := _lock(left, wait=False)) is not None:
+                    _remove_doubtful(left)
                     _remove(left)
                     os.close(guard)
         make(name)
@@ -82,6 +84,36 @@ def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
         _remove(name)
         if guard is not None:
             os.close(guard)
+
+
+_DOUBTFUL = "doubtful.json"
+
+
+def note_doubtful(folder: Path, files: Mapping[Path, str], index: Path) -> None:
+    """Note in a temporary folder which files are of no use unless the index beside it names them.
+
+    Should this process die, the next writer of the name removes those that the index does not name.
+
+    Args:
+        folder: as `temporary_folder` makes it.
+        files: where they are now, and their names beside the folder, now or soon.
+        index: a text that names files, as JSON strings.
+    """
+    known = {name: file.stat().st_ino for file, name in files.items()}
+    write_text(folder / _DOUBTFUL, json.dumps({"index": index.name, "files": known}))
+
+
+def _remove_doubtful(left: Path) -> None:
+    try:
+        note = json.loads((left / _DOUBTFUL).read_text())
+        index, files = left.with_name(note["index"]), [(left.with_name(n), i) for n, i in note["files"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # most have none
+        return
+    named = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
+    for file, inode in files:
+        # Under a name of which somebody else has made another file meanwhile, that one stays.
+        if json.dumps(file.name, ensure_ascii=False) not in named and file.is_file() and file.stat().st_ino == inode:
+            file.unlink()
 
 
 def _remove(path: Path) -> None:

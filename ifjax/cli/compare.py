@@ -27,7 +27,7 @@ from ifjax.cli.terminal import (
     tracked,
     without_infinities,
 )
-from ifjax.exchange import Spec, companions
+from ifjax.exchange import parts_of_quantized
 from ifjax.files import FileError, open_file, read_header
 from ifjax.formats import FORMATS, get_format
 from ifjax.version import __version__
@@ -124,9 +124,10 @@ def _compare(options: argparse.Namespace) -> None:
 
 def measured(options: argparse.Namespace, formats: tuple[str, ...], path: Path, source: str, progress):
     """The report of a checkpoint of one file or several, each tensor shown while it is measured."""
-    headers = {file: read_header(file) for file in open_file(path).files}
+    opened = open_file(path)
+    headers = {file: read_header(file) for file in opened.files}
     stored = [entry for header in headers.values() for entry in header]
-    kept = companions({entry.name: Spec(entry.dtype, entry.shape) for entry in stored})
+    kept = parts_of_quantized(opened)
     how = {"axis": options.axis, "everything": options.vectors, "search": options.search, "kept": kept}
     of_files = (analysis.file_reports(file, header, formats, **how) for file, header in headers.items())
     reports = itertools.chain.from_iterable(of_files)

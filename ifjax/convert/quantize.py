@@ -24,8 +24,9 @@ from ifjax.arrays import DTYPES, Blocking, packed_shapes
 from ifjax.convert.folders import is_file, output, without_quantization
 from ifjax.convert.tensors import Tick, cast_of, no_tick, plain_item
 from ifjax.exchange import read as exchange
+from ifjax.exchange.containers import parts_of_quantized
 from ifjax.exchange.layouts import Floats, Spec, layouts_of
-from ifjax.exchange.recognize import Found, companions
+from ifjax.exchange.recognize import Found
 from ifjax.files import safetensors
 from ifjax.files.checkpoint import SHARD_BYTES, Checkpoint, Item, Packed, open_file, packed_slots, write_items
 from ifjax.files.pieces import amax_of, chosen, encode
@@ -151,7 +152,8 @@ def plan(
             tensors of them decode to bfloat16 unless `dtype` is given.
 
     Raises:
-        FileError: the source is broken, packed already, or holds nothing.
+        FileError: the source is broken, packed already, or holds nothing; its configuration says that it is quantized,
+            and nothing in it is known to be so.
         ValueError: rules that are of no use on it, or need more than a file; no such FP8 weights.
     """
     beside = None if isinstance(source, Checkpoint) or not Path(source).is_dir() else Path(source)
@@ -167,7 +169,7 @@ def plan(
         if dtype.name not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype.name}")
     specs = {name: Spec(entry.dtype, entry.shape) for name, entry in source.entries.items()}
-    parts, decoded = companions(specs), {} if tool is None else _floats(specs, tool)
+    parts, decoded = parts_of_quantized(source), {} if tool is None else _floats(specs, tool)
     sites, tasks = [], []
     for name in source:
         found = decoded.get(name)

@@ -7,7 +7,7 @@ A layout is a record (`Layout`), and one reader and one writer serve all of them
 """
 
 from ifjax.arrays.ml_dtypes import from_ml_dtypes, to_ml_dtypes
-from ifjax.exchange.containers import Source, open_checkpoint
+from ifjax.exchange.containers import Source, open_checkpoint, parts_of_quantized
 from ifjax.exchange.fused import FUSED, common_amax, fused_groups
 from ifjax.exchange.layouts import (
     LAYOUTS,
@@ -32,6 +32,6 @@ from ifjax.exchange.write import export_tensor, export_tensors, save
 __all__ = [
     "FUSED", "LAYOUTS", "TOOLS", "Blocks", "Declared", "Floats", "Found", "InputFactor", "Layout", "Model", "Part",
     "Size", "Source", "Spec", "common_amax", "companions", "declared", "export_tensor", "export_tensors",
-    "from_ml_dtypes", "fused_groups", "import_tensors", "layouts_of", "load", "open_checkpoint", "recast", "recognize",
-    "save", "swizzle_scales", "to_ml_dtypes", "unswizzle_scales",
+    "from_ml_dtypes", "fused_groups", "import_tensors", "layouts_of", "load", "open_checkpoint", "parts_of_quantized", "recast",
+    "recognize", "save", "swizzle_scales", "to_ml_dtypes", "unswizzle_scales",
 ]  # fmt: skip

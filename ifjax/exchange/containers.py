@@ -13,8 +13,9 @@ import numpy as np
 
 from ifjax.atomic import replacing
 from ifjax.exchange.layouts import LAYOUTS, Spec
+from ifjax.exchange.recognize import companions
 from ifjax.files import safetensors
-from ifjax.files.checkpoint import Item, open_file, write_items
+from ifjax.files.checkpoint import Checkpoint, Item, open_file, write_items
 from ifjax.files.safetensors import FileError, Foreign, Identity, check_written
 
 
@@ -101,6 +102,24 @@ def declared_in(folder: Path, metadata: Mapping[str, str]) -> Mapping[str, Any] 
         if isinstance(config, dict):
             return config
     return None
+
+
+def parts_of_quantized(opened: Checkpoint) -> dict[str, str]:
+    """Return why arrays of a checkpoint are no weights by themselves, by their names; see `ifjax.exchange.companions`.
+
+    Raises:
+        FileError: its configuration says that it is quantized, and none of its arrays is known to be part of that.
+    """
+    parts = companions({name: Spec(entry.dtype, entry.shape) for name, entry in opened.entries.items()})
+    says = declared_in(opened.path.parent, opened.metadata)
+    if parts or not says or opened.layout is not None:
+        return parts
+    method = says.get("quant_method") or says.get("quant_algo") or says.get("mode")
+    raise FileError(
+        f"{opened.path}: the configuration beside it says that it is quantized{f' by {method!r:.80}' if method else ''}, "
+        "and none of its arrays is known to be codes or scales: what looks like weights may be parts of these. If they "
+        "are weights, remove quantization_config from config.json"
+    )
 
 
 def read_json(text: str, what: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ifjax.exchange.layouts import LAYOUTS, Declared, Layout, Spec
+from ifjax.exchange.layouts import LAYOUTS, WEIGHTS, Declared, Layout, Spec
 
 Specs = Mapping[str, Spec]
 
@@ -12,8 +12,8 @@ Specs = Mapping[str, Spec]
 _CODES = re.compile(r"[IU](8|16|32)|F8_.*|F4.*|F6.*")
 # Last parts of names, in whole words, of what belongs to codes beside them.
 _BESIDE = re.compile(
-    r"(^|[._:])(scales?|zeros?|zps?|biases|absmax|scb|inv|g_idx|codebooks?|lut|shift|min|max|quant_map|factors?|"
-    r"zero_points?|scale_2|shape)($|[._:\d])", re.IGNORECASE,
+    r"(^|[._:/])(scales?|zeros?|zps?|biases|absmax|scb|inv|g_idx|codebooks?|centroids?|lut|shift|min|max|quant_map|"
+    r"factors?|zero_points?|scale_2|shape)($|[._:/\d])", re.IGNORECASE,
 )  # fmt: skip
 
 
@@ -113,8 +113,9 @@ def _fault_of(layout: Layout, arrays: tuple[str | None, ...], specs: Specs) -> t
 def companions(specs: Specs) -> dict[str, str]:
     """Return why arrays are not weights by themselves but parts of quantized tensors, by their names.
 
-    They are recognized by the names of `LAYOUTS`, or by a neighbour: beside codes, of an integer or FP8 type and with
-    two axes or more, in the same layer, everything that is named as scales, zeros and the like belongs to the codes.
+    They are recognized by the names of `LAYOUTS`, or by a neighbour. Beside codes, of an integer or FP8 type and with two
+    axes or more, everything that is named as scales, zeros and the like belongs to the codes; and so does, directly in
+    the module of the codes, whatever is named otherwise than weights are.
     """
     reasons = {}
     for found in recognize(specs):
@@ -123,21 +124,37 @@ def companions(specs: Specs) -> dict[str, str]:
     layers: dict[str, list[str]] = {}
     for name, spec in specs.items():
         if len(spec.shape) > 1 and _CODES.fullmatch(spec.dtype):
-            layers.setdefault(name.rpartition(".")[0], []).append(name)
+            layers.setdefault(_module(name), []).append(name)
     for name in specs:
-        parents = [name[:i] for i, letter in enumerate(name) if letter in "._:"]
-        of = next((code for p in reversed(parents) for code in layers.get(p.rstrip("._:"), ()) if code != name), None)
+        parents = [name[:i] for i, letter in enumerate(name) if letter in "._:/"]
+        of = next((code for p in reversed(parents) for code in layers.get(p.rstrip("._:/"), ()) if code != name), None)
         of = of or next((p for p in parents if p in specs and _CODES.fullmatch(specs[p].dtype)), None)
-        of = of or next((code for code in layers.get("", ()) if code != name and "." not in name), None)
-        if of is not None and name not in reasons and _BESIDE.search(name[_common(name, of) :]):
+        of = of or next((code for code in layers.get("", ()) if code != name and not _module(name)), None)
+        if of is None or name in reasons:
+            continue
+        if _BESIDE.search(name[_common(name, of) :]) or _is_beside(name, of, specs):
             reasons[name] = f"it stands beside {of}, which is {specs[of].dtype} and quantized already"
             reasons.setdefault(of, f"its type {specs[of].dtype} and {name} beside it tell that it is quantized already")
     return reasons
 
 
+def _module(name: str) -> str:
+    return name[: max(name.rfind("."), name.rfind("/"), 0)]
+
+
+def _is_beside(name: str, codes: str, specs: Specs) -> bool:
+    """Whether a matrix has no weight's name, and stands in a module whose codes have none of a mask or of positions."""
+    module, last = _module(name), re.split("[./]", name)[-1]
+    of = re.findall("[a-z]+", re.split("[./]", codes)[-1].lower())
+    return (
+        bool(module) and module == _module(codes) and len(specs[name].shape) > 1 and last not in (*WEIGHTS, "bias")
+        and not set(of) & {"mask", "masks", "bias", "index", "indices", "ids", "position", "positions"}
+    )  # fmt: skip
+
+
 def _common(name: str, other: str) -> int:
     """Where the last parts of two names begin."""
-    module = other.rpartition(".")[0]
+    module = _module(other)
     return len(module) if name.startswith(module) else 0
 
 

@@ -24,7 +24,7 @@ from jax.core import Tracer
 
 from ifjax.arrays import DTYPES, Blocking, QTensor, packed_shapes
 from ifjax.arrays.qtensor import check_arrays
-from ifjax.atomic import Around, locked, temporary_folder
+from ifjax.atomic import Around, locked, note_doubtful, temporary_folder
 from ifjax.files import safetensors
 from ifjax.files.safetensors import (
     Contents,
@@ -339,7 +339,7 @@ def write_items(
     def taking_the_place():
         with locked(path.parent):
             old = in_the_way()
-            yield
+            yield old
             safetensors.remove(old)  # else a reader of the folder would find the old index
 
     with locked(path.parent):
@@ -352,14 +352,16 @@ def write_items(
         made = [folder / f"{i}.safetensors" for i in range(len(groups))]
         for file, group in zip(made, groups, strict=True):
             _write_one(file, group, metadata or {}, own)
-        with taking_the_place():
-            _put(path, made, groups)
+        with taking_the_place() as old:
+            _put(path, made, groups, old)
     return path.with_name(path.name + safetensors.INDEX)
 
 
-def _put(path: Path, made: Sequence[Path], groups: Sequence[Sequence[Item]]) -> None:
-    """Give written shards their names, and then write the index for `path` that names them."""
-    shards = safetensors.shard_paths(path, len(made))
+def _put(path: Path, made: Sequence[Path], groups: Sequence[Sequence[Item]], old: Sequence[Path]) -> None:
+    """Give written shards their names, and then write the index for `path` that names them, and not the old files."""
+    shards, index = safetensors.shard_paths(path, len(made)), path.with_name(path.name + safetensors.INDEX)
+    files = dict(zip(made, (shard.name for shard in shards), strict=True)) | {file: file.name for file in old}
+    note_doubtful(made[0].parent, {file: name for file, name in files.items() if file != index}, index)
     placed = []
     try:
         for file, shard in zip(made, shards, strict=True):
@@ -367,7 +369,7 @@ def _put(path: Path, made: Sequence[Path], groups: Sequence[Sequence[Item]]) -> 
             placed.append(shard)
         pairs = zip(shards, groups, strict=True)
         places = {slot.name: shard for shard, group in pairs for item in group for slot in item.slots}
-        safetensors.write_index(path, places, sum(map(file_bytes, groups)))
+        safetensors.write_index(path, places, sum(map(file_bytes, groups)), made[0].parent)
     except BaseException:
         for shard in placed:  # no index names them
             shard.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -330,29 +331,42 @@ def is_of_several(path: str | os.PathLike) -> bool:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The one checkpoint of a folder: the standard name before others, an index before the shards it lists."""
+    """The one checkpoint of a folder: the standard name before others of other writers, an index before its shards."""
     found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
     indices = {path.name: path for path in sorted(folder.glob("*.safetensors" + INDEX))}
-    standard = "model.safetensors"
-    if standard in found and standard + INDEX in indices:
-        raise FileError(
-            f"{folder} holds two checkpoints, {standard} and {standard + INDEX}: name the file to read, and remove the "
-            "other one"
-        )
-    for name, candidates in ((standard, found), (standard + INDEX, indices)):
-        if name in candidates:
-            return candidates[name]
-    listed = {name for index in indices.values() for name in read_index(index).values()}
+    listed: set[str] = set()
+    for index in indices.values():
+        with contextlib.suppress(FileError):  # a broken one is told if it is the one
+            listed |= set(read_index(index).values())
     whole = [path for name, path in found.items() if name not in listed]
-    candidates = [*indices.values(), *whole]
-    if len(candidates) == 1:
-        return candidates[0]
-    if candidates:
+    parts = [path for path in whole if re.search(r"-\d{5,}-of-(?!0*1\.)\d{5,}\.safetensors$", path.name)]
+    candidates = [*indices.values(), *(path for path in whole if path not in parts)]
+    if not candidates and parts:
         raise FileError(
-            f"{folder} holds {len(candidates)} checkpoints ({', '.join(path.name for path in candidates[:3])}"
-            f"{', ...' if len(candidates) > 3 else ''}): name one of them"
+            f"{folder} holds parts of a checkpoint, such as {parts[0].name}, and no index of them: name a file, or "
+            "bring the index"
         )
-    raise FileError(f"{folder} holds no safetensors file: name the file")
+    if not candidates:
+        raise FileError(f"{folder} holds no safetensors file: name the file")
+    standard = [path for path in candidates if path.name in ("model.safetensors", "model.safetensors" + INDEX)]
+    # What stands beside the standard name, as other tools have it, is something else; what ifjax wrote is another answer.
+    others = [path for path in candidates if path not in standard and (not standard or _is_own(path))]
+    if len(standard) + len(others) > 1:
+        names = [path.name for path in (*standard, *others)]
+        raise FileError(
+            f"{folder} holds {len(names)} checkpoints ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): "
+            "name one of them, or remove the others"
+        )
+    return (standard or others)[0]
+
+
+def _is_own(path: Path) -> bool:
+    """Whether this library wrote a file, or the first one of an index."""
+    try:
+        file = path.with_name(next(iter(read_index(path).values()))) if path.name.endswith(INDEX) else path
+        return SEAL in read_contents(file).metadata
+    except (FileError, OSError):
+        return False
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -452,7 +466,7 @@ def replaced_by_file(path: Path) -> list[Path]:
     if not os.path.lexists(index):
         return []
     try:
-        return [index, *_own_shards(index)]
+        return [*_own_shards(index), index]  # last: a writer that dies before leaves what tells the rest
     except FileError as error:
         raise FileExistsError(
             errno.EEXIST, f"would stand beside another checkpoint, whose index is broken ({error}): remove the index",
@@ -511,10 +525,16 @@ def _own_shards(index: Path) -> list[Path]:
     return shards
 
 
-def write_index(path: Path, shards: Mapping[str, Path], total: int) -> None:
-    """`path` is that of the file that the index stands for. From here on readers find the new checkpoint."""
-    index = path.with_name(path.name + INDEX)
+def write_index(path: Path, shards: Mapping[str, Path], total: int, folder: Path) -> None:
+    """`path` is that of the file that the index stands for. From here on readers find the new checkpoint.
+
+    It is made in `folder`, on the same file system, which is gone with the writer.
+    """
+    index, made = path.with_name(path.name + INDEX), folder / "index"
     weight_map = {name: file.name for name, file in shards.items()}
     fields = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    # Not through a link: the files that it names are beside it.
-    write_text(index, json.dumps(fields, indent=1, ensure_ascii=False) + "\n", follow=False)
+    write_text(made, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+    if index.is_file():
+        shutil.copymode(index, made)
+    os.replace(made, index)  # not through a link: the files that it names are beside it
+    sync_folder(path.parent)

@@ -339,14 +339,18 @@ _HEADS = (
 _HEAD = rf"(?:.*/)?(?:{'|'.join(_HEADS)})(?:/.*)?|(?:model/|transformer/)?output"
 
 
-_EMBEDDING = r"(?:.*/)?(?:[^/]*(?i:embed)[^/]*|wte|wpe)(?:/.*)?|(?:model/|transformer/)?shared"
+_EMBEDDING = (
+    r"(?:.*/)?(?:[^/]*(?i:embed)[^/]*|wte|wpe|(?:token|tok|word|pos|position|positional|type)_emb)(?:/.*)?|"
+    r"(?:model/|transformer/)?(?:shared|emb)"
+)
 
 
 # Matrices that no product reads as weights, or that decide. Whole words of a name count, and a projection of such a
 # thing is none: "codebook_proj", "to_latents" and the layers of a "rotary_attention" are weights.
 _NAME = r"(?:.*/)?(?:[^/]*_)?"
 _STATE_SPACE = (
-    r"(?:.*/)?(?:A(?:_b)?_logs?|dt_bias|D|Ds|D_b|log_dt|inv_dt|A_real|A_imag|Lambda_re|Lambda_im|time_decay|time_first|time_faaaa)"
+    r"(?:.*/)?(?:[Aa](?:_b)?_logs?|dt_bias|D|Ds|D_b|log_dt|inv_dt|ssm_[ad]|(?:log_)?A_(?:log_)?(?:real|imag)|"
+    r"Lambda_re|Lambda_im|time_(?:decay|first|faaaa|maa|mix|mix_(?:k|v|r|g|w)|maa_(?:k|v|r|g|w|x)))"
 )
 _TABLES = (
     _NAME + r"(?:rotary|rope|inv_freq|freqs|freqs_cis|(?:cos|sin)_cached|relative_position|rel_pos|rel_bias|"
@@ -355,8 +359,8 @@ _TABLES = (
 )
 _LATENTS = _NAME + r"(?<!to_)(?<!from_)(?:latents?(?:_(?:queries|query|tokens|array))?|query_tokens|learned_queries)"
 _ROUTER = (
-    rf"(?:{_NAME}router|(?:.*/)?[^/]*Router|{_NAME}gate_logits)(?:_[^/]*)?(?:/.*)?|"
-    r"(?:.*/)?(?:[^/]*(?i:moe)[^/]*|mlp|mixer|feed_forward|ffn|experts?)/gate(?:/wg)?"
+    rf"(?:{_NAME}routers?|(?:.*/)?[^/]*Router|{_NAME}gate_logits)(?:_[^/]*)?(?:/.*)?|"
+    r"(?:.*/)?(?:[^/]*(?i:moe)[^/]*|mlp|mixer|feed_forward|ffn|experts?)/gate|(?:.*/)?(?:gate/wg|shared_expert_gate)"
 )
 
 BY_DEFAULT = {  # what a report says of them, instead of such patterns

@@ -41,13 +41,18 @@ FAMILIES = {
     "quanto": {
         "weight._data": np.zeros((64, 64), np.int8), "weight._scale": floats(64, 1), "weight._shift": floats(64, 1),
     },
+    "marlin": {"B": np.zeros((4, 128), np.int32), "s": floats(4, 64)},
+    "vector codes": {"indices_of_vectors": np.zeros((8, 32), np.int16), "centroids.weight": floats(256, 8)},
+    "flax": {"kernel/array/qvalue": np.zeros((64, 64), np.int8), "kernel/array/scale": floats(4, 64)},
+    "unheard of, too": {"data": np.zeros((64, 64), np.int8), "unit": floats(64, 4)},
     "unheard of": {"w_int": np.zeros((64, 32), np.uint8), "group_scales": floats(64, 4), "group_zeros": floats(64, 4)},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_quantized_already_stays_to_the_byte(family, tmp_path):
-    layer = {f"layers.0.up.{name}": array for name, array in FAMILIES[family].items()}
+    dot = "/" if any("/" in name for name in FAMILIES[family]) else "."
+    layer = {f"layers{dot}0{dot}up{dot}{name}": array for name, array in FAMILIES[family].items()}
     save_file(layer | {"other.weight": floats(32, 64)}, tmp_path / "m.safetensors")
     report = quantize_file(tmp_path / "m.safetensors", tmp_path / "out.safetensors", "nvfp4", dtype="bfloat16")
     opened = ifjax.open_file(tmp_path / "out.safetensors")
@@ -57,6 +62,30 @@ def test_what_is_quantized_already_stays_to_the_byte(family, tmp_path):
     reasons = {entry.path: entry.reason or "" for entry in report.entries}
     matrices = [name for name, array in layer.items() if array.ndim > 1]
     assert all("quantized already" in reasons[name] for name in matrices), reasons
+
+
+def test_masks_and_positions_beside_weights_are_no_codes(tmp_path):
+    tensors = {"a.attn.mask": np.ones((64, 64), np.uint8), "a.attn.qkv": floats(64, 64),
+               "b.position_ids": np.zeros((1, 64), np.int32), "b.proj": floats(64, 64),
+               "c.codes": np.zeros((8, 8), np.uint8), "c.weight": floats(64, 64)}  # fmt: skip
+    save_file(tensors, tmp_path / "m.safetensors")
+    tasks = {task.stored.name: task.decision.weights for task in plan(tmp_path / "m.safetensors", "nvfp4").tasks}
+    assert {name for name, how in tasks.items() if how is not None} == {"a.attn.qkv", "b.proj", "c.weight"}
+
+
+@pytest.mark.parametrize("command", [["quantize", "out.safetensors"], ["compare", "--formats", "nvfp4"]], ids=str)
+def test_a_configuration_that_says_more_than_the_file_is_refused(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_file({"up.w": floats(64, 64), "up.w_of_groups": floats(64, 32)}, tmp_path / "model.safetensors")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"quantization_config": {"quant_method": "unheard of"}}))
+    for source in (".", "model.safetensors"):
+        assert main([command[0], source, *command[1:]]) == 1
+        error = capsys.readouterr().err
+        assert "says that it is quantized by 'unheard of'" in error and "remove quantization_config" in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    config.write_text("{}")
+    assert main([command[0], "model.safetensors", *command[1:]]) == 0
 
 
 def test_a_rule_that_names_scales_changes_nothing(tmp_path):

@@ -696,9 +696,35 @@ def test_a_folder_of_two_standard_checkpoints_is_refused(tmp_path):
     ifjax.save_file(two_tensors(0), tmp_path / "model.safetensors", max_shard_bytes=1)
     ifjax.save_file(two_tensors(4), tmp_path / "x.safetensors")
     (tmp_path / "x.safetensors").rename(tmp_path / "model.safetensors")  # as a crash before the removal leaves it
-    with pytest.raises(FileError, match=r"two checkpoints, model.safetensors and model.safetensors.index.json"):
+    with pytest.raises(FileError, match=r"2 checkpoints \(model.safetensors.index.json, model.safetensors\)"):
         ifjax.load_file(tmp_path)
     assert_same(ifjax.load_file(tmp_path / "model.safetensors"), two_tensors(4))
+
+
+def test_what_ifjax_wrote_beside_the_standard_name_is_another_answer(tmp_path):
+    """What other tools keep there is not: Mistral's folders have a consolidated.safetensors."""
+    from safetensors.numpy import save_file
+
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "consolidated.safetensors")
+    save_file({"b": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+    assert list(ifjax.open_file(tmp_path)) == ["b"]
+    for options in (ONE, SHARDS):
+        saved = ifjax.save_file(two_tensors(0), tmp_path / "small.safetensors", **options)
+        with pytest.raises(FileError, match="2 checkpoints .*small"):
+            ifjax.load_file(tmp_path)
+        assert_same(ifjax.load_file(saved), two_tensors(0))
+
+
+def test_parts_without_their_index_are_no_checkpoint(tmp_path):
+    saved = ifjax.save_file(two_tensors(0), tmp_path / "m.safetensors", max_shard_bytes=1)
+    saved.unlink()
+    shards = sorted(tmp_path.iterdir())
+    for _ in range(2):
+        with pytest.raises(FileError, match=r"parts of a checkpoint, such as m-0000\d-of-00002\.safetensors, and no index"):
+            ifjax.load_file(tmp_path)
+        shards.pop(0).unlink()
+    shards[0].rename(tmp_path / "m-00001-of-00001.safetensors")
+    assert list(ifjax.open_file(tmp_path)) == ["b"]
 
 
 def foreign(folder, *names):

@@ -1,5 +1,6 @@
 """Several writers of one name, and writers that died: what was saved last loads whole, and nothing else is left."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -82,6 +83,99 @@ def die_while(work):
         with work():
             os._exit(7)
     assert os.waitpid(child, 0)[1] >> 8 == 7
+
+
+KILL_AT = """
+import os, sys
+import numpy as np
+import ifjax
+from ifjax import atomic
+from ifjax.files import safetensors as files
+from pathlib import Path
+
+folder, MANY = Path(sys.argv[1]), {"max_shard_bytes": 9000}
+
+def tree(version):
+    return {f"l{i}": np.full(1000, version, np.int32) for i in range(4)}
+
+def version(where):
+    opened = dict(ifjax.open_file(where))
+    versions = {int(v) for a in opened.values() for v in np.unique(a)}
+    assert len(versions) == 1 and len(opened) == 4, versions
+    return versions.pop()
+
+def die(work, at):
+    # In a child, which ends at its at-th call that renames or removes; returns whether it came so far.
+    child = os.fork()
+    if child == 0:
+        left = [at]
+        def counted(call):
+            def wrapped(*args, **kwargs):
+                left[0] -= 1
+                if not left[0]:
+                    os._exit(7)
+                return call(*args, **kwargs)
+            return wrapped
+        os.replace, os.rename, Path.unlink = counted(os.replace), counted(os.rename), counted(Path.unlink)
+        work()
+        os._exit(0)
+    return os.waitpid(child, 0)[1] >> 8 == 7
+
+for name in "model", "other":
+    path = folder / f"{name}.safetensors"
+    for first, then, last in (MANY, MANY, {}), ({}, MANY, MANY), (MANY, {}, MANY):
+        at = 1
+        while True:
+            for file in folder.iterdir():
+                file.unlink()
+            ifjax.save_file(tree(1), path, **first)
+            if not die(lambda: ifjax.save_file(tree(2), path, **then), at):
+                break
+            assert version(path) in (1, 2)
+            try:
+                found = version(folder)
+                assert found in (1, 2)
+            except ifjax.files.FileError as error:  # between the new one's coming and the old one's going
+                assert "holds 2 checkpoints" in str(error), error
+                assert first != then
+            ifjax.save_file(tree(3), path, **last)
+            assert version(folder) == version(path) == 3
+            opened = ifjax.open_file(path)
+            left = {p.name for p in folder.iterdir()} - {p.name for p in (*opened.files, opened.path)}
+            assert not left, (at, left)
+            at += 1
+        print(name, at - 1)
+"""
+
+
+def test_a_kill_between_any_two_renames_leaves_nothing_that_the_next_writer_does_not_remove(tmp_path):
+    ran = subprocess.run([sys.executable, "-c", KILL_AT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert all(int(line.split()[1]) > 2 for line in ran.stdout.splitlines()), ran.stdout
+
+
+def test_files_of_others_under_names_of_a_dead_writer_stay(tmp_path):
+    path = tmp_path / "m.safetensors"
+    shards = [tmp_path / f"m-0000{i}-of-00002.safetensors" for i in (1, 2)]
+
+    @contextlib.contextmanager
+    def work():
+        with atomic.temporary_folder(path) as folder:
+            files = {folder / str(i): shard.name for i, shard in enumerate(shards)}
+            for file, name in files.items():
+                file.write_bytes(b"ours")
+                os.link(file, tmp_path / name)
+            atomic.note_doubtful(folder, files, tmp_path / "m.safetensors.index.json")
+            yield
+
+    die_while(work)
+    assert all(shard.exists() for shard in shards)
+    shards[0].unlink()
+    (tmp_path / "x").write_bytes(b"theirs")
+    (tmp_path / "x").rename(shards[0])
+    with atomic.replacing(path) as file:
+        file.write(b"x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [shards[0].name, path.name]
 
 
 def temporaries(folder):
