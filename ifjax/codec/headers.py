@@ -57,14 +57,17 @@ def normalized(amax: jax.Array, constant: np.float32, ndim: int, power: jax.Arra
     return tensor._replace(ratio=ratio, unit=divide(1.0, ratio))
 
 
+LARGE_AMAX = np.float32(2.0**113)
+
+
 def safe(amax: jax.Array, ndim: int) -> TensorScale:
     """The scale of a decoder: `power` is 1 but for tensors near the ends of float32's range.
 
-    From 2^108 on, amax * 114688 * 6 overflows (scales of E5M3), from 2^113 on amax * 448 * 28; below 2^-100, a
-    reciprocal does or is flushed. Multiplying by a power of two changes no other bit.
+    From LARGE_AMAX on, amax * 448 * 28 overflows; below 2^-100, a reciprocal does or is flushed. Multiplying by a
+    power of two changes no other bit. Scales of E5M3 overflow from 2^108 on, as in the published vectors.
     """
     power = jnp.where(amax < np.float32(2.0**-100), np.float32(2.0**64), np.float32(1))
-    return _scaled(amax, jnp.where(amax >= np.float32(2.0**100), np.float32(2.0**-64), power), ndim)
+    return _scaled(amax, jnp.where(amax >= LARGE_AMAX, np.float32(2.0**-64), power), ndim)
 
 
 def _scaled(amax, power, ndim):

@@ -18,7 +18,7 @@ from jax import lax
 from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, pick, tree
 from ifjax.codec.decode import decode, grid_values, narrowed, scaled
 from ifjax.codec.encode import Encoding, codes_of, inverse_for
-from ifjax.codec.headers import TensorScale, normalized, power_near
+from ifjax.codec.headers import LARGE_AMAX, TensorScale, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss
 from ifjax.codec.place_grids import payload_of, place_grid, select
 from ifjax.codec.rounding import noise_of, uniform_noise
@@ -72,7 +72,12 @@ def encoder_refusal(how: Encoding) -> str | None:
         return "its loss is a function of whole blocks"
     if how.rounding.noise not in (None, uniform_noise):
         return "its noise is not the hash that kernels compute"
-    return _refusal(how.fmt)
+    fmt = how.fmt
+    if fmt.has_tensor_scale and isinstance(fmt.scale, TableScale):
+        largest = max(c.grid.max * c.step + abs(c.offset) for c in fmt.candidates)
+        if float(LARGE_AMAX) * fmt.scale.values[fmt.scale.top] * largest > float(np.finfo(np.float32).max):
+            return f"decoding overflows where amax is near {LARGE_AMAX:.0e}, and a kernel's values would not"
+    return _refusal(fmt)
 
 
 def decoder_refusal(fmt: Format) -> str | None:

@@ -65,7 +65,7 @@ def step(recipe, params, x, key):
 
 
 def placed(placement, params=None):
-    """Parameters (the first ones, unless given), batches and keys on the mesh; and the shardings of what a step gives."""
+    """Parameters (the first, unless given), batches and keys on the mesh; and the shardings of what a step gives."""
     shape, axes, tokens, up, down = PLACEMENTS[placement]
     mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes))
 
