@@ -166,7 +166,8 @@ def test_worked_bytes(name, x, header, codes):
 # Squared error over squared signal of normal numbers, x 1e-3; 2^20 of them are good for 1 %.
 ERRORS = {
     "nvfp4": 9.03, "if4": 6.15, "nf4": 6.70, "nf4_mirror": 5.96, "mixfp4": 6.17, "razer_act": 6.21, "razer": 5.66,
-    "hifloat4": 6.88, "sfp4": 7.03, "split87": 4.72, "quad": 4.20, "nvfp4_ue5m3": 9.03, "fp4_e4m3_46": 7.5,
+    "hifloat4": 6.88, "sfp4": 7.03, "split87": 4.72, "quad": 4.20, "octet": 3.78,
+    "nvfp4_ue5m3": 9.03, "fp4_e4m3_46": 7.5,
 }  # fmt: skip
 
 
@@ -177,6 +178,19 @@ def test_errors_on_normal_numbers_are_the_published_or_computed_ones(name):
     values = np.asarray(ifjax.quantize(x, name).dequantize(), np.float64)
     error = np.square(values - x).sum() / np.square(x, dtype=np.float64).sum() * 1e3
     assert error == pytest.approx(ERRORS[name], rel=0.012 if name != "fp4_e4m3_46" else 0.05)
+
+
+# With "fast" offsets, in the same bytes. The goal for any record of 4.5 bits is 3.90.
+SEARCHED = {"octet": 3.61, "quad": 3.97, "split87": 4.44, "if4": 5.46, "hifloat4": 6.08, "nvfp4": 6.59}
+
+
+@pytest.mark.by_default("split87")
+@pytest.mark.parametrize("name", SEARCHED)
+def test_errors_of_searched_scales_are_the_computed_ones(name):
+    x = np.random.default_rng(1).standard_normal((2048, 256), np.float32)
+    values = np.asarray(ifjax.quantize(x, name, search="fast").dequantize(), np.float64)
+    error = np.square(values - x).sum() / np.square(x, dtype=np.float64).sum() * 1e3
+    assert error == pytest.approx(SEARCHED[name], rel=0.012)
 
 
 def test_smaller_blocks_are_worse_only_under_direct_e4m3_scales():
