@@ -1,8 +1,8 @@
 """Regular expressions matched in polynomial time, whatever they say: rules and names may come from strangers.
 
-An expression becomes a program of a few kinds of steps. It is walked as `re` would, the preferred way first, but no step
-is tried twice at a position: what failed there once fails again. So `(a+)+b` is as quick as any other, and groups are
-those of `re`. What needs the text of a group (backreferences) is refused.
+An expression becomes a program of a few kinds of steps. It is walked as `re` would, the preferred way first, but no
+step is tried twice at a position: what failed there once fails again. So `(a+)+b` is as quick as any other, and groups
+are those of `re`. What needs the text of a group (backreferences) is refused.
 
     steps: ("one", fits) · ("at", fits) · ("look", is_wanted, width, program) · ("save", i) · ("try", first, then)
 """
@@ -132,7 +132,8 @@ def _add_node(program: Program, op: Any, value: Any, flags: int) -> None:
         if group is not None:
             program.append(("save", 2 * group + 1))
     elif op in (ops.MAX_REPEAT, ops.MIN_REPEAT):
-        _add_repeat(program, op is ops.MAX_REPEAT, *value, flags)
+        low, high, nodes = value
+        _add_repeat(program, op is ops.MAX_REPEAT, low, high, nodes, flags)
     elif op is ops.AT:
         program.append(("at", _at(value, flags)))
     elif op in (ops.ASSERT, ops.ASSERT_NOT):

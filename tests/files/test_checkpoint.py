@@ -710,7 +710,7 @@ def test_what_ifjax_wrote_beside_the_standard_name_is_another_answer(tmp_path):
     assert list(ifjax.open_file(tmp_path)) == ["b"]
     for options in (ONE, SHARDS):
         saved = ifjax.save_file(two_tensors(0), tmp_path / "small.safetensors", **options)
-        with pytest.raises(FileError, match="2 checkpoints .*small"):
+        with pytest.raises(FileError, match=r"2 checkpoints .*small"):
             ifjax.load_file(tmp_path)
         assert_same(ifjax.load_file(saved), two_tensors(0))
 
