@@ -116,9 +116,9 @@ def parts_of_quantized(opened: Checkpoint) -> dict[str, str]:
         return parts
     method = says.get("quant_method") or says.get("quant_algo") or says.get("mode")
     raise FileError(
-        f"{opened.path}: the configuration beside it says that it is quantized{f' by {method!r:.80}' if method else ''}, "
-        "and none of its arrays is known to be codes or scales: what looks like weights may be parts of these. If they "
-        "are weights, remove quantization_config from config.json"
+        f"{opened.path}: the configuration beside it says that it is quantized{f' by {method!r:.80}' if method else ''}"
+        ", and none of its arrays is known to be codes or scales: what looks like weights may be parts of "
+        "these. If they are weights, remove quantization_config from config.json"
     )
 
 

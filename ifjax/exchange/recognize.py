@@ -113,9 +113,9 @@ def _fault_of(layout: Layout, arrays: tuple[str | None, ...], specs: Specs) -> t
 def companions(specs: Specs) -> dict[str, str]:
     """Return why arrays are not weights by themselves but parts of quantized tensors, by their names.
 
-    They are recognized by the names of `LAYOUTS`, or by a neighbour. Beside codes, of an integer or FP8 type and with two
-    axes or more, everything that is named as scales, zeros and the like belongs to the codes; and so does, directly in
-    the module of the codes, whatever is named otherwise than weights are.
+    They are recognized by the names of `LAYOUTS`, or by a neighbour. Beside codes, of an integer or FP8 type and with
+    two axes or more, everything that is named as scales, zeros and the like belongs to the codes; and so does,
+    directly in the module of the codes, whatever is named otherwise than weights are.
     """
     reasons = {}
     for found in recognize(specs):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-_LONGEST = 2000  # characters of a name that a rule is tried on
+from ifjax.models.patterns import UnsupportedPattern, check_pattern, groups_of
+
 _SHOWN = 20  # faults in a message
 
 
@@ -17,7 +18,8 @@ class NameRule:
     """Where tensors of a checkpoint belong in a tree of parameters; see `ifjax.load_file`.
 
     Args:
-        name: a regular expression of whole names in the checkpoint.
+        name: a regular expression of whole names in the checkpoint, without backreferences; names of more than 2000
+            characters match none.
         path: of the parameter, '/'-joined; "\\1" stands for the name's first group. Several paths share the tensor, as
             tied embeddings and heads do. None: the tensors are left out.
         transpose: whether the last two axes change places: a PyTorch weight [out, in] is a Flax kernel [in, out].
@@ -45,15 +47,18 @@ class NameRule:
 
     def __post_init__(self):
         try:
+            check_pattern(self.name)
             groups = re.compile(self.name).groups
         except (re.error, TypeError) as error:
             raise ValueError(f"NameRule({self.name!r}): name is not a regular expression: {error}") from None
+        except UnsupportedPattern as error:
+            raise ValueError(f"NameRule({self.name!r}): name {error}, as it is matched in linear time") from None
         object.__setattr__(self, "stack", tuple(self.stack))
         if any(not isinstance(group, int) or not 1 <= group <= groups for group in self.stack):
             raise ValueError(f"NameRule({self.name!r}): stack must be of the groups 1 to {groups}, got {self.stack}")
         try:  # a template with a group that is not there is found out now
             for path in self._templates:
-                re.sub(f"(?:{self.name})|", path, "")
+                _expanded(path, self.name, ("",) * (groups + 1))
         except (re.error, IndexError) as error:
             raise ValueError(f"NameRule({self.name!r}): path {self.path!r} does not fit it: {error}") from None
 
@@ -63,8 +68,8 @@ class NameRule:
 
     def paths_of(self, name: str) -> tuple[str, ...] | None:
         """Return where a tensor of this name belongs; None if the rule is not for it."""
-        match = re.fullmatch(self.name, name) if len(name) <= _LONGEST else None
-        return None if match is None else tuple(match.expand(path) for path in self._templates)
+        groups = groups_of(self.name, name)
+        return None if groups is None else tuple(_expanded(path, self.name, groups) for path in self._templates)
 
     def place_of(self, name: str) -> tuple[int, ...]:
         """Return the place in the stack of a tensor whose name the rule matches.
@@ -72,12 +77,21 @@ class NameRule:
         Raises:
             ValueError: a group that is no number.
         """
-        match = re.fullmatch(self.name, name)
-        assert match is not None
-        counts = [match.group(group) or "" for group in self.stack]
+        groups = groups_of(self.name, name)
+        assert groups is not None
+        counts = [groups[group] for group in self.stack]
         if not all(re.fullmatch(r"\d{1,9}", count, re.ASCII) for count in counts):
             raise ValueError(f"{name!r}: stack counts by groups {self.stack} of {self.name!r}, and these are {counts}")
         return tuple(map(int, counts))
+
+
+def _expanded(template: str, pattern: str, groups: Sequence[str]) -> str:
+    """A template with groups put in, by `re` itself: the same text in groups of fixed lengths."""
+    names = {i: f"?P<{name}>" for name, i in re.compile(pattern).groupindex.items()}
+    plain = "".join(f"({names.get(i, '')}.{{{len(group)}}})" for i, group in enumerate(groups[1:], 1))
+    match = re.fullmatch(plain, "".join(groups[1:]), re.DOTALL)
+    assert match is not None
+    return match.expand(template)
 
 
 class Origin(NamedTuple):

@@ -349,7 +349,7 @@ def _in_folder(folder: Path) -> Path:
     if not candidates:
         raise FileError(f"{folder} holds no safetensors file: name the file")
     standard = [path for path in candidates if path.name in ("model.safetensors", "model.safetensors" + INDEX)]
-    # What stands beside the standard name, as other tools have it, is something else; what ifjax wrote is another answer.
+    # Beside the standard name other tools keep something else; what ifjax wrote is another answer.
     others = [path for path in candidates if path not in standard and (not standard or _is_own(path))]
     if len(standard) + len(others) > 1:
         names = [path.name for path in (*standard, *others)]

@@ -1,19 +1,22 @@
-"""Regular expressions matched in polynomial time, whatever they say: rules may come from files of strangers.
+"""Regular expressions matched in polynomial time, whatever they say: rules and names may come from strangers.
 
-A node of the expression takes a set of positions to the set of positions that it may end at. Nothing is tried twice, so
-that `(a+)+b` is as quick as any other; what needs the text of a group (backreferences) is refused.
+An expression becomes a program of a few kinds of steps. It is walked as `re` would, the preferred way first, but no
+step is tried twice at a position: what failed there once fails again. So `(a+)+b` is as quick as any other, and groups
+are those of `re`. What needs the text of a group (backreferences) is refused.
+
+    steps: ("one", fits) · ("at", fits) · ("look", is_wanted, width, program) · ("save", i) · ("try", first, then)
 """
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from re import _constants as ops  # pyright: ignore[reportAttributeAccessIssue]
 from re import _parser  # pyright: ignore[reportAttributeAccessIssue]
 from typing import Any
 
-LONGEST = 2000  # characters of a path
+LONGEST = 2000  # characters of a path, and steps of a program
 
-Match = Callable[[str, frozenset[int]], frozenset[int]]
+Program = list[tuple[Any, ...]]
 
 
 class UnsupportedPattern(ValueError):
@@ -25,7 +28,7 @@ def check_pattern(pattern: str) -> None:
 
     Raises:
         re.error: it is no regular expression.
-        UnsupportedPattern: it has backreferences, conditional, atomic or possessive parts.
+        UnsupportedPattern: it has backreferences, conditional, atomic or possessive parts, or counts too high.
     """
     _compiled(pattern)
 
@@ -35,53 +38,146 @@ def fullmatch(pattern: str, path: str) -> bool:
     """Whether the whole path matches, as by `re.fullmatch`. A path of more than 2000 characters is an error."""
     if len(path) > LONGEST:
         raise ValueError(f"a path of {len(path)} characters is matched by no rule: {path[:50]!r}...")
-    return len(path) in _compiled(pattern)(path, frozenset({0}))
+    return _run(_compiled(pattern), path, 0, len(path), {}) is not None
+
+
+@functools.lru_cache(maxsize=65536)
+def groups_of(pattern: str, name: str) -> tuple[str, ...] | None:
+    """Return the whole match and its groups, "" for those without a part in it; None if the name does not match.
+
+    Names of more than 2000 characters match nothing. As in `re`, of a group that is repeated the last part counts;
+    parts without characters that end a repetition are left out.
+    """
+    spans = _run(_compiled(pattern), name, 0, len(name), {}) if len(name) <= LONGEST else None
+    if spans is None:
+        return None
+    ends = ((spans.get(2 * i, 0), spans.get(2 * i + 1, 0)) for i in range(1, re.compile(pattern).groups + 1))
+    return name, *(name[start:end] for start, end in ends)
+
+
+def _run(program: Program, text: str, start: int, end: int | None, looked: dict[Any, bool]) -> dict[int, int] | None:
+    """The places that a match from `start` to `end` (None: to anywhere) saved; None if there is none."""
+    stack: list[tuple[int, int, dict[int, int]]] = [(0, start, {})]
+    tried = set()
+    while stack:
+        step, at, saved = stack.pop()
+        while (step, at) not in tried:
+            tried.add((step, at))
+            if step == len(program):
+                if end is None or at == end:
+                    return saved
+                break
+            kind, *what = program[step]
+            step += 1
+            if kind == "try":
+                stack.append((what[1], at, saved))
+                step = what[0]
+            elif kind == "save":
+                saved = saved | {what[0]: at}
+            elif kind == "one":
+                if at == len(text) or not what[0](text[at]):
+                    break
+                at += 1
+            elif kind == "at":
+                if not what[0](text, at):
+                    break
+            elif _looks(what[1], what[2], text, at, looked) != what[0]:
+                break
+    return None
+
+
+def _looks(width: int | None, program: Program, text: str, at: int, looked: dict[Any, bool]) -> bool:
+    """Whether what is ahead, or behind in so many characters, matches."""
+    key = id(program), at
+    if key not in looked:
+        start, end = (at, None) if width is None else (at - width, at)
+        looked[key] = start >= 0 and _run(program, text, start, end, looked) is not None
+    return looked[key]
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> Match:
+def _compiled(pattern: str) -> Program:
     re.compile(pattern)  # its own errors and warnings
     tree = _parser.parse(pattern)
-    return _sequence(tree, tree.state.flags)
+    program: Program = []
+    _add(program, tree, tree.state.flags)
+    return program
 
 
-def _sequence(nodes: Any, flags: int) -> Match:
-    parts = [_node(op, value, flags) for op, value in nodes]
-
-    def match(text, at):
-        for part in parts:
-            if not at:
-                break
-            at = part(text, at)
-        return at
-
-    return match
+def _add(program: Program, nodes: Any, flags: int) -> None:
+    for op, value in nodes:
+        _add_node(program, op, value, flags)
+        if len(program) > LONGEST:
+            raise UnsupportedPattern(f"may count no higher than to {LONGEST} in all")
 
 
-def _node(op: Any, value: Any, flags: int) -> Match:
+def _add_node(program: Program, op: Any, value: Any, flags: int) -> None:
     if op in (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN):
-        return _one(op, value, flags)
-    if op is ops.BRANCH:
-        return _any_of([_sequence(nodes, flags) for nodes in value[1]])
-    if op is ops.SUBPATTERN:
-        _, add, remove, nodes = value
-        return _sequence(nodes, (flags | add) & ~remove)
-    if op in (ops.MAX_REPEAT, ops.MIN_REPEAT):
+        program.append(("one", _one(op, value, flags)))
+    elif op is ops.BRANCH:
+        ends = []
+        for nodes in value[1][:-1]:
+            fork = _reserve(program)
+            _add(program, nodes, flags)
+            ends.append(_reserve(program))
+            program[fork] = ("try", fork + 1, len(program))
+        _add(program, value[1][-1], flags)
+        for end in ends:
+            program[end] = ("try", len(program), len(program))
+    elif op is ops.SUBPATTERN:
+        group, add, remove, nodes = value
+        if group is not None:
+            program.append(("save", 2 * group))
+        _add(program, nodes, (flags | add) & ~remove)
+        if group is not None:
+            program.append(("save", 2 * group + 1))
+    elif op in (ops.MAX_REPEAT, ops.MIN_REPEAT):
         low, high, nodes = value
-        return _repeat(_sequence(nodes, flags), int(low), None if high is ops.MAXREPEAT else int(high))
-    if op is ops.AT:
-        return _at(value, flags)
-    if op in (ops.ASSERT, ops.ASSERT_NOT):
-        return _look(op is ops.ASSERT, value[0], _sequence(value[1], flags))
-    raise UnsupportedPattern("may have no backreferences, conditional, atomic or possessive parts")
+        _add_repeat(program, op is ops.MAX_REPEAT, low, high, nodes, flags)
+    elif op is ops.AT:
+        program.append(("at", _at(value, flags)))
+    elif op in (ops.ASSERT, ops.ASSERT_NOT):
+        inner: Program = []
+        _add(inner, value[1], flags)
+        program.append(("look", op is ops.ASSERT, value[1].getwidth()[0] if value[0] < 0 else None, inner))
+    else:
+        raise UnsupportedPattern("may have no backreferences, conditional, atomic or possessive parts")
 
 
-def _one(op: Any, value: Any, flags: int) -> Match:
+def _add_repeat(program: Program, greedy: bool, low: int, high: Any, nodes: Any, flags: int) -> None:
+    def fork(at: int, more: int, done: int) -> None:
+        program[at] = ("try", more, done) if greedy else ("try", done, more)
+
+    for _ in range(low):
+        _add(program, nodes, flags)
+        if len(program) > LONGEST:
+            raise UnsupportedPattern(f"may count no higher than to {LONGEST} in all")
+    if high is ops.MAXREPEAT:
+        start = _reserve(program)
+        _add(program, nodes, flags)
+        program.append(("try", start, start))
+        fork(start, start + 1, len(program))
+        return
+    forks = []
+    for _ in range(high - low):
+        forks.append(_reserve(program))
+        _add(program, nodes, flags)
+        if len(program) > LONGEST:
+            raise UnsupportedPattern(f"may count no higher than to {LONGEST} in all")
+    for at in forks:
+        fork(at, at + 1, len(program))
+
+
+def _reserve(program: Program) -> int:
+    program.append(())
+    return len(program) - 1
+
+
+def _one(op: Any, value: Any, flags: int) -> Callable[[str], Any]:
     """One character, by `re` itself."""
     text = {ops.LITERAL: lambda: re.escape(chr(value)), ops.NOT_LITERAL: lambda: f"[^{re.escape(chr(value))}]",
             ops.ANY: lambda: ".", ops.IN: lambda: f"[{''.join(map(_item, value))}]"}[op]()  # fmt: skip
-    fits = functools.lru_cache(maxsize=512)(re.compile(text, flags & ~(re.VERBOSE | re.DEBUG)).fullmatch)
-    return lambda text, at: frozenset(i + 1 for i in at if i < len(text) and fits(text[i]))
+    return functools.lru_cache(maxsize=512)(re.compile(text, flags & ~(re.VERBOSE | re.DEBUG)).fullmatch)
 
 
 def _item(item: tuple[Any, Any]) -> str:
@@ -101,41 +197,7 @@ _CATEGORIES = {
 }  # fmt: skip
 
 
-def _any_of(parts: Sequence[Match]) -> Match:
-    return lambda text, at: frozenset().union(*(part(text, at) for part in parts))
-
-
-def _repeat(part: Match, low: int, high: int | None) -> Match:
-    def match(text, at):
-        for _ in range(low):
-            if not at or (after := part(text, at)) == at:  # more of nothing
-                break
-            at = after
-        found = new = at
-        count = low
-        while new and (high is None or count < high):
-            new = part(text, new) - found
-            found, count = found | new, count + 1
-        return found
-
-    return match
-
-
-def _at(where: Any, flags: int) -> Match:
+def _at(where: Any, flags: int) -> Callable[[str, int], Any]:
     name = {ops.AT_BEGINNING: "^", ops.AT_BEGINNING_STRING: r"\A", ops.AT_END: "$", ops.AT_END_STRING: r"\Z",
             ops.AT_BOUNDARY: r"\b", ops.AT_NON_BOUNDARY: r"\B"}[where]  # fmt: skip
-    fits = re.compile(name, flags & ~(re.VERBOSE | re.DEBUG)).match
-    return lambda text, at: frozenset(i for i in at if fits(text, i))
-
-
-def _look(wanted: bool, direction: int, part: Match) -> Match:
-    """Ahead or behind, without moving."""
-
-    def ahead(text, i):
-        return bool(part(text, frozenset({i})))
-
-    def behind(text, i):
-        return any(i in part(text, frozenset({k})) for k in range(i + 1))
-
-    found = ahead if direction >= 0 else behind
-    return lambda text, at: frozenset(i for i in at if found(text, i) == wanted)
+    return re.compile(name, flags & ~(re.VERBOSE | re.DEBUG)).match

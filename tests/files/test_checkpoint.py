@@ -710,7 +710,7 @@ def test_what_ifjax_wrote_beside_the_standard_name_is_another_answer(tmp_path):
     assert list(ifjax.open_file(tmp_path)) == ["b"]
     for options in (ONE, SHARDS):
         saved = ifjax.save_file(two_tensors(0), tmp_path / "small.safetensors", **options)
-        with pytest.raises(FileError, match="2 checkpoints .*small"):
+        with pytest.raises(FileError, match=r"2 checkpoints .*small"):
             ifjax.load_file(tmp_path)
         assert_same(ifjax.load_file(saved), two_tensors(0))
 
@@ -719,11 +719,13 @@ def test_parts_without_their_index_are_no_checkpoint(tmp_path):
     saved = ifjax.save_file(two_tensors(0), tmp_path / "m.safetensors", max_shard_bytes=1)
     saved.unlink()
     shards = sorted(tmp_path.iterdir())
-    for _ in range(2):
-        with pytest.raises(FileError, match=r"parts of a checkpoint, such as m-0000\d-of-00002\.safetensors, and no index"):
+    for shard in shards[:1]:
+        with pytest.raises(FileError, match=r"parts of a checkpoint, such as m-0000\d-of-00002\.safetensors"):
             ifjax.load_file(tmp_path)
-        shards.pop(0).unlink()
-    shards[0].rename(tmp_path / "m-00001-of-00001.safetensors")
+        shard.unlink()
+    with pytest.raises(FileError, match="and no index of them"):
+        ifjax.load_file(tmp_path)
+    shards[1].rename(tmp_path / "m-00001-of-00001.safetensors")
     assert list(ifjax.open_file(tmp_path)) == ["b"]
 
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from ifjax import Rule
-from ifjax.models.patterns import UnsupportedPattern, check_pattern, fullmatch
+from ifjax import NameRule, Rule
+from ifjax.models.patterns import UnsupportedPattern, check_pattern, fullmatch, groups_of
 from ifjax.models.rules import BY_DEFAULT, RuleError
 
 PATTERNS = [
@@ -40,6 +40,45 @@ def test_what_takes_more_than_positions_is_refused(pattern):
         check_pattern(pattern)
     with pytest.raises(RuleError, match="matched in linear time"):
         Rule(pattern)
+
+
+GROUPED = [
+    r"layers\.(\d+)\.(\w+)\.weight", r"(a|ab)(c|bcd)(d*)", r"(a+)(a*)", r"(a+?)(a*)", r"(a)|(b)", r"(?:(a)|b)*",
+    r"(?P<x>[ab]+)/(?P<y>.*)", r"((a)b?)+", r"(?:(\d+)\.)?(\w+)(?:\.(\w+))?", r"(.*)(\d+)(.*)", r"(.*?)(\d+)(.*)",
+    r"(a{1,2})(a{0,2}?)(.*)", r"(?=(a.))(.*)",
+]  # fmt: skip
+
+
+def test_groups_are_those_of_re():
+    names = ["".join(p) for n in range(5) for p in itertools.product("ab/1", repeat=n)]
+    names += ["layers.12.up.weight", "abcd", "abcdd", "1.x.y", "x.y", "aab12/b34"]
+    for pattern in GROUPED:
+        for name in names:
+            match, found = re.fullmatch(pattern, name), groups_of(pattern, name)
+            assert (match is None) == (found is None), (pattern, name)
+            if match is not None and "(?=" not in pattern:
+                assert found == (name, *(group or "" for group in match.groups())), (pattern, name)
+
+
+@pytest.mark.parametrize("pattern", [
+    "(a+)+b", "(a+)+b|(a*)c", "(?:(a+)+b|(a|a)*)c", r"(\w*)*\.(\w*)*d", "(?=(?=(?=(a+)+b)a+)a+)(a*)c",
+    "((a?){20}){20}b",
+])  # fmt: skip
+def test_rules_of_names_cannot_hang(pattern):
+    """Whether they match or fail: an alternative that fails may come first."""
+    for name in ("a" * 2000, "a" * 1999 + "c", "a" * 1999 + "b", "a" * 900 + "." + "a" * 900 + "d", "a" * 5000):
+        rule = NameRule(pattern, r"x/\1")
+        assert rule.paths_of(name) in (None, *((f"x/{name[:i]}",) for i in range(len(name) + 1)))
+    short = NameRule("(a+)+b|(a*)c", r"x/\2")
+    assert short.paths_of("a" * 1000 + "c") == ("x/" + "a" * 1000,)
+
+
+def test_counts_are_bounded():
+    for pattern in ("a{2001}", "(?:a{50}){50}", "(?:(?:a{0,90}){0,90}){0,90}", "a{1000000000}"):
+        with pytest.raises(UnsupportedPattern, match="count no higher"):
+            check_pattern(pattern)
+        with pytest.raises(ValueError, match="count no higher"):
+            NameRule(pattern, "x")
 
 
 def test_endless_paths_are_an_error():
