@@ -188,8 +188,21 @@ def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (
                 f"search={how.search.name!r} fits amax to the values at hand: leave amax= out, or use another search, "
                 "such as 'least_squares' or 'fast'"
             )
-        amax = _checked_amax(amax, x.shape, axes, how.fmt)
+        given, amax = amax, _checked_amax(amax, x.shape, axes, how.fmt)
+        if not isinstance(given, Tracer) and _loses(given, amax, x):
+            raise ValueError(
+                f"amax={given} is 0 where x is not, and would turn it into zeros: whatever it was taken from had no "
+                "values. Leave amax= out, or give an amax of values like these"
+            )
     return x, {"axis": axis, "amax_axes": axes, "amax": amax}
+
+
+def _loses(given, amax, x) -> bool:
+    """Whether an amax of 0 turns values into zeros; all values, where x is not known yet."""
+    if isinstance(x, Tracer) or isinstance(amax, Tracer):
+        return x.size > 0 and not np.any(given)
+    zero = amax.reshape(amax.shape + (1,) * (x.ndim - amax.ndim)) == 0
+    return bool(jnp.any(zero)) and bool(jnp.any(zero & jnp.isfinite(x) & (x != 0)))
 
 
 def native(x: Any) -> Any:

@@ -32,6 +32,7 @@ class Site(NamedTuple):
         activations: why what it is multiplied by cannot be quantized; None if it can.
         training: why no recipe applies; None if one does.
         note: what else a report should say.
+        changed: the arithmetic that changes the parameter's values before the product; None if there is none.
     """
 
     parameter: str
@@ -47,6 +48,7 @@ class Site(NamedTuple):
     activations: str | None = None
     training: str | None = None
     note: str | None = None
+    changed: str | None = None
 
     @property
     def quantizable(self) -> bool:
@@ -105,9 +107,13 @@ def explained(traced: Site, known: Site | None) -> Site:
         traced.stacked,
     )  # fmt: skip
     notes = [note for note in (known.note, traced.note) if note is not None]
+    rewritten = None
+    if traced.changed is not None:
+        # By code around the layer, which may take a packed leaf apart and change its bytes.
+        rewritten = f"it is rewritten before the product of {known.module}: {traced.changed}"
     return traced._replace(
         path=known.path, module=known.module, stacked=stacked, note="; ".join(notes) or None,
-        reason=known.reason or traced.reason, training=known.training or traced.training,
+        reason=known.reason or traced.reason or rewritten, training=known.training or traced.training,
     )  # fmt: skip
 
 

@@ -410,7 +410,8 @@ def _site(path: str, shape: tuple[int, ...], reads: list[_Read]) -> Site:
             notes.append(f"another product contracts its axes {tuple(a - ndim for a in more[0])}")
         if others:
             notes.append(f"it is decoded for {', '.join(others)}, too")
-        return site._replace(axes=axes, note="; ".join(notes) or None)
+        changed = products[0].changed if products[0].changed in ELEMENTWISE else None
+        return site._replace(axes=axes, note="; ".join(notes) or None, changed=changed)
     if by_kind["lookup"]:
         return site._replace(axes=(_features(by_kind["lookup"][0], ndim),), training=LOOKUP)
     return site._replace(reason=f"no product reads it, only {', '.join(others)}")

@@ -163,3 +163,15 @@ def test_one_key_in_shard_map_draws_the_same_noise_on_every_device_and_a_folded_
     np.testing.assert_array_equal(apart[2], alone)
     described = str(ifjax.quantize.__doc__).partition("key: ")[2].partition("block_2d: ")[0]
     assert "the same noise" in described and "fold_in(key, jax.lax.axis_index(axis))" in described
+
+
+def test_an_amax_of_0_is_refused_where_it_would_lose_values():
+    x = jnp.asarray([[1.0, -2] * 8, [0, 0] * 8])
+    for amax, axes in ((0.0, ()), (jnp.array([0.0, 1.0]), (0,))):
+        with pytest.raises(ValueError, match="Leave amax= out"):
+            ifjax.quantize(x, "if4", amax=amax, amax_axes=axes)
+    with pytest.raises(ValueError, match="Leave amax= out"):
+        jax.jit(lambda x: ifjax.fake_quantize(x, "nvfp4", amax=0.0))(x)
+    kept = ifjax.quantize(x, "if4", amax=jnp.array([2.0, 0.0]), amax_axes=(0,))
+    np.testing.assert_array_equal(kept.dequantize(), ifjax.quantize(x, "if4", amax_axes=(0,)).dequantize())
+    assert not ifjax.quantize(jnp.zeros(16), "if4", amax=0.0).dequantize().any()

@@ -614,6 +614,24 @@ def test_layers_that_rewrite_their_parameters_are_left_with_a_reason(rewriting):
     ifjax.quantize_params(variables, excluded, model=Model(), sample=x)[1].check()
 
 
+def test_a_layer_whose_parameters_are_mapped_is_left_with_a_reason():
+    """What is mapped over the leaves of a packed kernel would change its bytes."""
+
+    class Doubled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            double = functools.partial(jax.tree.map, lambda a: a * 2)
+            return nn.map_variables(nn.Dense, "params", double, init=self.is_initializing())(8)(nn.Dense(16)(x))
+
+    x = normal(5, 16)
+    variables = Doubled().init(jax.random.key(0), x)
+    packed, report = ifjax.quantize_params(variables, FMT, model=Doubled(), sample=x)
+    assert [e.path for e in report.quantized] == ["Dense_0/kernel"]
+    (entry,) = (e for e in report.entries if e.path.endswith("Dense_0/kernel") and e not in report.quantized)
+    assert entry.reason == "it is rewritten before the product of Dense: mul" and not entry.expected
+    np.testing.assert_allclose(Doubled().apply(packed, x), ifjax.quantized(Doubled().apply)(packed, x), rtol=1e-5)
+
+
 def test_arithmetic_on_packed_codes_is_noticed():
     _, variables, _ = build("Dense")
     q = ifjax.quantize(variables["params"]["kernel"], FMT, axis=-2)
