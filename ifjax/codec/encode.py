@@ -167,7 +167,8 @@ def encode(
     if how.search is not None and how.search.rounds:
         amax, own = joint(blocks, peaks, runs, amax, weights, how, axis)
         tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim)
-    encoded = functools.partial(_encode_in_stages, own=own, how=how, axis=axis)
+    in_stages = _encode_in_stages if own is None else functools.partial(_encode_in_stages, own=own)
+    encoded = functools.partial(in_stages, how=how, axis=axis)
     # With one candidate nothing is chosen, and stages without boundaries are one pass already.
     plain = isinstance(how.loss, BlockLoss) and not (how.block_2d or how.search or fmt.scale.runs or fmt.ties == "last")
     extras = Extras(None if noise is None else tuple(noise), _unit_weights(weights, blocks.ndim, axis, (1,)))
@@ -196,7 +197,7 @@ def amax_of(magnitudes: jax.Array, amax_axes: tuple[int, ...]) -> jax.Array:
 # --- the two arrangements of the encoder -----------------------------------------------------------------------------
 
 
-def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own):
+def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None):
     """uint8 codes [..., m, B, ...] and int32 headers [..., m, ...]: the choice, then the codes of what it took.
 
     `own` has each candidate's payloads, or is None for those that the blocks' maxima ask for.
