@@ -198,7 +198,8 @@ def test_moments_are_unbiased_over_seeds(fmt):
     values = np.asarray(jax.jit(jax.vmap(encoded))(jnp.arange(n)), np.float64)
     error = values.mean(0) - np.asarray(x, np.float64)
     gains = (values * np.asarray(x, np.float64)).sum((1, 2)) / (np.asarray(x, np.float64) ** 2).sum()
-    assert abs(gains.mean() - 1) < 4 * gains.std() / math.sqrt(n)
+    choice = 1e-3 if fmt == "if6" else 0  # to choose between draws takes .07 % off here
+    assert abs(gains.mean() - 1) < choice + 4 * gains.std() / math.sqrt(n)
     if fmt != "if6":  # which is unbiased in the mean over values, not at each
         expected = values.var(0) / n
         # A sum of squared normal numbers of these variances has the variance 2 * sum(expected^2).
