@@ -104,22 +104,28 @@ def _compiled(pattern: str) -> Program:
     return program
 
 
+def _step(program: Program, *step: Any) -> int:
+    """Add a step, and give its place."""
+    if len(program) == LONGEST:
+        raise UnsupportedPattern(f"may count no higher than to {LONGEST} in all")
+    program.append(step)
+    return len(program) - 1
+
+
 def _add(program: Program, nodes: Any, flags: int) -> None:
     for op, value in nodes:
         _add_node(program, op, value, flags)
-        if len(program) > LONGEST:
-            raise UnsupportedPattern(f"may count no higher than to {LONGEST} in all")
 
 
 def _add_node(program: Program, op: Any, value: Any, flags: int) -> None:
     if op in (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN):
-        program.append(("one", _one(op, value, flags)))
+        _step(program, "one", _one(op, value, flags))
     elif op is ops.BRANCH:
         ends = []
         for nodes in value[1][:-1]:
-            fork = _reserve(program)
+            fork = _step(program)
             _add(program, nodes, flags)
-            ends.append(_reserve(program))
+            ends.append(_step(program))
             program[fork] = ("try", fork + 1, len(program))
         _add(program, value[1][-1], flags)
         for end in ends:
@@ -127,19 +133,19 @@ def _add_node(program: Program, op: Any, value: Any, flags: int) -> None:
     elif op is ops.SUBPATTERN:
         group, add, remove, nodes = value
         if group is not None:
-            program.append(("save", 2 * group))
+            _step(program, "save", 2 * group)
         _add(program, nodes, (flags | add) & ~remove)
         if group is not None:
-            program.append(("save", 2 * group + 1))
+            _step(program, "save", 2 * group + 1)
     elif op in (ops.MAX_REPEAT, ops.MIN_REPEAT):
         low, high, nodes = value
         _add_repeat(program, op is ops.MAX_REPEAT, low, high, nodes, flags)
     elif op is ops.AT:
-        program.append(("at", _at(value, flags)))
+        _step(program, "at", _at(value, flags))
     elif op in (ops.ASSERT, ops.ASSERT_NOT):
         inner: Program = []
         _add(inner, value[1], flags)
-        program.append(("look", op is ops.ASSERT, value[1].getwidth()[0] if value[0] < 0 else None, inner))
+        _step(program, "look", op is ops.ASSERT, value[1].getwidth()[0] if value[0] < 0 else None, inner)
     else:
         raise UnsupportedPattern("may have no backreferences, conditional, atomic or possessive parts")
 
@@ -149,28 +155,22 @@ def _add_repeat(program: Program, greedy: bool, low: int, high: Any, nodes: Any,
         program[at] = ("try", more, done) if greedy else ("try", done, more)
 
     for _ in range(low):
+        before = len(program)
         _add(program, nodes, flags)
-        if len(program) > LONGEST:
-            raise UnsupportedPattern(f"may count no higher than to {LONGEST} in all")
+        if len(program) == before:  # more of nothing
+            break
     if high is ops.MAXREPEAT:
-        start = _reserve(program)
+        start = _step(program)
         _add(program, nodes, flags)
-        program.append(("try", start, start))
+        _step(program, "try", start, start)
         fork(start, start + 1, len(program))
         return
     forks = []
     for _ in range(high - low):
-        forks.append(_reserve(program))
+        forks.append(_step(program))
         _add(program, nodes, flags)
-        if len(program) > LONGEST:
-            raise UnsupportedPattern(f"may count no higher than to {LONGEST} in all")
     for at in forks:
         fork(at, at + 1, len(program))
-
-
-def _reserve(program: Program) -> int:
-    program.append(())
-    return len(program) - 1
 
 
 def _one(op: Any, value: Any, flags: int) -> Callable[[str], Any]:

@@ -42,6 +42,13 @@ def test_what_takes_more_than_positions_is_refused(pattern):
         Rule(pattern)
 
 
+def test_counts_of_nothing_take_no_time():
+    check_pattern("(?:){1000000000}a")
+    check_pattern("(?:(?:(?:){2000}){2000}){2000}")
+    with pytest.raises(UnsupportedPattern, match="count no higher"):
+        check_pattern("(?:){0,1000000000}")
+
+
 GROUPED = [
     r"layers\.(\d+)\.(\w+)\.weight", r"(a|ab)(c|bcd)(d*)", r"(a+)(a*)", r"(a+?)(a*)", r"(a)|(b)", r"(?:(a)|b)*",
     r"(?P<x>[ab]+)/(?P<y>.*)", r"((a)b?)+", r"(?:(\d+)\.)?(\w+)(?:\.(\w+))?", r"(.*)(\d+)(.*)", r"(.*?)(\d+)(.*)",
