@@ -4,6 +4,10 @@ import dataclasses
 import math
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
+from jax import lax
+
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
@@ -76,6 +80,13 @@ class TableDecoding:
     def bits(self) -> int:
         """Of the scale."""
         return self.exponent + self.mantissa
+
+    def scales(self, byte: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The float32 scales and the modes of int32 bytes, by operations that all kernels have."""
+        low = byte & (2**self.bits - 1)
+        normal = lax.bitcast_convert_type((low << (23 - self.mantissa)) + ((127 - self.bias) << 23), jnp.float32)
+        scale = jnp.minimum(normal, 2 * normal - 2.0 ** (1 - self.bias))  # subnormal ones
+        return scale if self.nan is None else jnp.where(low == self.nan, jnp.nan, scale), byte >> self.bits
 
     @property
     def largest(self) -> float:

@@ -621,13 +621,9 @@ def _weights(nibbles, scales, decoding):
 
 def _table_weights(nibbles, scales, decoding):
     """The weights by their formula, float32 [N, K], rounded once."""
-    byte = scales.astype(jnp.int32)
-    low, mode = byte & (2**decoding.bits - 1), byte >> decoding.bits
-    normal = lax.bitcast_convert_type((low << (23 - decoding.mantissa)) + ((127 - decoding.bias) << 23), jnp.float32)
-    scale = jnp.minimum(normal, 2 * normal - 2.0 ** (1 - decoding.bias))  # subnormal ones
-    if decoding.nan is not None:
-        scale = jnp.where(low == decoding.nan, jnp.nan, scale)
-    scale, mode = (jnp.repeat(array, 16, axis=1)[:, : nibbles.shape[1]] for array in (scale, mode))
+    scale, mode = (
+        jnp.repeat(array, 16, axis=1)[:, : nibbles.shape[1]] for array in decoding.scales(scales.astype(jnp.int32))
+    )
     values = jnp.zeros(nibbles.shape, jnp.float32)
     for i, row in enumerate(decoding.values):
         for code, value in enumerate(row):

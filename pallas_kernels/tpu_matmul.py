@@ -284,12 +284,7 @@ def _decoded(
 
 def _table_words(scales: jax.Array, decoding: TableDecoding, arithmetic: Any) -> list[jax.Array]:
     """Sixteen values, times the scale: in bfloat16 the coefficients of the polynomial of their bits, each twice."""
-    byte, bits = scales.astype(jnp.int32), decoding.bits
-    low, mode = byte & (2**bits - 1), byte >> bits
-    normal = lax.bitcast_convert_type((low << (23 - decoding.mantissa)) + ((127 - decoding.bias) << 23), jnp.float32)
-    scale = jnp.minimum(normal, 2 * normal - 2.0 ** (1 - decoding.bias))  # as in `_scale_words`
-    if decoding.nan is not None:
-        scale = jnp.where(low == decoding.nan, jnp.nan, scale)
+    scale, mode = decoding.scales(scales.astype(jnp.int32))
     levels = []
     for column in zip(*decoding.values, strict=True):
         value = jnp.full(scale.shape, column[0], jnp.float32)

@@ -201,8 +201,10 @@ def _loses(given, amax, x) -> bool:
     """Whether an amax of 0 turns values into zeros; all values, where x is not known yet."""
     if isinstance(x, Tracer) or isinstance(amax, Tracer):
         return x.size > 0 and not np.any(given)
+    if bool(jnp.all(amax)):
+        return False
     zero = amax.reshape(amax.shape + (1,) * (x.ndim - amax.ndim)) == 0
-    return bool(jnp.any(zero)) and bool(jnp.any(zero & jnp.isfinite(x) & (x != 0)))
+    return bool(jnp.any(zero & jnp.isfinite(x) & (x != 0)))
 
 
 def native(x: Any) -> Any:

@@ -33,6 +33,5 @@ __all__ = [
     "FUSED", "LAYOUTS", "TOOLS", "Blocks", "Declared", "Floats", "Found", "InputFactor", "Layout", "Model", "Part",
     "Size", "Source", "Spec", "common_amax", "companions", "declared", "export_tensor", "export_tensors",
     "from_ml_dtypes", "fused_groups", "import_tensors", "layouts_of", "load", "open_checkpoint",
-    "parts_of_quantized", "recast",
-    "recognize", "save", "swizzle_scales", "to_ml_dtypes", "unswizzle_scales",
+    "parts_of_quantized", "recast", "recognize", "save", "swizzle_scales", "to_ml_dtypes", "unswizzle_scales",
 ]  # fmt: skip

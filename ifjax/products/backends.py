@@ -19,7 +19,6 @@ from ifjax.arrays import Blocking, QTensor
 from ifjax.arrays.ml_dtypes import is_plain_e2m1, to_ml_dtypes
 from ifjax.codec.blocks import pad_axis
 from ifjax.formats import E4M3, E8M0, Format, TableScale
-from ifjax.formats.scales import float_mantissa_bits
 from ifjax.lookup import Registry
 from ifjax.numerics.devices import device_kind
 from ifjax.numerics.kernels import kernels_for, made_for
@@ -282,9 +281,9 @@ def _table_of(fmt: Format) -> Any:
     from pallas_kernels.decoding import TableDecoding
 
     scale = fmt.scale
-    mantissa = float_mantissa_bits(scale.values) if isinstance(scale, TableScale) else None
-    if not isinstance(scale, TableScale) or not mantissa:
+    if not isinstance(scale, TableScale) or not scale.mantissa_bits:
         return None
+    mantissa = scale.mantissa_bits
     nibbles = np.arange(16)
     rows = []
     for decoding in fmt.decodings:

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ifjax.arrays import QTensor, quantize
 from ifjax.codec.blocks import pad_axis
+from ifjax.codec.encode import amax_of
 from ifjax.numerics.hadamard import hadamard, random_signs
 from ifjax.products import dot_general
 from ifjax.products.dot_general import accumulator, as_varying, explicit_sharding, multiples
@@ -163,7 +164,7 @@ def _each(amax):
 
 
 def _largest(a):
-    return jnp.max(jnp.where(jnp.isfinite(a), jnp.abs(a), 0)).astype(jnp.float32)
+    return amax_of(jnp.where(jnp.isfinite(a), jnp.abs(a), 0), ()).astype(jnp.float32)
 
 
 def _product_fwd(x, w, key, amax, settings):
