@@ -24,7 +24,7 @@ from ifjax.arrays import DTYPES, Blocking, packed_shapes
 from ifjax.convert.folders import is_file, output, without_quantization
 from ifjax.convert.tensors import Tick, cast_of, no_tick, plain_item
 from ifjax.exchange import read as exchange
-from ifjax.exchange.containers import parts_of_quantized
+from ifjax.exchange.containers import parts_of_quantized, specs_of
 from ifjax.exchange.layouts import Floats, Spec, layouts_of
 from ifjax.exchange.recognize import Found
 from ifjax.files import safetensors
@@ -168,8 +168,7 @@ def plan(
         dtype = jnp.dtype(dtype)
         if dtype.name not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype.name}")
-    specs = {name: Spec(entry.dtype, entry.shape) for name, entry in source.entries.items()}
-    parts, decoded = parts_of_quantized(source), {} if tool is None else _floats(specs, tool)
+    parts, decoded = parts_of_quantized(source), {} if tool is None else _floats(specs_of(source), tool)
     sites, tasks = [], []
     for name in source:
         found = decoded.get(name)

@@ -73,14 +73,13 @@ def open_checkpoint(path: str | os.PathLike) -> Source:
     if path.suffix == ".gguf":
         return _open_gguf(path)
     opened = open_file(path)
-    specs = {name: Spec(entry.dtype, entry.shape) for name, entry in opened.entries.items()}
     folder = opened.path.parent
 
     def read(name: str, start: int, count: int) -> np.ndarray:
         with opened.reader(name) as reader:
             return reader.bytes(start, count)
 
-    return Source(opened.path, folder, specs, opened.array, read, declared_in(folder, opened.metadata))
+    return Source(opened.path, folder, specs_of(opened), opened.array, read, declared_in(folder, opened.metadata))
 
 
 def declared_in(folder: Path, metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
@@ -104,13 +103,18 @@ def declared_in(folder: Path, metadata: Mapping[str, str]) -> Mapping[str, Any] 
     return None
 
 
+def specs_of(opened: Checkpoint) -> dict[str, Spec]:
+    """Return the types and shapes of a checkpoint's arrays, as they are stored."""
+    return {name: Spec(entry.dtype, entry.shape) for name, entry in opened.entries.items()}
+
+
 def parts_of_quantized(opened: Checkpoint) -> dict[str, str]:
     """Return why arrays of a checkpoint are no weights by themselves, by their names; see `ifjax.exchange.companions`.
 
     Raises:
         FileError: its configuration says that it is quantized, and none of its arrays is known to be part of that.
     """
-    parts = companions({name: Spec(entry.dtype, entry.shape) for name, entry in opened.entries.items()})
+    parts = companions(specs_of(opened))
     says = declared_in(opened.path.parent, opened.metadata)
     if parts or not says or opened.layout is not None:
         return parts
