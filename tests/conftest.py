@@ -115,9 +115,14 @@ def two_processes() -> Callable[..., list[str]]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark as slow each case of a test with `by_default` whose id none of the mark's patterns matches."""
+    """Mark as slow each case of a test with `by_default` whose id none of the mark's patterns matches.
+
+    Examples in docstrings are marked as docs.
+    """
     unused: dict[str, set[str]] = {}
     for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.docs)
         mark = item.get_closest_marker("by_default")
         if mark is None:
             continue

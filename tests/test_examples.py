@@ -21,6 +21,7 @@ def generate():
     sys.path.pop()
 
 
+@pytest.mark.docs
 def test_generate(generate, tmp_path, capsys):
     train_lm = generate["train_lm"]
     settings = train_lm.Settings(layers=3, dim=32, heads=2, hidden=80, steps=2, warmup=1, dtype="float32")

@@ -81,7 +81,7 @@ def three_levels():
 FORMATS = [unsigned_scales, four_grids, special_value, three_levels]
 
 
-@pytest.mark.by_default("four_grids", "three_levels")
+@pytest.mark.by_default("three_levels")
 @pytest.mark.parametrize("define", FORMATS)
 def test_a_format_of_ones_own_goes_everywhere(define, tmp_path):
     fmt = define()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from samples import initialized
 
 import ifjax
 
@@ -112,7 +113,7 @@ def test_a_model_of_depthwise_convolutions_alone_is_not_told_to_write_the_rule_t
     import flax.linen as nn
 
     model, x = nn.Conv(32, size, feature_group_count=32), jnp.ones((1, *[8] * len(size), 32))
-    params = model.init(jax.random.key(0), x)
+    params = initialized(model, x)
     with pytest.raises(ValueError, match="contraction length 1 is below the block of 16") as error:
         ifjax.quantize_params(params, "if4", model=model, sample=x)
     assert "Rule('.*'" not in str(error.value)
@@ -121,6 +122,7 @@ def test_a_model_of_depthwise_convolutions_alone_is_not_told_to_write_the_rule_t
 # --- meshes ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("fake_quantize")
 @pytest.mark.parametrize("make", [ifjax.quantize, ifjax.fake_quantize])
 def test_parts_of_an_explicit_axis_that_tear_blocks_are_refused(make):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)

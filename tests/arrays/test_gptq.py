@@ -53,11 +53,13 @@ def test_inputs_without_correlation_give_what_quantize_gives(fmt, search, loss):
     assert_same_bytes(q, ifjax.quantize(w, fmt, axis=-2, search=search, loss=loss))
 
 
+@pytest.mark.slow
 def test_inputs_that_never_fire_give_what_quantize_gives():
     w = random(12, 4)
     assert_same_bytes(ifjax.gptq(w, np.zeros((12, 12)), IF4_BS4), ifjax.quantize(w, IF4_BS4, axis=-2))
 
 
+@pytest.mark.slow
 def test_products_of_correlated_inputs_err_less_with_feedback_with_the_loss_of_products_and_with_search():
     w, x = random(40, 6), correlated(200, 40)
     plain, by_values, by_products, searched = (
@@ -137,6 +139,7 @@ def test_exhaustive_search_is_the_published_recursion_with_the_best_scale_of_eac
 # --- axes, blocks, dtypes --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_other_axes_are_columns():
     w, x = random(12, 4), correlated(30, 12)
     flat = ifjax.gptq(w, x.T @ x, IF4_BS4)
@@ -147,6 +150,7 @@ def test_other_axes_are_columns():
     assert (flat.axis, middle.axis, last.axis) == (-2, -2, -1)
 
 
+@pytest.mark.slow
 def test_a_partial_last_block_is_filled_up_with_inputs_that_never_fire():
     w, x = random(10, 4), correlated(30, 10)
     filled = ifjax.gptq(np.pad(w, ((0, 2), (0, 0))), np.pad(x.T @ x, (0, 2)), IF4_BS4, damping=0)

@@ -30,6 +30,7 @@ def error(x, fmt, **settings):
     return float(np.mean(np.square(np.asarray(ifjax.quantize(x, fmt, **settings).dequantize(), np.float64) - x)))
 
 
+@pytest.mark.by_default("grids, mirror")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -80,6 +81,7 @@ def test_a_mirror_is_an_image_and_zero_is_held():
     assert 0 in free.grid.values and free.grid.values[8] != 0
 
 
+@pytest.mark.slow
 def test_samples_are_arrays_of_any_shape_each_with_its_own_amax():
     x, y = normal(40, 32), normal(2, 3, 5, 40, seed=3)
     y[..., 32:] = 100  # is left out
@@ -95,6 +97,7 @@ def test_blocks_of_zeros_say_nothing():
     assert ifjax.learn_format(padded, rounds=4) == ifjax.learn_format(x, rounds=4)
 
 
+@pytest.mark.slow
 def test_the_record_works_like_any_other(tmp_path, monkeypatch):
     x = normal(8, 64)
     fmt = ifjax.learn_format(x, name="ours", grids=2, rounds=3)

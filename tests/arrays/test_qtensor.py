@@ -191,7 +191,7 @@ def test_empty_arrays_have_no_bits_per_value():
     assert math.isnan(described((0, 16), fmt="mxfp4").bits_per_value)
 
 
-@pytest.mark.by_default("if3_bs8", "mxfp4")
+@pytest.mark.by_default("mxfp4")
 @pytest.mark.parametrize("fmt", ["if4_bs8", "if3_bs8", "fouroversix_bs8", "nvint6", "mxfp4"])
 def test_codes_and_scale_bytes_decode_by_the_specification(fmt):
     x = normal(3, 37, seed=1)
@@ -205,7 +205,7 @@ def test_codes_and_scale_bytes_decode_by_the_specification(fmt):
     np.testing.assert_array_equal(oracle.dequantize(padded, scales, amax, fmt)[:, :37], q.dequantize())
 
 
-@pytest.mark.by_default("0")
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1])
 def test_unpacked_codes_keep_the_order_of_axes(axis):
     x = normal(9, 10, 11)
@@ -342,7 +342,7 @@ def arranged(request):
     return q, values_of(q), axes
 
 
-@pytest.mark.by_default("2-D", "last axis, an amax a row", "second axis", "MX")
+@pytest.mark.by_default("last axis, an amax a row")
 def test_indexing_picks_what_indexing_the_values_picks(arranged):
     q, values, axes = arranged
     several = list(indices(q.shape, axes))
@@ -351,7 +351,7 @@ def test_indexing_picks_what_indexing_the_values_picks(arranged):
         np.testing.assert_array_equal(values_of(part), values[index], err_msg=str(index))
 
 
-@pytest.mark.by_default("2-D, last axis but one", "last axis, an amax an entry", "first axis")
+@pytest.mark.by_default("first axis")
 def test_take_picks_what_take_of_the_values_picks(arranged):
     q, values, axes = arranged
     indices = (1, -1, np.array([2, 0, -2]), np.array([[0, 1, 2]]), np.array([1, 99, -99]))
@@ -365,6 +365,7 @@ def test_take_picks_what_take_of_the_values_picks(arranged):
         np.testing.assert_array_equal(values_of(part), np.where(valid, expected, np.nan), err_msg=f"{index}, {axis}")
 
 
+@pytest.mark.by_default("last axis", "*but one")
 def test_what_is_picked_describes_itself(arranged):
     q, values, axes = arranged
     for index in [(slice(None),) * axis + (entry,) for axis in axes for entry in (1, slice(2), np.array([[0, 1, 0]]))]:
@@ -373,6 +374,7 @@ def test_what_is_picked_describes_itself(arranged):
         assert (part.blocking.length, part.fmt, part.block_2d) == (q.blocking.length, q.fmt, q.block_2d)
 
 
+@pytest.mark.by_default("amax_axes0")
 @pytest.mark.parametrize("amax_axes", [(), (0,)])
 def test_traced_integers_index_too(amax_axes):
     q = ifjax.quantize(normal(5, 3, 8), NVFP4, amax_axes=amax_axes)
@@ -440,7 +442,7 @@ def test_iteration_gives_the_entries_of_the_first_axis():
 # --- transposition ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.by_default("if4, first axis", "mxfp4", "6 bits")
+@pytest.mark.by_default("if4, first axis")
 @pytest.mark.parametrize(
     ("shape", "fmt", "axis"),
     [
@@ -463,11 +465,13 @@ def test_the_transpose_is_the_quantized_transpose(shape, fmt, axis):
     np.testing.assert_array_equal(values[0].T, values[1])
 
 
+@pytest.mark.slow
 def test_transposition_needs_no_jit():
     x = normal(5, 9)
     assert_same(ifjax.quantize(x, NVFP4, block_2d=True).T, ifjax.quantize(x.T, NVFP4, block_2d=True))
 
 
+@pytest.mark.slow
 def test_batches_of_matrices_transpose():
     x = normal(2, 3, 5, 9)
     q = ifjax.quantize(x, NVFP4, block_2d=True, amax_axes=(0, 1))
@@ -629,6 +633,7 @@ def test_no_gradient_flows_through_quantize():
         np.testing.assert_array_equal(part, np.zeros_like(part))
 
 
+@pytest.mark.by_default("if4")
 @pytest.mark.parametrize("fmt", [IF4, "mxfp4", "nvint3"], ids=["if4", "mxfp4", "nvint3"])
 def test_export_round_trips(fmt):
     pytest.importorskip("flatbuffers", reason="jax.export serializes with it")
@@ -682,6 +687,7 @@ def test_all_scale_bytes_survive_bit_for_bit(fmt):
     assert_same(jax.device_put(q, jax.devices()[1]), q)
 
 
+@pytest.mark.by_default("e8m0")
 @pytest.mark.parametrize("fmt", [IF4, MXFP4], ids=["e4m3", "e8m0"])
 def test_all_scale_bytes_survive_transposition(fmt):
     q = ifjax.quantize(jnp.zeros((64, 64)), fmt, block_2d=True)
@@ -695,6 +701,7 @@ def test_all_scale_bytes_survive_transposition(fmt):
 # --- exchange ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("nvfp4--1")
 @pytest.mark.parametrize(("fmt", "axis"), [("nvfp4", -1), ("fouroversix_bs8", -1), ("mxfp4", -1), ("nvfp4_bs8", -2)])
 def test_ml_dtypes_read_the_same_values(fmt, axis):
     x = normal(64, 32)

@@ -140,6 +140,7 @@ def test_errors_are_raised_while_tracing_too():
         jax.eval_shape(ifjax.quantize, jnp.ones(4, jnp.int32))
 
 
+@pytest.mark.slow
 def test_a_name_and_its_record_are_the_same_argument():
     for name, fmt in ifjax.FORMATS.items():
         named, recorded = (jax.eval_shape(lambda x, fmt=fmt: ifjax.quantize(x, fmt), MATRIX) for fmt in (name, fmt))
@@ -151,6 +152,7 @@ def test_if4_is_the_default_format():
     assert jax.eval_shape(ifjax.quantize, MATRIX).fmt.name == "if4"
 
 
+@pytest.mark.slow
 def test_mse_is_the_default_loss():
     x = normal(64, 8)
     default, *others = [ifjax.quantize(x, IF4, loss=loss) for loss in (None, "mse", "mae", "abs_max")]
@@ -181,7 +183,7 @@ def along_last(x, axis):
     return x.reshape(-1, x.shape[-1])
 
 
-@pytest.mark.by_default("2", "4")
+@pytest.mark.by_default("4")
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
 def test_every_axis_of_every_rank_follows_the_specification(rank):
     shape = (5, 3, 6, 2, 4)[:rank]
@@ -209,6 +211,7 @@ def test_every_axis_of_every_rank_follows_the_specification(rank):
         np.testing.assert_array_equal(along_last(values, axis), expected.deq[:, :length])
 
 
+@pytest.mark.by_default("0")
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_choices_follow_the_axis(axis):
     x = normal(9, 10, 11, seed=5)
@@ -232,6 +235,7 @@ def test_every_length_is_padded_inside_and_cropped_outside():
             np.testing.assert_array_equal(result, oracle.quantize(rows, f"{name}_bs8").deq[0, :length])
 
 
+@pytest.mark.by_default("if4", "mxfp4")
 @pytest.mark.parametrize("name", ["nvfp4", "nvint3", "mxfp4", "if4"])
 def test_blocks_may_hold_a_single_value(name):
     x = normal(3, 7, seed=7)
@@ -242,7 +246,7 @@ def test_blocks_may_hold_a_single_value(name):
     np.testing.assert_array_equal(q.dequantize(), expected.deq)
 
 
-@pytest.mark.by_default("(0,)-nvfp4", "(2, 0, 3)-mxfp4", "(8, 0)-nvfp4")
+@pytest.mark.by_default("*-mxfp4")
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("shape", [(0,), (0, 8), (8, 0), (0, 0), (2, 0, 3)], ids=str)
 def test_empty_arrays_give_empty_results(fmt, shape):
@@ -267,7 +271,7 @@ def test_an_empty_array_keeps_the_amax_axes_it_has():
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.by_default("if4-bfloat16", "mxfp4-float16")
+@pytest.mark.by_default("if4-bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("fmt", [IF4, MXFP4], ids=["if4", "mxfp4"])
 def test_narrow_input_gives_the_bytes_of_the_same_numbers_in_float32(dtype, fmt):
@@ -330,6 +334,7 @@ def test_a_given_amax_follows_the_specification(name):
         np.testing.assert_array_equal(np.asarray(q.dequantize())[sure], expected.deq[sure], err_msg=str(amax))
 
 
+@pytest.mark.slow
 def test_its_own_amax_given_changes_nothing():
     x = normal(3, 8, seed=11)
     q = ifjax.quantize(x, IF4)
@@ -371,7 +376,7 @@ SEPARATE = {
 }
 
 
-@pytest.mark.by_default("2-D", "four", "search", "second last axis")
+@pytest.mark.by_default("2-D", "search")
 @pytest.mark.parametrize(("shape", "settings"), SEPARATE.values(), ids=SEPARATE)
 def test_entries_of_amax_axes_are_quantized_one_by_one(shape, settings):
     x = normal(*shape, seed=13)
@@ -390,6 +395,7 @@ def test_entries_of_amax_axes_are_quantized_one_by_one(shape, settings):
             np.testing.assert_array_equal(whole[tuple(at)], own)
 
 
+@pytest.mark.by_default("two")
 @pytest.mark.parametrize(("shape", "settings"), [SEPARATE["two"], SEPARATE["2-D"]], ids=["two", "2-D"])
 def test_leading_amax_axes_are_vmap(shape, settings):
     x = normal(*shape, seed=13)
@@ -422,10 +428,7 @@ CASES = {
 }
 
 
-@pytest.mark.by_default(
-    "hifloat4-nearest-*", "if4-stochastic-float32-0", "mxfp4-stochastic_unbiased-float16--1",
-    "if4-nearest-bfloat16--1", "nvint4-stochastic-bfloat16-0", "razer-nearest-*",
-)  # fmt: skip
+@pytest.mark.by_default("if4-nearest-bfloat16--1", "if4-stochastic-float32-0", "hifloat4-nearest-float32--1")
 @pytest.mark.parametrize(
     ("name", "rounding", "dtype", "axis"),
     [
@@ -449,7 +452,7 @@ def test_fake_quantize_is_quantize_and_dequantize_for_every_record(name):
     np.testing.assert_array_equal(ifjax.fake_quantize(x, name), q.dequantize())
 
 
-@pytest.mark.by_default("2-D", "search", "own amax")
+@pytest.mark.by_default("2-D")
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_fake_quantize_is_quantize_and_dequantize_for_every_argument(settings):
     x = normal(6, 9, seed=15)
@@ -490,7 +493,7 @@ def largest_value(q):
     return oracle.dequantize(top, scales, amax, name, headroom=q.headroom, block=q.fmt.block)[:, : q.shape[1]]
 
 
-@pytest.mark.by_default("amax 1-if4", "own amax-nvfp4", "own amax-if3", "amax 1-mxfp4")
+@pytest.mark.by_default("own amax-if3", "amax 1-if4")
 @pytest.mark.parametrize("name", ["if4", "nvfp4", "fouroversix", "if3", "mxfp4"])
 @pytest.mark.parametrize("amax", [None, 1.0], ids=["own amax", "amax 1"])
 def test_the_clipped_gradient_is_zero_exactly_beyond_the_blocks_largest_value(name, amax):
@@ -542,6 +545,7 @@ def test_the_gradient_is_the_same_under_every_transformation():
     np.testing.assert_array_equal(jax.jit(jax.grad(scanned))(x), w)
 
 
+@pytest.mark.slow
 def test_there_is_no_second_derivative():
     x, v = normal(8, seed=23), normal(8, seed=24)
     for gradient in ("straight_through", "clipped"):
@@ -580,6 +584,7 @@ def test_noise_is_reproducible_from_the_key():
     assert np.any(once.codes != quantize(x, keys[1]).codes)
 
 
+@pytest.mark.slow
 def test_noise_depends_on_the_axis_of_blocks_only_through_the_scales():
     """The noise belongs to the element: where scales agree, so do the codes."""
     x = jnp.full((8, 8), 2.5).at[::4, ::4].set(6.0)
@@ -655,7 +660,7 @@ WITHOUT = [(name, "stochastic") for name in SINGLE if not ifjax.FORMATS[name].ha
 FEW = [(name, "stochastic_unbiased") for name in ("nvfp4", "nvint4", "nvfp3", "nvfp6_e3m2")] + [("mxfp4", "stochastic")]
 
 
-@pytest.mark.by_default("mxfp4-*", "nvfp4-*")
+@pytest.mark.by_default("mxfp4-stochastic")
 @pytest.mark.parametrize(("name", "rounding"), FEW)
 def test_formats_of_one_candidate_are_unbiased(name, rounding):
     beyond = assert_unbiased(normal(8, 16, seed=26), short(name), rounding, 2048)
@@ -669,7 +674,7 @@ def test_formats_of_one_candidate_are_unbiased_in_many_draws(name, rounding):
     assert beyond.max() < 2.0**-22
 
 
-@pytest.mark.by_default("nvfp4")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nvfp4", "nvint3"])
 def test_without_headroom_the_bias_is_the_clipping(name):
     beyond = assert_unbiased(normal(32, 16, seed=28), short(name), "stochastic", 2048)
@@ -712,7 +717,7 @@ def assert_bias_is_the_stated_one(name, rounding, count):
     assert abs(bias - BIAS[name, rounding]) < 4 * deviation + 0.0002, f"{bias:+.5f} +- {deviation:.5f}"
 
 
-@pytest.mark.by_default("if4-*", "mxfp4-*")
+@pytest.mark.by_default("mxfp4-stochastic")
 @pytest.mark.parametrize(("name", "rounding"), QUICK)
 def test_the_bias_is_the_stated_one(name, rounding):
     assert_bias_is_the_stated_one(name, rounding, 1 << 18)
@@ -724,6 +729,7 @@ def test_the_bias_is_the_stated_one_in_many_values(name, rounding):
     assert_bias_is_the_stated_one(name, rounding, 1 << 22)
 
 
+@pytest.mark.by_default("stochastic-*")
 @pytest.mark.parametrize(("rounding", "expected"), [("stochastic", 18.84e-3), ("stochastic_unbiased", 23.50e-3)])
 def test_the_error_of_stochastic_nvfp4_on_normal_data(rounding, expected):
     """The figures are an independent numpy model's for 4 million values, within 0.3 %; ours of 2^19 vary by as much."""
@@ -774,6 +780,7 @@ def test_weights_count_errors_in_the_choice_alone(name, search):
     np.testing.assert_array_equal(columns.dequantize(), q.dequantize().T)
 
 
+@pytest.mark.slow
 def test_equal_weights_are_none():
     x = normal(8, 10, seed=42)
     assert_same(ifjax.quantize(x, IF4, weights=jnp.full(10, 3.0)), ifjax.quantize(x, IF4))
@@ -797,7 +804,7 @@ def test_weights_that_cannot_be_are_refused(settings, message):
 # --- the ends of types
 
 
-@pytest.mark.by_default("if6_e2m3-bfloat16-*", "mxfp4-float16-*", "sfp4-float16-*")
+@pytest.mark.by_default("if6_e2m3-bfloat16-*", "mxfp4-float16-*")
 @pytest.mark.parametrize(("dtype", "end"), [("float16", 65504.0), ("bfloat16", 3.3895314e38)])
 @pytest.mark.parametrize("name", ["mxfp4", "if6_e2m3", "sfp4"])
 def test_values_saturate_at_the_end_of_a_type(name, dtype, end):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from samples import normal
 
 import ifjax
 
@@ -14,7 +15,7 @@ SHAPE = (2, 6, 3, 64)  # batch, tokens, heads, head size
 
 
 def values(shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape) * jnp.exp(jax.random.normal(jax.random.key(seed + 9), shape))
+    return normal(*shape, seed=seed) * np.exp(normal(*shape, seed=seed + 9))
 
 
 def own_axes(fmt, axes=(0, 1, 2)):
@@ -34,6 +35,7 @@ def assert_same(one, two):
             np.testing.assert_array_equal(a, b, strict=True, err_msg=name)
 
 
+@pytest.mark.by_default("mxfp4")
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_cache_written_token_by_token_is_the_whole_quantized(fmt):
     x = values(SHAPE)
@@ -48,7 +50,7 @@ def test_a_cache_written_token_by_token_is_the_whole_quantized(fmt):
     assert_same(scanned, packed(x * 2, fmt))
 
 
-@pytest.mark.by_default("index0", "index4", "index6")
+@pytest.mark.by_default("index0")
 @pytest.mark.parametrize(
     "index",
     [
@@ -73,6 +75,7 @@ def test_what_is_out_of_range_is_dropped_or_moved_as_by_jax():
                 packed(jax.lax.dynamic_update_slice(x, jnp.ones((2, 2, 3, 64)), (0, 9, 0, 0))))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_amax_that_entries_share_is_kept_only_if_asked():
     x = values(SHAPE)
     whole, heads = ifjax.quantize(x, "nvfp4"), packed(x, axes=(0, 2)).transpose(0, 2, 1, 3)
@@ -100,6 +103,7 @@ def test_an_amax_that_entries_share_is_kept_only_if_asked():
     assert_same(whole.at[...].set(x * 3), ifjax.quantize(x * 3, "nvfp4"))
 
 
+@pytest.mark.slow
 def test_along_blocks_whole_blocks_are_written_and_cut():
     x = values((3, 72))
     q = ifjax.quantize(x, "mxfp4")
@@ -141,7 +145,7 @@ def test_values_of_other_kinds_are_refused():
     assert_same(ifjax.dynamic_update_slice(q, packed(x), (0, 2, 0, 0)), ifjax.dynamic_update_slice(q, x, (0, 2, 0, 0)))
 
 
-@pytest.mark.by_default("nvfp4-axes0", "mxfp4-axes1")
+@pytest.mark.by_default("mxfp4-axes1")
 @pytest.mark.parametrize(
     "fmt, axes", [("nvfp4", (0, 1)), ("mxfp4", ()), ("nvfp4", (0, 1, 2)), ("nvfp4", (1,)), ("if3", (0, 2))]
 )

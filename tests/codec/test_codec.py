@@ -115,13 +115,14 @@ def magnitudes(seed=0):
     return normal(seed) * np.exp2(np.arange(-60, 66, 9, dtype=np.float32))[:, None, None]
 
 
+@pytest.mark.by_default("if4", "mxfp4", "nvint4")
 @each_format
 def test_tensors_of_any_size_are_encoded_as_the_oracle_says(fmt):
     x = magnitudes()
     assert_is_the_oracles(x, quantized(x, fmt), fmt, fmt.name)
 
 
-@pytest.mark.by_default("if4-mae", "fouroversix-abs_max", "if6_e2m3-mae")
+@pytest.mark.by_default("if4-mae")
 @pytest.mark.parametrize("loss", ["mae", "abs_max"])
 @pytest.mark.parametrize(
     "name",
@@ -155,7 +156,7 @@ def test_tensors_on_the_edges_of_rounding_are_encoded_as_the_oracle_says(fmt):
 ODD = {"if4": (5, 37), "if3": (3, 3), "mxfp6_e2m3": (2, 33), "nvfp3_bs8": (4, 1), "nvint6": (1, 50)}
 
 
-@pytest.mark.by_default("if3", "if4")
+@pytest.mark.by_default("if4")
 @pytest.mark.parametrize("name", ODD)
 def test_lengths_that_fill_no_block_are_as_if_followed_by_zeros(name):
     fmt, (rows, n) = NAMED[name], ODD[name]
@@ -282,6 +283,7 @@ def test_nan_and_infinity_of_narrow_floats_poison_alike(name, dtype):
     assert_array_equal(result.deq, np.where(spread(hit, fmt), np.float32(np.nan), want.deq))
 
 
+@pytest.mark.by_default("if4_bs8")
 @pytest.mark.parametrize("name", ["if4_bs8", "mxfp4_bs8"])
 def test_nan_poisons_its_own_square_and_no_other(name):
     fmt, x = NAMED[name], normal(3, (20, 36))
@@ -421,7 +423,7 @@ def block_errors(x, result, fmt, power=2):
     return errors.reshape(*x.shape[:-1], -1, fmt.block).sum(-1)
 
 
-@pytest.mark.by_default("if4", "mxfp4")
+@pytest.mark.by_default("if4")
 @pytest.mark.parametrize(
     "name",
     ["if4", "nvfp4", "mxfp4", ("fouroversix"),
@@ -446,6 +448,7 @@ def test_search_never_loses_and_writes_the_same_format(name):
     assert not any(np.any(result.scales[6]) or np.any(result.codes[6]) for result in results)
 
 
+@pytest.mark.by_default("nvfp4-*")
 @pytest.mark.parametrize(("name", "target"), [("if4", 5.50e-3), ("nvfp4", 6.65e-3)])
 def test_fast_search_reaches_its_target_on_normal_data(name, target):
     # 2^18 values: the error of the mean is 0.5 %, and the seed is fixed
@@ -454,6 +457,7 @@ def test_fast_search_reaches_its_target_on_normal_data(name, target):
     assert np.square(values - x).sum() / np.square(x, dtype=np.float64).sum() <= target
 
 
+@pytest.mark.slow
 def test_search_minimizes_the_loss_that_is_asked_for():
     fmt, x = NAMED["nvfp4"], normal(9)
     by_mse, by_mae = (quantized(x, fmt, search="fast", loss=loss) for loss in ("mse", "mae"))
@@ -485,13 +489,13 @@ def assert_mine_is_the_oracles(fmt, loss="mse"):
     assert_is_the_oracles(x, quantized(x, fmt, loss=loss), fmt, described(fmt), loss)
 
 
-@pytest.mark.by_default("1", "10", "128")
+@pytest.mark.by_default("10")
 @pytest.mark.parametrize("block", [1, 3, 8, 10, 24, 32, 64, 128])
 def test_any_block_size_works(block):
     assert_mine_is_the_oracles(Format("mine", (Candidate(E2M1),), block))
 
 
-@pytest.mark.by_default("37-abs_max", "24-mse", "1-abs_max")
+@pytest.mark.by_default("24-mse")
 @pytest.mark.parametrize(
     ("block", "loss"),
     [(24, "mse"), (64, "mse"), (37, "abs_max")]
@@ -502,7 +506,7 @@ def test_any_block_size_chooses(block, loss):
     assert_mine_is_the_oracles(dataclasses.replace(NAMED["if4"], name="mine", block=block), loss)
 
 
-@pytest.mark.by_default("nf4 down", "seven bits", "5-bit integers")
+@pytest.mark.by_default("nf4 down")
 @pytest.mark.parametrize(
     "grid",
     [
@@ -526,6 +530,7 @@ def test_scales_and_choices_of_ones_own_work():
     assert_mine_is_the_oracles(Format("mine", (Candidate(E2M3),), 16, peak=5.0))
 
 
+@pytest.mark.slow
 def test_a_record_may_stand_for_its_name():
     x = normal(11, (3, 64))
     mine = Format("mine", (Candidate(E2M1), Candidate(INT4, step=6 / 7)), 16)
@@ -633,7 +638,7 @@ CHOOSING = [
 ]  # fmt: skip
 
 
-@pytest.mark.by_default("if4-mse")
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "loss"), CHOOSING)
 def test_bytes_do_not_depend_on_how_the_program_is_built(name, loss):
     """Float32 sums of errors in one order everywhere, whatever they are fused with."""
@@ -690,6 +695,7 @@ def around_zero(seed=16):
     return x
 
 
+@pytest.mark.by_default("if4", "if3")
 @each_format
 def test_one_pass_gives_the_bytes_of_stages(fmt):
     """XLA:CPU compiles both here: equal bytes speak of equal arithmetic, in one order."""
@@ -701,7 +707,7 @@ def test_one_pass_gives_the_bytes_of_stages(fmt):
         assert_array_equal(codes, want.codes)
 
 
-@pytest.mark.by_default("fouroversix-mse-*", "if6_e2m3-mae-*")
+@pytest.mark.by_default("fouroversix-mse-*")
 @pytest.mark.parametrize(
     ("name", "loss", "axis", "dtype", "stochastic"),
     [
@@ -725,7 +731,7 @@ def test_one_pass_gives_the_bytes_of_stages_in_every_setting(name, loss, axis, d
         assert_array_equal(codes, want[0])
 
 
-@pytest.mark.by_default("fouroversix-mae", "if4-mse", "if3-mse", "mxfp4-mse", "if4_bs8-mse")
+@pytest.mark.by_default("if4-mse", "mxfp4-mse")
 @pytest.mark.parametrize(
     ("name", "loss"),
     [("if4_bs8", "mse"), ("fouroversix_bs8", "mae")]
@@ -740,6 +746,7 @@ def test_square_blocks_of_the_transpose_are_the_transpose_byte_for_byte(name, lo
         assert_array_equal(np.atleast_1d(a).view(np.uint8), np.atleast_1d(b).view(np.uint8))
 
 
+@pytest.mark.slow
 def test_square_blocks_that_only_rounding_decides_choose_alike_from_both_sides():
     """Both candidates make the same errors in another order, so that any order of summation that differs shows."""
     near, far = Grid.sign_magnitude("1", (0, 1, 4, 8)), Grid.sign_magnitude("2", (0, 2, 4, 8))

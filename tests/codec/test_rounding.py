@@ -97,6 +97,7 @@ def test_neighbours_fill_the_square_evenly(noise, lag):
         assert abs(chi_squared - 4095) < 4.5 * (2 * 4095) ** 0.5
 
 
+@pytest.mark.by_default("folded")
 @pytest.mark.parametrize("keys", ["split", "counted", "folded"])
 def test_no_two_keys_share_noise(keys):
     """Of many keys of each kind, however alike: the correlations of 16 elements over keys."""

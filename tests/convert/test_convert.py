@@ -150,7 +150,7 @@ def test_what_rules_ask_for_is_done_by_pieces_as_on_the_whole(rule, axis, tmp_pa
         np.testing.assert_array_equal(ifjax.open_file(tmp_path / "d.safetensors")[name], q.dequantize())
 
 
-@pytest.mark.by_default("-1")
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_headers_of_two_bytes_and_runs_are_done_by_pieces_as_on_the_whole(axis, tmp_path, monkeypatch):
     register_halves(monkeypatch)
@@ -205,6 +205,7 @@ def test_a_report_that_an_earlier_version_wrote_is_read(tmp_path):
     assert '"int_share"' in old and ifjax.Report.from_json(old) == report == ifjax.Report.from_json(report.to_json())
 
 
+@pytest.mark.slow
 def test_any_packed_tensor_is_dequantized_by_pieces(tmp_path):
     """Those that no file was converted to: a single axis, an amax for each row or layer, other axes, headroom."""
     tree = {

@@ -69,6 +69,7 @@ def test_the_packages_buffers_come_in_bit_for_bit(fmt, shape, swizzled, axis):
     assert q.amax == np.float32(2.75) if record.has_tensor_scale else q.amax is None
 
 
+@pytest.mark.by_default("if4_mse-if4")
 @pytest.mark.parametrize("name, fmt", [("nvfp4_mse", "fouroversix"), ("if4_mse", "if4"), ("mxfp4_static_6", "mxfp4")])
 def test_the_packages_own_tensors_are_what_we_quantize_to(golden_dir, name, fmt):
     golden = np.load(golden_dir / "layout.npz")

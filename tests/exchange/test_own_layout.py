@@ -44,6 +44,7 @@ def test_it_takes_at_most_25_lines():
     assert len([line for line in inspect.getsource(define).splitlines() if line.strip()]) <= 25
 
 
+@pytest.mark.by_default("fouroversix")
 @pytest.mark.parametrize("fmt", ["nvfp4", "fouroversix"])
 def test_a_tensor_goes_there_and_back(fmt, tmp_path):
     w = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)

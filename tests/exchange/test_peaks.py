@@ -63,6 +63,7 @@ def test_a_peak_that_is_stored_beside_a_weight_is_not_ignored(name):
         exchange.import_tensors(arrays, "modelopt")
 
 
+@pytest.mark.by_default("256.0")
 @pytest.mark.parametrize("peak", [448.0, 256.0, 416.0])
 def test_our_own_files_state_it_in_the_record(peak, tmp_path):
     """A reader without a table of formats decodes by the record: another peak makes other values of the same bytes."""

@@ -132,6 +132,7 @@ def sharded(tree, place):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.by_default("mxfp4")
 @pytest.mark.parametrize("fmt", ["if4", "mxfp4", *(pytest.param(f, marks=SLOW) for f in ("nvfp4", "if3", "if6"))])
 def test_what_is_quantized_on_the_way_in_has_the_bytes_of_quantize(fmt, folder):
     path, tensors = folder
@@ -283,6 +284,7 @@ NNX = [NameRule(LAYER + r"mlp\.(gate|up|down)_proj\.weight", r"layers/\1/\2/kern
        NameRule(".*", None)]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_nnx_model_on_eight_devices(folder):
     path, tensors = folder
     mesh = jax.make_mesh((8,), ("out",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -308,6 +310,7 @@ def test_an_nnx_model_on_eight_devices(folder):
 # --- what the checkpoint holds packed --------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("mxfp4")
 @pytest.mark.parametrize("fmt", ["if4", "mxfp4"])
 def test_packed_tensors_are_renamed_turned_and_stacked_as_bytes(fmt, tmp_path):
     theirs = {f"layers.{i}.up.weight": ifjax.quantize(normal(WIDE, IN, dtype=np.float32), fmt) for i in range(LAYERS)}
@@ -331,6 +334,7 @@ def test_packed_tensors_are_renamed_turned_and_stacked_as_bytes(fmt, tmp_path):
         ifjax.load_file(path, like={"up": wide}, names=[NameRule(rule.name, "up", stack=(1,), reshape=True)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [pytest.param(-1, marks=SLOW), -2])
 def test_squares_come_in_as_well(axis, tmp_path):
     x = normal(40, 72, dtype=np.float32)

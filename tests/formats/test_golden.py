@@ -136,10 +136,7 @@ def published(folder, name, rule):
     return x, want
 
 
-@pytest.mark.by_default(
-    "if4-mse", "if3-mae", "if6_e2m3-abs_max", "nvfp4-mse", "nvfp4-static_4", "mxfp4-static_6", "nvint4-static_6",
-    "nvfp4-static_6",
-)  # fmt: skip
+@pytest.mark.by_default("if4-mse", "mxfp4-*", "nvfp4-mse")
 @each(RULED)
 def test_published_vectors_are_met_in_one_jit(golden_dir, name, rule):
     x, want = published(golden_dir, name, rule)
@@ -147,7 +144,7 @@ def test_published_vectors_are_met_in_one_jit(golden_dir, name, rule):
     assert_meets(in_a_jit(together)(x, fmt=fmt, rule=rule), want, fmt)
 
 
-@pytest.mark.by_default("if3-mae", "nvfp4-mse", "if4-mse")
+@pytest.mark.by_default("if4-mse")
 @each(CHOOSING)
 def test_published_vectors_are_met_in_one_pass(golden_dir, name, rule):
     x, want = published(golden_dir, name, rule)
@@ -155,7 +152,7 @@ def test_published_vectors_are_met_in_one_pass(golden_dir, name, rule):
     assert_meets(in_a_jit(in_one_pass)(x, fmt=fmt, rule=rule), want, fmt)
 
 
-@pytest.mark.by_default("if4-mse", "mxfp4-static_6")
+@pytest.mark.by_default("if4-mse")
 @each(FEW)
 def test_published_vectors_are_met_under_vmap(golden_dir, name, rule):
     x, want = published(golden_dir, name, rule)
@@ -163,7 +160,7 @@ def test_published_vectors_are_met_under_vmap(golden_dir, name, rule):
     assert_meets(in_a_jit(mapped)(x, fmt=fmt, rule=rule), want, fmt)
 
 
-@pytest.mark.by_default("if4-mse", "mxfp4-static_6")
+@pytest.mark.by_default("if4-mse")
 @each(FEW)
 def test_published_vectors_are_met_without_a_jit_of_the_users(golden_dir, name, rule):
     x, want = published(golden_dir, name, rule)
@@ -171,7 +168,7 @@ def test_published_vectors_are_met_without_a_jit_of_the_users(golden_dir, name, 
     assert_meets(one_by_one(x, fmt, rule), want, fmt)
 
 
-@pytest.mark.by_default("nvfp4-abs_max")
+@pytest.mark.slow
 @each([("if4", "mse"), ("nvfp4", "abs_max"), ("mxfp6_e3m2", "static_4")])
 def test_published_vectors_are_met_operation_by_operation(golden_dir, name, rule):
     x, want = published(golden_dir, name, rule)
@@ -181,7 +178,7 @@ def test_published_vectors_are_met_operation_by_operation(golden_dir, name, rule
     assert_meets(got, want, fmt)
 
 
-@pytest.mark.by_default("if4-mse-bfloat16", "mxfp4-static_6-float16")
+@pytest.mark.by_default("if4-*")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @each([("if4", "mse"), ("mxfp4", "static_6"), ("nvfp6_e3m2", "static_6")])
 def test_published_vectors_are_met_from_narrow_floats(golden_dir, name, rule, dtype):
@@ -214,7 +211,7 @@ def assert_is(q, turned, prefix, transposed=False):
     assert_array_equal(codes.T if transposed else codes, turned[f"{prefix}__codes"])
 
 
-@pytest.mark.by_default("nvfp4-mse", "mxfp4-static_6")
+@pytest.mark.by_default("mxfp4-*")
 @each(REFERENCE_RUNS)
 def test_rotated_and_transposed_matrices_are_the_references(turned, name, rule):
     x = jnp.asarray(turned["x_bf16bits"].view(ml_dtypes.bfloat16))
@@ -227,7 +224,7 @@ def test_rotated_and_transposed_matrices_are_the_references(turned, name, rule):
     assert_is(q, turned, f"{name}_{rule}_t_rht", transposed=True)
 
 
-@pytest.mark.by_default("if4-mse", "mxfp4-static_6")
+@pytest.mark.by_default("if4-*")
 @each(REFERENCE_RUNS)
 def test_square_blocks_are_the_references_and_so_is_their_transpose(turned, name, rule):
     x = jnp.asarray(turned["x_bf16bits"].view(ml_dtypes.bfloat16))
@@ -236,13 +233,14 @@ def test_square_blocks_are_the_references_and_so_is_their_transpose(turned, name
     assert_is(q.T, turned, f"{name}_{rule}_t_2d")
 
 
-@pytest.mark.by_default("nvfp4-mse", "nvint4-static_6")
+@pytest.mark.by_default("nvint4-*")
 @each(REFERENCE_RUNS)
 def test_square_blocks_of_the_transposed_matrix_are_the_references(turned, name, rule):
     x = jnp.asarray(turned["x_bf16bits"].view(ml_dtypes.bfloat16)).T
     assert_is(ifjax.quantize(x, record(name, rule), block_2d=True), turned, f"{name}_{rule}_t_2d")
 
 
+@pytest.mark.by_default("if4-mse")
 @each([("nvfp4", "mse"), ("mxfp4", "static_6"), ("if4", "mse")])
 def test_a_padded_matrix_is_the_references(golden_dir, name, rule):
     want = fields(golden_dir, "layout.npz", f"pad_{name}_{rule}__")
@@ -262,9 +260,7 @@ def test_a_padded_matrix_is_the_references(golden_dir, name, rule):
     assert_array_equal(flat, want["scales_flat"])
 
 
-@pytest.mark.by_default(
-    "if4-mse-stochastic_unbiased-*", "nvfp4-mse-stochastic-1.0", "nvint4-static_6-stochastic_unbiased-*",
-)  # fmt: skip
+@pytest.mark.by_default("if4-*")
 @pytest.mark.parametrize(("style", "headroom"), [("stochastic", 1.0), ("stochastic_unbiased", 16 / 17)])
 @pytest.mark.parametrize(("name", "rule"), REFERENCE_RUNS[:4])
 def test_stochastic_rounding_with_the_references_noise_gives_its_values(golden_dir, name, rule, style, headroom):
@@ -297,9 +293,7 @@ def our_file(name, loss):
     return np.concatenate(x), fields(OURS, "formats.npz", f"{name}__{loss}__")
 
 
-@pytest.mark.by_default(
-    "fouroversix-mae", "if3-abs_max", "if4-mse", "if6_e2m3-mse", "mxfp4-static", "nvfp4-static", "nvint4-static",
-)  # fmt: skip
+@pytest.mark.by_default("if4-*", "mxfp4-*")
 @pytest.mark.parametrize(("name", "loss"), PAIRS)
 def test_our_own_vectors_are_met(name, loss):
     x, want = our_file(name, loss)
@@ -307,6 +301,7 @@ def test_our_own_vectors_are_met(name, loss):
     assert_meets(together(x, fmt, loss), want, fmt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "loss"), [("if4", "mse"), ("nvfp4", "static"), ("mxfp3", "static")])
 def test_our_own_vectors_are_met_under_vmap_in_a_jit(name, loss):
     x, want = our_file(name, loss)

@@ -89,6 +89,7 @@ def test_broken_kernels_are_told_of_once_and_not_taken(take):
         assert not ifjax.quantize(x, "mxfp4").codes.any()
 
 
+@pytest.mark.slow
 def test_a_product_whose_kernel_is_broken_goes_by_xla(take, monkeypatch):
     kernel = SimpleNamespace(
         supports=lambda *_, m: None, pack=lambda nibbles, scales, decoding: (nibbles, scales),
@@ -137,6 +138,7 @@ class Raises(Zeros):
         raise RuntimeError("does not compile here")
 
 
+@pytest.mark.slow
 def test_doctor_tells_what_is_here_and_which_kernels_pass(take, capsys):
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -90,6 +90,7 @@ def test_bits_are_those_of_the_codec(kernels, case):
         assert_same_numbers(got, expected.dequantize())
 
 
+@pytest.mark.slow
 def test_matrices_with_an_amax_of_their_own_and_members_of_a_vmap(kernels):
     x, keys = jnp.asarray(data((3, 2, 16, 16))), jax.random.split(jax.random.key(0), 3)
 

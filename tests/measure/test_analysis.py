@@ -99,6 +99,7 @@ def assert_same(a: ErrorStats, b: ErrorStats):
     np.testing.assert_allclose([a.signal, a.noise], [b.signal, b.noise], **SUMS)
 
 
+@pytest.mark.slow
 def test_pieces_change_nothing():
     # More than a piece, rows that no block divides, and a maximum that only one of the pieces holds.
     x = normal(5, 70_003)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from samples import normal
 
 import ifjax
 
@@ -17,15 +18,15 @@ def model(params, x):
 
 
 def data(rows=12, tokens=5, classes=8):
-    x = jax.random.normal(jax.random.key(0), (rows, tokens, 16))
-    w = jax.random.normal(jax.random.key(1), (16, classes))
+    x = normal(rows, tokens, 16)
+    w = normal(16, classes, seed=1)
     targets = jax.random.categorical(jax.random.key(2), model(w, x)).astype(jnp.int32)
     return w, x, targets.at[0, :2].set(-1)
 
 
 def test_figures_are_those_worked_out_by_hand(capsys):
     w, x, targets = data()
-    noisy = w + 0.1 * jax.random.normal(jax.random.key(3), w.shape)
+    noisy = w + 0.1 * normal(*w.shape, seed=3)
     fns = [functools.partial(model, p) for p in (w, noisy)]
     found = ifjax.evaluate(*fns, [(x[:7], targets[:7]), (x[7:], targets[7:])], progress=True)
     p, q = (np.asarray(jax.nn.log_softmax(f(x)), np.float64) for f in fns)
@@ -47,10 +48,10 @@ def test_figures_are_those_worked_out_by_hand(capsys):
 
 def test_error_bars_are_the_spread_of_repeated_measurements():
     w, _, _ = data()
-    noisy = w + 0.3 * jax.random.normal(jax.random.key(3), w.shape)
+    noisy = w + 0.3 * normal(*w.shape, seed=3)
     means, errors = [], []
     for seed in range(40):
-        x = jax.random.normal(jax.random.key(seed), (30, 4, 16)) * (1.0 + jnp.arange(30.0) % 3)[:, None, None]
+        x = normal(30, 4, 16, seed=seed) * (1.0 + jnp.arange(30.0) % 3)[:, None, None]
         found = ifjax.evaluate(functools.partial(model, w), functools.partial(model, noisy), [(x, None)])
         means.append(found.divergence.mean)
         errors.append(found.divergence.error)

@@ -54,6 +54,7 @@ def test_a_grid_shows_the_values_of_each_candidate(tmp_path):
     assert "17 %" in [text.get_text() for text in axes.texts]
 
 
+@pytest.mark.slow
 def test_pareto_joins_the_formats_that_no_other_betters(tmp_path):
     errors = {fmt: ifjax.analysis.error(X, fmt) for fmt in ("nvfp4", "if4", "mxfp4", "nvint4", "if3")}
     assert errors["if4"].noise < min(errors[name].noise for name in errors if name != "if4")
@@ -79,7 +80,7 @@ def test_a_grid_needs_formats():
         plots.plot_grid("nvfp5")
 
 
-@pytest.mark.by_default("1.0-if4", "7.*-mxfp4", "1.0-if3")
+@pytest.mark.by_default("1.0-if3")
 @pytest.mark.parametrize("fmt", ["nvfp4", "if4", "fouroversix", "mxfp4", "if3"])
 @pytest.mark.parametrize("scale", [1.0, 2.0**-110])
 def test_a_block_shows_the_numbers_that_quantize_gives(fmt, scale):
@@ -138,6 +139,7 @@ def test_what_is_no_block_is_refused(x, loss, match):
         plots.plot_block(x, "if4", loss=loss)
 
 
+@pytest.mark.by_default("if6")
 @pytest.mark.parametrize("fmt", ["if4", "if3", "if6", "mxfp4"])
 def test_bytes_show_the_bits_that_are_stored(fmt, tmp_path):
     q = ifjax.quantize(X[0], fmt)
@@ -213,6 +215,7 @@ def test_blocks_must_divide_rows():
         plots.plot_choices_by_peak(np.ones((2, 24)))
 
 
+@pytest.mark.slow
 def test_integers_are_taken_where_the_maximum_does_not_stand_out(tmp_path):
     x = RNG.standard_normal((512, 256)).astype(np.float32)
     upper, lower = saved(plots.plot_choices_by_peak({"normal": x}), tmp_path).axes

@@ -76,6 +76,7 @@ def assert_close(figure: Figure, stated: float, digit: float, samples: int = 1):
 # --- papers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("if4", "nvfp4")
 @pytest.mark.parametrize("fmt", ["nvfp4", "nvint4", "if4"])
 def test_gaussian_table_of_the_if4_paper(fmt):
     (published, _) = analysis.PUBLISHED["normal", fmt]
@@ -95,6 +96,7 @@ def test_gaussian_mxfp4_rounds_scales_up():
     assert 13.25e-3 < figure.value < 13.4e-3
 
 
+@pytest.mark.by_default("nvfp4-*")
 @pytest.mark.parametrize("fmt, published", [("nvfp4", 12.4e-3), ("fouroversix", 12.4e-3)])
 def test_square_blocks_of_the_quartet_ii_notebook(fmt, published):
     assert_close(measured("normal", fmt, block_2d=True)[0], published, digit=1e-4)
@@ -144,6 +146,7 @@ def test_worked_example_of_four_over_six():
     np.testing.assert_array_equal(four.dequantize(), x)
 
 
+@pytest.mark.slow
 def test_searched_scales_take_27_percent_off_nvfp4():
     # arXiv 2605.12464; the independent program got 9.05 -> 6.63.
     plain, searched = (measured("normal", "nvfp4", **settings)[0] for settings in ({}, {"search": "fast"}))
@@ -151,6 +154,7 @@ def test_searched_scales_take_27_percent_off_nvfp4():
     assert 1 - searched.value / plain.value == pytest.approx(0.27, abs=0.005)  # stated in whole percent
 
 
+@pytest.mark.slow
 def test_searched_scales_of_if4():
     figure, _, _ = measured("normal", "if4", search="fast")
     assert figure.value <= 5.50e-3
@@ -177,7 +181,7 @@ INDEPENDENT = [
 SLOW = ("_bs8", "_bs32", "_e3m2")
 
 
-@pytest.mark.by_default("laplace-if4", "normal-mxfp4", "t5-nvint4", "normal-if3", "t3-fouroversix", "uniform-nvfp4")
+@pytest.mark.by_default("t3-fouroversix", "laplace-if4", "t5-nvint4")
 @pytest.mark.parametrize(
     "distribution, fmt, number",
     [
@@ -194,6 +198,7 @@ def test_numbers_of_an_independent_program(distribution, fmt, number):
         assert_close(second, number.choice_share, digit=1e-3, samples=2)
 
 
+@pytest.mark.by_default("if4-mae-*")
 @pytest.mark.parametrize(
     "fmt, loss, mse, share",
     [

@@ -53,6 +53,7 @@ def test_the_dynamic_program_is_exact_where_its_unit_divides_the_costs(seed):
     assert losses[np.arange(5), list(got)].sum() == pytest.approx(losses[np.arange(5), list(wanted)].sum(), rel=1e-12)
 
 
+@pytest.mark.by_default("20")
 @pytest.mark.parametrize("items", [3, 20, 200])
 def test_never_over_budget_below_the_bound_or_worse_than_one_format_for_all(items):
     for seed in range(20):

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from samples import initialized, normal
 
 import ifjax
 
-X = jax.random.normal(jax.random.key(1), (2, 6, 32))
+X = normal(2, 6, 32, seed=1)
 FMT = "nvfp4"
 
 
@@ -28,7 +29,7 @@ def test_linen_attention_decodes_by_a_packed_cache():
     plain = nn.MultiHeadDotProductAttention(
         2, decode=True, attention_fn=functools.partial(decoded, nn.dot_product_attention)
     )
-    variables = model.init(jax.random.key(0), X)
+    variables = initialized(model, X)
     packed = {**variables, "cache": ifjax.pack_cache(variables["cache"], FMT)}
     apply = ifjax.quantized(functools.partial(model.apply, mutable=["cache"]))
 
@@ -53,6 +54,7 @@ def test_linen_attention_decodes_by_a_packed_cache():
     assert int(cache["cache_index"]) == 6
 
 
+@pytest.mark.slow
 def test_layers_that_are_scanned_keep_their_packed_caches():
     class Layer(nn.Module):
         attend: Callable[..., jax.Array] = nn.dot_product_attention
@@ -64,7 +66,7 @@ def test_layers_that_are_scanned_keep_their_packed_caches():
 
     stack = nn.scan(Layer, variable_axes={"params": 0, "cache": 0}, split_rngs={"params": True}, length=3)
     layers, plain = stack(), stack(functools.partial(decoded, nn.dot_product_attention))
-    variables = layers.init(jax.random.key(0), X, None)
+    variables = initialized(layers, X, None)
     cache = ifjax.pack_cache(variables["cache"], FMT)
     apply = jax.jit(ifjax.quantized(lambda v, x: layers.apply(v, x, None, mutable=["cache"])))
     (y, _), changed = apply({**variables, "cache": cache}, X[:, :1])
@@ -94,6 +96,7 @@ def test_nnx_attention_decodes_by_a_packed_cache():
     assert int(packed.cache_index[...]) == 3
 
 
+@pytest.mark.by_default("fori")
 @pytest.mark.parametrize("loop", ["scan", "while", "fori"])
 def test_plain_functions_write_by_index_in_loops(loop):
     def fn(params, cache, xs):
@@ -106,7 +109,7 @@ def test_plain_functions_write_by_index_in_loops(loop):
             return jax.lax.fori_loop(0, 3, step, cache)
         return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, step(s[0], s[1])), (0, cache))[1]
 
-    params, xs = jax.random.normal(jax.random.key(0), (16, 16)), jax.random.normal(jax.random.key(1), (3, 2, 16))
+    params, xs = normal(16, 16), normal(3, 2, 16, seed=1)
     cache = jnp.zeros((2, 4, 16))
     got = jax.jit(ifjax.quantized(fn))(params, ifjax.pack_cache(cache, FMT), xs)
     np.testing.assert_allclose(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
+from samples import initialized, normal
 
 import ifjax
 from ifjax import Rule
@@ -19,10 +20,6 @@ from ifjax.models.rules import OPERANDS
 
 FMT = "nvfp4"  # one candidate: cheap to compile; which format it is makes no difference here
 EVERYWHERE = Rule(".*", FMT)
-
-
-def normal(*shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
 class Masked(nn.Module):
@@ -91,7 +88,7 @@ LAYERS = {
 def build(name):
     model, shape = LAYERS[name]
     x = jnp.array([[0, 3, 11], [5, 5, 1]]) if shape is None else normal(*shape)
-    variables = model.init(jax.random.key(1), x)
+    variables = initialized(model, x)
     # Biases that are not zero.
     return model, jax.tree.map(lambda a: a + 0.125 if a.ndim == 1 else a, variables), x
 
@@ -223,6 +220,7 @@ def test_quantized_activations_change_what_these_layers_give(name):
     assert 1e-3 < np.abs(np.asarray(weights - both)).max() < 1
 
 
+@pytest.mark.slow
 def test_cells_that_multiply_by_themselves_are_quantized_in_their_program_and_refused_by_interceptors():
     model, variables, x = build("OptimizedLSTM")
     rule = Rule(".*", FMT, act_fmt=FMT)
@@ -253,7 +251,7 @@ class Attends(nn.Module):
 
 def test_attention_multiplies_quantized_operands_when_asked():
     model, x = Attends(), normal(2, 16, 16)
-    variables = model.init(jax.random.key(1), x)
+    variables = initialized(model, x)
 
     def attention(query, key, value, **_):
         scores = jnp.einsum("bqhd,bkhd->bhqk", rounded(query * 4**-0.5 / 2), rounded(key))
@@ -276,7 +274,7 @@ def test_attention_multiplies_quantized_operands_when_asked():
 )
 def test_attention_that_flax_gives_no_place_is_refused(options, reason):
     model, x = Attends(options), normal(2, 16, 16)
-    variables = Attends().init(jax.random.key(1), x)
+    variables = initialized(Attends(), x)
     with pytest.raises(ValueError, match=reason):
         ifjax.quantized(model.apply, PRODUCTS)(variables, x)
     with pytest.raises(ValueError, match=rf"nothing it matches multiplies \('Multi.*{reason}"):
@@ -318,10 +316,11 @@ def test_the_interceptor_serves_as_a_context():
 def test_init_is_left_alone():
     model, variables, x = build("Dense")
     with nn.intercept_methods(ifjax.interceptors.inference(EVERYWHERE)):
-        fresh = model.init(jax.random.key(1), x)
+        fresh = initialized(model, x)
     np.testing.assert_array_equal(fresh["params"]["kernel"], variables["params"]["kernel"])
 
 
+@pytest.mark.slow
 def test_modules_are_as_before_afterwards():
     layer = nn.Dense(8)
     bound = layer.bind({"params": build("Dense")[1]["params"]})
@@ -352,7 +351,7 @@ def test_a_modules_own_dot_general_is_kept_and_told():
             return nn.Dense(8, dot_general_cls=lambda: own, use_bias=False)(x)
 
     model, x = Model(), normal(5, 16)
-    variables = model.init(jax.random.key(1), x)
+    variables = initialized(model, x)
     rule = Rule(".*", FMT, act_fmt=FMT)
     packed, report = ifjax.quantize_params(variables, rule, model=model, sample=x)
     assert report.check().entries[0].note == "weights are dequantized for the module's own dot_general"
@@ -366,13 +365,13 @@ def test_a_modules_own_dot_general_is_kept_and_told():
 def test_subclasses_that_call_their_base_are_known_and_others_are_not():
     x = normal(5, 16)
     adapted, replaced = Adapted(8), Replaced(8)
-    variables = adapted.init(jax.random.key(1), x)
+    variables = initialized(adapted, x)
     found = walk(adapted, variables, x)
     tell = {site.parameter: (site.path, site.axes) for site in found.sites.values() if site.axes}
     assert tell == {"kernel": ("", (-2,)), "lora": ("lora", (-2,))}  # the layer's by its path, the other by its own
     _, report = ifjax.quantize_params(variables, EVERYWHERE, model=adapted, sample=x)
     assert [e.path for e in report.check().quantized] == ["kernel", "lora"]
-    variables = replaced.init(jax.random.key(1), x)
+    variables = initialized(replaced, x)
     (site,) = walk(replaced, variables, x).sites.values()
     assert (site.path, site.axes) == ("kernel", (-1,))  # no axis has to be named
     rule = Rule("kernel", FMT)
@@ -384,7 +383,7 @@ def test_subclasses_that_call_their_base_are_known_and_others_are_not():
 
 def test_experts_of_a_raw_parameter_go_by_a_rule_with_its_axis():
     model, x = Experts(), normal(5, 16)
-    variables = model.init(jax.random.key(1), x)
+    variables = initialized(model, x)
     _, report = ifjax.quantize_params({"params": {"moe": variables["params"], "k": normal(16, 16)}}, [
         Rule("k", FMT, axis=-2), Rule(".*", FMT, optional=True),
     ])  # fmt: skip
@@ -419,7 +418,7 @@ class Everything(nn.Module):
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_scan_remat_attention_conv_and_tied_embeddings_together(axis):
     model, tokens = Everything(axis), jnp.array([[0, 3, 11], [5, 5, 1]])
-    variables = model.init(jax.random.key(1), tokens)
+    variables = initialized(model, tokens)
     rules = [Rule("Embed_0", FMT), Rule("layers/.*", FMT, act_fmt=FMT)]
     packed, report = ifjax.quantize_params(variables, rules, model=model, sample=tokens)
     assert count_packed(packed) == 7 and packed["batch_stats"] is variables["batch_stats"]
@@ -447,7 +446,7 @@ class Heads(nn.Module):
 
 def test_layers_that_vmap_stacked_keep_an_amax_each():
     model, x = Heads(), normal(3, 5, 16)
-    variables = model.init(jax.random.key(1), x)
+    variables = initialized(model, x)
     rule = Rule(".*", FMT, act_fmt=FMT)
     packed, _ = ifjax.quantize_params(variables, rule, model=model, sample=x)
     (q,) = (leaf for leaf in jax.tree.leaves(packed, is_leaf=_is_packed) if _is_packed(leaf))
@@ -490,7 +489,7 @@ def test_progress_in_a_notebook_without_widgets_is_not_shown_rather_than_warned_
 @pytest.mark.slow
 def test_calibration_sees_scanned_layers_as_one_and_all_operands_of_attention():
     model, tokens = Everything(), jnp.array([[0, 3, 11], [5, 5, 1]])
-    variables = model.init(jax.random.key(1), tokens)
+    variables = initialized(model, tokens)
     rules = [
         Rule(".*Attention_0", None, operands={"query": FMT, "key": FMT}, act_amax="static"),
         Rule("layers/.*", FMT, act_fmt=FMT, act_amax="static"),
@@ -513,7 +512,7 @@ def test_gptq_by_calibration_beats_rounding_on_correlated_inputs():
             return nn.DenseGeneral(8, axis=(-2, -1), use_bias=False)(x)
 
     model, x = Model(), normal(256, 4) @ normal(4, 32, seed=2)
-    variables = model.init(jax.random.key(1), x)
+    variables = initialized(model, x)
     rule = Rule(".*", FMT, gptq=True)
     calibration = ifjax.calibrate(model.apply, variables, [(x[:128],), (x[128:],)], rule, progress=False)
     np.testing.assert_allclose(calibration.hessians["DenseGeneral_0"], x.T @ x, rtol=1e-4, atol=1e-3)
@@ -603,7 +602,7 @@ def test_layers_that_rewrite_their_parameters_are_left_with_a_reason(rewriting):
             return rewriting(nn.Dense(8))(nn.Dense(16, name="rest")(x), **options)
 
     x = normal(5, 16)
-    variables = Model().init(jax.random.key(0), x)
+    variables = initialized(Model(), x)
     packed, report = ifjax.quantize_params(variables, FMT, model=Model(), sample=x)
     assert [e.path for e in report.quantized] == ["rest/kernel"]
     (entry,) = (e for e in report.entries if e.path == "Dense_0/kernel")
@@ -624,7 +623,7 @@ def test_a_layer_whose_parameters_are_mapped_is_left_with_a_reason():
             return nn.map_variables(nn.Dense, "params", double, init=self.is_initializing())(8)(nn.Dense(16)(x))
 
     x = normal(5, 16)
-    variables = Doubled().init(jax.random.key(0), x)
+    variables = initialized(Doubled(), x)
     packed, report = ifjax.quantize_params(variables, FMT, model=Doubled(), sample=x)
     assert [e.path for e in report.quantized] == ["Dense_0/kernel"]
     (entry,) = (e for e in report.entries if e.path.endswith("Dense_0/kernel") and e not in report.quantized)
@@ -656,7 +655,7 @@ class Flagged(nn.Module):
 
 def test_flags_and_strings_are_arguments_too():
     model, x = Flagged(), normal(3, 16)
-    variables = model.init(jax.random.key(0), x)
+    variables = initialized(model, x)
     for sample in ((x, False), (x, False, "sum"), {"x": jax.ShapeDtypeStruct(x.shape, x.dtype), "train": False}):
         _, report = ifjax.quantize_params(variables, Rule("first", FMT), model=model, sample=sample)
         assert report.totals.quantized == 1
@@ -669,7 +668,7 @@ def test_flags_and_strings_are_arguments_too():
 @pytest.mark.slow
 def test_one_list_of_rules_serves_all():
     model, x = Flagged(), normal(3, 16)
-    variables = model.init(jax.random.key(0), x)
+    variables = initialized(model, x)
     rules = [
         Rule("wi", FMT, axis=-2, block=8, module="Flagged"), Rule(".*", None, module="LayerNorm"), Rule("head", None),
         Rule("first", FMT, act_fmt=FMT, act_amax="static"),
@@ -687,7 +686,7 @@ def test_one_list_of_rules_serves_all():
 
 def test_without_rules_only_what_is_packed_is_quantized():
     model, x = Flagged(), normal(3, 16)
-    variables = model.init(jax.random.key(0), x)
+    variables = initialized(model, x)
     packed, _ = ifjax.quantize_params(variables, [Rule("first", FMT)], model=model, sample=x)
     y = ifjax.quantized(model.apply)(packed, x)
     np.testing.assert_allclose(y, model.apply(packed, x), rtol=1e-5, atol=1e-6)

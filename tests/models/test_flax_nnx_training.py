@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from samples import normal
 
 import ifjax
 from ifjax import Rule
@@ -25,10 +26,6 @@ class Model(nnx.Module):
 
     def __call__(self, x):
         return self.last(self.general(nnx.relu(self.first(x))))
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def loss(model, x):
@@ -59,6 +56,7 @@ def test_each_layer_multiplies_by_its_recipe_and_parameters_stay():
     assert model.first.dot_general is jax.lax.dot_general, "the model that was given is left alone"
 
 
+@pytest.mark.slow
 def test_noise_is_new_at_each_call_differs_by_layer_and_depends_on_the_seed_alone():
     model, x = Model(nnx.Rngs(0)), normal(16, 32)
 
@@ -76,6 +74,7 @@ def test_noise_is_new_at_each_call_differs_by_layer_and_depends_on_the_seed_alon
     assert (a != b).any() and (a != other).any()
 
 
+@pytest.mark.slow
 def test_stacked_layers_have_keys_of_their_own_in_a_scan():
     @nnx.vmap
     def layers(key):
@@ -94,6 +93,7 @@ def test_stacked_layers_have_keys_of_their_own_in_a_scan():
     np.testing.assert_array_equal(trained.dot_general.stream.count[...], [1, 1, 1])
 
 
+@pytest.mark.slow
 def test_remat_repeats_its_noise():
     model, x = nnx.Linear(32, 16, rngs=nnx.Rngs(0)), normal(16, 32)
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from samples import initialized, normal
 
 import ifjax
 from ifjax import Rule
@@ -12,10 +13,6 @@ from ifjax.training import RECIPES, Operand, Product, Recipe
 
 PLAIN = Recipe("plain", Product(Operand("nvfp4"), Operand("nvfp4")))  # no noise
 NOISY = Recipe("noisy", wgrad=Product(Operand(), Operand("nvfp4", "stochastic_unbiased")))
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 class Model(nn.Module):
@@ -28,7 +25,7 @@ class Model(nn.Module):
 
 
 def built(model, x):
-    variables = model.init(jax.random.key(1), x)
+    variables = initialized(model, x)
     return jax.tree.map(lambda a: a + 0.125 if a.ndim == 1 else a, variables)
 
 
@@ -87,7 +84,7 @@ def gradient(model, variables, x, rules, **options):
 def test_noise_is_of_the_key_and_the_layer():
     x = normal(32, 16)
     pair = nn.Sequential([nn.Dense(16, use_bias=False, kernel_init=nn.initializers.orthogonal()) for _ in range(2)])
-    variables = pair.init(jax.random.key(1), x)
+    variables = initialized(pair, x)
     runs = [gradient(pair, variables, x, NOISY, rngs={"quantize": jax.random.key(i)}) for i in (0, 0, 1)]
     jax.tree.map(np.testing.assert_array_equal, runs[0], runs[1])
     float_grad = jax.grad(lambda v: (pair.apply(v, x) ** 2).sum())(variables)["params"]
@@ -99,11 +96,12 @@ def test_noise_is_of_the_key_and_the_layer():
             assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / 16
 
 
+@pytest.mark.by_default("True")
 @pytest.mark.parametrize("split", [True, False])
 def test_scanned_and_rematerialized_layers_draw_the_same_noise_from_the_same_key(split):
     """The program folds the layer's number into the key: Flax need not split it."""
     x, model = normal(32, 16), Layers(split=split)
-    variables = model.init(jax.random.key(1), x)
+    variables = initialized(model, x)
     first, again, other = (
         gradient(model, variables, x, NOISY, rngs={"quantize": jax.random.key(seed)}) for seed in (0, 0, 1)
     )
@@ -114,7 +112,7 @@ def test_scanned_and_rematerialized_layers_draw_the_same_noise_from_the_same_key
 
 def test_missing_noise_is_an_error_only_where_it_is_needed():
     model, x = nn.Dense(8), normal(16, 32)
-    variables = model.init(jax.random.key(1), x)
+    variables = initialized(model, x)
     evaluated = ifjax.quantized(model.apply, NOISY)(variables, x)
     np.testing.assert_array_equal(evaluated, model.apply(variables, x))
     with pytest.raises(ValueError, match="rngs="):
@@ -128,14 +126,14 @@ def test_what_cannot_train_quantized_is_refused_by_name():
             return nn.Dense(8)(nn.Conv(16, (3,))(x))
 
     model, x = Convolves(), normal(2, 4, 16)
-    variables = model.init(jax.random.key(1), x)
+    variables = initialized(model, x)
     with pytest.raises(ValueError, match="'Conv_0': it is a convolution"):
         ifjax.quantized(model.apply, [Rule("Conv.*", recipe=PLAIN), Rule(".*", recipe=PLAIN)])(variables, x)
     y = ifjax.quantized(model.apply, PLAIN)(variables, x)
     assert not np.array_equal(y, model.apply(variables, x))
     own = nn.Dense(8, dot_general=jax.lax.dot_general)
     with pytest.raises(ValueError, match="dot_general of its own"):
-        ifjax.quantized(own.apply, Rule("", recipe=PLAIN))(own.init(jax.random.key(0), x), x)
+        ifjax.quantized(own.apply, Rule("", recipe=PLAIN))(initialized(own, x), x)
     packed, _ = ifjax.quantize_params(variables, "nvfp4", model=model, sample=x)
     refused = pytest.raises(ValueError, match="is packed, and training needs floats")
     with refused, nn.intercept_methods(ifjax.interceptors.training(PLAIN)):
@@ -147,6 +145,7 @@ def test_what_cannot_train_quantized_is_refused_by_name():
         ifjax.quantized(model.apply, PLAIN, calibration=object())
 
 
+@pytest.mark.slow
 def test_a_recipe_stands_for_the_default_rules():
     class Tied(nn.Module):
         @nn.compact
@@ -156,7 +155,7 @@ def test_a_recipe_stands_for_the_default_rules():
             return table.attend(x) + nn.Dense(12, name="lm_head")(x)
 
     model, tokens = Tied(), jnp.arange(8)
-    variables = model.init(jax.random.key(1), tokens)
+    variables = initialized(model, tokens)
     with nn.intercept_methods(ifjax.interceptors.training("w4a4_qat")):
         y = model.apply(variables, tokens)
     x = variables["params"]["Embed_0"]["embedding"][tokens]

@@ -9,21 +9,21 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from samples import initialized, normal
 
 import ifjax
 from ifjax import Rule
 from ifjax.training import Operand, Product, Recipe
 
 PLAIN = Recipe("plain", Product(Operand("mxfp4"), Operand("mxfp4")), dgrad=Product(Operand("mxfp4"), Operand("mxfp4")))
-X = jax.random.normal(jax.random.key(1), (4, 32))
+X = normal(4, 32, seed=1)
 
 
 def filled(adapters):
     """Adapters whose updates are not zero."""
-    keys = jax.random.split(jax.random.key(7), len(adapters))
     return {
-        path: ifjax.lora.Adapter(a.a, jax.random.normal(key, a.b.shape) * 0.1, a.scale)
-        for key, (path, a) in zip(keys, sorted(adapters.items()), strict=True)
+        path: ifjax.lora.Adapter(a.a, normal(*a.b.shape, seed=i) * 0.1, a.scale)
+        for i, (path, a) in enumerate(sorted(adapters.items()))
     }
 
 
@@ -69,8 +69,7 @@ def plain(params, x):
 
 def plain_params():
     shapes = {"up": (32, 48), "heads": (3, 16, 48), "out": (3, 16, 32), "layers": (2, 32, 32), "sliced": (40, 32)}
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return {n: jax.random.normal(k, s) * s[-2] ** -0.5 for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    return {n: normal(*s, seed=i) * s[-2] ** -0.5 for i, (n, s) in enumerate(shapes.items())}
 
 
 def test_values_and_gradients_of_a_plain_function():
@@ -96,9 +95,10 @@ class Model(nn.Module):
         return nn.DenseGeneral(8, axis=(-2, -1))(nn.DenseGeneral((3, 16))(x))
 
 
+@pytest.mark.slow
 def test_linen_and_a_recipe_over_a_packed_base():
     model = Model()
-    params = model.init(jax.random.key(0), X)
+    params = initialized(model, X)
     packed, _ = ifjax.quantize_params(params, "mxfp4", model=model, sample=X)
     adapters = filled(ifjax.lora.init(jax.random.key(2), packed, ".*kernel", rank=2, model=model, sample=X))
     assert set(adapters) == {f"{name}/kernel" for name in ("Dense_0", "DenseGeneral_0", "DenseGeneral_1")}
@@ -130,7 +130,7 @@ def test_linen_and_a_recipe_over_a_packed_base():
 
 def test_the_rest_trains_beside_a_packed_base():
     model = Model()
-    params = model.init(jax.random.key(0), X)
+    params = initialized(model, X)
     packed, _ = ifjax.quantize_params(params, Rule(".*", "mxfp4", block=16), model=model, sample=X)
     trainable, frozen = ifjax.partition(packed)
     assert len(jax.tree.leaves(trainable)) == 3  # biases
@@ -156,6 +156,7 @@ def test_the_rest_trains_beside_a_packed_base():
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_nnx():
     model = nnx.Sequential(nnx.Linear(32, 48, rngs=nnx.Rngs(0)), nnx.Linear(48, 8, rngs=nnx.Rngs(1)))
     graph, state = nnx.split(model)
@@ -182,6 +183,7 @@ def test_nnx():
     assert isinstance(q, ifjax.QTensor) and nnx.merge(graph, merged)(X).shape == (4, 8)
 
 
+@pytest.mark.slow
 def test_merged_is_quantized_as_the_base_was():
     packed, _ = ifjax.quantize_params(plain_params(), Rule(".*", "nvfp4"), model=plain, sample=X)
     adapters = filled(ifjax.lora.init(jax.random.key(2), packed, "layers|up", rank=2, model=plain, sample=X))
@@ -218,7 +220,7 @@ def test_refusals():
 def test_sharded_as_the_base_is():
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     place = lambda *spec: jax.NamedSharding(mesh, jax.P(*spec))  # noqa: E731
-    params = {"w": ifjax.quantize(jax.random.normal(jax.random.key(0), (32, 64)), "mxfp4", axis=-2)}
+    params = {"w": ifjax.quantize(normal(32, 64), "mxfp4", axis=-2)}
     adapters = filled(ifjax.lora.init(jax.random.key(2), params, rank=4))
     run = ifjax.quantized(lambda params, x: x @ params["w"])
     grad = jax.jit(jax.grad(lambda a, p, x: (run(ifjax.lora.attach(p, a), x) ** 2).mean()))
@@ -232,6 +234,7 @@ def test_sharded_as_the_base_is():
     assert together["w"].b.sharding.is_equivalent_to(place(None, "model"), 3)
 
 
+@pytest.mark.slow
 def test_a_small_language_model_learns_beside_a_4_bit_base_as_beside_floats():
     """Loss after 40 steps of Adam on the adapters alone, of texts of another kind than the base was trained on."""
     words, dim = 32, 64
@@ -251,8 +254,7 @@ def test_a_small_language_model_learns_beside_a_4_bit_base_as_beside_floats():
         return (start + step * jnp.arange(17)[None]) % words
 
     shapes = {"embed": (words, dim), "up": (2 * dim, 128), "down": (128, dim), "head": (dim, words)}
-    keys = jax.random.split(jax.random.key(0), 4)
-    params = {n: jax.random.normal(k, s) * s[0] ** -0.5 for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    params = {n: normal(*s, seed=i) * s[0] ** -0.5 for i, (n, s) in enumerate(shapes.items())}
 
     def train(loss, tree, step, count, rate):
         optimizer = optax.adam(rate)

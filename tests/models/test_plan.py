@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from samples import initialized, normal
 
 import ifjax
 from ifjax import Rule
@@ -29,13 +30,13 @@ class Model(nn.Module):
         return nn.Dense(8, name="head")(Block(name="b")(Block(name="a")(x)))
 
 
-X = jax.random.normal(jax.random.key(1), (16, 32))
+X = normal(16, 32, seed=1)
 
 
 @functools.cache
 def problem():
     model = Model()
-    params = model.init(jax.random.key(0), X)
+    params = initialized(model, X)
     wanted = model.apply(params, X)
 
     def loss(params, x):
@@ -69,6 +70,7 @@ def test_parameters_that_share_an_input_are_one_item():
     assert numbers["a"] == numbers["b"] and len({*numbers.values()}) == 3
 
 
+@pytest.mark.by_default("direct")
 @pytest.mark.parametrize("sensitivity", ["direct", "fisher"])
 def test_losses_bits_and_rules(sensitivity, tmp_path):
     model, params, loss = problem()
@@ -105,6 +107,7 @@ def test_losses_bits_and_rules(sensitivity, tmp_path):
     assert jax.tree.structure(same) == jax.tree.structure(packed)
 
 
+@pytest.mark.slow
 def test_never_worse_than_one_format_for_all_of_that_budget():
     _, params, loss = problem()
     for fmt, bits in (("nvfp4", 4.5), ("mxfp6_e3m2", 6.25)):

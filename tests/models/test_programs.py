@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from samples import normal
 
 import ifjax
 from ifjax import Rule
@@ -17,10 +18,6 @@ from ifjax.training import quantized_conv, quantized_dot_general, quantized_ragg
 FMT = "nvfp4"
 ALL = Rule(".*", FMT, optional=True)
 W4A4 = Rule(".*", FMT, act_fmt=FMT, optional=True)
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def rounded(x, axis=-1, amax_axes=()):
@@ -97,7 +94,7 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-@pytest.mark.by_default("stacked", "heads", "experts", "convolved")
+@pytest.mark.by_default("heads", "experts")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_tell_their_products_and_run_packed(name):
     fn, params, x, axes = PROGRAMS[name]
@@ -125,7 +122,7 @@ def test_activations_are_rounded_along_what_the_program_contracts():
     np.testing.assert_allclose(ifjax.quantized(fn, W4A4)(params, x), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.by_default("stacked", "experts")
+@pytest.mark.by_default("experts")
 @pytest.mark.parametrize("name", ["heads", "stacked", "convolved", "experts", "transposed"])
 def test_recipes_train_every_product_of_a_program(name):
     fn, params, x, _ = PROGRAMS[name]
@@ -267,7 +264,7 @@ def test_a_static_amax_of_nothing_is_told_and_the_inputs_own_is_used():
         np.testing.assert_array_equal(y, dynamic)
 
 
-@pytest.mark.by_default("1")
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_trained_convolution_is_the_convolution_of_rounded_windows(groups):
     x, w = normal(2, 5, 6, 8 * groups, seed=1), normal(3, 2, 8, 4)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from samples import initialized, normal
 
 import ifjax
 from ifjax import Rule
@@ -17,8 +18,10 @@ from ifjax.models.transforms import Transform
 
 def outliers(shape, seed=0):
     """Activations of which two channels are large, as those of language models."""
-    x = jax.random.normal(jax.random.key(seed), shape)
-    return x.at[..., 5].multiply(30).at[..., 40].multiply(12)
+    x = np.array(normal(*shape, seed=seed))
+    x[..., 5] *= 30
+    x[..., 40] *= 12
+    return jnp.asarray(x)
 
 
 class Model(nn.Module):
@@ -34,7 +37,7 @@ X = outliers((64, 64))
 @functools.cache
 def model():
     made = Model()
-    return made, made.init(jax.random.key(1), X)
+    return made, initialized(made, X)
 
 
 def quantized_by(rules, rows=X):
@@ -47,6 +50,7 @@ def quantized_by(rules, rows=X):
     return packed
 
 
+@pytest.mark.by_default("*32}", "*greedy*")
 @pytest.mark.parametrize(
     "how", [{"rotate": 16}, {"rotate": "greedy"}, {"smooth": 0.5}, {"smooth": 0.5, "rotate": 32}], ids=str
 )
@@ -70,6 +74,7 @@ def test_the_function_stays_what_it_was(how):
     np.testing.assert_allclose(y, wanted, atol=2e-5 * float(jnp.abs(wanted).max()))
 
 
+@pytest.mark.slow
 def test_outliers_cost_less():
     made, params = model()
     exact = made.apply(params, X)
@@ -88,8 +93,9 @@ def test_outliers_cost_less():
     assert error("mxfp4", rotate="greedy", gptq=True) < 0.5 * error("mxfp4", gptq=True)
 
 
+@pytest.mark.slow
 def test_plain_functions_scan_and_lora():
-    w = jax.random.normal(jax.random.key(0), (3, 64, 64)) / 8
+    w = normal(3, 64, 64) / 8
 
     def fn(params, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w.T), None), x, params["w"])[0]

@@ -87,6 +87,7 @@ def test_every_byte_is_the_packing_of_what_it_unpacks_to(bits):
     assert_array_equal(pack(unpack(jnp.asarray(packed), bits)[:, 0], bits), packed)
 
 
+@pytest.mark.by_default("4")
 @pytest.mark.parametrize("bits", [3, 4, 6])
 def test_jit_and_vmap_change_nothing(bits):
     codes = random_codes((5, 3, 12), bits)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from samples import normal
 
 import ifjax
 
@@ -12,7 +13,7 @@ B, T, H, D = 2, 12, 2, 32
 
 def tokens(n, heads=H, seed=0, size=D):
     shape = (B, n, heads, size)
-    return tuple(jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(seed), 3))
+    return tuple(normal(*shape, seed=3 * seed + i) for i in range(3))
 
 
 def attention(q, k, v, count, mask=None):
@@ -26,6 +27,7 @@ def attention(q, k, v, count, mask=None):
     return np.einsum("bnst,btnd->bsnd", weights / weights.sum(-1, keepdims=True), v)
 
 
+@pytest.mark.by_default("mxfp4-5")
 @pytest.mark.parametrize("fmt, window", [("nvfp4", 0), ("nvfp4", 3), ("mxfp4", 5)])
 def test_attention_is_that_of_the_decoded_cache(fmt, window):
     cache = ifjax.PackedCache.zeros((B, T, H, D), fmt, window=window)
@@ -62,8 +64,9 @@ def test_attention_is_that_of_the_decoded_cache(fmt, window):
     )
 
 
+@pytest.mark.slow
 def test_errors_do_not_grow_with_the_context_and_a_window_lowers_them():
-    q, k, v = (jax.random.normal(key, (1, 256, 1, 64)) for key in jax.random.split(jax.random.key(3), 3))
+    q, k, v = (normal(1, 256, 1, 64, seed=i) for i in range(3))
 
     def error(count, window=0):
         cache = ifjax.PackedCache.zeros((1, 256, 1, 64), "nvfp4", window=window).append(k[:, :count], v[:, :count])

@@ -101,7 +101,7 @@ def test_any_axes_may_be_contracted_batched_and_blocked(case):
     assert_product(ifjax.dot_general(*operands, dims), spec, *values)
 
 
-@pytest.mark.by_default("if4", "mxfp4", "quad", "razer", "hifloat4")
+@pytest.mark.by_default("if4")
 @pytest.mark.parametrize("name", [n for n, f in ifjax.FORMATS.items() if f.name == n and not n.endswith("_bs8")])
 def test_every_format_multiplies(name):
     x = normal(3, 40)
@@ -109,7 +109,7 @@ def test_every_format_multiplies(name):
     assert_product(ifjax.einsum("mk,nk->mn", x, q), "mk,nk->mn", x, q)
 
 
-@pytest.mark.by_default("1e-06-bfloat16", "1.0-float16")
+@pytest.mark.by_default("1.0-float16")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("magnitude", [1e-6, 1.0, 3e4])
 def test_sixteen_bits_accumulate_in_float32(dtype, magnitude):
@@ -121,7 +121,7 @@ def test_sixteen_bits_accumulate_in_float32(dtype, magnitude):
     assert_product(got, "mk,nk->mn", x, q, dtype)
 
 
-@pytest.mark.by_default("few rows-nvint4", "many rows-if4")
+@pytest.mark.by_default("few rows-nvint4")
 @pytest.mark.parametrize("name", ["if4", "nvfp4", "fouroversix", "nvint4"])
 @pytest.mark.parametrize("rows", [1, 96], ids=["few rows", "many rows"])
 def test_float16_holds_4_bit_weights_exactly(name, rows):
@@ -169,7 +169,7 @@ def test_nan_blocks_poison_their_own_results_only():
     np.testing.assert_array_equal(np.isnan(got), np.array([[0, 0, 1, 0]] * 2, bool))
 
 
-@pytest.mark.by_default("0-0-0", "2-3-0")
+@pytest.mark.by_default("2-3-0")
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 3, 8), (2, 0, 8), (2, 3, 0), (0, 0, 0)])
 def test_empty_products(m, n, k):
     got = ifjax.einsum("mk,nk->mn", jnp.ones((m, k)), ifjax.quantize(jnp.ones((n, k)), NVFP4))
@@ -193,6 +193,7 @@ def test_few_rows(rows, axis, name):
         assert_product(few, spec, x.astype(dtype), q, dtype)
 
 
+@pytest.mark.slow
 def test_few_rows_of_stacked_matrices_and_nans():
     layers = normal(3, 40, 1001, seed=1).at[1, 7, 500].set(jnp.nan)
     q = ifjax.quantize(layers, amax_axes=(0,))
@@ -205,6 +206,7 @@ def test_few_rows_of_stacked_matrices_and_nans():
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_vmap_over_single_rows_is_one_product_of_many_rows():
     x, q = normal(64, 512), ifjax.quantize(normal(256, 512, seed=1))
     by_row = jax.jit(jax.vmap(lambda x, q: ifjax.einsum("k,nk->n", x, q), (0, None)))
@@ -233,7 +235,7 @@ each_side = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.by_default("right-left0-*", "right-left6-*", "right-left9-*")
+@pytest.mark.by_default("right-left6-right6")
 @pytest.mark.parametrize(("left", "right"), MATMULS)
 @each_side
 def test_matmul_broadcasts_like_its_namesake(left, right, packed):
@@ -248,7 +250,7 @@ SPECS = [
 ]  # fmt: skip
 
 
-@pytest.mark.by_default("right-bk*", "right-bqhd*", "right-k,k*", "right-...k*")
+@pytest.mark.by_default("right-bqhd*")
 @pytest.mark.parametrize(("spec", "left", "right"), SPECS)
 @each_side
 def test_einsum_means_what_its_namesake_means(spec, left, right, packed):
@@ -263,6 +265,7 @@ def test_einsum_takes_one_or_three_operands():
     np.testing.assert_allclose(ifjax.einsum("xa,ab,by->yx", a, q, b), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_numpy_arrays_are_arrays():
     (q, values), x = random_nvfp4((3, 4), 1, 0, 0), np.array([1.0, 2, 3], np.float32)
     np.testing.assert_allclose(ifjax.matmul(x, q), x @ values, rtol=1e-5)
@@ -300,7 +303,7 @@ def test_ragged_dot_gives_each_group_its_expert(settings):
 # --- gradients and transformations ------------------------------------------------------------------------------------
 
 
-@pytest.mark.by_default("float32-mk,nk->mn-*", "float32-bhqd,*")
+@pytest.mark.by_default("float32-mk,nk->mn-*")
 @pytest.mark.parametrize(
     ("spec", "left", "right", "axis"),
     [("mk,nk->mn", (3, 8), (4, 8), 1), ("mk,kn->mn", (3, 8), (8, 4), 0), ("abk,kcd->abcd", (2, 3, 8), (8, 4, 5), 0),
@@ -359,6 +362,7 @@ def test_vmap_over_either_operand_and_both():
     np.testing.assert_allclose(got, jnp.broadcast_to(q.dequantize().sum(1)[:, None], xs.shape), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.by_default("remat")
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
 def test_layers_scan_over_packed_weights(wrap):
     x, layers = normal(3, 8), ifjax.quantize(normal(4, 8, 8, seed=1), IF4, axis=-2, amax_axes=(0,))

@@ -31,6 +31,7 @@ SPECS = [
 ]
 
 
+@pytest.mark.by_default("packed-*", "plain-*")
 @pytest.mark.parametrize(
     "how, x_spec, w_spec, y_spec",
     [*(("packed", *specs) for specs in SPECS), ("plain", *SPECS[0]),

@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from samples import normal
 
 import ifjax
 from ifjax.training.optim import (
@@ -28,10 +29,6 @@ def _promotion():
     """optax adds Python numbers and integer counters to floats, which strict promotion refuses."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 FMT = "nvfp4"  # where any will do: one candidate compiles in half the time
@@ -95,7 +92,7 @@ def test_large_moments_are_packed_and_the_rest_is_untouched():
     assert [x.dtype for x in jax.tree.leaves(dequantize_moments(state))] == [x.dtype for x in jax.tree.leaves(plain)]
 
 
-@pytest.mark.by_default("nvfp4-*", "if6-*")
+@pytest.mark.by_default("nvfp4-*")
 @pytest.mark.parametrize("fmt, bits", [("if6", 6.5), ("nvfp4", 4.5), ("mxfp6_e2m3", 6.25), ("if3", 3.5)])
 def test_bytes_are_counted(fmt, bits):
     params = {"kernel": jnp.zeros((64, 256))}
@@ -115,7 +112,7 @@ def test_second_moments_may_have_another_format():
     assert (state.mu["w"].values.fmt.name, state.nu["w"].values.fmt.name) == ("nvfp4", "mxfp6_e2m3")
 
 
-@pytest.mark.by_default("adagrad", "lion", "inject")
+@pytest.mark.by_default("adagrad", "inject")
 @pytest.mark.parametrize(
     "inner, found",
     [
@@ -158,6 +155,7 @@ def test_parameters_may_be_a_bare_array():
     assert kinds(state.inner_state)[0] == "PackedMoment"
 
 
+@pytest.mark.by_default("shape1-*", "shape3-*", "shape5-*")
 @pytest.mark.parametrize(
     "shape, axis",
     [((64, 256), -1), ((4096, 3), -2), ((8, 512, 20), -2), ((512, 30), -1), ((4100,), -1), ((9, 9, 80), -1)],
@@ -172,6 +170,7 @@ def test_blocks_lie_along_the_last_axis_unless_it_wastes_room(shape, axis):
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_representable_moments_give_the_inner_steps_bit_for_bit():
     """MX scales are powers of two, and E2M3 holds halves and quarters of the largest value."""
     params = {"w": normal(16, 64)}
@@ -238,6 +237,7 @@ def test_updates_stay_bounded_where_second_moments_span_many_orders():
     assert largest.max() < 5  # 28,000 where roots may decode to zero
 
 
+@pytest.mark.slow
 def test_the_tensor_scale_is_a_power_of_two():
     for scale in (1.0, 1.5, 3e-20, 7e30):
         x = scale * jnp.clip(normal(8, 64), -1, 1)
@@ -246,6 +246,7 @@ def test_the_tensor_scale_is_a_power_of_two():
         assert math.frexp(float(q.amax))[0] == 0.5
 
 
+@pytest.mark.slow
 def test_a_value_that_is_not_finite_stays_in_its_block():
     x = normal(4, 64).at[1, 20].set(jnp.nan).at[2, 40].set(jnp.inf)
     for kind, root in ((PackedMoment, False), (PackedRoot, True)):
@@ -350,6 +351,7 @@ def test_jitted_and_eager_steps_are_alike():
     assert_trees_equal(jax.jit(optimizer.init)(params), state)
 
 
+@pytest.mark.slow
 def test_states_can_be_donated():
     key = jax.random.key(7)
     optimizer = quantized_moments(optax.adamw(1e-2), FMT, min_size=1024, seed=key)

@@ -229,7 +229,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.by_default("heads out", "negative axes")
+@pytest.mark.by_default("negative axes")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_axes_are_those_of_matrices(layout):
     x_shape, w_shape, dims = LAYOUTS[layout]
@@ -426,6 +426,7 @@ def test_named_recipes_are_hashable_state_their_source_and_are_found(name):
     assert hash(recipe) == hash(dataclasses.replace(recipe))
 
 
+@pytest.mark.slow
 def test_named_formats_are_equal_by_name_and_by_record():
     assert Operand(ifjax.FORMATS["if4"]) == Operand("if4")
     assert Operand("if4", ROUNDINGS["stochastic"], loss=LOSSES["mae"]) == Operand("if4", "stochastic", loss="mae")

@@ -103,14 +103,11 @@ def compiled(recipe, placement):
     return program.lower(params, batches[0], jax.random.key(0)).compile()
 
 
-each_placement = pytest.mark.parametrize("placement", [pytest.param("data x tensor", marks=pytest.mark.slow), "fsdp"])
-
-
-@pytest.mark.parametrize(
-    "recipe", ["nvfp4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("if4", "if4_mseden", "quartet2"))]
-)
-@each_placement
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe, placement",
+    [("nvfp4", "data x tensor"), ("if4", "fsdp"), ("if4_mseden", "data x tensor"), ("quartet2", "fsdp")],
+)
 def test_eight_devices_train_as_one(recipe, placement):
     """Each step begins where one device ended the last: sums in another order seldom move a code, whose trace grows."""
     one, params = jax.jit(functools.partial(step, recipe)), initial()
@@ -134,7 +131,8 @@ def collected(compiled):
     return collections.Counter(re.findall(found, compiled.as_text()))
 
 
-@each_placement
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["data x tensor", "fsdp"])
 def test_nothing_more_is_gathered_than_without_quantization(placement):
     plain, quantized = (collected(compiled(recipe, placement)) for recipe in ("bf16", "nvfp4"))
     assert plain.total() >= (placement == "fsdp") * 4  # or nothing was looked for
