@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from ifjax.arrays import QTensor, quantize
@@ -18,6 +19,9 @@ from ifjax.products import dot_general
 from ifjax.products.dot_general import accumulator, as_varying, explicit_sharding, multiples
 from ifjax.products.plan import DimensionNumbers
 from ifjax.training.recipes import Recipe, get_recipe
+
+# The name of results for `jax.checkpoint`: policies that look for products do not look into these.
+SAVED = "quantized_product"
 
 
 def quantized_dot_general(
@@ -41,6 +45,9 @@ def quantized_dot_general(
 
     The same key gives the same result under jit, scan, remat and vmap, up to the order of sums; noise belongs to the
     element, however many devices share the array. Members of a vmap that share a key share its noise.
+
+    Under `jax.checkpoint`, `jax.checkpoint_policies.save_only_these_names("quantized_product")` keeps results, as
+    `dots_saveable` keeps those of plain products.
 
     Differentiable once, in reverse mode: rounding has no second derivative. A recipe that quantizes nothing, and a
     product with an empty operand, are `jax.lax.dot_general` itself.
@@ -116,7 +123,7 @@ def quantized_dot_general(
     rows = _as_matrices(x, x_batch, _rest(x, x_batch, x_contracted), x_contracted)
     columns = _as_matrices(w, w_batch, w_contracted, _rest(w, w_batch, w_contracted))
     y: Any = _product(rows, columns, key, amax, settings)
-    y = y.reshape(result.shape)
+    y = checkpoint_name(y.reshape(result.shape), SAVED)
     return y if out_sharding is None else jax.reshard(y, out_sharding)
 
 

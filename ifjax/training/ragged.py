@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from ifjax.arrays import QTensor
 from ifjax.products.dot_general import accumulator, as_varying
 from ifjax.products.ragged import ragged_sharding
-from ifjax.training.product import Settings, once, operand_of
+from ifjax.training.product import SAVED, Settings, once, operand_of
 from ifjax.training.recipes import Recipe, get_recipe
 
 _WGRAD = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
@@ -78,7 +79,7 @@ def quantized_ragged_dot(
     x, w = as_varying(x, w), as_varying(w, x)
     spread = jnp.zeros((rows, x.shape[1]), x.dtype).at[place].set(x, mode="drop")
     y: Any = _product(spread, w, filled.astype(group_sizes.dtype), key, settings)
-    return y.at[place].get(mode="fill", fill_value=0)
+    return checkpoint_name(y.at[place].get(mode="fill", fill_value=0), SAVED)
 
 
 def _alignment(recipe: Recipe) -> int:

@@ -18,7 +18,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import ifjax
 from ifjax.arrays import ms_eden
 from ifjax.codec import LOSSES, ROUNDINGS
-from ifjax.training import RECIPES, Operand, Product, Recipe, get_recipe, quantized_dot_general
+from ifjax.training import RECIPES, Operand, Product, Recipe, get_recipe, quantized_dot_general, quantized_ragged_dot
 
 KEY = jax.random.key(0)
 MATRICES = (((1,), (0,)), ((), ()))
@@ -413,6 +413,31 @@ def test_packed_residuals_take_four_and_a_half_bits_a_value():
     assert 4.5 / 8 * (x + w) <= kept_bytes(packed(RECIPES["if4"])) <= 4.5 / 8 * (x + w) + small
     assert kept_bytes(RECIPES["quartet2"]) <= 4.5 / 8 * (x + w) + small
     assert kept_bytes(RECIPES["weight_only_qat"]) <= 4 * x + 4.5 / 8 * w + small
+
+
+@pytest.mark.by_default("dense")
+@pytest.mark.parametrize("product", ["dense", "experts"])
+def test_policies_keep_results_by_their_name(product, capsys):
+    x, w = jnp.ones((16, 32)), jnp.ones((3, 32, 32))
+
+    def layers(w, x):
+        for layer in w:
+            if product == "dense":
+                x = quantized_dot_general(x, layer, (((1,), (0,)), ((), ())), "w4a4_qat")
+            else:
+                x = quantized_ragged_dot(x, layer[None], jnp.array([16]), "w4a4_qat")
+            x = jnp.tanh(x)
+        return x.sum()
+
+    names = jax.checkpoint_policies.save_only_these_names("quantized_product")
+    for policy, kept in ((None, 0), (jax.checkpoint_policies.dots_saveable, 0), (names, 3)):
+        jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(layers, policy=policy), w, x)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "argument" not in line]
+        assert len([line for line in lines if line.startswith("f32[16,32]")]) == kept
+    for one, other in zip(
+        *(jax.grad(f, (0, 1))(w, x) for f in (layers, jax.checkpoint(layers, policy=names))), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
