@@ -440,7 +440,7 @@ class Rewriter:
         call = jax.shard_map(
             lambda values, key: [_array(out) for out in self.run(program, values, key)],
             mesh=params["mesh"], in_specs=(specs, jax.sharding.PartitionSpec()), out_specs=list(params["out_specs"]),
-            axis_names=params["manual_axes"], check_vma=params["check_vma"],
+            axis_names=params["newly_manual_axes"], check_vma=params["check_vma"],
         )  # fmt: skip
         return call(ins, key)
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from samples import normal
 
 import ifjax
 from ifjax import Rule
 from ifjax.arrays import QTensor
-from ifjax.training import quantized_conv, quantized_dot_general, quantized_ragged_dot
+from ifjax.training import Operand, Product, Recipe, quantized_conv, quantized_dot_general, quantized_ragged_dot
 
 FMT = "nvfp4"
 ALL = Rule(".*", FMT, optional=True)
@@ -113,6 +114,38 @@ def test_programs_tell_their_products_and_run_packed(name):
         np.testing.assert_allclose(grad, jax.grad(lambda x: fn(dense, x).sum())(x), rtol=1e-3, atol=2e-3)
     both = ifjax.quantized(fn, W4A4)(packed, x)
     assert float(jnp.abs(both - fn(dense, x)).max()) > 1e-3
+
+
+@pytest.mark.by_default("features")
+@pytest.mark.parametrize("parallel", ["rows", "features"])
+def test_shard_map_runs_packed_and_trains(parallel):
+    """The body sees its part of each packed weight; MX formats have no amax that parts would not share."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    params, x = {"up": normal(64, 256, seed=1) / 8, "down": normal(256, 32, seed=2)}, normal(8, 64)
+
+    def whole(p, x):
+        return jnp.tanh(x @ p["up"]) @ p["down"]
+
+    by_rows = jax.shard_map(whole, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
+    by_features = jax.shard_map(
+        lambda p, x: lax.psum(whole(p, x), "d"), mesh=mesh, out_specs=P(),
+        in_specs=({"up": P(None, "d"), "down": P("d")}, P()),
+    )  # fmt: skip
+    fn = by_rows if parallel == "rows" else by_features
+    packed, report = ifjax.quantize_params(params, Rule(".*", "mxfp4"), model=fn, sample=x)
+    assert report.check().totals.quantized == 2
+    for rule in (Rule(".*", "mxfp4"), Rule(".*", "mxfp4", act_fmt="mxfp4")):
+        got, wanted = (jax.jit(ifjax.quantized(f, rule))(packed, x) for f in (fn, whole))
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    recipe = Recipe("mx", Product(Operand("mxfp4"), Operand("mxfp4")))
+
+    def trained(fn):
+        run = ifjax.quantized(fn, recipe)
+        return jax.jit(jax.grad(lambda p: jnp.square(run(p, x)).sum()))(params)
+
+    got, wanted = trained(fn), trained(whole)
+    for name in params:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-3, atol=1e-2)
 
 
 def test_activations_are_rounded_along_what_the_program_contracts():
