@@ -25,7 +25,7 @@ from ifjax.codec.decode import block_scale, narrowed, unscaled
 from ifjax.numerics.devices import device_kind
 from ifjax.numerics.kernels import kernels
 from ifjax.numerics.proofs import by_both, fault_of, inexact
-from ifjax.numerics.xla import divide, in_axes, materialize
+from ifjax.numerics.xla import after, divide, in_axes, materialize
 from ifjax.products.backends import (
     BACKENDS,
     backend_for,
@@ -331,6 +331,7 @@ def _by_xla(x, q, how):
     in_epilogue = q.amax is not None and not any(axis < lead for axis in dims.q_contracted)
 
     def by_dot(x, q, dtype=dtype):
+        q = q.replaced(codes=after(x, q.codes))
         w, units = _in_units(q, dtype) if in_epilogue or q.amax is None else (q.dequantize(dtype), 1)
         y = lax.dot_general(
             x.astype(dtype), w, dims.numbers, how.precision, accumulator(dtype), out_sharding=how.out_sharding

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from ifjax.arrays import QTensor
+from ifjax.numerics.xla import after
 from ifjax.products.dot_general import accumulator, as_varying, no_gradient
 from ifjax.products.plan import Operand, is_packed
 
@@ -80,6 +81,7 @@ def _ragged(x, q, group_sizes, group_offset, settings):
 
 def _ragged_values(x, q, group_sizes, group_offset, settings):
     precision, _, dtype, out_dtype = settings
+    q = q.replaced(codes=after(x, q.codes))
     y = lax.ragged_dot(
         x.astype(dtype), q.dequantize(dtype), group_sizes, precision, accumulator(dtype), group_offset=group_offset
     )
@@ -92,6 +94,7 @@ def _ragged_fwd(x, q, group_sizes, group_offset, settings):
 
 def _ragged_bwd(settings, kept, g):
     q, group_sizes, group_offset = kept
+    q = q.replaced(codes=after(g, q.codes))
     x = jnp.zeros((g.shape[0], q.shape[-2]), settings[1])  # linear in x: any will do
     _, pull = jax.vjp(lambda x: _ragged_values(x, q, group_sizes, group_offset, settings), x)
     return *pull(g), no_gradient(q), *no_gradient((group_sizes, group_offset))
