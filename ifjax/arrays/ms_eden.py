@@ -21,6 +21,7 @@ from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks
 from ifjax.codec.headers import power_near
 from ifjax.codec.rounding import uniform_noise
 from ifjax.formats import E4M3, Candidate, Format, get_format
+from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.hadamard import SIZES, hadamard
 from ifjax.numerics.xla import divide
 
@@ -74,7 +75,7 @@ def ms_eden(
         0.0097
     """
     fmt = check_format(fmt, size)
-    x = jnp.asarray(x)
+    x = as_array(x)
     if (key is None) == (noise is None):
         raise ValueError("ms_eden needs key=, for example key=jax.random.key(0), or noise=, and not both")
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4

@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from opt_einsum.parser import parse_einsum_input
 
 from ifjax.arrays import QTensor
-from ifjax.products.dot_general import dot_general
+from ifjax.numerics.byte_order import as_array
+from ifjax.products.dot_general import dot_general, explicit_sharding
 from ifjax.products.plan import Impl, Operand, is_packed
 
 
@@ -20,6 +21,7 @@ def matmul(
     *,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
     impl: Impl | None = None,
     target: str | None = None,
 ) -> jax.Array:
@@ -40,9 +42,11 @@ def matmul(
     left = "k" if rank_a == 1 else "...mk"
     right = "k" if rank_b == 1 else "...kn"
     out = "..." * (rank_a > 1 or rank_b > 1) + "m" * (rank_a > 1) + "n" * (rank_b > 1)
+    a, b = (x if is_packed(x) else as_array(x) for x in (a, b))
+    sharding = explicit_sharding(jnp.matmul, (a, b), out_sharding)
     return einsum(
         f"{left},{right}->{out}", a, b, precision=precision, preferred_element_type=preferred_element_type,
-        impl=impl, target=target,
+        out_sharding=out_sharding if sharding is None else sharding, impl=impl, target=target,
     )  # fmt: skip
 
 
@@ -51,21 +55,30 @@ def einsum(
     *operands: Operand,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
     impl: Impl | None = None,
     target: str | None = None,
 ) -> jax.Array:
     """`jax.numpy.einsum`, any of whose operands may be QTensors. See `dot_general`.
 
     Sums along one operand alone, diagonals and outer dimensions of length 1 that would broadcast a QTensor dequantize
-    it. More than two operands are contracted pair by pair in opt_einsum's order.
+    it. More than two operands are contracted pair by pair in opt_einsum's order. On meshes with explicit axes the
+    result is placed as by `jax.numpy.einsum`, which takes `out_sharding` where that is not clear.
 
     Raises:
-        ValueError: the specification does not fit the operands.
+        ValueError: the specification does not fit the operands; `out_sharding` without explicit axes.
     """
     rest = {"precision": precision, "preferred_element_type": preferred_element_type}
     if not any(map(is_packed, operands)):
-        return jnp.einsum(spec, *operands, **rest)
-    left: list[Any] = [a if is_packed(a) else jnp.asarray(a) for a in operands]
+        return jnp.einsum(spec, *map(as_array, operands), out_sharding=out_sharding, **rest)
+    left: list[Any] = [a if is_packed(a) else as_array(a) for a in operands]
+    sharding = explicit_sharding(functools.partial(jnp.einsum, spec), left, out_sharding)
+    if sharding is not None:
+        product = functools.partial(einsum, spec, impl=impl, target=target, **rest)
+        placed: Any = jax.sharding.auto_axes(product, out_sharding=sharding)
+        return placed(*left)
+    if out_sharding is not None:
+        raise ValueError("out_sharding= is for meshes with explicit axes: set one by jax.set_mesh, or leave it out")
     inputs, out, _ = parse_einsum_input((spec, *(a.shape for a in left)), shapes=True)
     rest |= {"impl": impl, "target": target}
     if len(left) == 2:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ifjax.arrays import Explanation, QTensor
+from ifjax.numerics.byte_order import native
 from ifjax.numerics.devices import device_kind, may_be_partitioned
 from ifjax.numerics.kernels import why_none
 from ifjax.products.backends import BACKENDS, Backend, Prepacked, backend_for, decoding_of
@@ -72,6 +73,7 @@ def explain_matmul(
         >>> ifjax.explain_matmul(jax.ShapeDtypeStruct((8, 4096), jnp.float32), w, target="A100")
         Explanation(path='xla', reason='there is no kernel for A100: weights are decoded to float32 by XLA')
     """
+    a, b = native(a), native(b)
     if not (is_packed(a) or is_packed(b)):
         return Explanation("xla", "neither operand is packed")
     if dimension_numbers is None:

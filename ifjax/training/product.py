@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from ifjax.arrays import QTensor, quantize
 from ifjax.codec.blocks import pad_axis
 from ifjax.codec.encode import amax_of
+from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.hadamard import hadamard, random_signs
 from ifjax.products import dot_general
 from ifjax.products.dot_general import accumulator, as_varying, explicit_sharding, multiples
@@ -90,7 +91,7 @@ def quantized_dot_general(
         Array([1., 1., 2.], dtype=float32)
     """
     recipe = get_recipe(recipe)
-    x, w = jnp.asarray(x), jnp.asarray(w)
+    x, w = as_array(x), as_array(w)
     (x_contracted, w_contracted), (x_batch, w_batch) = (
         tuple(tuple(int(i) % a.ndim for i in axes) for axes, a in zip(pair, (x, w), strict=True))
         for pair in dimension_numbers
@@ -98,7 +99,7 @@ def quantized_dot_general(
     numbers = (x_contracted, w_contracted), (x_batch, w_batch)
     dtype = jnp.promote_types(x.dtype, w.dtype)
     if amax is not None:
-        amax = jnp.asarray(amax, jnp.float32)
+        amax = as_array(amax, jnp.float32)
         if amax.shape != (3,):
             raise ValueError(f"amax must be of shape (3,), the maxima of x, w and the gradient of y: got {amax.shape}")
     plain = functools.partial(
@@ -106,7 +107,7 @@ def quantized_dot_general(
     )
     if not recipe.is_quantized or 0 in (*x.shape, *w.shape):
         return plain(x.astype(dtype), w.astype(dtype), out_sharding=out_sharding)
-    sharding = explicit_sharding(x, w, numbers, out_sharding)
+    sharding = explicit_sharding(functools.partial(lax.dot_general, dimension_numbers=numbers), (x, w), out_sharding)
     if sharding is not None:
         product = functools.partial(
             quantized_dot_general, dimension_numbers=numbers, recipe=recipe, precision=precision,

@@ -19,6 +19,7 @@ from ifjax.models.flax.linen import Operands, Watcher, layer_of, site_of
 from ifjax.models.functions import inside
 from ifjax.models.rules import Rule, as_rules
 from ifjax.models.transforms import Inputs
+from ifjax.numerics.byte_order import native_leaves
 
 ROWS = 128  # of a batch that are kept
 
@@ -86,7 +87,7 @@ def calibrate(
         with inside(key), nn.intercept_methods(collector):
             return apply(params, *args, **kwargs)
 
-    run, count = jax.jit(run, static_argnums=2), 0
+    run, count, params = jax.jit(run, static_argnums=2), 0, native_leaves(params)
     for batch in _tracked(batches) if progress else batches:
         jax.block_until_ready(run(params, *split_arrays(as_arguments(batch))))
         collector.end_batch()
