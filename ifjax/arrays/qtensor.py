@@ -139,11 +139,13 @@ class QTensor(FlaxBox):
 
     def unpacked_codes(self) -> UInt8[Array, "..."]:
         """Return one code a value, in the array's own shape."""
+        check_arrays(self)
         codes = merge_blocks(unpack(self.codes, self.fmt.bits, self.axis), self.axis)
         return crop(codes, self.shape[self.axis], self.axis).astype(jnp.uint8)
 
     def headers(self) -> Int[Array, "..."]:
         """Return the blocks' headers as integers, int32 [..., m, ...]."""
+        check_arrays(self)
         return header_words(self.scales, self.fmt.scale.nbytes, self.axis)
 
     def choices(self) -> UInt8[Array, "..."]:
@@ -277,21 +279,45 @@ class QTensor(FlaxBox):
             return f"QTensor({self.fmt.name}, codes={self.codes}, scales={self.scales}, amax={self.amax})"
 
 
+def _no(name: str) -> str:
+    return (
+        f"a QTensor has no {name}: it is packed. Write q.dequantize() for its values, `x @ q` or ifjax.einsum for "
+        "products, or ifjax.quantized(fn) for a function that does arithmetic with it"
+    )
+
+
 def _refuse(name):
     def refused(self, *others):
         del others
-        raise TypeError(
-            f"a QTensor has no {name}: it is packed. Write q.dequantize() for its values, `x @ q` or ifjax.einsum for "
-            "products, or ifjax.quantized(fn) for a function that does arithmetic with it"
-        )
+        raise TypeError(_no(name))
 
     return refused
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "abs"):
+_UNARY, _COMPARED = ("neg", "pos", "abs", "invert", "float", "int"), ("lt", "le", "gt", "ge")
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "divmod", *_UNARY, *_COMPARED):
     setattr(QTensor, f"__{_name}__", _refuse(f"__{_name}__"))
-    if _name not in ("neg", "abs"):
+    if _name not in (*_UNARY, *_COMPARED):
         setattr(QTensor, f"__r{_name}__", _refuse(f"__r{_name}__"))
+
+
+def _equals(self, other):
+    """Whether they are one object. Arrays and numbers are compared element by element, which needs values."""
+    if isinstance(other, jax.Array | np.ndarray | np.generic | int | float):
+        raise TypeError(_no("__eq__"))
+    return NotImplemented
+
+
+def _missing(self, name):
+    if hasattr(QTensor, name):  # a property that asked one of the arrays, and it is none
+        raise AttributeError(f"a QTensor of {type(self.codes).__name__} has no {name}", name=name, obj=self)
+    if not name.startswith("_") and hasattr(jax.Array, name):
+        raise AttributeError(_no(name), name=name, obj=self)
+    raise AttributeError(f"'QTensor' object has no attribute {name!r}", name=name, obj=self)
+
+
+setattr(QTensor, "__eq__", _equals)  # noqa: B010  in the class body they would be fields' methods, and take __hash__
+setattr(QTensor, "__getattr__", _missing)  # noqa: B010
 
 
 ARRAYS = ("codes", "scales", "amax")

@@ -213,7 +213,7 @@ class Rule:
         try:
             check_pattern(self.path)
         except UnsupportedPattern as error:
-            raise self._error("path", f"path {error}: paths are matched in linear time") from None
+            raise self._error("path", f"path {error}: paths are matched in polynomial time") from None
         except (re.error, OverflowError, RecursionError) as error:
             at = getattr(error, "pos", None)
             where = "" if at is None else f" at position {at}, before {self.path[at:]!r}"
