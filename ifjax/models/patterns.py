@@ -97,6 +97,8 @@ def _looks(width: int | None, program: Program, text: str, at: int, looked: dict
 
 @functools.lru_cache(maxsize=1024)
 def _compiled(pattern: str) -> Program:
+    if len(pattern) > 10 * LONGEST:  # reading it would take long, and for nothing
+        raise UnsupportedPattern(f"may have {10 * LONGEST} characters, and has {len(pattern)}")
     re.compile(pattern)  # its own errors and warnings
     tree = _parser.parse(pattern)
     program: Program = []
