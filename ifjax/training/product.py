@@ -45,7 +45,8 @@ def quantized_dot_general(
     elsewhere in the operands' type with float32 sums. Cotangents have the dtypes of x and w.
 
     The same key gives the same result under jit, scan, remat and vmap, up to the order of sums; noise belongs to the
-    element, however many devices share the array. Members of a vmap that share a key share its noise.
+    element, however many devices share the array. Members of a vmap, and devices inside `jax.shard_map`, that share a
+    key share its noise: split it, or fold in `jax.lax.axis_index(axis)`.
 
     Under `jax.checkpoint`, `jax.checkpoint_policies.save_only_these_names("quantized_product")` keeps results, as
     `dots_saveable` keeps those of plain products.
