@@ -361,10 +361,11 @@ def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "..."
 
 
 def check_arrays(q: QTensor) -> None:
-    """Raise if a cast of a whole tree of parameters, say, has changed the types of q's arrays.
+    """Raise if something that went through a whole tree of parameters, a cast say, has made other arrays of q's.
 
     Raises:
         TypeError: codes or scales are not uint8, or amax is not float32.
+        ValueError: their shapes do not go together, as after a transpose of each.
     """
     for name, wanted in (("codes", np.uint8), ("scales", np.uint8), ("amax", np.float32)):
         array = getattr(q, name)
@@ -373,6 +374,14 @@ def check_arrays(q: QTensor) -> None:
                 f"something has made {array.dtype} of a QTensor's {name}, which are {np.dtype(wanted)}: cast the tree "
                 "with is_leaf=lambda a: isinstance(a, ifjax.QTensor), or write q.astype(dtype)"
             )
+    blocks = q.scales.shape[q.axis] // q.fmt.scale.nbytes if q.scales.ndim >= -q.axis else 0
+    length = packed_length(blocks * q.fmt.block, q.fmt.bits)
+    if q.codes.ndim < -q.axis or with_length(q.scales.shape, q.axis, length) != q.codes.shape:
+        raise ValueError(
+            f"something has made codes {q.codes.shape} and scales {q.scales.shape} of a QTensor with blocks of "
+            f"{q.fmt.block} along axis {q.axis}, which do not go together: change trees with is_leaf=lambda a: "
+            "isinstance(a, ifjax.QTensor), and QTensors by their own methods, such as q.swapaxes"
+        )
 
 
 @jax.jit(static_argnames="dtype")

@@ -42,6 +42,7 @@ from ifjax.products.plan import (
     Impl,
     Operand,
     as_one_axis,
+    as_operand,
     checked_dims,
     checked_impl,
     is_packed,
@@ -111,7 +112,7 @@ def dot_general(
             lhs.astype(dtype), rhs.astype(dtype), dimension_numbers, precision, preferred_element_type,
             out_sharding=out_sharding,
         )  # fmt: skip
-    lhs, rhs = (_with_one_amax(a) if is_packed(a) else as_array(a) for a in (lhs, rhs))
+    lhs, rhs = (_with_one_amax(a) if is_packed(a) else a for a in map(as_operand, (lhs, rhs)))
     plain = functools.partial(lax.dot_general, dimension_numbers=dimension_numbers)
     sharding = explicit_sharding(plain, (lhs, rhs), out_sharding)
     if sharding is not None:

@@ -12,7 +12,7 @@ from opt_einsum.parser import parse_einsum_input
 from ifjax.arrays import QTensor
 from ifjax.numerics.byte_order import as_array
 from ifjax.products.dot_general import dot_general, explicit_sharding
-from ifjax.products.plan import Impl, Operand, is_packed
+from ifjax.products.plan import Impl, Operand, as_operand, is_packed
 
 
 def matmul(
@@ -36,13 +36,13 @@ def matmul(
         >>> ifjax.matmul(jnp.ones((2, 32)), w).shape
         (2, 32)
     """
-    rank_a, rank_b = (x.ndim if is_packed(x) else jnp.ndim(x) for x in (a, b))
+    a, b = as_operand(a), as_operand(b)
+    rank_a, rank_b = a.ndim, b.ndim
     if not rank_a or not rank_b:
         raise ValueError("matmul needs operands of at least one axis, got a scalar: multiply with *")
     left = "k" if rank_a == 1 else "...mk"
     right = "k" if rank_b == 1 else "...kn"
     out = "..." * (rank_a > 1 or rank_b > 1) + "m" * (rank_a > 1) + "n" * (rank_b > 1)
-    a, b = (x if is_packed(x) else as_array(x) for x in (a, b))
     sharding = explicit_sharding(jnp.matmul, (a, b), out_sharding)
     return einsum(
         f"{left},{right}->{out}", a, b, precision=precision, preferred_element_type=preferred_element_type,
@@ -71,7 +71,7 @@ def einsum(
     rest = {"precision": precision, "preferred_element_type": preferred_element_type}
     if not any(map(is_packed, operands)):
         return jnp.einsum(spec, *map(as_array, operands), out_sharding=out_sharding, **rest)
-    left: list[Any] = [a if is_packed(a) else as_array(a) for a in operands]
+    left: list[Any] = [as_operand(a) for a in operands]
     sharding = explicit_sharding(functools.partial(jnp.einsum, spec), left, out_sharding)
     if sharding is not None:
         product = functools.partial(einsum, spec, impl=impl, target=target, **rest)

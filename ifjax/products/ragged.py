@@ -14,7 +14,7 @@ from ifjax.arrays import QTensor
 from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.xla import after
 from ifjax.products.dot_general import accumulator, as_varying, no_gradient
-from ifjax.products.plan import Operand, is_packed
+from ifjax.products.plan import Operand, as_operand, is_packed
 
 
 def ragged_dot(
@@ -42,7 +42,7 @@ def ragged_dot(
         >>> ifjax.ragged_dot(jnp.ones((5, 32)), experts, jnp.array([2, 3])).shape
         (5, 8)
     """
-    lhs, rhs = (a if is_packed(a) else as_array(a) for a in (lhs, rhs))
+    lhs, rhs = as_operand(lhs), as_operand(rhs)
     group_sizes = as_array(group_sizes)
     group_offset = None if group_offset is None else as_array(group_offset)
     sharding = ragged_sharding(lhs, rhs)

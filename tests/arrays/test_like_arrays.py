@@ -86,3 +86,12 @@ def test_a_tree_map_that_makes_floats_of_bytes_is_refused_on_use(q, change):
 def test_a_tree_map_that_stops_at_qtensors_is_refused_at_once(q):
     with pytest.raises(TypeError, match=REMEDY):
         jax.tree.map(lambda a: a * 2, {"w": q}, is_leaf=lambda a: isinstance(a, ifjax.QTensor))
+
+
+@pytest.mark.parametrize("change", [jnp.transpose, jnp.ravel, lambda a: a[:8], lambda a: a.reshape(2, -1)])
+def test_a_tree_map_that_gives_arrays_other_shapes_is_refused_on_use(change):
+    q = ifjax.quantize(jnp.ones((32, 32)), "mxfp4", axis=0)
+    packed = jax.tree.map(change, {"w": q})["w"]
+    for use in (packed.dequantize, lambda: jnp.ones((2, 32)) @ packed):
+        with pytest.raises(ValueError, match="do not go together"):
+            use()
