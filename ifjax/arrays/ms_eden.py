@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ifjax.codec import ROUNDINGS, Rounding
@@ -58,11 +59,12 @@ def ms_eden(
         signs: as for `hadamard`. The published code of IF4 puts its sixteen after the Hadamard matrix instead of
             before it; there they change signs of the result and nothing else: None, and multiply.
         noise: instead of a key, uniform in [0, 1): one number for each block, [..., n / block, ...].
-        amax: of the rotated x. Its largest finite magnitude, in float32, unless given.
+        amax: of the rotated x. Its largest finite magnitude, in float32, unless given and more than 0.
 
     Raises:
         TypeError: x is not a float array.
-        ValueError: the format does not fit; neither or both of key and noise; what `hadamard` raises.
+        ValueError: the format does not fit; neither or both of key and noise; an amax that is none; what `hadamard`
+            raises.
 
     Example:
         >>> import jax
@@ -85,10 +87,12 @@ def ms_eden(
     shape = tuple(n for i, n in enumerate(groups.shape) if i != groups.ndim + axis)
     if key is not None:
         noise = uniform_noise(key, shape, 1)[0] + np.float32(0.5)
-    noise = jnp.asarray(noise, jnp.float32)
+    noise = as_array(noise, jnp.float32)
     if noise.shape != shape:
         raise ValueError(f"noise must have one number for each block, shape {shape}, got {noise.shape}")
-    amax = None if amax is None else jnp.asarray(amax, jnp.float32)
+    amax = None if amax is None else as_array(amax, jnp.float32)
+    if amax is not None and not isinstance(amax, Tracer) and not bool(jnp.all((amax >= 0) & (amax < jnp.inf))):
+        raise ValueError(f"amax must be finite and not negative, got {amax}")
     values = _rounded(groups, jnp.expand_dims(noise, axis), amax, fmt=fmt, axis=axis, size=size)
     return merge_blocks(values, axis).astype(x.dtype)
 
@@ -116,8 +120,8 @@ def check_format(fmt: str | Format, size: int) -> Format:
 def _rounded(z, noise, amax, *, fmt, axis, size):
     """Groups z [..., m, B, ...] as what they round to; noise [..., m, 1, ...]."""
     peaks = jnp.max(jnp.abs(z), axis, keepdims=True, initial=0)
-    if amax is None:
-        amax = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0), initial=0)
+    own = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0), initial=0)
+    amax = own if amax is None else jnp.where(amax > 0, amax, own)  # 0 has seen no values
     power = power_near(amax)  # keeps `unit` from being subnormal
     amax = amax * power
     peak = np.float32(fmt.grid.max / _PEAK_OVER)

@@ -39,6 +39,12 @@ class TensorScale(NamedTuple):
     unit: Any = None
 
 
+def is_amax(value: Any) -> bool:
+    """Whether a number can be the maximum of values other than zero: finite and positive in float32, not flushed."""
+    with np.errstate(over="ignore"):
+        return bool(np.finfo(np.float32).tiny <= np.float32(value) < np.inf)
+
+
 def power_near(amax: jax.Array) -> jax.Array:
     """The power of two that brings float32 amax to [1, 2), 2^127 (without reciprocal) to 2; 1 for zeros."""
     exponent = lax.clamp(np.int32(-126), (bits_of(amax) >> 23) - 127, np.int32(126))
