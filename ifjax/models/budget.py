@@ -51,7 +51,7 @@ def choose(costs: ArrayLike, losses: ArrayLike, budget: float, *, exact: bool = 
 
 
 def greedy(costs: ArrayLike, losses: ArrayLike, budget: float) -> tuple[Choice, float]:
-    """Return the greedy choice and a lower bound of the loss of any choice, that of the relaxed problem.
+    """Return the greedy choice and a lower bound of the loss of any choice within the budget (the relaxed problem's).
 
     Every item starts with its cheapest option. The steps along all items' lower convex hulls are taken in the order of
     their gain per unit of cost (ties: the earlier item, then the earlier step). A step that does not fit closes its

@@ -60,7 +60,7 @@ def trace_products(fn: Callable[..., Any], params: Any, *sample: Any) -> tuple[S
 
 
 def function_walk(fn: Callable[..., Any], params: Any, sample: Any) -> Walk:
-    """Return the sites of fn(params, *sample). A mapping as sample holds keyword arguments, any other the only one."""
+    """Return the sites of fn's parameters; sample is a tuple of arguments, a mapping of keywords, or the only one."""
     inner, put_back = split_collection(params)
     args, kwargs = as_arguments(sample)
     sites = trace_tree(lambda tree, args, kwargs: fn(put_back(tree), *args, **kwargs), inner, (args, kwargs))

@@ -78,7 +78,7 @@ def training(rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantiz
         rng: name of Flax's random stream.
 
     Raises:
-        ValueError: no rule has a recipe. When the intercepted model runs: a matched parameter is packed; a recipe needs
+        ValueError: no rule has a recipe. When the intercepted model runs: a matched parameter is packed; a pass draws
             noise and there is no such stream.
 
     Example:
@@ -230,7 +230,7 @@ class _Training(Watcher):
         if isinstance(module.get_variable("params", layer.kernel), QTensor):
             raise ValueError(f"{site.path!r} is packed, and training needs floats: use ifjax.interceptors.inference, "
                              "or ifjax.quantized to train beside it")
-        if recipe.needs_key and module.has_rng(self.rng):  # without a key, the product raises a precise error
+        if recipe.needs_key and module.has_rng(self.rng):  # without a key, the first pass that needs one raises
             key = module.make_rng(self.rng)
 
         def product(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **options):
