@@ -1,4 +1,4 @@
-"""Calibration: what activations are like, collected while a model runs on example batches."""
+"""Calibration: statistics of activations, collected while a model runs on example batches."""
 
 import dataclasses
 import functools
@@ -20,19 +20,19 @@ from ifjax.models.functions import inside
 from ifjax.models.rules import Rule, as_rules
 from ifjax.models.transforms import Inputs
 
-ROWS = 128  # of a batch that are kept
+ROWS = 128  # input rows to keep of each batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
-    """What `calibrate` found.
+    """Statistics of activations from `calibrate`.
 
     Attributes:
-        amax: of activations, by the path of the module they enter; for attention's operands "path:query" and so on.
-            Layers that nn.scan repeats share one.
-        hessians: sums of x x^T over all rows x [K] that enter a module, float32 [K, K], for rules with gptq. K counts
-            all contracted axes together.
-        inputs: largest magnitudes of channels and some rows, for rules that smooth or rotate by them.
+        amax: activation amaxes by the path of the module that they enter; attention's operands have the keys
+            "path:query" and so on. Layers that nn.scan repeats share one.
+        hessians: sums of x x^T over all input rows x [K] of a module, float32 [K, K], for rules with gptq. K is the
+            product of all contracted lengths.
+        inputs: channel maxima and sample rows of a module's inputs, for rules with smooth or rotate="greedy".
     """
 
     amax: Mapping[str, float]
@@ -50,25 +50,40 @@ def calibrate(
     percentile: float = 99.9,
     progress: bool = True,
 ) -> Calibration:
-    """Run a linen model on batches and collect what rules with act_amax="static" or gptq=True need.
+    """Run a linen model on batches and collect the activation statistics that the rules need.
 
-    Each batch is one call of the jitted model, whose parameters may be floats or packed; activations are not
-    quantized meanwhile. Statistics leave the program by callbacks, so the model may scan, remat and vmap. Layers on
-    which no result of `apply` depends are not seen.
+    Rules with act_amax="static" need amaxes, gptq=True needs Hessians, smooth and rotate="greedy" need inputs. Each
+    batch is one call of the jitted model. Its parameters may be floats or packed; activations are not quantized.
+    Statistics leave the program through callbacks, so the model may scan, remat and vmap. A layer is not seen if no
+    result of `apply` depends on it.
 
     Args:
-        apply: such as `model.apply`, jitted or not. One model: paths of two would mix.
-        params: its first argument.
-        batches: its other arguments: a tuple of positional ones, a mapping of keyword ones, or else the only one. What
-            is no array, such as a flag, is static. All of the same shapes compile once.
+        apply: a function such as `model.apply`, jitted or not. It must call only one model, because the paths of two
+            would mix.
+        params: the first argument of `apply`.
+        batches: the other arguments: each batch a tuple of positional ones, a mapping of keyword ones, or the only one.
+            Values other than arrays, such as flags, are static. Batches of equal shapes compile once.
         rules: as for `ifjax.quantize_params`.
-        statistic: "max": the largest magnitude of all batches; "mean": the mean of the batches' largest; "percentile":
-            the mean of the batches' percentiles of magnitudes.
-        percentile: in (0, 100].
+        statistic: how batches combine to an amax. "max": the largest magnitude of all batches; "mean": the mean of the
+            largest magnitudes per batch; "percentile": the mean of the percentiles per batch.
+        percentile: percentile of the magnitudes, in (0, 100], for statistic="percentile".
         progress: show a progress bar.
 
+    Returns:
+        A `Calibration`.
+
     Raises:
-        ValueError: no rule asks for anything, there is no batch, or one that is not finite.
+        ValueError: no rule needs calibration; a rule has no effect on the model; there is no batch; a statistic is not
+            finite.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> model, x = nn.Sequential([nn.Dense(8)]), jnp.ones((2, 32))
+        >>> params = model.init(jax.random.key(0), x)
+        >>> rules = ifjax.Rule(".*", "nvfp4", act_fmt="nvfp4", act_amax="static")
+        >>> ifjax.calibrate(model.apply, params, [x, 2 * x], rules, progress=False).amax
+        {'layers_0': 2.0}
     """
     rules = as_rules(rules)
     if statistic not in ("max", "mean", "percentile"):
@@ -79,7 +94,7 @@ def calibrate(
         raise ValueError("no rule needs calibration: give one act_fmt with act_amax='static', gptq=True, or smooth=")
     collector = _Collector(rules, percentile if statistic == "percentile" else None)
 
-    key = object()  # in caches of functions that are jitted already, programs with callbacks are for this call alone
+    key = object()  # keeps jitted functions from reusing the programs with this call's callbacks elsewhere
 
     def run(params, arrays, static):
         args, kwargs = joined(arrays, static)
@@ -112,13 +127,13 @@ def _tracked(batches):
     from rich import get_console
     from rich.progress import track
 
-    # In notebooks rich draws by ipywidgets, and warns where there are none.
+    # In notebooks rich draws with ipywidgets, and warns if they are not installed.
     hidden = get_console().is_jupyter and importlib.util.find_spec("ipywidgets") is None
     return track(batches, description="calibrating", transient=True, disable=hidden)
 
 
 class _Collector(Watcher):
-    """The interceptor; multiplies as ever."""
+    """The interceptor that collects statistics; products are not changed."""
 
     def __init__(self, rules, percentile):
         super().__init__()
@@ -188,7 +203,7 @@ class _Collector(Watcher):
 
 
 def _noted(x, note, value):
-    """x, which now depends on the callback: nn.scan refuses those that nothing depends on (flax 0.12.12)."""
+    """Return x, made to depend on the callback `note`: nn.scan refuses callbacks that are unused (flax 0.12.12)."""
 
     def call(value):
         note(value)
@@ -199,5 +214,5 @@ def _noted(x, note, value):
 
 
 def value_name(path: str, operand: str) -> str:
-    """The key of an amax."""
+    """Return the key of an amax in `Calibration.amax`."""
     return path if operand == "input" else f"{path}:{operand}"
