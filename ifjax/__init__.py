@@ -4,11 +4,11 @@ Quantize:    quantize, dequantize, fake_quantize, explain_quantize, kernels, QTe
 Rearrange:   dynamic_slice, dynamic_update_slice, concatenate, stack (QTensor has the methods of arrays)
 Formats:     FORMATS, get_format, learn_format, Format, Candidate, Grid, Scale, TableScale
 Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
-Models:      quantize_params, fake_quantize_params, quantized, trace_products, Site, gptq, trainable_mask, Report
-             plan_formats, FormatPlan, Rule, default_rules, load_rules, save_rules
+Models:      quantize_params, fake_quantize_params, calibrate, quantized, trace_products, Site, gptq, trainable_mask
+             Report, plan_formats, FormatPlan, Rule, default_rules, load_rules, save_rules
 Serve:       PackedCache, pack_cache
 Training:    quantized_dot_general, recipes, ms_eden, training_report, optim, lora, partition, combine
-Flax:        interceptors, calibrate, PackedParam, with_recipes (these import flax when first used)
+Flax:        interceptors, PackedParam, with_recipes (these import flax when first used)
 Rotate:      hadamard, inverse_hadamard, random_signs
 Place:       device_put, shardings
 Store:       save_file, load_file, open_file (safetensors), convert (file to file), checkpoint (Orbax, too)
@@ -72,8 +72,8 @@ if TYPE_CHECKING:
     from ifjax.files import checkpoint
     from ifjax.measure import evaluate, mac, plots
     from ifjax.models import lora
+    from ifjax.models.calibration import Calibration, calibrate
     from ifjax.models.flax import interceptors
-    from ifjax.models.flax.calibration import Calibration, calibrate
     from ifjax.models.flax.nnx import PackedParam, with_recipes
     from ifjax.training import optim
 
@@ -165,9 +165,9 @@ _LAZY_MODULES = {
     "recipes": ("ifjax.training", None),
 }
 _LAZY_NAMES = {
-    "Calibration": "ifjax.models.flax.calibration",
+    "Calibration": "ifjax.models.calibration",
     "PackedParam": "ifjax.models.flax.nnx",
-    "calibrate": "ifjax.models.flax.calibration",
+    "calibrate": "ifjax.models.calibration",
     "evaluate": "ifjax.measure.evaluation",
     "with_recipes": "ifjax.models.flax.nnx",
 }
