@@ -45,9 +45,10 @@ def quantize(
 
     Works inside jit, vmap, scan and remat, and on sharded arrays. No gradient flows through it; `fake_quantize` has
     one. A partial last block is padded with zeros, which `dequantize` drops. A NaN or infinity turns its own block into
-    NaN and affects no other block, because amax is taken over finite values. Multiplying x by a power of two changes
-    neither codes nor selectors. Subnormal numbers count as zero where the platform flushes them (XLA:CPU, TPU). An
-    empty array gives an empty QTensor.
+    NaN and affects no other block, because amax is taken over finite values (formats with `saturates` saturate at an
+    infinity instead). Multiplying x by a power of two changes neither codes nor selectors, unless block scales of a
+    format without a tensor scale leave their normal range. Subnormal numbers count as zero where the platform flushes
+    them (XLA:CPU, TPU). An empty array gives an empty QTensor.
 
     Args:
         x: float32, bfloat16 or float16 of any rank >= 1. float64 is rounded to float32 first.
@@ -80,7 +81,7 @@ def quantize(
         A QTensor of x's shape and dtype.
 
     Raises:
-        TypeError: x is not a float array.
+        TypeError: x is not a float array, or an argument has the wrong type.
         ValueError: an argument is unknown or does not fit; the message says what to write instead.
 
     Source: IF formats arXiv 2603.28765, Four Over Six arXiv 2512.02010; bits as in their published code.
@@ -127,8 +128,8 @@ def fake_quantize(
         The rounded values, in x's shape and dtype.
 
     Raises:
-        TypeError: x is not a float array.
-        ValueError: `gradient` is unknown, or an argument is one that `quantize` rejects.
+        TypeError: x is not a float array, or an argument has the wrong type.
+        ValueError: `gradient` is unknown, or `quantize` would reject an argument.
 
     Example:
         >>> import jax, jax.numpy as jnp

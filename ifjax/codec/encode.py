@@ -402,6 +402,7 @@ def _to_grid(y, candidate: Candidate, fmt: Format):
 
 
 def one_for_each_decoding(fmt: Format):
+    """Return the first candidate of each decoding."""
     return [next(c for c in fmt.candidates if c.decoding == decoding) for decoding in fmt.decodings]
 
 

@@ -244,7 +244,8 @@ def file_reports(
     Blocks lie along the last axis by default, which is the contraction axis of weights stored [out, in], as in PyTorch.
     For weights stored [in, out] (Flax kernels, GPT-2's Conv1D) pass axis=-2. Tensors that the default rules of any of
     the formats exclude (see `ifjax.default_rules`), such as biases, norms, embeddings and the head, are kept
-    unquantized unless `everything` is true. Tensors named in `kept`, which maps names to reasons, are always kept.
+    unquantized unless `everything` is true. Tensors named in `kept`, which maps names to reasons, are always kept, and
+    so are scalars. Tensors of other dtypes than F32, BF16, F16 and F64 are skipped.
     """
     formats, kept = tuple(formats), kept or {}
     rules = [default_rules(fmt) for fmt in formats]
