@@ -1,4 +1,4 @@
-"""`python -m ifjax`"""
+"""Entry point of `python -m ifjax`."""
 
 import sys
 
