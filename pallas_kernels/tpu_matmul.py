@@ -90,7 +90,7 @@ TILES = {
 
 
 def supports(decoding: AnyDecoding, dtype: Any, m: int) -> str | None:
-    """Return why `matmul` should not be used for m rows of x of this dtype, with an alternative; None if it should."""
+    """Return why `matmul` should not be used for m rows of x of this dtype, with an alternative; None if it may be."""
     if m >= LARGE_M:
         return f"m={m} rows of x: from {LARGE_M} on, dequantize once and use jnp.dot"
     if reason := _wrong_dtype(dtype):
@@ -220,7 +220,7 @@ def matmul(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="matmul_4bit",
-    )(x, words, scales, factor.reshape(1, 1))  # two axes, because Mosaic requires a third one from vmap
+    )(x, words, scales, factor.reshape(1, 1))  # with vmap's axis these are three axes, as Mosaic requires
     return out[:m, :n]
 
 

@@ -250,7 +250,7 @@ def prepack(q: QTensor, target: str | None = None) -> Prepacked:
     return _prepack(q, backend.name)
 
 
-# The scale types that kernels decode, and the kernels' names for them.
+# The scales of a `Decoding`, and the kernels' names for them.
 _KERNEL_SCALES = {E4M3: "e4m3", E8M0: "e8m0"}
 
 
@@ -372,7 +372,7 @@ def kernel_product(rows: jax.Array, q: QTensor | Prepacked, backend: str, dtype:
     rest = _unblocked_lengths(q)
     rows_of_k = pad_axis(rows, k, -1).reshape(-1, k).astype(dtype)
     factor = divide(np.float32(1) if q.amax is None else factor_of(q), np.float32(common_multiple(q.fmt)))
-    # Every kernel writes bfloat16 and float32, and no other dtype.
+    # All kernels can write bfloat16 and float32. Other dtypes are cast from float32.
     written = np.dtype(jnp.bfloat16 if out_dtype == jnp.bfloat16 else np.float32)
     y = BACKENDS[backend].load().matmul(
         rows_of_k, q.words, q.scales, factor, n=math.prod(rest), k=k, decoding=decoding_of(q.fmt), out_dtype=written
