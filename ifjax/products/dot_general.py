@@ -130,7 +130,7 @@ def dot_general(
         return _two_packed(lhs if isinstance(lhs, QTensor) else lhs.unpack(), rhs, how)
     if is_packed(rhs):
         return _one_packed(lhs, rhs, how)
-    # The packed operand becomes the right one, so the free axes of the result are in reverse order and are moved back.
+    # The packed operand becomes the right one. The result then has rhs's free axes before lhs's, and they are swapped.
     x, q, swapped = rhs, lhs, dims.swapped
     y = _one_packed(x, q, dataclasses.replace(how, dims=swapped, out_sharding=None))
     batch, count = len(dims.x_batch), len(swapped.x_free(x.ndim))

@@ -33,7 +33,7 @@ def quantized_ragged_dot(
 
     Each group is multiplied as by `quantized_dot_general`, with one amax for all groups. The weight gradient contracts
     tokens. Each group is padded with zeros to whole blocks and rotation runs, so that none of them spans tokens of two
-    experts. The padding adds up to one block (or run) of rows per expert.
+    experts. The padding takes at most the least common multiple of block and run length in rows per expert.
 
     Args:
         group_sizes: integers [g], the number of rows of each group; rows beyond their sum give zeros.

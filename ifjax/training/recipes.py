@@ -169,7 +169,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How `quantized_dot_general` quantizes its operands and saves its residuals; usable as a static jit argument.
+    """The quantization of a layer's operands and residuals by `quantized_dot_general`; usable as a static jit argument.
 
     Attributes:
         name: the name in reports.
