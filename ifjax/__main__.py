@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Entry point of `python -m ifjax`."""
+=======
+"""The entry point of `python -m ifjax`."""
+>>>>>>> words2
 
 import sys
 

@@ -1,3 +1,3 @@
-"""The package version."""
+"""The library's version."""
 
 __version__ = "0.1.0"

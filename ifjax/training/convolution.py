@@ -1,4 +1,4 @@
-"""A convolution with a quantized backward pass: the product of its windows with its kernel."""
+"""Convolution with a quantized forward and backward pass, as a product of windows with the kernel."""
 
 import math
 from collections.abc import Sequence
@@ -28,20 +28,24 @@ def quantized_conv(
     precision: Any = None,
     **layout: Any,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` of activations x and kernel w, quantized as the recipe says.
+    """Convolve activations x with kernel w as `jax.lax.conv_general_dilated` does, quantized by a recipe.
 
-    A convolution is the product of x's windows, laid out as rows of [input features, window], with the kernel as a
-    matrix, and `quantized_dot_general` is that product: blocks, rotations and noise are its own. The rows take as many
-    times x's memory as a window has places (over strides).
+    x's windows are laid out as rows of [input features, window] and multiplied by the kernel as a matrix, by
+    `quantized_dot_general`. Blocks, rotations and noise are those of that product. The rows take x's memory times the
+    window size, divided by the strides.
 
     Args:
-        x, w: of the layout that `dimension_numbers` tells.
+        x, w: activations and kernel in the layout of `dimension_numbers`.
         recipe, key: as for `quantized_dot_general`.
         window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, precision: as in
             `jax.lax.conv_general_dilated`.
+        layout: other arguments of `jax.lax.conv_general_dilated`, such as `out_sharding`; ignored.
+
+    Returns:
+        The convolution, in the layout of `dimension_numbers`.
 
     Raises:
-        ValueError: `batch_group_count` is not 1; as `quantized_dot_general`.
+        ValueError: `batch_group_count` is not 1; or as in `quantized_dot_general`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -50,7 +54,7 @@ def quantized_conv(
         >>> quantized_conv(x, w, "w4a4_qat", window_strides=(1, 1), padding="SAME").shape
         (2, 16, 8, 8)
     """
-    del layout  # out_sharding and the like, of products without recipes
+    del layout  # arguments such as out_sharding, which only unquantized convolutions use
     if batch_group_count != 1:
         raise ValueError("a convolution with batch_group_count has no recipe: leave it out by a rule, Rule(path, None)")
     numbers = lax.conv_dimension_numbers(x.shape, w.shape, dimension_numbers)
@@ -59,7 +63,7 @@ def quantized_conv(
     groups, (out, features, *window) = feature_group_count, w.shape
     windows = lax.conv_general_dilated_patches(
         x, tuple(window), tuple(window_strides), padding, lhs_dilation, rhs_dilation, precision=precision
-    )  # [batch, features * window, *space], a feature's window together
+    )  # [batch, features * window, *space], features outermost
     batch, _, *space = windows.shape
     rows = jnp.moveaxis(windows, 1, -1).reshape(math.prod([batch, *space]), groups, features * math.prod(window))
     columns = jnp.moveaxis(w.reshape(groups, out // groups, features * math.prod(window)), 1, 2)
