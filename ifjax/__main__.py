@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Entry point of `python -m ifjax`."""
-=======
 """The entry point of `python -m ifjax`."""
->>>>>>> words2
 
 import sys
 

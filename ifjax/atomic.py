@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Atomic creation and replacement of files and folders."""
-=======
 """Atomic writes of files and folders, and locks of folders."""
->>>>>>> words2
 
 import contextlib
 import errno
@@ -29,17 +25,6 @@ Around = Callable[[], contextlib.AbstractContextManager[Any]]
 def replacing(
     path: str | os.PathLike, *, follow: bool = True, around: Around = contextlib.nullcontext
 ) -> Iterator[Any]:
-<<<<<<< HEAD
-    """Yield a new unbuffered binary file, which replaces `path` when the block ends without an error.
-
-    Until then the file has a temporary name in the same folder, `.NAME.*.tmp`, and it is removed if anything fails.
-    File and folder are synced, so that a crash leaves either the old or the new file. A symbolic link is kept and its
-    target is replaced, unless `follow` is false.
-
-    Args:
-        around: returns a context manager that is entered before the file is renamed to `path` and exited after it,
-            while the folder is locked.
-=======
     """Yield a new unbuffered binary file that replaces `path` when the block ends without an error.
 
     Until then the file has a temporary name in the same folder, `.NAME.*.tmp`. On an error it is removed. File and
@@ -51,7 +36,6 @@ def replacing(
         follow: whether to follow links.
         around: returns a context manager that is entered before the file is renamed and left afterwards, while no other
             writer changes the folder.
->>>>>>> words2
 
     Raises:
         OSError: the file cannot be written, or `path` is not a regular file.
@@ -78,17 +62,10 @@ def _make_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-<<<<<<< HEAD
-    """Make a temporary file or folder beside `path`, which is removed when the block ends, unless it was renamed.
-
-    It is locked until then. Temporary files for the same path without a lock are left from writers that died, and are
-    removed.
-=======
     """Create a temporary file or folder beside `path` and remove it when the block ends, unless it was renamed.
 
     It is locked until then. Temporary files for the same `path` that are not locked belong to writers that died, and
     are removed first.
->>>>>>> words2
     """
     name = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
     with locked(path.parent) as alone:
@@ -102,11 +79,7 @@ def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
         guard = _lock(name, wait=False)
     held, real = _held(), Path(os.path.realpath(name))
     if guard is not None:
-<<<<<<< HEAD
-        held.add(real)  # if it is a folder, writes into it need not lock it again
-=======
         held.add(real)  # if it is a folder, writes in it by this thread do not lock it again
->>>>>>> words2
     try:
         yield name
     finally:
@@ -120,16 +93,6 @@ _DOUBTFUL = "doubtful.json"
 
 
 def note_doubtful(folder: Path, files: Mapping[Path, str], index: Path) -> None:
-<<<<<<< HEAD
-    """Record in a temporary folder which files are useless unless the index file beside it names them.
-
-    If this process dies, the next writer for the same path removes those files that the index does not name.
-
-    Args:
-        folder: a folder from `temporary_folder`.
-        files: maps the current path of each file to its present or future name beside the folder.
-        index: a text file that names files as JSON strings.
-=======
     """Record in a temporary folder which files are useless unless the index file beside the folder lists them.
 
     If this process dies, the next writer of the same name removes the files that the index file does not list.
@@ -138,7 +101,6 @@ def note_doubtful(folder: Path, files: Mapping[Path, str], index: Path) -> None:
         folder: a folder created by `temporary_folder`.
         files: the files' present paths, and their present or future names beside the folder.
         index: the path of the index file, a text file that lists file names as JSON strings.
->>>>>>> words2
     """
     known = {name: file.stat().st_ino for file, name in files.items()}
     write_text(folder / _DOUBTFUL, json.dumps({"index": index.name, "files": known}))
@@ -148,19 +110,11 @@ def _remove_doubtful(left: Path) -> None:
     try:
         note = json.loads((left / _DOUBTFUL).read_text())
         index, files = left.with_name(note["index"]), [(left.with_name(n), i) for n, i in note["files"].items()]
-<<<<<<< HEAD
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # most temporary folders have no record
-        return
-    named = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
-    for file, inode in files:
-        # The inode is compared, so that a file that somebody else has since made under this name is kept.
-=======
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # most temporary folders have no such record
         return
     named = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
     for file, inode in files:
         # If another writer has created another file of this name meanwhile, its inode differs and it is kept.
->>>>>>> words2
         if json.dumps(file.name, ensure_ascii=False) not in named and file.is_file() and file.stat().st_ino == inode:
             file.unlink()
 
@@ -178,25 +132,15 @@ _HELD = threading.local()
 
 
 def _held() -> set[Path]:
-<<<<<<< HEAD
-    """Return the set of paths that this thread has locked."""
-=======
     """Return the paths that this thread has locked."""
->>>>>>> words2
     return _HELD.__dict__.setdefault("paths", set())
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-<<<<<<< HEAD
-    """Lock a folder within the block against all other writers that use this library, in any process.
-
-    The folder itself is locked, and no lock file is made. Yields False if the file system has no locks.
-=======
     """Keep other writers of this library, in any process, from changing the folder's files within the block.
 
     The folder itself is locked; no lock file is created. Yields False if the file system has no locks.
->>>>>>> words2
     """
     folder = Path(os.path.realpath(folder))
     held = _held()
@@ -216,11 +160,7 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def _lock(path: Path, *, wait: bool) -> int | None:
-<<<<<<< HEAD
-    """Lock a file or folder; return the descriptor that holds the lock, or None if it is taken or unsupported."""
-=======
     """Lock a file or folder and return the descriptor that holds the lock; None if it is taken or not supported."""
->>>>>>> words2
     if fcntl is None:
         return None
     try:
@@ -247,11 +187,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str, *, follow: bool = True) -> None:
-<<<<<<< HEAD
-    """Write text to a file atomically, as by `replacing`."""
-=======
     """Write a text file atomically, in UTF-8."""
->>>>>>> words2
     with replacing(path, follow=follow) as file:
         write_all(file, text.encode())
 
@@ -259,29 +195,17 @@ def write_text(path: str | os.PathLike, text: str, *, follow: bool = True) -> No
 def write_all(file: Any, data: Any) -> None:
     """Write a whole buffer to an unbuffered file."""
     view = memoryview(data)
-<<<<<<< HEAD
-    while len(view):  # a write may be partial, for example just before the disk is full
-=======
     while len(view):  # a write to a nearly full disk may be partial before the next one fails
->>>>>>> words2
         view = view[file.write(view) :]
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-<<<<<<< HEAD
-    """Yield a new temporary folder beside `path`, which is renamed to `path` when the block ends without an error.
-
-    Raises:
-        FileExistsError: `path` is a folder that is not empty.
-        OSError: the folder cannot be made.
-=======
     """Yield a new folder with a temporary name that is renamed to `path` when the block ends without an error.
 
     Raises:
         FileExistsError: `path` is a folder that is not empty.
         OSError: the folder cannot be created or renamed.
->>>>>>> words2
     """
     path = Path(os.path.realpath(path))
     if path.is_dir() and any(path.iterdir()):
@@ -293,9 +217,5 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def temporary_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
-<<<<<<< HEAD
-    """Make a folder `.NAME.*.tmp` beside `path` for a block, after which it is removed, unless it was renamed."""
-=======
     """Create a folder `.NAME.*.tmp` beside `path` and remove it when the block ends, unless it was renamed."""
->>>>>>> words2
     return _temporary(path, Path.mkdir)

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Registries of named records, one for each kind."""
-=======
 """Registries of named records, one for each kind of record."""
->>>>>>> words2
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,21 +8,12 @@ R = TypeVar("R")
 
 
 class Registry(Mapping[str, R], Generic[R]):
-<<<<<<< HEAD
-    """Records of one kind by name, in the order they were added. A read-only mapping; `register` adds a record.
-
-    Attributes:
-        kind: the word for a record in error messages, such as "format".
-        record_type: class of the records.
-        where: public name of the registry, such as "ifjax.FORMATS".
-=======
     """A read-only mapping from names to records of one kind, in the order in which `register` added them.
 
     Attributes:
         kind: the noun for a record in error messages, such as "format".
         record_type: the class of the records.
         where: the public name of the registry, such as "ifjax.FORMATS".
->>>>>>> words2
     """
 
     def __init__(self, kind: str, record_type: type[R], where: str, records: Iterable[R] = ()):
@@ -36,19 +23,11 @@ class Registry(Mapping[str, R], Generic[R]):
             self.register(record)
 
     def register(self, record: R, name: str | None = None) -> R:
-<<<<<<< HEAD
-        """Add a record under its own name, or under `name`, and return it. Adding an equal record again does nothing.
-
-        Raises:
-            TypeError: the record has another class.
-            ValueError: the name already belongs to a different record.
-=======
         """Add a record under `name`, by default its own name, and return it; adding an equal record again is harmless.
 
         Raises:
             TypeError: the record has another class.
             ValueError: another record has the name already.
->>>>>>> words2
         """
         if not isinstance(record, self.record_type):
             raise TypeError(f"needs a {self.record_type.__name__}, got {type(record).__name__}")
@@ -59,17 +38,10 @@ class Registry(Mapping[str, R], Generic[R]):
         return record
 
     def find(self, record: "str | R") -> R:
-<<<<<<< HEAD
-        """Return the record with this name; a record is returned unchanged.
-
-        Raises:
-            ValueError: the name is unknown; the message lists similar names.
-=======
         """Return the record of that name, or the given record itself.
 
         Raises:
             ValueError: the name is unknown; the message lists the nearest names.
->>>>>>> words2
             TypeError: the argument is neither a name nor a record.
         """
         if isinstance(record, self.record_type):
@@ -84,11 +56,7 @@ class Registry(Mapping[str, R], Generic[R]):
         return self[record]
 
     def name_of(self, record: R) -> "str | R":
-<<<<<<< HEAD
-        """Return the record's name if the registry holds it under that name, else the record itself."""
-=======
         """Return the record's name if the registry holds the record under that name, else the record."""
->>>>>>> words2
         name = getattr(record, "name", None)
         return name if isinstance(name, str) and self.get(name) == record else record
 
@@ -103,11 +71,7 @@ class Registry(Mapping[str, R], Generic[R]):
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-<<<<<<< HEAD
-    """Return a "did you mean" question that lists the names most similar to `name`, or all names if none is."""
-=======
     """Return a question that lists the names nearest to an unknown name, or all names if none is near."""
->>>>>>> words2
     names = list(names)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)
     return f"did you mean {', '.join(near)}?"

@@ -102,12 +102,8 @@ def _ragged_fwd(x, q, group_sizes, group_offset, settings):
 
 def _ragged_bwd(settings, kept, g):
     q, group_sizes, group_offset = kept
-<<<<<<< HEAD
     q = q.replaced(codes=after(g, q.codes))
-    x = jnp.zeros((g.shape[0], q.shape[-2]), settings[1])  # linear in x: any will do
-=======
     x = jnp.zeros((g.shape[0], q.shape[-2]), settings[1])  # the product is linear in x, so any x does
->>>>>>> words2
     _, pull = jax.vjp(lambda x: _ragged_values(x, q, group_sizes, group_offset, settings), x)
     return *pull(g), no_gradient(q), *no_gradient((group_sizes, group_offset))
 

@@ -47,16 +47,11 @@ def quantized_dot_general(
     The same key gives the same result under jit, scan, remat and vmap, up to the order of summation. The noise of an
     element does not depend on the sharding. Members of a vmap that share a key share its noise.
 
-<<<<<<< HEAD
     Under `jax.checkpoint`, `jax.checkpoint_policies.save_only_these_names("quantized_product")` keeps results, as
     `dots_saveable` keeps those of plain products.
 
-    Differentiable once, in reverse mode: rounding has no second derivative. A recipe that quantizes nothing, and a
-    product with an empty operand, are `jax.lax.dot_general` itself.
-=======
     The product can be differentiated once, in reverse mode, since rounding has no second derivative. If the recipe
     quantizes nothing, or an operand is empty, the function calls `jax.lax.dot_general`.
->>>>>>> words2
 
     Args:
         x: activations, of any rank.
