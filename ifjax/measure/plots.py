@@ -594,10 +594,11 @@ def _written(candidate: Candidate) -> np.ndarray:
 def _values_in_block(fmt: Format, candidate: Candidate) -> np.ndarray:
     """Return the values that a candidate can represent, divided by the block's maximum.
 
-    Factors of runs within a block are ignored.
+    Where runs within a block have factors, the values are those of the run that holds the maximum: its factor is the
+    largest, and its largest value is the maximum.
     """
-    peak = float(fmt.block_peak(candidate))
-    return _written(candidate) * candidate.step * candidate.scale_multiplier / peak
+    values = _written(candidate) * candidate.step * candidate.scale_multiplier
+    return values / (values.max() if fmt.scale.runs else float(fmt.block_peak(candidate)))
 
 
 def _candidate_name(fmt: Format, candidate: Candidate) -> str:

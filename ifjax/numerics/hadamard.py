@@ -109,7 +109,6 @@ def _rotate(x, axis, size, signs, *, inverse):
             f"axis {axis} must be a multiple of size={size} long, got {x.shape[axis]} in shape {x.shape}: "
             f"append {size - rest} zeros with jnp.pad (to both operands of a product), or choose another size"
         )
-    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     signs = _signs(signs, size)
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     # The axis is split and never merged with another, so arrays keep their sharding.

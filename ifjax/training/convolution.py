@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from ifjax.training.product import quantized_dot_general
 from ifjax.training.recipes import Recipe
@@ -26,7 +27,7 @@ def quantized_conv(
     feature_group_count: int = 1,
     batch_group_count: int = 1,
     precision: Any = None,
-    **layout: Any,
+    preferred_element_type: DTypeLike | None = None,
 ) -> jax.Array:
     """Convolve activations x with kernel w as `jax.lax.conv_general_dilated` does, quantized by a recipe.
 
@@ -37,9 +38,8 @@ def quantized_conv(
     Args:
         x, w: activations and kernel in the layout of `dimension_numbers`.
         recipe, key: as for `quantized_dot_general`.
-        window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, precision: as in
-            `jax.lax.conv_general_dilated`.
-        layout: other arguments of `jax.lax.conv_general_dilated`, such as `out_sharding`; ignored.
+        window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, precision,
+            preferred_element_type: as in `jax.lax.conv_general_dilated`.
 
     Returns:
         The convolution, in the layout of `dimension_numbers`.
@@ -54,7 +54,6 @@ def quantized_conv(
         >>> quantized_conv(x, w, "w4a4_qat", window_strides=(1, 1), padding="SAME").shape
         (2, 16, 8, 8)
     """
-    del layout  # arguments such as out_sharding, which only unquantized convolutions use
     if batch_group_count != 1:
         raise ValueError("a convolution with batch_group_count has no recipe: leave it out by a rule, Rule(path, None)")
     numbers = lax.conv_dimension_numbers(x.shape, w.shape, dimension_numbers)
@@ -69,11 +68,13 @@ def quantized_conv(
     columns = jnp.moveaxis(w.reshape(groups, out // groups, features * math.prod(window)), 1, 2)
     if groups == 1:
         y = quantized_dot_general(
-            rows[:, 0], columns[0], (((1,), (0,)), ((), ())), recipe, key, precision=precision
+            rows[:, 0], columns[0], (((1,), (0,)), ((), ())), recipe, key, precision=precision,
+            preferred_element_type=preferred_element_type,
         )
     else:
         y = quantized_dot_general(
-            jnp.moveaxis(rows, 1, 0), columns, (((2,), (1,)), ((0,), (0,))), recipe, key, precision=precision
+            jnp.moveaxis(rows, 1, 0), columns, (((2,), (1,)), ((0,), (0,))), recipe, key, precision=precision,
+            preferred_element_type=preferred_element_type,
         )
         y = jnp.moveaxis(y, 0, 1)
     y = jnp.moveaxis(y.reshape(batch, *space, out), -1, 1)
