@@ -1,13 +1,14 @@
-"""What do import, export and loading into a model cost, against copying the files? Time and peak memory.
+"""Time and peak memory of import, export and loading into a model, compared with copying the files.
 
     python benchmarks/exchange.py [--megabytes 200] [--rounds 3] [--folder DIR]
 
-A checkpoint of square matrices is made up, packed to nvfp4 (amax 2688 for MLX, mxfp4 for gpt-oss) and removed
-afterwards. For each layout: the time of `plan_export(...).write` and of `plan_import(...).write`, against
-`shutil.copyfile` of the same file; and the peak memory of each in a process of its own, above that of the imports. All
-are repeated in turn; a figure is the median over rounds. Then `ifjax.load_file(names=)` of bfloat16 matrices, quantized
-while they are read, on one device and on eight. Layouts whose packages are missing are left out. Copies are not synced
-to the disk, and what ifjax writes is. Markdown to stdout.
+A synthetic checkpoint of square matrices is packed to nvfp4 (with amax 2688 for MLX, and to mxfp4 for gpt-oss) and
+removed afterwards. For each layout the benchmark measures the time of `plan_export(...).write` and of
+`plan_import(...).write`, relative to `shutil.copyfile` of the same file, and the peak memory of each in its own
+process, above that of the imports. All are timed in turn; a figure is the median over rounds. Then it measures
+`ifjax.load_file(names=)` of bfloat16 matrices, quantized while they are read, on one device and on eight. Layouts whose
+packages are missing are left out. Files written by ifjax are synced to disk, copies are not. The tables are written to
+stdout as Markdown.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from safetensors.numpy import save_file
 import ifjax
 from ifjax.convert import plan_export, plan_import
 
-SIDE = 2048  # of a matrix
+SIDE = 2048  # rows and columns of a matrix
 TOOLS = {"compressed-tensors": "nvfp4", "modelopt": "nvfp4", "mlx": "nvfp4", "gpt-oss": "mxfp4", "gguf": "nvfp4"}
 PEAK = """
 import re, sys
@@ -82,7 +83,7 @@ def timed(function, rounds: int) -> float:
 
 
 def peak(body: str) -> float:
-    """MiB."""
+    """Return the peak memory in MiB of a process that runs `body`."""
     ran = subprocess.run([sys.executable, "-c", PEAK + body], capture_output=True, text=True, check=True)
     return int(ran.stdout.split()[-1]) / 2**20
 

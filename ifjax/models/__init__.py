@@ -1,4 +1,7 @@
-"""Models: rules, what they find in a model, quantized parameters and reports. Flax's part is `ifjax.models.flax`."""
+"""Quantization of whole models: rules, tracing of products, packed parameters and reports.
+
+`ifjax.models.flax` holds the parts that need Flax.
+"""
 
 from ifjax.models.caches import pack_cache
 from ifjax.models.functions import quantized

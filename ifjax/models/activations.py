@@ -1,4 +1,4 @@
-"""Activations on their way into a product: rounded as a rule says, with a straight-through gradient."""
+"""Quantization of activations before a product, with a straight-through gradient."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,9 +18,15 @@ from ifjax.products.dot_general import no_gradient
 def quantized_activation(
     x: jax.Array, axes: tuple[int, ...], how: Encoding, act_amax: str, amax: float | None, layers: Sequence[int] = ()
 ) -> QTensor:
-    """x quantized along one of the contracted axes (which come in the kernel's order), with amax as the rule says.
+    """Quantize x along one of its contracted axes, with the amax that `act_amax` selects.
 
-    Entries of the axes `layers` meet weights with amax values of their own, and get their own too.
+    Args:
+        x: the activations.
+        axes: contracted axes of x, negative and in the kernel's order.
+        how: encoding of x.
+        act_amax: as in `Rule`.
+        amax: static amax; None takes that of x.
+        layers: batch axes along which the weights have separate amaxes; x gets separate ones, too.
     """
     x = jnp.asarray(x)
     axis = blocked_axis(axes, x.shape, how.fmt.block)
@@ -35,14 +41,14 @@ def quantized_activation(
 
 
 def rounded(x: jax.Array, q: Any) -> jax.Array:
-    """What q stands for, an array or a QTensor made of x, with x's gradient."""
+    """Return q dequantized with the gradient of x, if q is a QTensor; return an array unchanged."""
     return straight_through(x, q.dequantize(), None) if isinstance(q, QTensor) else q
 
 
 def multiplied(
     x: jax.Array, w: Any, activation: Callable[[jax.Array], Any], product: Callable[[Any, Any], jax.Array]
 ) -> jax.Array:
-    """product(activation(x), w), linear in its first operand, with a straight-through gradient for x."""
+    """Return product(activation(x), w) with a straight-through gradient for x; product must be linear in x."""
     x = jnp.asarray(x)
     kind = jax.eval_shape(activation, x)
     if not isinstance(kind, QTensor):
@@ -64,7 +70,7 @@ def multiplied(
 
 
 def without_gradient(kernel: jax.Array, path: str) -> jax.Array:
-    """The kernel; differentiating it is an error."""
+    """Return the kernel unchanged; differentiating it raises ValueError."""
 
     @jax.custom_jvp
     def same(kernel):
@@ -81,10 +87,10 @@ def without_gradient(kernel: jax.Array, path: str) -> jax.Array:
 
 
 def static_amax(amax: Any, name: str) -> float | None:
-    """The calibrated amax of a value; None, with a warning, if it is 0 or not finite: it has seen nothing.
+    """Return the calibrated amax of a value; None, with a warning, if it is 0 or not finite and so of no use.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no calibration, or it has no amax of this name.
     """
     if amax is None or name not in amax:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A packed weight with something beside it: an adapter that is added to it, a change of basis that it is packed in."""
+"""A weight with an adapter that is added to it, or with the change of basis that it is packed in."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from ifjax.models.transforms import Transform
 class Adapter:
     """The update `scale * sum over r of a * b` of a weight w. A pytree of two arrays, for any optimizer.
 
-    Both have w's axes, of length 1 where they do not extend along one, and the rank as their last axis: of w [in, out]
-    a is [in, 1, rank] and b [1, out, rank]. So they are sharded, and taken apart by scans, as w is.
+    Both arrays have w's axes, with length 1 where they do not extend along an axis, and the rank as last axis. For w
+    [in, out], a is [in, 1, rank] and b is [1, out, rank]. Therefore they can be sharded and scanned like w.
 
     Attributes:
-        a: along the axes that w's product contracts, and along those of stacked layers.
-        b: along all others, and along those of stacked layers.
-        scale: of the update.
+        a: extends along the axes that w's product contracts, and along those of stacked layers.
+        b: extends along all other axes, and along those of stacked layers.
+        scale: factor of the update.
     """
 
     a: Float[Array, "..."]
@@ -34,11 +34,11 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The rank of the update."""
+        """Rank of the update."""
         return self.a.shape[-1]
 
     def update(self, shape: Sequence[int], dtype: Any) -> Float[Array, "..."]:
-        """What is added to the weight of this shape."""
+        """Return the update as an array with the weight's shape."""
         labels = range(len(shape))
         out = [i for i in labels if self.a.shape[i] > 1 or self.b.shape[i] > 1]
         return self._einsum([], out, dtype).reshape(shape)
@@ -46,7 +46,11 @@ class Adapter:
     def product(
         self, x: jax.Array, x_labels: Sequence[int], out_labels: Sequence[int], shape: Sequence[int]
     ) -> Float[Array, "..."]:
-        """x times the update, by way of the rank. Labels below w.ndim are w's axes."""
+        """Return the product of x and the update, computed through the rank axis.
+
+        `x_labels` and `out_labels` name the axes of x and of the result, as in einsum. Labels below w.ndim are w's
+        axes. `shape` is the shape of the result.
+        """
         return self._einsum([x, list(x_labels)], list(out_labels), x.dtype).reshape(shape)
 
     def _einsum(self, others, out, dtype):
@@ -60,12 +64,12 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapted:
-    """A weight with what is beside it, as a leaf of a tree of parameters, for `ifjax.quantized`.
+    """A weight with an adapter or a transform, as a leaf of a parameter tree, for `ifjax.quantized`.
 
     Attributes:
-        base: the QTensor or array; no gradient reaches a packed one.
-        adapter: what is added to it; None for none.
-        transform: the basis that a packed base is in; None for its own.
+        base: QTensor or array; a QTensor gets no gradient.
+        adapter: update that is added to the base; None for none.
+        transform: change of basis that a packed base was quantized in; None for none.
     """
 
     base: Any
@@ -74,31 +78,31 @@ class Adapted:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         return tuple(self.base.shape)
 
     @property
     def ndim(self) -> int:
-        """Number of its axes."""
+        """Number of axes of the weight."""
         return len(self.base.shape)
 
     @property
     def size(self) -> int:
-        """Number of its values."""
+        """Number of values of the weight."""
         return self.base.size
 
     @property
     def axis(self) -> int:
-        """The blocked axis of a packed base, negative."""
+        """Blocked axis of a packed base, negative."""
         return self.base.axis
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the weight."""
+        """Dtype of the weight."""
         return np.dtype(self.base.dtype)
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
-        """The weight: base and update."""
+        """Return the weight as an array: the base in its original basis plus the update."""
         dtype = self.dtype if dtype is None else dtype
         packed = isinstance(self.base, QTensor)
         base = lax.stop_gradient(self.base.dequantize(dtype)) if packed else self.base.astype(dtype)
@@ -119,7 +123,7 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def _by_labels(operands: list[Any], out: list[int]) -> jax.Array:
-    """einsum by labels that are any integers."""
+    """Compute an einsum whose axis labels may be any integers."""
     names = {label: i for i, label in enumerate(dict.fromkeys(i for labels in operands[1::2] for i in labels))}
     args = [
         operand if k % 2 == 0 else [names[label] for label in operand] for k, operand in enumerate(operands)

@@ -1,6 +1,6 @@
-"""Which format each of several items takes under a budget of bits: a multiple-choice knapsack of least loss.
+"""A multiple-choice knapsack: one option for each item, with the least total loss within a budget.
 
-Plain numbers in and out: `plan` says what items, costs and losses are.
+It works on plain numbers; `plan` defines the items, costs and losses.
 """
 
 import itertools
@@ -15,12 +15,12 @@ DP_UNITS = 4096
 
 
 class Choice(NamedTuple):
-    """A choice for every item.
+    """One option for every item.
 
     Attributes:
-        choices: the option of each item.
-        loss: the sum of theirs.
-        cost: the sum of theirs.
+        choices: index of each item's option.
+        loss: sum of the options' losses.
+        cost: sum of the options' costs.
     """
 
     choices: tuple[int, ...]
@@ -31,12 +31,12 @@ class Choice(NamedTuple):
 def choose(costs: ArrayLike, losses: ArrayLike, budget: float, *, exact: bool = True) -> Choice:
     """Return the choice of least loss that was found within the budget.
 
-    The best of the greedy walk over hulls, of each option taken by all, and if `exact` of the dynamic program.
+    It is the best of the greedy choice, of each option for all items, and if `exact` of the dynamic program.
 
     Args:
-        costs: [items, options], positive.
+        costs: [items, options], positive and finite.
         losses: [items, options], finite and >= 0.
-        budget: of the sum of costs.
+        budget: upper bound of the sum of costs.
 
     Raises:
         ValueError: the cheapest options exceed the budget.
@@ -51,10 +51,11 @@ def choose(costs: ArrayLike, losses: ArrayLike, budget: float, *, exact: bool = 
 
 
 def greedy(costs: ArrayLike, losses: ArrayLike, budget: float) -> tuple[Choice, float]:
-    """Return the greedy choice and a bound that no choice is below: that of the relaxed problem.
+    """Return the greedy choice and a lower bound of the loss of any choice within the budget (the relaxed problem's).
 
-    Every item starts with its cheapest option. The steps of all items' lower convex hulls are taken in the order of
-    their gain for each bit (ties: the earlier item, the earlier step); the first that does not fit closes its item.
+    Every item starts with its cheapest option. The steps along all items' lower convex hulls are taken in the order of
+    their gain per unit of cost (ties: the earlier item, then the earlier step). A step that does not fit closes its
+    item.
 
     Raises:
         ValueError: the cheapest options exceed the budget.
@@ -83,22 +84,22 @@ def greedy(costs: ArrayLike, losses: ArrayLike, budget: float) -> tuple[Choice, 
 
 
 def by_dynamic_program(costs: ArrayLike, losses: ArrayLike, budget: float) -> tuple[int, ...]:
-    """Return the best choice, exact where 1/4096 of the budget divides all costs; others are rounded up.
+    """Return the best choice for costs rounded up to multiples of budget / 4096, exact if all costs are such multiples.
 
-    Where rounding up leaves no choice, it is the cheapest one.
+    If no choice fits after rounding up, return the cheapest one.
     """
     costs, losses = _checked(costs, losses, budget)
     items, options = costs.shape
-    # A cost that is a multiple of the unit but for rounding is one.
+    # The tolerance keeps a cost that is a multiple of the unit, up to float rounding, from being rounded up.
     units = np.ceil(costs / (budget / DP_UNITS) - 1e-9).astype(np.int64)
-    best = np.zeros(DP_UNITS + 1)  # least loss of the items so far within each budget
+    best = np.zeros(DP_UNITS + 1)  # least loss of the items so far, for each budget in units
     taken = np.zeros((items, DP_UNITS + 1), np.int64)
     for item in range(items):
         offers = np.full((options, DP_UNITS + 1), np.inf)
         for option, n in enumerate(units[item]):
             if n <= DP_UNITS:
                 offers[option, n:] = best[: DP_UNITS + 1 - n] + losses[item, option]
-        # Of equal losses the cheaper option.
+        # Among options of equal loss, argmin then takes the cheapest.
         order = np.argsort(units[item], kind="stable")
         taken[item] = order[offers[order].argmin(0)]
         best = offers.min(0)
@@ -129,7 +130,7 @@ def _choice(costs, losses, choices: Sequence[int]) -> Choice:
 
 
 def _hull(costs, losses) -> list[int]:
-    """Options on the lower convex hull, from the cheapest on, each with less loss than those before."""
+    """Return the options on the lower convex hull of loss over cost, in order of rising cost and falling loss."""
     hull: list[int] = []
     for option in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i])):
         if hull and losses[option] >= losses[hull[-1]]:

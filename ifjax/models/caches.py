@@ -1,4 +1,4 @@
-"""Caches that models keep themselves, packed: the program of a model says how it writes and reads them."""
+"""Packed caches of keys and values for models that keep their own cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,17 +16,18 @@ from ifjax.models.sites import join_path
 def pack_cache(
     cache: Any, fmt: str | Format | Encoding = "if4", *, where: Callable[[str, Any], bool] | None = None
 ) -> Any:
-    """Return a model's cache of keys and values with its float arrays packed, for `ifjax.quantized` to run with.
+    """Return a model's cache of keys and values with its float arrays packed, for use with `ifjax.quantized`.
 
-    Blocks lie along the last axis, the head size, and every vector along it has an amax of its own: a token is
-    quantized once, when it is written. The model is left as it is: `ifjax.quantized(fn)` follows the cache through the
-    program, writes what fn writes by `dynamic_update_slice` or `.at[].set`, multiplies by packed bytes, and gives the
-    packed cache back. Integers, such as the position, stay.
+    Blocks lie along the last axis, the head size. Every vector along it has an amax of its own, so that a token is
+    quantized once, when it is written. The model needs no change. `ifjax.quantized(fn)` follows the cache through the
+    program, packs what fn writes by `dynamic_update_slice` or `.at[].set`, multiplies by packed bytes, and returns the
+    packed cache. Integer arrays, such as the position, stay as they are.
 
     Args:
-        cache: a tree of arrays: linen's collection "cache", an NNX state of `nnx.Cache`, a dictionary.
-        fmt: a format's name or record.
-        where: called with the path and the array of each leaf; unless given those of at least three axes are packed.
+        cache: a tree of arrays: linen's collection "cache", an NNX state of `nnx.Cache`, or a dictionary.
+        fmt: a format's name or record, or an Encoding.
+        where: called with the path and the array of each float leaf; returns whether to pack it. Unless given, arrays
+            of at least three axes are packed.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp

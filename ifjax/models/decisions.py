@@ -1,4 +1,4 @@
-"""What the rules decide for a site: one function, for files, parameters, interceptors, calibration and training."""
+"""The rules' decision for a site, shared by files, parameters, interceptors, calibration and training."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -10,19 +10,19 @@ from ifjax.training import Recipe, get_recipe
 
 
 class Decision(NamedTuple):
-    """What is done at a site.
+    """The decision of the rules for a site.
 
     Attributes:
-        rule: the first that matches; None if none does.
-        reason: why the weights stay as they are; None if they are quantized.
-        expected: False where a rule asks for what cannot be done, and where nobody decided about a matrix.
-        weights: how the weights are encoded; None if they stay.
-        axis: of the weights' blocks; None if they stay.
-        amax_axes: those along which the weights have amax values of their own.
-        activations: how what is multiplied by the weights is encoded; None if it stays.
-        operands: how the operands of a module without a kernel are encoded, of those that are.
-        recipe: by which the product is trained; None if by none.
-        notes: what else a report should say.
+        rule: the first rule that matches; None if none does.
+        reason: why the weights are not quantized; None if they are.
+        expected: False if a rule cannot be followed, or if no rule decided about a matrix.
+        weights: encoding of the weights; None if they are not quantized.
+        axis: blocked axis of the weights; None if they are not quantized.
+        amax_axes: axes along which the weights have separate amaxes.
+        activations: encoding of the activations; None if they are not quantized.
+        operands: encodings of the quantized operands of a module without a kernel, by name.
+        recipe: training recipe of the product; None without one.
+        notes: remarks for the report.
     """
 
     rule: Rule | None = None
@@ -38,7 +38,7 @@ class Decision(NamedTuple):
 
 
 def decide(rules: Iterable[Rule], site: Site) -> Decision:
-    """Decide by the first rule that matches. For training pass `site.in_training()`."""
+    """Return the decision of the first rule that matches. For training, pass `site.in_training()`."""
     rule = first_match(rules, site.path, site.module)
     if rule is None:
         return Decision(None, site.reason or "no rule matches it", not site.quantizable)
@@ -60,14 +60,14 @@ def decide(rules: Iterable[Rule], site: Site) -> Decision:
 
 
 def reason_against(rule: Rule, site: Site) -> str | None:
-    """Why the rule leaves the weights of a site that it matches as they are; None if it quantizes them."""
+    """Return why a rule does not quantize the weights of a site that it matches; None if it does."""
     if rule.weight_fmt is None:
         return BY_DEFAULT.get((rule.path, rule.module)) or f"the rule {rule.path!r} excludes it"
     return unfit(rule, site) or too_short(rule, site)
 
 
 def unfit(rule: Rule, site: Site) -> str | None:
-    """Why the site's weights cannot be quantized by this rule, however short they are; None if they can."""
+    """Return why this rule cannot quantize the site's weights, apart from their length; None if it can."""
     if not site.quantizable:
         return site.reason or f"{site.module or 'it'} cannot be quantized"
     if not site.is_raw:
@@ -87,7 +87,7 @@ def unfit(rule: Rule, site: Site) -> str | None:
 
 
 def too_short(rule: Rule, site: Site) -> str | None:
-    """Whether the contraction is shorter than a block, in a sentence; None if it is not."""
+    """Return a sentence if the contraction is shorter than a block; None if it is not."""
     axis = contraction_axis(rule, site) if site.is_raw else None
     length = site.length if axis is None else site.shape[axis]
     for fmt in (rule.weight_format, rule.activation_format):
@@ -97,7 +97,7 @@ def too_short(rule: Rule, site: Site) -> str | None:
 
 
 def contraction_axis(rule: Rule, site: Site) -> int | None:
-    """The axis along which blocks lie: one of those that the site contracts, else the rule's; None if nothing tells."""
+    """Return the blocked axis: one of the site's contracted axes, else the rule's, else the assumed one, else None."""
     fmt = rule.weight_format
     if site.axes and site.shape and fmt is not None:
         return blocked_axis(site.axes, site.shape, fmt.block)
@@ -105,7 +105,10 @@ def contraction_axis(rule: Rule, site: Site) -> int | None:
 
 
 def _own_amax(rule: Rule, site: Site, axis: int | None) -> tuple[int, ...]:
-    """An amax for each layer, and for each matrix of a parameter that no layer multiplies by."""
+    """Return the axes with separate amaxes: those of stacked layers, and the leading ones of a parameter without layer.
+
+    The latter have one amax per matrix (last two axes), such as one per expert.
+    """
     fmt = rule.weight_format
     if fmt is None or not fmt.has_tensor_scale:
         return ()
@@ -114,11 +117,11 @@ def _own_amax(rule: Rule, site: Site, axis: int | None) -> tuple[int, ...]:
 
 
 def _is_expected(rule: Rule, site: Site) -> bool:
-    """Whether it is no news that a rule leaves the weights of a site that it matches."""
+    """Return whether a report may accept that a rule does not quantize the weights of a site that it matches."""
     if rule.excludes:
         return True
     if not site.quantizable:
-        # What is no matrix, or is added, stays in floats as ever; a kernel that cannot be quantized is news.
+        # Vectors and biases always stay floats. A kernel that cannot be quantized must be reported.
         return not site.axes and site.reason != NOT_READ
-    # A rule that may match nothing may match what is too short for it, but leaves no matrix in floats silently.
+    # An optional rule may match weights that are too short for a block. A matrix of unknown axis is still reported.
     return rule.optional and (bool(site.axes) or rule.axis is not None)

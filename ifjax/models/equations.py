@@ -1,4 +1,4 @@
-"""Equations of a JAX program: which only rearrange a value, which call other programs, and how to run one again."""
+"""Equations of a jaxpr: which of them rearrange a value, which call other programs, and how to evaluate one."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,21 +7,22 @@ import jax
 
 from ifjax.arrays.shaping import reshape_groups
 
-# One operand in, the same values out, in the same places.
+# Primitives whose result has the operand's values in the same places.
 ALIKE = {
     "convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint", "reshard", "mesh_cast",
     "reduce_precision", "pcast", "pvary", "device_put", "name", "optimization_barrier", "real",
 }  # fmt: skip
-# Values of the same places come out changed: a mask, a sign, what LoRA adds. A product of them is one of the operand.
+# Primitives that change values but keep their places, such as a mask, a sign or an addition by LoRA. A product of the
+# result counts as a product of the operand.
 ELEMENTWISE = {"mul", "div", "add", "sub", "neg", "select_n", "max", "min", "add_any", "clamp"}
 
 
 class Axes(NamedTuple):
-    """Where the axes of an operand go: for each axis of the result those of the operand that it is made of.
+    """A mapping of a result's axes to those of the operand.
 
     Attributes:
-        sources: for each axis of the result; () where it is new.
-        whole: whether all values are there, in the order that the axes tell.
+        sources: for each axis of the result, the operand's axes that it is made of; () for a new axis.
+        whole: whether the result has all of the operand's values, in the order that the axes imply.
     """
 
     sources: tuple[tuple[int, ...], ...]
@@ -29,7 +30,7 @@ class Axes(NamedTuple):
 
 
 def rearranged(eqn: Any, shape: tuple[int, ...]) -> Axes | None:
-    """Where the axes of the first operand, of this shape, go; None if the equation does more than rearrange it."""
+    """Return the Axes of the first operand, which has this shape; None if the equation does more than rearrange it."""
     name, params, ndim = eqn.primitive.name, eqn.params, len(shape)
     own = tuple((i,) for i in range(ndim))
     if name in ALIKE:
@@ -59,9 +60,9 @@ def _reshaped(old: tuple[int, ...], new: tuple[int, ...]) -> Axes | None:
 
 
 def inner_jaxpr(eqn: Any) -> Any:
-    """The program that an equation calls with its own operands, as a Jaxpr with its constants; None if there is none.
+    """Return the program that an equation calls with its own operands, as a ClosedJaxpr; None if there is none.
 
-    Loops, branches and kernels, which read references, are no such calls.
+    Loops, branches and Pallas kernels are excluded: their inner programs take other operands.
     """
     name, params = eqn.primitive.name, eqn.params
     if name in ("scan", "while", "cond", "pallas_call"):
@@ -81,27 +82,27 @@ class _Closed:
 
 
 def is_literal(atom: Any) -> bool:
-    """Whether an operand is a number that stands in the program."""
+    """Return whether an operand is a literal, a number in the program itself."""
     return hasattr(atom, "val")
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Run an equation as it is on other values."""
+    """Evaluate an equation on other values; return a list of results."""
     found = eqn.primitive.get_bind_params(eqn.params)
-    subfuns, params = found if isinstance(found, tuple) else ((), found)  # which of the two depends on jax's version
+    subfuns, params = found if isinstance(found, tuple) else ((), found)  # JAX versions differ in what they return
     with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack)):
         out = eqn.primitive.bind(*subfuns, *values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def is_lookup(eqn: Any) -> bool:
-    """Whether a gather looks vectors up: what comes out is no matrix to multiply by."""
+    """Return whether a gather looks up vectors, so that its result is not a matrix of weights."""
     sizes, dims = eqn.params["slice_sizes"], eqn.params["dimension_numbers"]
     return sum(n > 1 for i, n in enumerate(sizes) if i not in dims.collapsed_slice_dims) < 2
 
 
 def gathered(eqn: Any, shape: tuple[int, ...]) -> Axes:
-    """Where the axes of what is gathered from go."""
+    """Return the Axes of a gather's operand, which has this shape."""
     params = eqn.params
     dims, sizes = params["dimension_numbers"], params["slice_sizes"]
     gone = {*dims.collapsed_slice_dims, *dims.operand_batching_dims}

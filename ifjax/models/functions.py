@@ -1,6 +1,6 @@
-"""`quantized`: any function, whose products go as rules say.
+"""`quantized`: a transformation of any JAX function that quantizes its products according to rules.
 
-    arguments -> program (traced once for each kind of arguments) -> sites -> decisions -> weights -> the program again
+    arguments -> program (traced once per kind of arguments) -> sites -> decisions -> weights -> rewritten program
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ from ifjax.models.trace import sites_of
 from ifjax.numerics.byte_order import native
 from ifjax.training import Recipe
 
-# Part of the key of jax.jit's caches, so that programs with and without an interceptor do not stand in for each other.
+# Part of the key of jax.jit's caches: a program that was traced with an interceptor is not reused without it, and vice
+# versa.
 inside = jax.make_user_context(None)
 
 
@@ -39,37 +40,39 @@ def quantized(
     key: jax.Array | None = None,
     params: int | str | None = None,
 ) -> Callable[..., Any]:
-    """Return fn with its products going as the rules say: a function of linen, NNX, Equinox, Haiku or plain arrays.
+    """Return fn with its products quantized according to `rules`; fn may use linen, NNX, Equinox, Haiku or plain JAX.
 
-    fn is traced, as by jax.jit, and its program runs again with other products. Packed parameters stay packed on their
-    way through transposes, reshapes, slices, casts, loops and calls to the products that read them, and are decoded
-    where anything else reads them. Packed arguments that are no parameters, such as a cache of keys and values
-    (`ifjax.pack_cache`), are written by the program's updates and come back packed. Parameters that are floats are
-    quantized on the fly where a rule says so, which gives the same values, slowly, and has no gradient for them.
-    Activations are rounded on their way into a product where the rule has an `act_fmt`, with a straight-through
-    gradient. With recipes every product of a parameter trains
-    by its rule's: forward and backward, in scans too. What the rules leave alone stays as it is, equation by equation.
+    fn is traced as by jax.jit, and its program is run with other products. Equations that no rule concerns run
+    unchanged.
 
-    Works under jit, grad, vmap, scan, remat and shard_map, before or after them. Wrap the loss rather than its
-    gradient: the rules are about products of the forward pass. Variables of NNX modules among the arguments that fn
-    changes are changed.
+    - Packed parameters stay packed through transposes, reshapes, slices, casts, loops and calls until a product reads
+      them. Any other operation gets them decoded.
+    - Packed arguments outside the parameters, such as a cache of keys and values (`ifjax.pack_cache`), are updated
+      packed and returned packed.
+    - Float parameters that a rule quantizes are quantized on the fly. The values are the same, but this is slow, and
+      differentiating with respect to them is an error.
+    - Activations are rounded before a product if the rule has an `act_fmt`, with a straight-through gradient.
+    - With recipes, each product of a parameter uses its rule's recipe in the forward and the backward pass, inside
+      scans too. A recipe on a packed parameter multiplies by the stored values and quantizes the other operands; this
+      is for training parameters beside it, such as LoRA's adapters (`ifjax.lora`).
 
-    A recipe over a packed parameter multiplies by it as it is, and quantizes what it is multiplied with: for training
-    what stands beside it, as LoRA's adapters do (`ifjax.lora`).
+    The result works under jit, grad, vmap, scan, remat and shard_map, and fn may use them. Wrap the loss rather than
+    its gradient, because rules apply to products of the forward pass. Updates that fn makes to variables of NNX modules
+    among its arguments are kept.
 
     Args:
-        fn: any function, or a module of Equinox or NNX, which is a function of its own parameters.
-        rules: as for `ifjax.quantize_params`; None for none: packed parameters only. A string is a format's name. For
-            training a recipe's record, or rules with recipes.
+        fn: any function, or an Equinox or NNX module, which is called with its own parameters.
+        rules: as for `ifjax.quantize_params`, but None means no rules: only packed parameters. A string is a format's
+            name. For training, a recipe's record or rules with recipes.
         calibration: from `ifjax.calibrate`, for rules with act_amax="static".
-        key: for recipes that draw noise, a fresh one for each step; it may be traced. Without one it is the key
-            "quantize" of the keyword argument `rngs`, as linen's apply takes it.
-        params: the position or the name of the argument that holds the parameters. Unless given: the keyword argument
-            `params` or `variables`, else the first one.
+        key: key for recipes with noise, a fresh one for each step; it may be traced. Unless given, the key "quantize"
+            of the keyword argument `rngs` is used, as linen's apply takes it.
+        params: position or name of the argument that holds the parameters. Unless given: the keyword argument `params`
+            or `variables`, else the first argument.
 
     Raises:
-        ValueError: when called: a rule, not optional, is of no use on the parameters; inside another `quantized`
-            function.
+        ValueError: rules with recipes and a calibration are given. When called: a rule that is not optional has no
+            effect on the parameters; the call is inside another `quantized` function or `ifjax.calibrate`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -92,10 +95,13 @@ def quantized(
 
 
 class Quantized:
-    """A function whose products go as rules say. Equal ones serve as the same key in caches."""
+    """A function with products quantized according to rules. Equal instances are the same key in JAX's caches."""
 
-    def __init__(self, fn: Any, rules: tuple[Rule, ...], calibration: Any, key: Any, params: Any):
+    def __init__(
+        self, fn: Any, rules: tuple[Rule, ...], calibration: Any, key: Any, params: Any, statistics: Any = None
+    ):
         self.fn, self.rules, self.calibration, self.key, self.params = fn, rules, calibration, key, params
+        self.statistics = statistics  # collects the inputs of products, which then stay as they are
         self._tracing = jax.jit(self._traced, static_argnums=0)
         self._programs: dict[Any, _Program] = {}
         if not jax.tree_util.all_leaves([fn]):  # a module
@@ -113,13 +119,13 @@ class Quantized:
     def _identity(self):
         key = id(self.key) if self.key is not None else None
         fn = self.fn if self._target is self.fn else id(self.fn)
-        return fn, self.rules, id(self.calibration), key, self.params
+        return fn, self.rules, id(self.calibration), key, self.params, id(self.statistics)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """fn's result."""
+        """Call fn with quantized products and return its result."""
         if inside.value is not None:
             raise ValueError("this is inside another ifjax.quantized function or ifjax.calibrate: quantize once")
         if self._target is _call:
@@ -137,7 +143,7 @@ class Quantized:
         return outs
 
     def _holder(self, args, kwargs) -> int | str | None:
-        """Where the parameters are."""
+        """Return the position or name of the argument that holds the parameters; None without arguments."""
         if self.params is not None:
             found = self.params in kwargs if isinstance(self.params, str) else self.params < len(args)
             if not found:
@@ -147,7 +153,7 @@ class Quantized:
         return named if named is not None else 0 if args else next(iter(kwargs), None)
 
     def _traced(self, spec: "_Spec", arrays: list[Any]) -> Any:
-        """fn of arguments of this kind; its results, and what else was learned, in the structure of the result."""
+        """Trace fn; return its array results, new values of changed variables, and an `_Info` as static data."""
         leaves = spec.filled(arrays)
         args, kwargs = jax.tree.unflatten(spec.structure, leaves)
         modules = _modules_of(self.rules, self.calibration)
@@ -169,7 +175,7 @@ class Quantized:
         traced = self._tracing.trace(call.spec, shapes)
         closed = traced.jaxpr
         info = traced.out_info[2].value
-        if len(closed.jaxpr.invars) != len(shapes):  # it has closed over values of a transformation around
+        if len(closed.jaxpr.invars) != len(shapes):  # fn closes over tracers of an outer transformation
             closed, out = jax.make_jaxpr(functools.partial(self._traced, call.spec), return_shape=True)(shapes)
             info = out[2].value
         kinds = tuple(jax.tree.structure(a) if isinstance(a, QTensor | Adapted) else None for a in call.arrays)
@@ -180,7 +186,7 @@ class Quantized:
 
 
 class _Program:
-    """A traced program, what the rules decided for its parameters, and how it runs."""
+    """A traced program with the rules' decisions for its parameters."""
 
     def __init__(self, owner: Quantized, closed: Any, info: "_Info", call: "_Call"):
         self.closed, self.info = closed, info
@@ -195,21 +201,25 @@ class _Program:
             site = site._replace(packed=_is_packed(value))
             site = site.in_training() if trains else site
             sites.append(site)
-            self._decide(i, value, site, decide(rules, site), trains)
+            decision = decide(rules, site)
+            if owner.statistics is not None:
+                self.hows[i] = owner.statistics.expect(site.path, decision)
+            else:
+                self._decide(i, value, site, decision, trains)
         for i, value in enumerate(call.arrays):
             if isinstance(value, QTensor | Adapted) and self.hows[i] is None:
                 self.hows[i] = How(is_state=i not in call.parameters.values())
         if rules and call.parameters:
             _check(rules, sites, walk)
-        # That was traced already: attention multiplies operands as the rules say.
+        # Linen's attention was intercepted during tracing: its quantized products are already in the program.
         self.attends = any(decide(rules, site).operands for site in walk.sites.values() if site.operands)
         amax = None if owner.calibration is None else owner.calibration.amax
-        self.rewriter = Rewriter(amax)
+        self.rewriter = Rewriter(amax, None if owner.statistics is None else owner.statistics.note)
         self._jitted = jax.jit(self._run, inline=True)
 
     @property
     def is_changed(self) -> bool:
-        """Whether there is anything to do, for a parameter or for attention without one."""
+        """Whether the rules change any product of the program."""
         return self.attends or any(how is not None for how in self.hows)
 
     def _decide(self, i: int, value: Any, site: Site, decision: Decision, trains: bool) -> None:
@@ -232,7 +242,7 @@ class _Program:
             self.weights[i] = site, decision
 
     def run(self, arrays: list[Any], key: Any) -> tuple[Any, list[Any]]:
-        """The results, as fn gives them, and new values of variables."""
+        """Return fn's results in its own structure, and new values of changed variables."""
         run = self._run if any(isinstance(a, Tracer) for a in self.closed.consts) else self._jitted
         outs = run(list(self.closed.consts), arrays, key)
         count = sum(other is None for other in self.info.kept)
@@ -261,19 +271,19 @@ def _is_packed(value: Any) -> bool:
 
 
 class _Open(NamedTuple):
-    """A program and its constants."""
+    """A jaxpr and its constants; a ClosedJaxpr whose constants may be tracers."""
 
     jaxpr: Any
     consts: list[Any]
 
 
 class _Spec(NamedTuple):
-    """What is static of a call, hashable: the arguments' structure, and the leaves that are no arrays.
+    """The static part of a call, hashable: the arguments' structure and the leaves that are not arrays.
 
     Attributes:
-        structure: of (args, kwargs).
-        leaves: for each leaf None for an array, a `_Box` around what an array goes into, or a 1-tuple of the leaf.
-        arrays: for each leaf the number of its array; None for others.
+        structure: tree structure of (args, kwargs).
+        leaves: for each leaf: None for an array, a `_Box` for a boxed array, or a 1-tuple of any other leaf.
+        arrays: for each leaf: the index of its array; None if it has none.
     """
 
     structure: Any
@@ -282,11 +292,11 @@ class _Spec(NamedTuple):
 
     @property
     def places(self) -> dict[int, int]:
-        """The number of each leaf's array."""
+        """Array index by leaf index, for leaves that have an array."""
         return {i: k for i, k in enumerate(self.arrays) if k is not None}
 
     def filled(self, arrays: list[Any]) -> list[Any]:
-        """Leaves with these arrays. A variable that stands in several places is one object in all of them."""
+        """Return the leaves with these arrays. A variable that occurs several times stays one object."""
         made: dict[int, Any] = {}
         out = []
         for leaf, k in zip(self.leaves, self.arrays, strict=True):
@@ -300,14 +310,14 @@ class _Spec(NamedTuple):
 
 
 class _Box:
-    """A box or variable, without its value; equal to others of the same kind and metadata."""
+    """A Flax box or variable without its value. Instances of equal type and metadata are equal."""
 
     def __init__(self, leaf: Any):
         self.leaf = with_value(leaf, None) if hasattr(leaf, "get_raw_value") else leaf.replace_boxed(None)
         self.key = type(leaf), repr(self.leaf)
 
     def around(self, array: Any) -> Any:
-        """The box around an array."""
+        """Return the box or variable with an array as its value."""
         return with_value(self.leaf, array)
 
     def __eq__(self, other: object) -> bool:
@@ -321,10 +331,10 @@ class _Call(NamedTuple):
     """The arguments of a call.
 
     Attributes:
-        leaves: as they came.
-        arrays: the arrays and QTensors among them, out of their boxes and variables.
-        spec: what is static.
-        parameters: numbers of arrays by path, of those in the argument that holds parameters.
+        leaves: all leaves of the arguments.
+        arrays: the arrays and QTensors among them, unboxed.
+        spec: the static part of the call.
+        parameters: array index by path, for the argument that holds the parameters.
         tree: that argument.
     """
 
@@ -336,7 +346,7 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], holder: int | str | None) -> "_Call":
-        """Take a call apart; `holder` is the argument that holds the parameters."""
+        """Split a call; `holder` is the position or name of the argument that holds the parameters."""
         flat, structure = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
         arrays, static, numbers, parameters, seen = [], [], [], {}, {}
         own = "0" if isinstance(holder, int) else "1"
@@ -371,7 +381,7 @@ class _Call(NamedTuple):
 
 
 class _Info:
-    """What tracing learned: the result's structure, leaves that are no arrays, changed variables, modules."""
+    """Results of tracing: structure of the result, its non-array leaves, indices of changed variables, modules."""
 
     def __init__(self, structure: Any, kept: list[Any], changed: list[int], modules: Any):
         self.structure, self.kept, self.changed, self.modules = structure, kept, changed, modules
@@ -379,14 +389,14 @@ class _Info:
 
 @jax.tree_util.register_static
 class _Static:
-    """A part of a result that is no array."""
+    """A value that a traced function returns as static data."""
 
     def __init__(self, value: Any):
         self.value = value
 
 
 class _NoModules:
-    """Without linen no modules are noted."""
+    """Stands in for `Noting` when flax.linen is not imported."""
 
     def __enter__(self):
         return self
@@ -395,12 +405,12 @@ class _NoModules:
         return None
 
     def explain(self, sites: Iterable[Site]) -> Walk:
-        """The sites, by path."""
+        """Return a Walk of the sites, without modules."""
         return Walk({site.parameter: site for site in sites}, {})
 
 
 def _modules_of(rules: tuple[Rule, ...], calibration: Any) -> Any:
-    """What notes the linen modules that are called in its context."""
+    """Return a context that records the linen modules called inside it."""
     if "flax.linen" not in sys.modules:
         return _NoModules()
     from ifjax.models.flax.interceptors import Noting
@@ -409,7 +419,7 @@ def _modules_of(rules: tuple[Rule, ...], calibration: Any) -> Any:
 
 
 def _walk(closed: Any, info: _Info, call: _Call) -> Walk:
-    """The sites of the parameters, with what linen's, NNX's or Equinox's modules tell."""
+    """Return the sites of the parameters, completed from the linen, NNX or Equinox modules that own them."""
     walk = info.modules.explain(sites_of(closed, call.parameters).values())
     if walk.modules:
         return walk
@@ -424,7 +434,7 @@ def _walk(closed: Any, info: _Info, call: _Call) -> Walk:
 
 
 def _check(rules: tuple[Rule, ...], sites: list[Site], walk: Walk) -> None:
-    """Raise if a rule is of no use. Parameters that this function does not read may be read by another."""
+    """Raise if a rule has no effect. Unread parameters count as quantizable: another function may read them."""
     unread = [site for site in sites if site.reason == NOT_READ]
     known = [site for site in sites if site.reason != NOT_READ] + [s for s in walk.sites.values() if s.operands]
     around = {path[:i] for path in (site.parameter for site in unread) for i, c in enumerate(path) if c == "/"}

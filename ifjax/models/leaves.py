@@ -1,4 +1,4 @@
-"""Leaves of trees of parameters: arrays, QTensors, Flax's boxes, NNX variables."""
+"""Leaves of parameter trees: arrays, QTensors, Flax boxes and NNX variables."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,11 +13,12 @@ from ifjax.numerics.byte_order import native, native_leaves
 
 
 def is_leaf(leaf):
+    """Return whether a tree node counts as a leaf: a Flax box, an NNX variable, a QTensor or an Adapted weight."""
     return hasattr(leaf, "unbox") or hasattr(leaf, "get_raw_value") or isinstance(leaf, Adapted)
 
 
 def is_parameter(leaf):
-    """Not so of NNX variables of other kinds: statistics, caches, random states."""
+    """Return whether a leaf is a parameter: any leaf except NNX variables such as statistics, caches, random states."""
     if not hasattr(leaf, "get_raw_value"):
         return True
     from ifjax.models.flax.nnx import is_parameter
@@ -26,19 +27,20 @@ def is_parameter(leaf):
 
 
 def value_of(leaf):
+    """Return the value in a leaf as an array in native byte order, a QTensor or an Adapted weight."""
     value = raw_value(leaf)
     return native(value if hasattr(value, "dtype") else np.asarray(value))
 
 
 def raw_value(leaf: Any) -> Any:
-    """What is in a box or variable: an array, a QTensor, a key."""
+    """Return the value in a box or variable (an array, a QTensor or a key); return other leaves unchanged."""
     if isinstance(leaf, QTensor | Adapted):
         return leaf
     return leaf.get_raw_value() if hasattr(leaf, "get_raw_value") else leaf.unbox() if hasattr(leaf, "unbox") else leaf
 
 
 def split_collection(params: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The tree of parameters (of linen's variables the collection "params"), and what puts another in its place."""
+    """Return the parameter tree ("params" of linen variables), and a function that puts another tree in its place."""
     params = native_leaves(params)
     if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
         def put_back(tree):
@@ -50,6 +52,11 @@ def split_collection(params: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def rebuilt(leaf, new):
+    """Return a leaf like this one with a new value.
+
+    An array takes the place of the value in its box or variable. A QTensor goes into a PackedParam for an NNX variable,
+    and replaces a linen box.
+    """
     if hasattr(leaf, "get_raw_value"):
         from ifjax.models.flax.nnx import PackedParam
 
@@ -58,18 +65,19 @@ def rebuilt(leaf, new):
 
 
 def with_value(leaf: Any, array: Any) -> Any:
-    """The leaf with an array in place of its value, packed or not: boxes and variables around it stay."""
+    """Return the leaf with another value, an array or a packed one; a box or variable around it is kept."""
     if hasattr(leaf, "get_raw_value"):
         return type(leaf).from_metadata(array, leaf.get_metadata())
     return leaf.replace_boxed(array) if hasattr(leaf, "unbox") and not isinstance(leaf, QTensor) else array
 
 
 def abstract(value: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of an array, or of what a QTensor stands for."""
+    """Return the shape and dtype of an array, or of the dequantized array of a QTensor."""
     return jax.ShapeDtypeStruct(tuple(value.shape), value.dtype)
 
 
 def nbytes_of(value):
+    """Return the number of bytes of an array, a QTensor or an Adapted weight."""
     if isinstance(value, Adapted):
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(value))
     return value.nbytes if isinstance(value, QTensor) else math.prod(value.shape) * value.dtype.itemsize

@@ -1,11 +1,11 @@
-"""LoRA: narrow trainable matrices beside a base that stays packed (arXiv 2106.09685, QLoRA 2305.14314).
+"""LoRA: trainable low-rank adapters beside packed weights (arXiv 2106.09685, QLoRA 2305.14314).
 
-    adapters = init(key, packed, model=, sample=)        what trains, for any optimizer
+    adapters = init(key, packed, model=, sample=)        trainable parameters, for any optimizer
     fn       = ifjax.quantized(fn, rules)                multiplies by the packed base and by the adapters
     y        = fn(attach(packed, adapters), x)           differentiate with respect to `adapters`
-    packed   = merge(packed, adapters)                   base and adapters in one, quantized as the base was
+    packed   = merge(packed, adapters)                   base plus adapters, quantized like the base
 
-Adapters are a dictionary by the parameters' paths, so they are saved, sharded and optimized as any tree.
+Adapters are a dictionary keyed by the parameters' paths, so they are saved, sharded and optimized like any pytree.
 """
 
 import dataclasses
@@ -42,21 +42,24 @@ def init(
     method: Any = None,
     dtype: DTypeLike = jnp.float32,
 ) -> dict[str, Adapter]:
-    """Return adapters that change nothing yet: a is normal with variance 1 / inputs, b is zero.
+    """Return initial adapters whose update is zero: `a` is normal with variance 1 / inputs, `b` is zero.
 
     Args:
-        key: of jax.random.
+        key: a key of jax.random.
         params: a tree of parameters, packed or not, as for `ifjax.quantize_params`.
-        targets: a regular expression that matches the whole path of each parameter to be adapted, such as
-            ".*/(query|value)/kernel"; all packed ones unless given.
-        rank: of the updates.
-        alpha: updates are multiplied by alpha / rank; the rank itself unless given.
-        model, sample, method: as for `ifjax.quantize_params`. They tell what a product contracts, and which axes are
-            those of stacked layers; without them weights are matrices, contracted along the blocked axis.
-        dtype: of the adapters.
+        targets: regular expression that matches the whole path of each parameter to adapt, such as
+            ".*/(query|value)/kernel"; unless given, all packed parameters are adapted.
+        rank: rank of the updates.
+        alpha: updates are multiplied by alpha / rank; unless given, by 1.
+        model, sample, method: as for `ifjax.quantize_params`. They determine the contracted axes and those of stacked
+            layers. Without a model, only packed matrices can be adapted, contracted along their blocked axis.
+        dtype: dtype of the adapters.
+
+    Returns:
+        Adapters by path of the parameter.
 
     Raises:
-        ValueError: nothing matches; a parameter of which nothing tells the contracted axes.
+        ValueError: rank is below 1; no parameter matches; the contracted axes of a parameter are unknown.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -98,12 +101,12 @@ def init(
 
 
 def attach(params: Any, adapters: Mapping[str, Adapter]) -> Any:
-    """Return parameters with adapters, for functions that went through `ifjax.quantized`.
+    """Return parameters with adapters attached, for functions transformed by `ifjax.quantized`.
 
-    Differentiate by `adapters`, as in jax.grad(lambda adapters: loss(fn(attach(params, adapters), x))).
+    Differentiate with respect to `adapters`, as in jax.grad(lambda adapters: loss(fn(attach(params, adapters), x))).
 
     Raises:
-        ValueError: an adapter is of no parameter, or of another shape.
+        ValueError: an adapter belongs to no parameter, or to one of another shape.
     """
     return _changed(params, adapters, lambda leaf, value, adapter: with_value(leaf, _beside(value, adapter)))
 
@@ -115,15 +118,15 @@ def merge(
     loss: Loss | None = None,
     search: str | Search | None = None,
 ) -> Any:
-    """Return parameters with the adapters in them: packed ones quantized anew, as they were.
+    """Return parameters with the adapters' updates added. Packed ones are quantized again to their format and axis.
 
     Args:
-        params: the base.
-        adapters: of it.
+        params: the base parameters.
+        adapters: their adapters, by path.
         loss, search: as for `ifjax.quantize`.
 
     Raises:
-        ValueError: as `attach`.
+        ValueError: as for `attach`.
     """
 
     def one(leaf, value, adapter):
@@ -143,12 +146,12 @@ def merge(
 
 
 def _beside(value: Any, adapter: Adapter) -> Adapted:
-    """A weight, smoothed and rotated or not, with an adapter."""
+    """Return a weight with an adapter; an existing transform is kept."""
     return dataclasses.replace(value, adapter=adapter) if isinstance(value, Adapted) else Adapted(value, adapter)
 
 
 def _changed(params, adapters, change):
-    """The tree with `change(leaf, value, adapter)` in place of each leaf that has an adapter."""
+    """Return the tree with `change(leaf, value, adapter)` in place of each leaf that has an adapter."""
     inner, put_back = split_collection(params)
     left = dict(adapters)
 
@@ -169,7 +172,7 @@ def _changed(params, adapters, change):
 
 
 def _axes(path: str, value: Any, site: Site | None) -> tuple[list[int], list[int]]:
-    """The contracted axes and those of stacked layers, counted from the front."""
+    """Return the contracted axes and those of stacked layers, counted from the front."""
     ndim = value.ndim
     if site is not None and site.axes:
         return [a + ndim for a in site.axes], [a + ndim for a in site.stacked]

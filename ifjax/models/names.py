@@ -1,27 +1,28 @@
-"""What a tensor's name says of it, where there is no model to ask."""
+"""Classification of tensors by their names, for files without a model."""
 
 import re
 
 from ifjax.models.sites import Site
 
 _NORMS = {"norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm", "ln", "bn", "gn"}
-_FACTORS = {"scale", "gamma", "beta"}  # of norms, and of whole layers: one for each channel
+_FACTORS = {"scale", "gamma", "beta"}  # parameters of norms or of whole layers with one value per channel
 _OF_CHANNELS = "factors of channels"
 
 
 def keep_reason(name: str, shape: tuple[int, ...]) -> str | None:
-    """Why a tensor of this name and shape is no matrix to multiply by, whatever rules say; None if it may be one.
+    """Return why a tensor of this name and shape must not be quantized, whatever the rules say; None if it may be.
 
-    Axes of length 1 do not count. Embeddings are matrices: they are stored, and often multiplied by, as such.
+    Only matrices may be; axes of length 1 do not count. Embeddings count as matrices, because they are stored and often
+    multiplied as such.
     """
     reason, is_matrix = named_reason(name), sum(length > 1 for length in shape) > 1 and 0 not in shape
     return reason if is_matrix or reason not in (None, _OF_CHANNELS) else "not a matrix"
 
 
 def named_reason(name: str) -> str | None:
-    """Why a name is that of no matrix, though layers of it may be stacked to one; None if it may be one's.
+    """Return the reason if a name is that of a bias, norm or channel factor, even a stacked one; else None.
 
-    The last whole word of a name counts: "debias_proj" is no bias, and "norm_proj" no norm.
+    The last whole word of a name decides: "debias_proj" is not a bias, and "norm_proj" is not a norm.
     """
     *parents, last = re.split(r"[./]", name)
     owner = parents[-1] if parents and last in ("weight", "scale", "kernel") else last
@@ -33,13 +34,13 @@ def named_reason(name: str) -> str | None:
 
 
 def site_of_tensor(name: str, shape: tuple[int, ...], axis: int, reason: str | None = None) -> Site:
-    """The site that a tensor of a file stands for: by its name, with blocks along `axis` unless a rule names another.
+    """Return the site of a tensor in a file. Blocks lie along `axis` unless a rule names another.
 
-    Its path is its name with '.' written as '/', and without "weight" or "kernel" at its end, as in
+    The site's path is the name with '.' replaced by '/', without "weight" or "kernel" at its end, as in
     "encoder/layer/0/attention/self/query".
 
     Args:
-        reason: why it cannot be quantized, where something else than its name tells.
+        reason: why the tensor cannot be quantized, for reasons other than its name and shape.
     """
     path = name.replace(".", "/").removesuffix("/weight").removesuffix("/kernel")
     return Site(name, path, None, shape, assumed=axis, reason=keep_reason(name, shape) or reason)

@@ -1,4 +1,4 @@
-"""Rearranging QTensors as a program rearranges the arrays that they stand for, without decoding them."""
+"""Slicing and stacking of QTensors for the rewriting of programs, without decoding them."""
 
 from typing import Any
 
@@ -8,13 +8,15 @@ from ifjax.arrays import QTensor
 
 
 def is_blocked(q: QTensor, axis: int) -> bool:
-    """Whether blocks lie along an axis, counted from the front."""
+    """Return whether blocks lie along an axis, counted from the front."""
     return axis - q.ndim in q.blocked_axes
 
 
 def layers(q: QTensor, axis: int) -> tuple[tuple[Any, Any, Any], Any, QTensor]:
-    """q's arrays taken apart along an unblocked axis: stacked ones with it in front, the amax that all share, and q
-    with `blocking` as a layer needs it. `layer` puts one together again.
+    """Split q's arrays along an unblocked axis, for a scan over it; `layer` makes a QTensor of one slice.
+
+    Returns (codes, scales, amax) with the axis in front, the amax that all layers share, and q with its blocked axis
+    adjusted to the layers' rank. One of the two amaxes is None, or both if q has none.
     """
     codes, scales = (jnp.moveaxis(a, axis, 0) for a in (q.codes, q.scales))
     amax, shared = q.amax, None
@@ -27,13 +29,13 @@ def layers(q: QTensor, axis: int) -> tuple[tuple[Any, Any, Any], Any, QTensor]:
 
 
 def layer(q: QTensor, arrays: tuple[Any, Any, Any], shared: Any) -> QTensor:
-    """One of the layers that `layers` made."""
+    """Return the QTensor of one slice of the arrays from `layers`; q is the third result of `layers`."""
     codes, scales, amax = arrays
     return q.replaced(codes=codes, scales=scales, amax=shared if amax is None else amax)
 
 
 def looked_up(q: QTensor, indices: Any, axis: int, clip: bool) -> QTensor:
-    """Entries along an unblocked axis, as by lax.gather: what is out of range is NaN, or the nearest entry."""
+    """Return entries along an unblocked axis, as lax.gather does: out of range, NaN or the nearest entry if `clip`."""
     size = q.shape[axis]
     indices = jnp.clip(indices, 0, size - 1) if clip else jnp.where(indices < 0, size, indices)
     return q.take(indices, axis)

@@ -1,4 +1,4 @@
-"""Trees of parameters taken apart into what trains and what does not."""
+"""Splitting of parameter trees into trainable and frozen parts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +13,15 @@ from ifjax.models.sites import join_path
 
 
 def partition(params: Any, where: Callable[[str, Any], bool] | None = None) -> tuple[Any, Any]:
-    """Take parameters apart into (trainable, frozen): two trees of the same structure, None where the other has a leaf.
+    """Split parameters into (trainable, frozen): two trees of the same structure, None where the other has a leaf.
 
-    jax.grad, optimizers and their states see the trainable ones alone, as None is no leaf: `jax.grad` and optax cannot
-    take packed bytes. `combine` puts both together again.
+    jax.grad and optax cannot take packed bytes. None is not a pytree leaf, so jax.grad, optimizers and their states see
+    only the leaves of `trainable`. `combine` joins the two trees.
 
     Args:
-        params: a tree of arrays and QTensors: nested dictionaries, linen variables, an NNX state.
-        where: called with the path and the array of each float parameter, tells whether it trains; all do unless given.
-            Packed parameters and arrays that are no floats never do.
+        params: a tree of arrays and QTensors: nested dictionaries, linen variables or an NNX state.
+        where: called with the path and the array of each float parameter; returns whether it trains. Unless given, all
+            float parameters train. Packed parameters and arrays that are not floats never train.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -48,17 +48,17 @@ def partition(params: Any, where: Callable[[str, Any], bool] | None = None) -> t
 
 
 def can_train(leaf: Any) -> bool:
-    """Whether a leaf is a float parameter that is not packed."""
+    """Return whether a leaf is a float parameter that is not packed."""
     value = value_of(leaf)
     fixed = isinstance(value, QTensor | Adapted) or not is_parameter(leaf)
     return not fixed and jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
 
 def combine(trainable: Any, frozen: Any) -> Any:
-    """Put together what `partition` took apart.
+    """Join the two trees of `partition`.
 
     Raises:
-        ValueError: a leaf is in both trees, or they differ in structure.
+        ValueError: a leaf is in both trees, or their structures differ.
     """
 
     def one(a, b):

@@ -1,8 +1,8 @@
-"""Regular expressions matched in polynomial time, whatever they say: rules and names may come from strangers.
+"""Regular expressions matched in polynomial time, because rules and names may come from untrusted sources.
 
-An expression becomes a program of a few kinds of steps. It is walked as `re` would, the preferred way first, but no
-step is tried twice at a position: what failed there once fails again. So `(a+)+b` is as quick as any other, and groups
-are those of `re`. What needs the text of a group (backreferences) is refused.
+An expression is compiled to a program of a few kinds of steps. The matcher tries alternatives in the order of `re`, but
+never tries a step twice at the same position, because it would fail again. So `(a+)+b` takes no longer than any other
+pattern, and groups are those of `re`. Backreferences are refused, because they need the text of a group.
 
     steps: ("one", fits) · ("at", fits) · ("look", is_wanted, width, program) · ("save", i) · ("try", first, then)
 """
@@ -14,28 +14,33 @@ from re import _constants as ops  # pyright: ignore[reportAttributeAccessIssue]
 from re import _parser  # pyright: ignore[reportAttributeAccessIssue]
 from typing import Any
 
-LONGEST = 2000  # characters of a path, and steps of a program
+LONGEST = 2000  # most characters of a path, and most steps of a program
 
 Program = list[tuple[Any, ...]]
 
 
 class UnsupportedPattern(ValueError):
-    """The expression asks for what is not matched here."""
+    """An expression with a feature that is not supported here."""
 
 
 def check_pattern(pattern: str) -> None:
-    """Raise if the expression cannot be matched.
+    """Raise if an expression is invalid or not supported.
 
     Raises:
-        re.error: it is no regular expression.
-        UnsupportedPattern: it has backreferences, conditional, atomic or possessive parts, or counts too high.
+        re.error: it is not a regular expression.
+        UnsupportedPattern: it has backreferences, conditional, atomic or possessive parts, or its repetitions expand to
+            more than 2000 steps.
     """
     _compiled(pattern)
 
 
 @functools.lru_cache(maxsize=65536)
 def fullmatch(pattern: str, path: str) -> bool:
-    """Whether the whole path matches, as by `re.fullmatch`. A path of more than 2000 characters is an error."""
+    """Return whether the whole path matches, as `re.fullmatch` does.
+
+    Raises:
+        ValueError: the path has more than 2000 characters.
+    """
     if len(path) > LONGEST:
         raise ValueError(f"a path of {len(path)} characters is matched by no rule: {path[:50]!r}...")
     return _run(_compiled(pattern), path, 0, len(path), {}) is not None
@@ -43,10 +48,10 @@ def fullmatch(pattern: str, path: str) -> bool:
 
 @functools.lru_cache(maxsize=65536)
 def groups_of(pattern: str, name: str) -> tuple[str, ...] | None:
-    """Return the whole match and its groups, "" for those without a part in it; None if the name does not match.
+    """Return the whole match and its groups, "" for a group that took no part; None if the name does not match.
 
-    Names of more than 2000 characters match nothing. As in `re`, of a group that is repeated the last part counts;
-    parts without characters that end a repetition are left out.
+    A name of more than 2000 characters never matches. As in `re`, a repeated group gives its last repetition. Unlike
+    in `re`, an empty repetition at the end does not count.
     """
     spans = _run(_compiled(pattern), name, 0, len(name), {}) if len(name) <= LONGEST else None
     if spans is None:
@@ -56,7 +61,7 @@ def groups_of(pattern: str, name: str) -> tuple[str, ...] | None:
 
 
 def _run(program: Program, text: str, start: int, end: int | None, looked: dict[Any, bool]) -> dict[int, int] | None:
-    """The places that a match from `start` to `end` (None: to anywhere) saved; None if there is none."""
+    """Return the positions that a match from `start` to `end` (None: to anywhere) saved; None without a match."""
     stack: list[tuple[int, int, dict[int, int]]] = [(0, start, {})]
     tried = set()
     while stack:
@@ -87,7 +92,7 @@ def _run(program: Program, text: str, start: int, end: int | None, looked: dict[
 
 
 def _looks(width: int | None, program: Program, text: str, at: int, looked: dict[Any, bool]) -> bool:
-    """Whether what is ahead, or behind in so many characters, matches."""
+    """Return whether a look-ahead matches at a position, or a look-behind of `width` characters (None: look-ahead)."""
     key = id(program), at
     if key not in looked:
         start, end = (at, None) if width is None else (at - width, at)
@@ -97,9 +102,9 @@ def _looks(width: int | None, program: Program, text: str, at: int, looked: dict
 
 @functools.lru_cache(maxsize=1024)
 def _compiled(pattern: str) -> Program:
-    if len(pattern) > 10 * LONGEST:  # reading it would take long, and for nothing
+    if len(pattern) > 10 * LONGEST:  # parsing it would take seconds
         raise UnsupportedPattern(f"may have {10 * LONGEST} characters, and has {len(pattern)}")
-    re.compile(pattern)  # its own errors and warnings
+    re.compile(pattern)  # raises re's own errors and warnings
     tree = _parser.parse(pattern)
     program: Program = []
     _add(program, tree, tree.state.flags)
@@ -107,7 +112,7 @@ def _compiled(pattern: str) -> Program:
 
 
 def _step(program: Program, *step: Any) -> int:
-    """Add a step, and give its place."""
+    """Add a step and return its index."""
     if len(program) == LONGEST:
         raise UnsupportedPattern(f"may count no higher than to {LONGEST} in all")
     program.append(step)
@@ -159,7 +164,7 @@ def _add_repeat(program: Program, greedy: bool, low: int, high: Any, nodes: Any,
     for _ in range(low):
         before = len(program)
         _add(program, nodes, flags)
-        if len(program) == before:  # more of nothing
+        if len(program) == before:  # the repeated part has no steps, so further repetitions add none
             break
     if high is ops.MAXREPEAT:
         start = _step(program)
@@ -176,7 +181,7 @@ def _add_repeat(program: Program, greedy: bool, low: int, high: Any, nodes: Any,
 
 
 def _one(op: Any, value: Any, flags: int) -> Callable[[str], Any]:
-    """One character, by `re` itself."""
+    """Return a function that matches a single character with `re`."""
     text = {ops.LITERAL: lambda: re.escape(chr(value)), ops.NOT_LITERAL: lambda: f"[^{re.escape(chr(value))}]",
             ops.ANY: lambda: ".", ops.IN: lambda: f"[{''.join(map(_item, value))}]"}[op]()  # fmt: skip
     return functools.lru_cache(maxsize=512)(re.compile(text, flags & ~(re.VERBOSE | re.DEBUG)).fullmatch)

@@ -1,4 +1,4 @@
-"""Bits where they matter: which format each layer takes under a budget, from what each costs the loss.
+"""Mixed-precision planning: a format for each layer within a budget of bits, chosen by its effect on the loss.
 
     loss function, batches -> items (parameters that share an input) -> losses by format -> choice -> rules
 """
@@ -32,14 +32,14 @@ from ifjax.models.trace import function_walk, shared_inputs
 
 @dataclasses.dataclass(frozen=True)
 class PlannedItem:
-    """Parameters that share an input and so one format.
+    """Parameters that share an input and therefore one format.
 
     Attributes:
-        paths: of the parameters.
-        values: how many they have.
-        fmt: the format they take; None for floats.
-        bits: a value, scales included, a tensor's amax not.
-        losses: what each of the plan's formats was measured to add to the loss.
+        paths: paths of the parameters.
+        values: number of values in all of them.
+        fmt: name of the chosen format; None for floats.
+        bits: bits per value, with scales but without tensor amaxes.
+        losses: estimated increase of the loss for each of the plan's formats.
     """
 
     paths: tuple[str, ...]
@@ -51,17 +51,17 @@ class PlannedItem:
 
 @dataclasses.dataclass(frozen=True)
 class FormatPlan:
-    """What `plan_formats` chose. As text it is a table.
+    """The result of `plan_formats`. `str(plan)` is a table.
 
     Attributes:
-        rules: for `ifjax.quantize_params` and `ifjax.quantized`, the first match wins.
-        items: in the order of the parameters.
-        formats: those that could be chosen.
-        bits: a value over all items.
-        budget_bits: as it was asked for.
-        base_loss: of the floats.
-        predicted_loss: base_loss and the sum of what each item was measured to add.
-        measured_loss: with the whole plan. That errors add up is an assumption: compare it with the prediction.
+        rules: rules for `ifjax.quantize_params` and `ifjax.quantized`; the first match decides.
+        items: planned items, in the order of the parameters.
+        formats: names of the candidate formats; None for floats.
+        bits: mean bits per value over all items.
+        budget_bits: requested budget, in bits per value.
+        base_loss: loss of the float model.
+        predicted_loss: base_loss plus the estimated increase of each item.
+        measured_loss: loss of the whole plan. The prediction assumes that increases add up: compare the two.
     """
 
     rules: tuple[Rule, ...]
@@ -74,11 +74,11 @@ class FormatPlan:
     measured_loss: float
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the rules as YAML or JSON, for `ifjax.load_rules` and `ifjax quantize --rules`."""
+        """Write the rules to a YAML or JSON file, for `ifjax.load_rules` and `ifjax quantize --rules`."""
         save_rules(self.rules, path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the rules."""
+        """Return all fields except the rules as plain values for JSON."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("rules", "items")}
         return fields | {"items": [dataclasses.asdict(item) for item in self.items]}
 
@@ -108,27 +108,29 @@ def plan_formats(
     exact: bool = True,
     progress: bool | None = None,
 ) -> FormatPlan:
-    """Choose a format for each layer so that the loss grows least within a budget of bits.
+    """Choose a format for each layer that minimizes the increase of the loss within a budget of bits.
 
-    Parameters whose products share an input (query, key and value; gate and up) are one item and take one format; the
-    program tells which. The choice is never over the budget, and never predicted to be worse than one format for all
-    that fits it.
+    Parameters whose products share an input (query, key and value; gate and up) form one item and take one format.
+    Shared inputs are found by tracing fn. The choice never exceeds the budget. Its predicted loss is never above that
+    of any single format that fits the budget.
 
     Args:
         params: a tree of float parameters, as for `ifjax.quantize_params`.
-        fn: a function of (params, *batch) that returns the loss, a scalar: the mean over the batch.
-        batches: for calibration: tuples of positional arguments, mappings of keyword ones, or the only one.
-        formats: that may be chosen, in any order; None for floats.
-        budget_bits: mean bits a value over all items, scales included. (A tensor's amax, 4 bytes, is not counted.)
-        rules: which parameters are planned: those that these rules quantize; all but embeddings and heads unless given.
-            Other options of the rule that matches (search, loss, act_fmt) are kept.
-        sensitivity: "direct" takes the loss with one item quantized at a time: as many runs as items times formats.
-            "fisher" needs one backward pass a batch: half the sum of squared gradients times squared errors of weights.
-        exact: also solve the knapsack by dynamic programming; the greedy choice alone can be far off with few items.
-        progress: whether to show a bar on stderr; where it is a terminal unless given.
+        fn: a function of (params, *batch) that returns a scalar loss, the mean over the batch.
+        batches: calibration batches: each a tuple of positional arguments, a mapping of keyword ones, or the only one.
+        formats: at least two candidate formats, in any order; None for floats.
+        budget_bits: mean bits per value over all items, with scales. A tensor's amax (4 bytes) is not counted.
+        rules: the parameters that these rules quantize are planned; `default_rules` unless given. The plan keeps the
+            other options of the matching rule (search, loss, act_fmt).
+        sensitivity: "direct" measures the loss with one item quantized at a time, in one run of all batches per item
+            and format. "fisher" needs one backward pass per batch: half the sum of squared gradients times squared
+            errors of the weights.
+        exact: also solve the knapsack by dynamic programming. The greedy choice alone can be far off with few items.
+        progress: whether to show a progress bar on stderr; None shows one if stderr is a terminal.
 
     Raises:
-        ValueError: nothing to plan; the budget is below the cheapest format; a loss that is not finite.
+        ValueError: no batch, fewer than two formats, or no parameter to plan; the budget is below the cheapest
+            formats; a loss is not finite.
 
     Source: greedy over hulls and knapsack as in ModelOpt's AutoQuantize, and QuantClaw arXiv 2604.22577.
 
@@ -186,11 +188,12 @@ def plan_formats(
 
 
 class _Items:
-    """The parameters that are planned, in items that share an input.
+    """The planned parameters, grouped into items that share an input.
 
     Attributes:
-        items: paths of each.
+        items: the parameters' paths, item by item.
         values: arrays by path.
+        decisions: the rules' decisions by path.
     """
 
     def __init__(self, params: Any, fn: Callable[..., Any], batch: Any, rules: tuple[Rule, ...]):
@@ -205,7 +208,7 @@ class _Items:
             site = walk.sites.get(path)
             if site is None or not is_parameter(leaf) or not jnp.issubdtype(raw_value(leaf).dtype, jnp.floating):
                 continue
-            # Rules are for modules as well: "mlp/Dense_0" of "mlp/Dense_0/kernel".
+            # Rules may name the module, too: "mlp/Dense_0" for "mlp/Dense_0/kernel".
             decision = decide(rules, site)
             module = path.rpartition("/")[0]
             outer = decide(rules, site._replace(path=module)) if module else decision
@@ -218,7 +221,7 @@ class _Items:
         self.items = [tuple(paths) for paths in groups.values()]
 
     def with_formats(self, formats: dict[str, str | Format | None]) -> Any:
-        """The parameters, those named rounded to formats."""
+        """Return the parameters, with those named in `formats` (path to format) rounded to their formats."""
         inner, put_back = split_collection(self.params)
 
         def one(keys, leaf):
@@ -230,12 +233,12 @@ class _Items:
         return put_back(jax.tree_util.tree_map_with_path(one, inner, is_leaf=is_leaf))
 
     def error(self, path: str, fmt: str | Format, squares: jax.Array) -> float:
-        """Half the squared error of the weights, each times its squared gradient."""
+        """Return half the sum of squared rounding errors, each times its squared gradient."""
         difference = (self.values[path] - self._rounded(path, fmt)).astype(jnp.float32)
         return 0.5 * float((squares * difference**2).sum())
 
     def bits(self, path: str, fmt: str | Format | None) -> float:
-        """Of codes and scales."""
+        """Return the number of bits that a parameter takes in a format: codes and scales, or floats for None."""
         value = self.values[path]
         if fmt is None:
             return 8.0 * value.size * value.dtype.itemsize
@@ -243,7 +246,7 @@ class _Items:
         return 8.0 * (q.codes.size + q.scales.size)
 
     def rules(self, formats: dict[str, str | Format | None]) -> tuple[Rule, ...]:
-        """One for each format and rule that it comes from, and a last one that leaves everything else alone."""
+        """Return one rule for each pair of format and original rule, and a last rule that excludes everything else."""
         by_rule: dict[tuple[Any, Rule], list[str]] = {}
         for path, fmt in formats.items():
             rule = self.decisions[path].rule
@@ -270,18 +273,18 @@ class _Items:
 
 
 class _Runs:
-    """The loss and its gradient over all batches."""
+    """Evaluates the loss and its gradient over all batches."""
 
     def __init__(self, fn: Callable[..., Any], batches: list[Any]):
         self._batches = [as_arguments(batch) for batch in batches]
         self._loss = jax.jit(lambda params, args, kwargs: jnp.asarray(fn(params, *args, **kwargs), jnp.float32))
 
     def loss(self, params: Any) -> float:
-        """The mean over batches."""
+        """Return the mean loss over the batches."""
         return float(np.mean([self._loss(params, args, kwargs) for args, kwargs in self._batches]))
 
     def squares(self, params: Any, found: _Items) -> dict[str, jax.Array]:
-        """Squared gradients of the planned parameters, the mean over batches."""
+        """Return the squared gradients of the planned parameters, averaged over the batches."""
         inner, put_back = split_collection(params)
 
         @jax.jit
@@ -308,7 +311,7 @@ def _name(fmt: str | Format | None) -> str | None:
 
 
 def _pattern(path: str) -> str:
-    """A pattern for a parameter, and for the module that it is the kernel of."""
+    """Return a pattern that matches a parameter and, for a kernel, also its module."""
     module, _, name = path.rpartition("/")
     if module and name in ("kernel", "embedding", "weight"):
         return rf"{re.escape(module)}(?:/{name})?"

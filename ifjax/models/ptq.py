@@ -1,6 +1,6 @@
-"""Post-training quantization of trees of parameters: rules in, packed tree and report out.
+"""Post-training quantization of parameter trees: rules in, packed tree and report out.
 
-    parameters -> kernels (found by evaluating the model, or named by rules) -> rules -> quantize each -> report
+    parameters -> kernels (found by tracing the model, or named by rules) -> rules -> quantize each -> report
 """
 
 import math
@@ -48,35 +48,37 @@ def quantize_params(
     method: Any = None,
     calibration: Any = None,
 ) -> tuple[Any, Report]:
-    """Replace by packed QTensors what the rules say, and tell what happened to every parameter.
+    """Replace parameters by packed QTensors as the rules say, and report what happened to every parameter.
 
-    A linen model applies on the result as it is: `model.apply(packed, x)`. With `ifjax.quantized` its products read
-    the packed bytes. The contraction axis of each kernel, along which blocks lie, is found by evaluating the model
-    without numbers; without a model, and for parameters that no layer of Flax multiplies by, it is the rule's `axis`.
-    Layers that nn.scan or nn.vmap stacked keep an amax each, and so do the matrices (of the last two axes) of a
-    parameter that no layer multiplies by, such as experts.
+    A linen model takes the result unchanged: `model.apply(packed, x)`. Under `ifjax.quantized` its products read the
+    packed bytes. Blocks lie along each kernel's contraction axis, which is found by tracing the model on shapes (an NNX
+    model without `sample`: from the fields of its modules). Without a model, and for a parameter whose product is not
+    found, it is the rule's `axis`. Each layer that nn.scan or nn.vmap stacked has an amax of its own. So has each
+    matrix (last two axes) of a parameter that no known layer multiplies by, such as stacked experts.
 
-    What is packed already stays as it is, so do arrays that are no floats. Works inside jax.eval_shape and jax.jit,
-    as in `jax.eval_shape(lambda p: ifjax.quantize_params(p, rules)[0], params)`; the report then has no errors.
+    Parameters that are already packed, and arrays that are not floats, stay as they are. The function works inside
+    jax.eval_shape and jax.jit, as in `jax.eval_shape(lambda p: ifjax.quantize_params(p, rules)[0], params)`; the
+    report then has no SQNR and no choice share.
 
     Args:
-        params: a tree of arrays: nested dictionaries, linen variables (of which the collection "params" is quantized),
-            an NNX state (of which Param are quantized, and other variables stay and are not reported). Boxes such as
-            nn.Partitioned give their axis names to the QTensor.
-        rules: a list of `ifjax.Rule`, one of them, or a format's name, which stands for `default_rules` with it: all
-            kernels but those of embeddings and of the output head. None: "if4".
-        model: the linen module or NNX model that params belong to.
-        sample: of a linen model, arguments of its method: a tuple of positional ones, a mapping of keyword ones, or
-            else the only one. Shapes suffice (`jax.ShapeDtypeStruct`).
-        method: of a linen model; `__call__` unless given.
-        calibration: from `ifjax.calibrate`, for rules with gptq.
+        params: a tree of arrays: nested dictionaries, linen variables (the collection "params" is quantized), or an
+            NNX state (Param are quantized; other variables stay and are not reported). Boxes such as nn.Partitioned
+            pass their axis names to the QTensor.
+        rules: a list of `ifjax.Rule`, a single rule, or a format's name, which stands for `default_rules` with that
+            format. None: "if4".
+        model: the linen module, NNX model or function of (params, *sample) that params belong to.
+        sample: the model's arguments: a tuple of positional ones, a mapping of keyword ones, or the only one. Shapes
+            suffice (`jax.ShapeDtypeStruct`). Required for linen modules and functions.
+        method: the method to trace, for linen and NNX models; `__call__` unless given.
+        calibration: from `ifjax.calibrate`, for rules with gptq, smooth or rotate="greedy".
 
     Returns:
-        The tree, of the same structure but for the QTensors, and an `ifjax.Report`.
+        The tree, with the same structure except for the QTensors, and an `ifjax.Report`.
 
     Raises:
-        ValueError: a rule is of no use on these parameters; the message lists the closest paths.
-        TypeError: arguments of other types.
+        ValueError: a rule has no effect on these parameters (the message lists the closest paths), or a calibration
+            is missing.
+        TypeError: an argument has another type.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -100,9 +102,18 @@ def fake_quantize_params(
     method: Any = None,
     calibration: Any = None,
 ) -> tuple[Any, Report]:
-    """What `quantize_params` gives, dequantized: floats of the same dtype, in the same boxes.
+    """Quantize parameters and dequantize them again: floats of the same dtype, in the same boxes.
 
-    For measuring what a format does to a model of any framework. Arguments and errors as for `quantize_params`.
+    Use it to measure the effect of a format on a model of any framework. Args, Returns and Raises are those of
+    `quantize_params`; bytes and bits in the report are those of the floats.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import ifjax
+        >>> params = {"kernel": jnp.full((16, 1), 0.1)}
+        >>> rounded, report = ifjax.fake_quantize_params(params, ifjax.Rule("kernel", "nvfp4", axis=-2))
+        >>> rounded["kernel"].shape, rounded["kernel"].dtype.name, report.entries[0].fmt
+        ((16, 1), 'float32', 'nvfp4')
     """
     return _quantize(params, rules, model, sample, method, calibration, fake=True)
 
@@ -110,17 +121,18 @@ def fake_quantize_params(
 def training_report(
     params: Any, rules: Iterable[Rule] | Rule | Recipe | str, *, model: Any, sample: Any = None, method: Any = None
 ) -> Report:
-    """What `ifjax.interceptors.training` and `ifjax.with_recipes` will do: which kernels multiply by which recipe.
+    """Report which kernels `ifjax.interceptors.training` and `ifjax.with_recipes` will train, by which recipe.
 
-    Nothing is computed. `fmt` of an entry is the recipe's name, and bytes are those of the floats that are trained.
+    Nothing is computed. The `fmt` of an entry is the recipe's name, and its bytes are those of the trained floats.
 
     Args:
-        params: the model's parameters, or their shapes; as for `quantize_params`.
-        rules: as for `ifjax.interceptors.training`.
-        model, sample, method: as for `quantize_params`.
+        params: the model's parameters or their shapes, as in `quantize_params`.
+        rules: as in `ifjax.interceptors.training`.
+        model, sample, method: as in `quantize_params`.
 
     Raises:
-        ValueError: a rule is of no use on these parameters; no rule has a recipe.
+        ValueError: a rule has no effect on these parameters; no rule has a recipe.
+        TypeError: model is None.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -145,10 +157,10 @@ def training_report(
 
 
 def trainable_mask(params: Any) -> Any:
-    """A tree of booleans, False for packed parameters and for what is no float, for `optax.masked` and the like.
+    """Return a tree of booleans for `optax.masked`: False for packed parameters and for arrays that are not floats.
 
-    optax makes states for the arrays inside a QTensor, and updates for them, without a word: mask them, and
-    differentiate the other parameters alone (for the packed ones jax.grad has float0, which optax cannot add).
+    Without a mask, optax silently creates states and updates for the arrays inside a QTensor. Differentiate only the
+    other parameters: for packed ones jax.grad returns float0, which optax cannot add.
 
     Example:
         >>> import jax.numpy as jnp
@@ -160,7 +172,7 @@ def trainable_mask(params: Any) -> Any:
 
 
 class _Parameter(NamedTuple):
-    """A leaf of the tree, and what is known of it."""
+    """A leaf of the tree with its value, site and decision."""
 
     leaf: Any
     value: Any
@@ -168,7 +180,7 @@ class _Parameter(NamedTuple):
     decision: Decision
 
     def decided(self, rules: Iterable[Rule], site: Site) -> "_Parameter":
-        """The same leaf at another site."""
+        """Return this parameter with another site and the rules' decision for it."""
         return self._replace(site=site, decision=decide(rules, site))
 
 
@@ -198,7 +210,7 @@ def _parameters(leaves, rules, walk) -> list[_Parameter]:
 
 
 def _site(path: str, value: Any, walk: Walk | None) -> Site:
-    """What the walk found at a parameter, or what its shape and type tell."""
+    """Return the site that the walk found for a parameter, or one derived from its name, shape and dtype."""
     shape, packed = tuple(value.shape), isinstance(value, QTensor | Adapted)
     known = walk.sites.get(path) if walk is not None else None
     if known is not None and known.axes:
@@ -207,7 +219,7 @@ def _site(path: str, value: Any, walk: Walk | None) -> Site:
     stacked = known.stacked if known is not None else ()
     unknown = "no module tells where they enter"
     site = Site(path, path, module, shape, stacked=stacked, packed=packed, activations=unknown)
-    if packed:  # stays as it is
+    if packed:  # needs no reason: it stays as it is
         return site
     if value.dtype.name not in DTYPES:
         return site._replace(reason=f"{value.dtype} is not quantized: {', '.join(DTYPES)} are")
@@ -221,7 +233,7 @@ def _site(path: str, value: Any, walk: Walk | None) -> Site:
 
 
 def _other_sites(found: list[_Parameter], walk: Walk | None) -> list[Site]:
-    """What rules may name and has no parameter of its own."""
+    """Return the sites without a parameter that rules may match: attention and modules without a matmul."""
     if walk is None:
         return []
     products = [site for site in walk.sites.values() if site.operands]
@@ -229,7 +241,7 @@ def _other_sites(found: list[_Parameter], walk: Walk | None) -> list[Site]:
 
 
 def _products(rules, walk) -> Iterable[Entry]:
-    """One for each attention that rules give operands to."""
+    """Yield one entry for each attention module whose rule has operands."""
     for site in walk.sites.values() if walk is not None else ():
         decision = decide(rules, site)
         if not site.operands or decision.rule is None or not decision.rule.operands:
@@ -243,7 +255,11 @@ def _products(rules, walk) -> Iterable[Entry]:
 
 
 def walk_model(model: Any, params: Any, sample: Any, method: Any) -> Walk | None:
-    """The sites of a model's parameters; None without a model."""
+    """Return the sites of a model's parameters; None without a model.
+
+    Raises:
+        TypeError: the model's type is not supported, or `sample`, `method` or `params` do not fit it.
+    """
     if model is None:
         if sample is not None:
             raise TypeError("sample= is for the model that it is an input of: pass model=, too")
@@ -290,7 +306,7 @@ def _entry_in_training(p: _Parameter) -> Entry:
 
 
 def _one(p: _Parameter, calibration, fake):
-    """The new leaf and the fields of its entry, in which numbers may still be on a device."""
+    """Return the new leaf and the fields of its entry. Numbers among the fields may still be device arrays."""
     site, decision, before = p.site, p.decision, nbytes_of(p.value)
     rule = decision.rule
     about = {
@@ -328,7 +344,7 @@ def _one(p: _Parameter, calibration, fake):
 
 
 def _no_gptq(p: _Parameter, calibration) -> str | None:
-    """Why gptq cannot round this parameter; None if it can."""
+    """Return why gptq cannot round this parameter; None if it can."""
     site, how = p.site, p.decision.weights
     if not site.axes or how is None:
         return "gptq needs a module that says what it is multiplied by"
@@ -389,7 +405,7 @@ def _by_gptq(p: _Parameter, value, how, rule, calibration, transform) -> QTensor
 
 @jax.jit
 def _powers(q, x):
-    """Of the signal and of the error."""
+    """Return the sum of squares of x and of the quantization error."""
     x = x.astype(jnp.float32)
     return (x**2).sum(), ((x - q.dequantize(jnp.float32)) ** 2).sum()
 
@@ -401,7 +417,10 @@ def _measured(q: QTensor | Adapted, value) -> dict[str, Any]:
 
 
 def _entry(fields: dict[str, Any]) -> Entry:
-    """With plain numbers, waited for only when all parameters are on their way; traced ones stay out."""
+    """Return an Entry with plain numbers; traced ones become None.
+
+    It is called after all parameters are dispatched, so that waiting for one does not delay the next.
+    """
     for name in ("choice_share", "sqnr_db"):
         value = fields.get(name)
         if any(isinstance(a, Tracer) for a in jax.tree.leaves(value)):

@@ -1,4 +1,4 @@
-"""The report of quantizing a model: what happened to every parameter, as a table, JSON, a picture and a check."""
+"""The report of a quantized model: an entry for every parameter, shown as table, JSON or figure, with a check."""
 
 import collections
 import dataclasses
@@ -21,8 +21,8 @@ from ifjax.models.shown import as_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WIDTH = 110  # of the printed report where there is no terminal
-_MOST_LINES = 40  # parameters that are shown one by one
+_WIDTH = 110  # columns of the printed report without a terminal
+_MOST_LINES = 40  # with more parameters, similar ones share a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,22 +30,22 @@ class Entry:
     """What happened to one parameter.
 
     Attributes:
-        path: of the parameter, '/'-joined.
-        module: class of the module that it belongs to; None where there is no module.
-        shape, dtype: as it was.
-        fmt: name of the format that it took; None if it was left alone.
-        act_fmt: name of the format that the module's activations take on the way in.
-        bits_per_value: as it is now, all arrays and filled-up last blocks included; NaN for an empty one.
-        bytes_before, bytes_after: of all its arrays.
-        sqnr_db: 10 log10(signal / noise). Infinite where nothing was lost, as in a tensor of zeros; NaN if it holds
-            values that are not finite; None if it was not measured.
+        path: '/'-joined path of the parameter.
+        module: class name of the module that it belongs to; None without a module.
+        shape, dtype: shape and dtype of the parameter before quantization.
+        fmt: name of the format; None if the parameter was not quantized.
+        act_fmt: name of the format of the module's input activations; None if they are not quantized.
+        bits_per_value: bits per value after quantization, with all arrays and padded last blocks; NaN if it is empty.
+        bytes_before, bytes_after: bytes of all its arrays.
+        sqnr_db: 10 log10(signal / noise). Infinite if nothing was lost, as in a tensor of zeros; NaN if values are not
+            finite; None if it was not measured.
         choice_share: share of blocks that took another decoding than the first (in IF formats, the integers); None if
-            `fmt` stores no choice.
+            `fmt` has no selector.
         rule: pattern of the rule that matched; None if none did.
-        reason: why it was left alone; None if it was quantized.
-        expected: False where a rule asked for quantization and could not be served, and for matrices that nobody
-            decided about. `Report.check` fails on these.
-        note: what else is worth knowing, such as "weights are dequantized for the module's own dot_general".
+        reason: why the parameter was not quantized; None if it was.
+        expected: False if a rule could not be followed, or if no rule decided about a matrix. `Report.check` fails on
+            such entries.
+        note: remarks, such as "weights are dequantized for the module's own dot_general".
 
     Raises:
         ValueError: neither `fmt` nor `reason` is given, or both are.
@@ -77,19 +77,19 @@ class Entry:
 
     @property
     def values(self) -> int:
-        """How many."""
+        """Number of values of the parameter."""
         return math.prod(self.shape)
 
 
 class Totals(NamedTuple):
-    """Sums over a report; bits are NaN where there are no values.
+    """Sums over a report. Bits per value are NaN if there are no values.
 
     Attributes:
-        parameters, quantized: how many arrays there are, and how many of them are quantized.
-        values, quantized_values: how many numbers they hold.
-        bytes_before, bytes_after: of all arrays.
-        bits_per_value: over all arrays as they are now.
-        quantized_bits_per_value: over the quantized ones.
+        parameters, quantized: number of parameters, and of quantized ones.
+        values, quantized_values: number of values in them.
+        bytes_before, bytes_after: bytes of all parameters.
+        bits_per_value: mean over all parameters after quantization.
+        quantized_bits_per_value: mean over the quantized ones.
     """
 
     parameters: int
@@ -104,7 +104,7 @@ class Totals(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One entry for each parameter of a model, in the model's order. `print` shows it, `check` judges it.
+    """The outcome of quantization: one entry per parameter, in the model's order. `print` shows it as a table.
 
     Example:
         >>> from ifjax.models.report import Entry, Report
@@ -127,12 +127,12 @@ class Report:
 
     @property
     def quantized(self) -> tuple[Entry, ...]:
-        """Entries of parameters that took a format."""
+        """Entries of quantized parameters."""
         return tuple(entry for entry in self.entries if entry.fmt is not None)
 
     @property
     def others(self) -> tuple[Entry, ...]:
-        """Entries of parameters that were left alone."""
+        """Entries of parameters that were not quantized."""
         return tuple(entry for entry in self.entries if entry.fmt is None)
 
     @property
@@ -158,14 +158,14 @@ class Report:
         )
 
     def check(self, min_sqnr_db: float | None = None) -> "Report":
-        """The report itself, if everything is as it should be.
+        """Raise if an entry has a fault; otherwise return the report itself.
 
-        It is not, where an entry is not expected; where an SQNR is NaN or minus infinity (infinity is fine: nothing
-        was lost), below `min_sqnr_db`, or not measured though a minimum is asked for; and where nothing at all is
-        quantized. A report without parameters has nothing to find fault with.
+        Faults are: an entry that is not expected; an SQNR that is NaN or minus infinity (plus infinity means that
+        nothing was lost); an SQNR below `min_sqnr_db`, or not measured although a minimum is given; no quantized
+        parameter at all. A report without parameters has no fault.
 
         Raises:
-            ValueError: all of these that were found, one a line.
+            ValueError: a fault was found; the message has one line per faulty entry.
         """
         faults = [
             f"  {_described(entry)}: {fault}"
@@ -191,9 +191,9 @@ class Report:
     # --- files ---
 
     def to_json(self) -> str:
-        """Entries and totals as JSON text, from which `from_json` gives the same report.
+        """Return entries and totals as JSON text; `from_json` restores the report.
 
-        JSON has no numbers for them: NaN and the infinities are the strings "nan", "inf" and "-inf".
+        NaN and the infinities are written as the strings "nan", "inf" and "-inf", because JSON has no such numbers.
         """
         entries = [{key: _to_plain(value) for key, value in vars(entry).items()} for entry in self.entries]
         totals = {key: _to_plain(value) for key, value in self.totals._asdict().items()}
@@ -201,12 +201,12 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """The report that `to_json` has written. Totals are not read: they follow from the entries.
+        """Return the report that `to_json` wrote. Totals are computed from the entries, not read.
 
-        What earlier versions wrote, who called the choice_share int_share, is read, too.
+        Files of earlier versions, which called choice_share int_share, are read, too.
 
         Raises:
-            ValueError: the text is something else.
+            ValueError: the text is not such a report.
         """
         try:
             return cls(tuple(_entry_of(fields) for fields in json.loads(text)["entries"]))
@@ -214,10 +214,10 @@ class Report:
             raise ValueError(f"this is not a report as Report.to_json writes it: {error}") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the JSON to a file, which is written whole or stays as it was. Any name will do.
+        """Write the JSON to a file of any name. The write is atomic.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         write_text(path, self.to_json())
 
@@ -240,10 +240,10 @@ class Report:
     # --- the picture ---
 
     def plot(self, path: str | os.PathLike | None = None) -> "Figure":
-        """A figure, written to `path` if one is given: SQNR of what is quantized by format, and bytes before and after.
+        """Return a figure of the SQNR of quantized parameters, coloured by format, and of the bytes before and after.
 
-        More than 40 parameters are taken together where their paths differ in numbers only: the bar is their mean, the
-        line through its end goes from the least to the largest.
+        It is also written to `path` if one is given. If there are more than 40 parameters, those whose paths differ
+        only in numbers share a bar. The bar shows their mean, the line through its end their range.
 
         Raises:
             ValueError: nothing is quantized.
@@ -284,7 +284,7 @@ def _to_plain(value: Any) -> Any:
 
 
 def _entry_of(fields: dict[str, Any]) -> Entry:
-    if "int_share" in fields:  # its name until layout 2
+    if "int_share" in fields:  # the field's name before layout 2
         fields["choice_share"] = fields.pop("int_share")
     return Entry(**{key: _of_type(_TYPES[key], value) for key, value in fields.items()})
 
@@ -299,14 +299,14 @@ def _of_type(kind: Any, value: Any) -> Any:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Signal to quantization noise, 10 log10(signal / noise): infinite where nothing was lost."""
+    """Return 10 log10(signal / noise): infinity without noise, minus infinity without signal."""
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else math.nan if math.isnan(signal + noise) else -math.inf
 
 
 class _Group(NamedTuple):
-    """Entries that share a line, under their common name."""
+    """Entries that share a line, and their common name."""
 
     name: str
     entries: tuple[Entry, ...]
@@ -316,7 +316,7 @@ def _grouped(entries: Sequence[Entry], key: Callable[[Entry], Any], name: Callab
     groups: dict[Any, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(key(entry), []).append(entry)
-    # One alone keeps its numbers.
+    # An entry that is alone in its group keeps the numbers in its path.
     return [_Group(name(g[0]) if len(g) > 1 else g[0].path, tuple(g)) for g in groups.values()]
 
 
@@ -325,7 +325,7 @@ def _pattern(entry: Entry) -> str:
 
 
 def _lines_of(entries: Sequence[Entry]) -> list[_Group]:
-    """One for each entry, or, of very many, one for those that differ in the numbers of their paths only."""
+    """Return a group per entry; with more than 40, entries that differ only in the numbers of their paths share one."""
     if len(entries) <= _MOST_LINES:
         return [_Group(entry.path, (entry,)) for entry in entries]
     return _grouped(entries, lambda e: (_pattern(e), e.shape, e.fmt, e.act_fmt, e.rule, e.note, e.expected), _pattern)
@@ -381,7 +381,7 @@ def _quantized_table(entries: Sequence[Entry], width: int) -> Table:
 
 
 def _others_table(entries: Sequence[Entry], width: int) -> Table:
-    """Unexpected ones first; a line for each reason, class and name."""
+    """Return a table with the unexpected entries first, then a line for each name, class and reason."""
 
     def last(entry):
         return ".../" + _pattern(entry).rsplit("/", 1)[-1]
@@ -414,16 +414,17 @@ def _table(
     wrap: str | None = None,
     optional: Sequence[str] = (),
 ) -> Table:
-    """Rows of text that fit a width. The first column, of (before, name, after), gives way: names lose their middle.
+    """Return a table of rows of text that fits a width.
 
-    Where that is not enough, columns are left out: the optional ones, in this order.
+    The first column holds (before, name, after). Names are shortened in the middle until the table fits. If that is
+    not enough, the `optional` columns are dropped in their order.
     """
     columns = {heading: [row[i] for row in rows] for i, heading in enumerate(headings)}
     names = columns.pop(headings[0])
 
     def room():
         widths = {heading: max(map(len, [heading, *cells])) for heading, cells in columns.items()}
-        if wrap is not None:  # half of the page is enough for it
+        if wrap is not None:  # the wrapped column takes at most half of the width
             widths[wrap] = min(widths[wrap], width // 2)
         return width - sum(widths.values()) - 3 * len(headings) - 1
 
@@ -473,7 +474,7 @@ def _size(nbytes: int) -> str:
 
 # --- the picture -----------------------------------------------------------------------------------------------------
 
-_HATCHES = ("", "///", "...", "xxx", "---", "ooo", "\\\\\\", "+++")  # a printer keeps these, colours it may not
+_HATCHES = ("", "///", "...", "xxx", "---", "ooo", "\\\\\\", "+++")  # so that formats differ in black and white, too
 
 
 def _draw(report: Report) -> "Figure":
@@ -503,7 +504,7 @@ def _draw(report: Report) -> "Figure":
             upper.annotate(f" {', '.join(rest)}", (max(finite, default=0), y), va="center", fontsize=7)
     labels = [_shortened(f"{len(g.entries)} x {g.name}" if len(g.entries) > 1 else g.name, 48) for g in groups]
     upper.set_yticks(range(len(groups)), labels, fontsize=7)
-    upper.set_ylim(len(groups) - 0.4, -0.6)  # the first one on top
+    upper.set_ylim(len(groups) - 0.4, -0.6)  # reversed, so that the first group is on top
     upper.set_xlabel("SQNR, dB")
     upper.grid(axis="x", color="0.9", linewidth=0.6)
     upper.set_axisbelow(True)

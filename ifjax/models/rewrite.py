@@ -1,7 +1,7 @@
-"""Programs run again with other products: packed weights stay packed, and every product goes as the rules decided.
+"""Evaluation of a traced program with packed weights and quantized products.
 
-An equation without a weight runs as it is. One that rearranges a weight rearranges its packed bytes. A product becomes
-ifjax's. A program that is called runs likewise. Anything else gets the weight decoded.
+An equation without a weight runs unchanged. An equation that rearranges a weight rearranges its packed bytes. A product
+becomes a product of ifjax. A called program is evaluated in the same way. Any other equation gets the weight decoded.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ from ifjax.training import Recipe, quantized_conv, quantized_dot_general, quanti
 
 
 class How(NamedTuple):
-    """How a parameter's products go; hashable, and equal for layers that are alike.
+    """How to compute a parameter's products. Hashable; equal for layers with equal treatment.
 
     Attributes:
-        activations: the encoding of what it is multiplied by; None if it stays as it is.
+        activations: encoding of the activations; None if they are not quantized.
         act_amax: as in `Rule`.
-        recipe: by which the product is trained.
-        name: of the activations, where they are calibrated by name.
-        is_state: whether the program writes into it and gives it back packed: a cache.
+        recipe: training recipe of the product; None without one.
+        name: name of the activations' calibrated amax; "" without one.
+        is_state: whether it is a state, such as a cache, that the program updates and returns packed.
     """
 
     activations: Encoding | None = None
@@ -59,15 +59,15 @@ class How(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A value that is a parameter, rearranged.
+    """A value of the program that is a parameter, possibly rearranged.
 
     Attributes:
-        value: an array, or a QTensor.
-        how: its products go.
-        axes: of a QTensor, which of its axes each axis of the value is; None for one of length 1 that is new.
-        dtype: of the value.
-        adapter: of a QTensor, what is added to it.
-        transform: of a QTensor, the basis that it is in.
+        value: array or QTensor.
+        how: how to compute its products.
+        axes: for a QTensor: its axis for each axis of the value in the program; None for a new axis of length 1.
+        dtype: dtype of the value in the program.
+        adapter: for a QTensor: update that is added to it; None for none.
+        transform: for a QTensor: change of basis that it was quantized in; None for none.
     """
 
     value: Any
@@ -79,7 +79,7 @@ class Weight:
 
     @classmethod
     def of(cls, value: Any, how: How) -> "Weight":
-        """A parameter as it enters the program."""
+        """Return the Weight of a parameter that enters the program."""
         if isinstance(value, Adapted):
             base = cls.of(value.base, how)
             return dataclasses.replace(base, adapter=value.adapter, transform=value.transform)
@@ -87,18 +87,18 @@ class Weight:
 
     @property
     def is_packed(self) -> bool:
-        """Whether it is a QTensor."""
+        """Whether the value is a QTensor."""
         return isinstance(self.value, QTensor)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the value in the program."""
+        """Shape of the value in the program."""
         if not self.is_packed:
             return self.value.shape
         return tuple(1 if axis is None else self.value.shape[axis] for axis in self.axes)
 
     def array(self) -> Any:
-        """The value as an array, decoded here."""
+        """Return the value as an array, decoded if it is packed."""
         if not self.is_packed:
             return self.value
         array = Adapted(self.value, self.adapter, self.transform).dequantize(self.dtype)
@@ -106,37 +106,37 @@ class Weight:
 
     @property
     def recipe(self) -> Recipe | None:
-        """By which its products are trained: what is packed is multiplied as it is, without a gradient."""
+        """Training recipe of its products. For a packed weight it uses the stored values and gives them no gradient."""
         recipe = self.how.recipe
         return recipe.over_packed() if recipe is not None and self.is_packed else recipe
 
     def plain(self) -> "Weight":
-        """The weight as an array, if there is something beside it."""
+        """Return the weight, decoded to an array if it has an adapter or a transform."""
         return Weight.of(self.array(), self.how) if self.has_more else self
 
     @property
     def has_more(self) -> bool:
-        """Whether something is beside the QTensor."""
+        """Whether the QTensor has an adapter or a transform."""
         return self.adapter is not None or self.transform is not None
 
     def result(self) -> Any:
-        """What a program gives for it: a state as a QTensor, other weights as arrays."""
+        """Return the program's result for this value: a QTensor for a packed state, an array for any other weight."""
         if not (self.is_packed and self.how.is_state):
             return self.array()
         q = self.value.transpose([a for a in self.axes if a is not None]).reshape(self.shape)
         return q if self.dtype == q.dtype else q.astype(self.dtype)
 
     def moved(self, value: Any, axes: Sequence[int | None]) -> "Weight":
-        """Another QTensor, with these axes."""
+        """Return the weight with another QTensor and axes."""
         return dataclasses.replace(self, value=value, axes=tuple(axes))
 
 
 class Rewriter:
-    """Runs programs on weights. One for each function that is quantized: it keeps what it has made of inner programs.
+    """Evaluates programs on weights. Each quantized program has one, which caches the jitted inner programs.
 
     Attributes:
-        amax: of calibrated activations, by name.
-        note: called with a name, an activation and its contracted axes, gives the activation; for calibration.
+        amax: calibrated amaxes by name of the activations.
+        note: for calibration: a function of (How, activation, contracted axes) that returns the operand to multiply.
     """
 
     def __init__(self, amax: Mapping[str, float] | None = None, note: Callable[..., Any] | None = None):
@@ -144,7 +144,7 @@ class Rewriter:
         self._inner: dict[Any, Any] = {}
 
     def run(self, program: Any, values: Sequence[Any], key: jax.Array | None = None) -> list[Any]:
-        """The results of a program (a ClosedJaxpr); values and results are arrays or weights."""
+        """Evaluate a program (a ClosedJaxpr); values and results are arrays or Weights."""
         jaxpr, env = program.jaxpr, {}
         env.update(zip(jaxpr.constvars, program.consts, strict=True))
         env.update(zip(jaxpr.invars, values, strict=True))
@@ -175,7 +175,7 @@ class Rewriter:
         return self._as_it_is(eqn, ins) if moved is None else moved
 
     def _as_it_is(self, eqn, ins) -> list[Any]:
-        """The equation on decoded weights. What comes out of a mere rearrangement is a weight still."""
+        """Evaluate an equation on decoded weights. Rearranged and elementwise changed weights remain Weights."""
         outs = bind(eqn, [_array(value) for value in ins])
         name = eqn.primitive.name
         keeps = name in ELEMENTWISE or name in ("concatenate", "stack", "gather")
@@ -189,7 +189,10 @@ class Rewriter:
     # --- products ---
 
     def _activation(self, how: How, x: Any, axes: tuple[int, ...], layers: Sequence[int] = ()) -> Any:
-        """What is multiplied in place of x, of which these axes are contracted, in the weight's order."""
+        """Return the operand to multiply in place of x: x, a QTensor of it, or the result of `note`.
+
+        `axes` are the contracted axes of x in the weight's order; `layers` are as in `quantized_activation`.
+        """
         if self.note is not None:
             return self.note(how, x, axes)
         if how.activations is None:
@@ -227,10 +230,10 @@ class Rewriter:
                 placed = sharding if side else None
                 return quantized_dot_general(x, w.array(), numbers, recipe, key, out_sharding=placed, **rest)
 
-            # The backward pass decodes packed weights again, so that they are not kept decoded until then.
+            # Checkpointed, so that the backward pass decodes packed weights again instead of keeping them decoded.
             y = (jax.checkpoint(trained) if w.is_packed else trained)(x, w, key)
             return [y if side else _swapped(y, len(x_batch), x.ndim - len(x_contracted) - len(x_batch), sharding)]
-        # In the weight's order: blocks of both lie along the same one.
+        # Contracted axes of x in the weight's order, so that the blocks of both lie along the same one.
         own = [(w.axes[a] if w.is_packed else a, b) for a, b in zip(w_contracted, x_contracted, strict=True)]
         axes = tuple(b - x.ndim for _, b in sorted((a, b) for a, b in own if a is not None))
         pairs = [(w.axes[a], b) for a, b in zip(w_batch, x_batch, strict=True)] if w.is_packed else []
@@ -254,9 +257,9 @@ class Rewriter:
             return self._as_it_is(eqn, ins)
         x, how, recipe = _array(x), w.how, w.recipe
         if recipe is not None:
-            params = {k: v for k, v in eqn.params.items() if k not in ("preferred_element_type", "precision")}
-            y = quantized_conv(x, w.array(), recipe, key, precision=eqn.params["precision"], **params)
-            return [y.astype(eqn.outvars[0].aval.dtype)]
+            params = {k: v for k, v in eqn.params.items() if k != "out_sharding"}
+            params["preferred_element_type"] = eqn.outvars[0].aval.dtype
+            return [quantized_conv(x, w.array(), recipe, key, **params)]
         features = eqn.params["dimension_numbers"].lhs_spec[1]
         x = rounded(x, self._activation(how, x, (features - x.ndim,)))
         return bind(eqn, [x, w.array()])
@@ -300,26 +303,26 @@ class Rewriter:
         windows = [i for i in range(len(shape)) if i not in axes]
         if [x.shape[i] for i in dims.update_window_dims] != [shape[i] for i in windows]:
             return self._as_it_is(eqn, ins)
-        # Index arrays put their axes in the place of the first.
+        # In q.at[...], adjacent index arrays put their axes in the place of the first indexed axis.
         lead = [i for i in range(x.ndim) if i not in dims.update_window_dims]
         order = [*dims.update_window_dims[: axes[0]], *lead, *dims.update_window_dims[axes[0] :]]
         index: list[Any] = [slice(None)] * len(shape)
         for j, axis in enumerate(axes):
             entry = indices[..., j]
             clips = "CLIP" in str(eqn.params["mode"])
-            # Negative numbers are out of range here, and count from the end in q.at.
+            # A negative index is out of range in scatter, but counts from the end in q.at.
             index[axis] = jnp.clip(entry, 0, shape[axis] - 1) if clips else jnp.where(entry < 0, shape[axis], entry)
         return self._written(eqn, ins, lambda q: q.at[tuple(index)].set(jnp.transpose(_array(x), order)))
 
     def _written(self, eqn, ins, write: Callable[[QTensor], QTensor]) -> list[Any]:
-        """A packed value with others written into it. It is a state from there on."""
+        """Write into a packed value, which is a state from then on. A parameter that cannot be updated is decoded."""
         w = ins[0]
         try:
             q = write(w.value)
         except ValueError:
             if w.how.is_state:
                 raise
-            return self._as_it_is(eqn, ins)  # a parameter
+            return self._as_it_is(eqn, ins)
         return [dataclasses.replace(w, value=q, how=w.how._replace(is_state=True))]
 
     # --- programs inside ---
@@ -345,9 +348,10 @@ class Rewriter:
         return body(ins, key)
 
     def _custom(self, eqn, ins, key):
-        """Packed weights are multiplied inside; derivatives are those of the function, of decoded weights.
+        """Evaluate a function with custom derivatives. Packed weights are multiplied packed in the forward pass.
 
-        Those with adapters enter as arrays, so that the function's derivatives reach the adapters.
+        The backward pass uses the function's own derivatives on decoded weights. Weights with an adapter or a transform
+        enter as arrays, so that the derivatives reach the adapter.
         """
         ins = [value.plain() if isinstance(value, Weight) else value for value in ins]
         if not any(isinstance(value, Weight) and value.is_packed for value in ins):
@@ -460,29 +464,29 @@ def _array(value: Any) -> Any:
 
 
 def _settled(value: Any) -> Any:
-    """What leaves a program inside: a packed state as it is, anything else as an array."""
+    """Return a result of an inner program: a packed state unchanged, any other weight as an array."""
     keeps = isinstance(value, Weight) and value.is_packed and value.how.is_state
     return value if keeps else _array(value)
 
 
 def _restacked(value: Any) -> Any:
-    """What a scan has stacked."""
+    """Return an output that a scan has stacked; a Weight gets the new axis in front."""
     if not isinstance(value, Weight):
         return value
     return value.moved(value.value, [0, *(None if a is None else a + 1 for a in value.axes)])
 
 
 def _draws(ins: Sequence[Any]) -> bool:
-    """Whether a recipe among these weights draws noise."""
+    """Return whether a recipe among these weights needs a key."""
     recipes = [value.how.recipe for value in ins if isinstance(value, Weight)]
     return any(recipe is not None and recipe.needs_key for recipe in recipes)
 
 
 def _common(hows: list[How]) -> How:
-    """How a product of several weights, joined, goes.
+    """Return the How of several weights that are joined before their product.
 
     Raises:
-        ValueError: the rules decided differently.
+        ValueError: they differ in more than their names.
     """
     if len({how._replace(name="") for how in hows}) > 1:
         raise ValueError(
@@ -493,7 +497,7 @@ def _common(hows: list[How]) -> How:
 
 
 def _last_uses(jaxpr: Any) -> list[list[Any]]:
-    """For each equation the variables that nothing reads after it."""
+    """Return, for each equation, the variables that are not read after it."""
     seen, last = {v for v in jaxpr.outvars if not is_literal(v)}, []
     for eqn in reversed(jaxpr.eqns):
         gone = []
@@ -506,13 +510,17 @@ def _last_uses(jaxpr: Any) -> list[list[Any]]:
 
 
 def _swapped(y: Any, batch: int, free: int, sharding: Any) -> Any:
-    """A product [batch, x's free axes, w's free axes] with w's before x's."""
+    """Return a product [batch, x's free axes, w's free axes] with w's free axes before those of x."""
     y = jnp.moveaxis(y, range(batch, batch + free), range(y.ndim - free, y.ndim))
     return y if sharding is None else jax.reshard(y, sharding)
 
 
 def _adapted(w: Weight, x: Any, dims: Any, side: int, shape: Sequence[int]) -> Any:
-    """x times what w's adapter adds to w. Labels are w's own axes, and numbers above them for x's others."""
+    """Return the product of x and the update of w's adapter.
+
+    Axes of x that meet an axis of w's QTensor are labelled by that axis; other axes of x get labels from w.value.ndim
+    on.
+    """
     (x_contracted, w_contracted), (x_batch, w_batch) = (pair if side else pair[::-1] for pair in dims)
     new = w.value.ndim
     labels = [new + i for i in range(x.ndim)]
@@ -528,7 +536,11 @@ def _adapted(w: Weight, x: Any, dims: Any, side: int, shape: Sequence[int]) -> A
 
 
 def _packed_product(pair, side, axes, dims, rest):
-    """dot_general of which the operand on this side is a QTensor with these axes; its new axes of length 1 drop out."""
+    """Compute dot_general of a pair whose operand on `side` is a QTensor, rearranged by `axes` as in `Weight`.
+
+    `dims` counts the axes of the rearranged value. Its new axes of length 1 are left out of the product and inserted
+    into the result.
+    """
     x, q = pair[1 - side], pair[side]
     (x_contracted, w_contracted), (x_batch, w_batch) = (p if side else p[::-1] for p in dims)
     gone = [xa for xa, wa in zip((*x_contracted, *x_batch), (*w_contracted, *w_batch), strict=True) if axes[wa] is None]
@@ -538,7 +550,7 @@ def _packed_product(pair, side, axes, dims, rest):
     own = [tuple(tuple(p[k] for p in pairs) for k in (0, 1)) for pairs in (contracted, batch)]
     if gone:
         x = lax.squeeze(x if not isinstance(x, QTensor) else x.dequantize(), gone)
-    # Labels of the result's axes, as it comes out and as it is to be.
+    # Labels of the result's axes, in the order that the product gives (`made`) and in the order required (`wanted`).
     x_free = [("x", i) for i in range(len(left)) if i not in [*own[0][0], *own[1][0]]]
     q_free = [("q", a) for a in range(q.ndim) if a not in [*own[0][1], *own[1][1]]]
     w_free = [("q", axes[i]) if axes[i] is not None else ("new", i)
@@ -558,7 +570,7 @@ def _packed_product(pair, side, axes, dims, rest):
 
 
 def _unchanged(body: Any, carry: Sequence[Any], first: int) -> list[bool]:
-    """Which of a loop's values are weights that it hands on as they are."""
+    """Return, for each carried value of a loop, whether it is a Weight that the body returns unchanged."""
     inside = body.invars[first : first + len(carry)]
     return [
         isinstance(value, Weight) and out is own
@@ -567,13 +579,13 @@ def _unchanged(body: Any, carry: Sequence[Any], first: int) -> list[bool]:
 
 
 def _merged(fixed: Sequence[bool], values: Sequence[Any], moving: Sequence[Any]) -> list[Any]:
-    """The values that are fixed, and in place of the others those that move."""
+    """Return `values` with those that are not fixed replaced by `moving`, in order."""
     others = iter(moving)
     return [value if same else next(others) for value, same in zip(values, fixed, strict=True)]
 
 
 def _stacked(value: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """What a scan runs over for a value, and what makes the value's layer of a layer of that."""
+    """Return the arrays that a scan runs over for a value, and a function that makes a layer's value of one slice."""
     if not isinstance(value, Weight):
         return value, lambda x: x
     axis = value.axes[0] if value.is_packed else None
@@ -599,7 +611,7 @@ def _stacked(value: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def _in_place(value: Any) -> Any:
-    """A weight whose QTensor has the value's own axes, or the decoded one."""
+    """Return a packed weight unchanged if it is not rearranged and has no more; decode any other packed weight."""
     if not isinstance(value, Weight) or not value.is_packed:
         return value
     if value.axes == tuple(range(value.value.ndim)) and not value.has_more:
@@ -616,7 +628,7 @@ def _specs(value: Any, spec: Any) -> Any:
 
 
 def _moved(eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
-    """The weights that an equation makes of a packed one without decoding it; None if it cannot."""
+    """Return the results of an equation on a packed weight without decoding it; None if this is not possible."""
     w, name, params = ins[0], eqn.primitive.name, eqn.params
     if not isinstance(w, Weight) or not w.is_packed or any(isinstance(value, Weight) for value in ins[1:]):
         return None
@@ -637,7 +649,7 @@ def _moved(eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
         kept = [source[0] for source in sources.sources if source]
         lost = [a for i, a in enumerate(w.axes) if i not in kept and a is not None]
         return [w.moved(q, [w.axes[s[0]] if s else None for s in sources.sources])] if fits and not lost else None
-    if w.has_more:  # what follows changes the QTensor's own axes
+    if w.has_more:  # slices and gathers change the QTensor, and would have to change the adapter or transform, too
         return None
     if name in ("slice", "dynamic_slice", "split"):
         return _cut(w, name, params, ins[1:])
@@ -663,7 +675,7 @@ def _reshaped(w: Weight, shape: tuple[int, ...]) -> list[Any] | None:
 
 
 def _cut(w: Weight, name: str, params: Any, starts: Sequence[Any]) -> list[Any] | None:
-    """Slices along unblocked axes."""
+    """Return the slices of a packed weight; None if they cut a blocked or new axis or have strides."""
     ndim, shape = len(w.axes), w.shape
     if name == "split":
         cuts, start = [], 0
@@ -693,7 +705,10 @@ def _cut(w: Weight, name: str, params: Any, starts: Sequence[Any]) -> list[Any] 
 
 
 def _gathered(eqn: Any, w: Weight, indices: Any) -> list[Any] | None:
-    """Rows along one unblocked axis: of a table they are decoded, matrices stay packed."""
+    """Return the entries that a gather selects along one unblocked axis; None for other gathers.
+
+    Vectors of a look-up are decoded, matrices stay packed.
+    """
     params, shape = eqn.params, w.shape
     dims, sizes = params["dimension_numbers"], params["slice_sizes"]
     one = len(dims.start_index_map) == 1 and not dims.operand_batching_dims

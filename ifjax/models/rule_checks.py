@@ -1,4 +1,4 @@
-"""Were the rules of use on a model?"""
+"""A check that every rule has an effect on a model."""
 
 import contextlib
 import difflib
@@ -12,14 +12,14 @@ from ifjax.models.sites import Site
 
 
 def check_used(rules: Sequence[Rule], sites: Sequence[Site]) -> None:
-    """Raise if a rule is of no use on these sites: all faults in one message, with the closest paths.
+    """Raise if a rule has no effect on these sites. The message lists all faults, with the closest paths.
 
-    A rule that is not optional must decide for something: something that can be quantized, and is no shorter than a
-    block. One that excludes may match anything but a mere container whose inner modules are quantized all the same.
-    All rules together must quantize something, unless there are no sites.
+    A rule that is not optional must be the first match of a site that can be quantized, and its sites must not be
+    shorter than a block. An excluding rule must not match only a parent module whose children are still quantized. All
+    rules together must quantize something, unless there are no sites.
 
     Raises:
-        ValueError: one of these does not hold; the message says what to write instead.
+        ValueError: one of these conditions does not hold; the message says what to write instead.
     """
     seen = tuple(dict.fromkeys(sites))
     matches = [[rule.matches(s.path, s.module) for s in seen] for rule in rules]
@@ -104,14 +104,14 @@ def _is_inside(inner: Site, outer: Site) -> bool:
 
 
 def _near_misses(rule: Rule, seen: Sequence[Site]) -> str:
-    """What a rule that matches nothing may have meant."""
+    """Return a hint for a rule that matches nothing: the right class, a wider pattern or the closest paths."""
     paths = [s.path for s in seen if rule.module is None or s.module in as_tuple(rule.module)]
     classes = {s.module for s in seen if s.module is not None and fullmatch(rule.path, s.path)}
     if classes:
         return f"the modules at such paths are of class {_listed(sorted(classes))}. Write one of these as module="
     part = f"(?:{rule.path})" if "|" in rule.path else rule.path
     for wider in (f".*{part}", f"{part}.*", f".*{part}.*"):
-        with contextlib.suppress(re.error, ValueError):  # flags such as (?i) must stand in front
+        with contextlib.suppress(re.error, ValueError):  # a flag such as (?i) is invalid after ".*"
             parts = [path for path in paths if fullmatch(wider, path)]
             if parts:
                 return f"a rule matches whole paths, and this is a part of {_listed(parts)}. Write {wider!r}"
@@ -122,7 +122,7 @@ def _closest(rule: Rule, paths: Iterable[str]) -> str:
     plain = re.sub(r"\\[dDwWsSbB]|\.[*+]|[^\w/.-]", "", rule.path).strip("/")
     parts = plain.count("/") + 1
 
-    def likeness(path):  # of the whole path or of as many parts at its end
+    def likeness(path):  # compares the whole path, and its end with as many parts as the pattern
         ends = path, "/".join(path.split("/")[-parts:])
         return max(difflib.SequenceMatcher(None, plain, end).ratio() for end in ends)
 

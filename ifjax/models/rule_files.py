@@ -1,4 +1,4 @@
-"""Rules in YAML and JSON files."""
+"""Reading and writing of rules as YAML and JSON files."""
 
 import dataclasses
 import json
@@ -19,12 +19,13 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Rule))
 
 
 def load_rules(path: str | os.PathLike) -> tuple[Rule, ...]:
-    """Rules from a YAML (.yaml, .yml) or JSON file: a list of mappings from `Rule`'s fields to values.
+    """Read rules from a YAML (.yaml, .yml) or JSON file: a list of mappings from `Rule`'s fields to values.
 
-    A format is a name or a record as `Format.to_dict` gives it, `operands` a mapping, `module` a name or a list.
+    A format is a name or a record as `Format.to_dict` returns it. `operands` is a mapping, `module` a name or a list.
 
     Raises:
-        ValueError: the file does not hold rules; the message names file, rule and key, and what to write instead.
+        ValueError: the file does not hold valid rules; the message names file, rule and key, and what to write instead.
+        ImportError: the file is YAML and PyYAML is not installed.
         OSError: the file cannot be read.
 
     Example:
@@ -59,16 +60,18 @@ def load_rules(path: str | os.PathLike) -> tuple[Rule, ...]:
 
 
 def save_rules(rules: Iterable[Rule], path: str | os.PathLike) -> None:
-    """Write rules for `load_rules`, as YAML or JSON by the suffix. The file is written whole, or stays as it was.
+    """Write rules for `load_rules`, as YAML or JSON according to the suffix. The write is atomic.
 
     Raises:
-        ValueError: a suffix of neither, or a rule with a loss or a format's scale that is code.
-        TypeError: something that is no Rule.
+        ValueError: the suffix is not .yaml, .yml or .json; or a rule has a loss, a format scale, a search or a recipe
+            that is code or has no registered name.
+        TypeError: an element is not a Rule.
+        ImportError: the suffix is of YAML and PyYAML is not installed.
         OSError: the file cannot be written.
     """
     path = Path(path)
     suffix = _suffix(path)
-    # Through JSON both ways: YAML, too, is handed plain lists, numbers and strings.
+    # YAML is written from parsed JSON, so that it holds plain lists, numbers and strings.
     text = json.dumps([_record_of(rule) for rule in rules], indent=2) + "\n"
     if suffix != ".json":
         text = _yaml().safe_dump(json.loads(text), sort_keys=False, width=math.inf)
@@ -99,12 +102,12 @@ def _rule_of(fields: Any, where: str) -> Rule:
 
 
 def _format_of(value: Any) -> Any:
-    """A format's record from its content; anything else is left for Rule to judge."""
+    """Return the Format of a dictionary; return other values unchanged, because Rule checks them."""
     return Format.from_dict(value) if isinstance(value, dict) else value
 
 
 def _record_of(rule: Rule) -> dict[str, Any]:
-    """The fields that are not as by default, and the two that say what the rule is about."""
+    """Return the rule's fields that differ from their defaults, and always path and weight_fmt."""
     if not isinstance(rule, Rule):
         raise TypeError(f"save_rules needs a list of ifjax.Rule, got {type(rule).__name__} in it")
     record = {}
@@ -162,7 +165,7 @@ def _parse_json(text: str) -> Any:
 def _parse_yaml(text: str) -> Any:
     yaml = _yaml()
 
-    class Loader(yaml.SafeLoader):  # safe: plain values, no Python objects
+    class Loader(yaml.SafeLoader):  # builds plain values only, no Python objects
         def compose_node(self, parent, index):
             if self.check_event(yaml.AliasEvent):
                 mark = self.peek_event().start_mark
@@ -183,7 +186,7 @@ def _parse_yaml(text: str) -> Any:
         def construct_object(self, node, deep=False):
             try:
                 return super().construct_object(node, deep)
-            except ValueError as error:  # what looks like a date, and is none
+            except ValueError as error:  # a string that looks like a date but is not a valid one
                 if not isinstance(node, yaml.ScalarNode):
                     raise
                 line = node.start_mark.line + 1

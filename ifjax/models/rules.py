@@ -1,6 +1,6 @@
-"""Rules: which modules are quantized, to which format, and how; read from and written to YAML and JSON.
+"""Quantization rules: which modules are quantized, to which format, and with which options.
 
-A list of rules is searched from the top, and the first that matches a module decides.
+A list of rules is searched from the top. The first rule that matches a module decides.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from ifjax.models.patterns import UnsupportedPattern, check_pattern, fullmatch
 from ifjax.numerics.hadamard import SIZES
 from ifjax.training import RECIPES, Recipe, get_recipe
 
-# Of attention's two products: query times key, and probabilities times value.
+# The operands of attention's two products: query times key, and probabilities times value.
 OPERANDS = ("query", "key", "probabilities", "value")
 
 
@@ -24,7 +24,7 @@ Operands = Mapping[str, str | Format | None] | tuple[tuple[str, str | Format | N
 
 
 class RuleError(ValueError):
-    """A rule that cannot be. `field` names the one at fault."""
+    """An invalid `Rule`. `field` names the field at fault; it is "" if none is."""
 
     def __init__(self, message: str, field: str = ""):
         super().__init__(message)
@@ -33,42 +33,44 @@ class RuleError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How to quantize the modules that it matches. Hashable; usable as a static jit argument.
+    """How to quantize the modules that the rule matches. Hashable; usable as a static jit argument.
 
-    Options belong to the one rule that matches first: nothing is inherited from later ones. Named formats are kept by
-    their name, others as records, whichever way they are given.
+    A module uses the options of the first rule that matches it and inherits none from later rules. A format that
+    equals a registered one is stored by name, any other as a record.
 
     Attributes:
-        path: a regular expression that must match the whole '/'-joined path of the module, as in
-            "encoder/layer_0/mlp/Dense_0"; "" is the model itself. A parameter that no module explains (a matrix of
-            `self.param`, a leaf of a plain dictionary) goes by its own path, such as "moe/wi".
-        weight_fmt: a format's name or record; None excludes the matched modules.
-        act_fmt: the format that activations take on the way in; None leaves them alone (weight-only).
-        module: class name, such as "Dense", or several; any class unless given. Subclasses go by their own name.
-        loss: of weights, as for `ifjax.quantize`. Rules with functions cannot be saved.
-        search: of weights, as for `ifjax.quantize`.
-        block: block length of the weights instead of their format's. Activations keep that of `act_fmt`.
-        block_2d: of weights, as for `ifjax.quantize`.
-        recipe: of training, a name or record of `ifjax.recipes`: what the products of forward and backward pass
-            multiply. Only training goes by it, and by nothing else but path and module.
-        gptq: round weights by `ifjax.gptq` with what `ifjax.calibrate` saw, instead of each to its nearest value.
-        smooth: divide the product's inputs by a scale for each channel, and multiply the weights by it, before both are
-            quantized: SmoothQuant's with this alpha (0.5), or "awq". Needs `ifjax.calibrate`.
-        rotate: rotate runs of inputs and weights along the contraction, after smoothing: 16, 32, 64 or 128 by
-            `ifjax.hadamard`; "greedy" by a rotation of a block that calibration makes (DuQuant++). Weights that are
-            smoothed or rotated run through `ifjax.quantized` only.
-        act_loss: of activations and operands.
-        act_amax: amax of activations and operands: "tensor" and "token" take it from the values at hand, one for all
-            (one for each layer or expert, where their weights in a stack have one each) or one for each row; "static"
-            from calibration.
-        axis: the contraction axis of parameters that no module explains, negative so that it holds for stacked layers
-            too: -2 for [in, out]. Where a module explains a parameter, the module is followed.
-        operands: formats for the operands of attention's products, by name: "query", "key" and "probabilities",
-            "value". Those left out, or None, stay as they are. A mapping, kept as pairs in this order.
-        optional: `check_used` accepts that the rule matches nothing, and that parameters are too short for a block.
+        path: regular expression that must match the whole '/'-joined path of the module, as in
+            "encoder/layer_0/mlp/Dense_0"; "" is the model itself. A parameter that belongs to no known layer (a matrix
+            of `self.param`, a leaf of a plain dictionary) is matched by its own path, such as "moe/wi".
+        weight_fmt: name or record of the weights' format; None excludes the matched modules.
+        act_fmt: format of the input activations; None leaves them unquantized (weight-only).
+        module: class name, such as "Dense", or several; None for any class. A subclass is matched by its own name.
+        loss: loss for the weights, as in `ifjax.quantize`. A rule with a function cannot be saved.
+        search: search for the weights, as in `ifjax.quantize`.
+        block: block length of the weights, in place of their format's. Activations keep the block of `act_fmt`.
+        block_2d: square blocks for the weights, as in `ifjax.quantize`.
+        recipe: training recipe, a name or record from `ifjax.recipes`: how the products of the forward and backward
+            pass are quantized. Training reads only this field, path, module and whether weight_fmt is None.
+        gptq: round the weights with `ifjax.gptq` and the Hessians of `ifjax.calibrate`, instead of each value to
+            nearest.
+        smooth: divide the product's inputs by one scale per channel and multiply the weights by it, before both are
+            quantized. A number is SmoothQuant's alpha (0.5 in the paper); "awq" searches AWQ's scales. Needs
+            `ifjax.calibrate`.
+        rotate: rotate runs of inputs and weights along the contraction axis, after smoothing. 16, 32, 64 or 128 is the
+            run length of `ifjax.hadamard`; "greedy" builds a rotation of one block from calibration (DuQuant++).
+            Smoothed or rotated weights run only under `ifjax.quantized`.
+        act_loss: loss for activations and operands.
+        act_amax: source of the amax of activations and operands. "tensor": one amax of the current values (one per
+            layer or expert if their stacked weights have one each). "token": one amax per row of the current values.
+            "static": the amax from calibration.
+        axis: contraction axis of parameters that belong to no known layer. It is negative so that it also holds for
+            stacked layers: -2 for [in, out]. A known layer's own axis takes precedence.
+        operands: formats of attention's operands, by name: "query", "key", "probabilities", "value". An operand that
+            is missing or None stays unquantized. Given as a mapping, stored as pairs in this order.
+        optional: `check_used` accepts a rule that matches nothing, and parameters shorter than a block.
 
     Raises:
-        ValueError: a field that cannot be, or has no effect; the message says what to write instead.
+        ValueError: a field is invalid or has no effect; the message says what to write instead.
 
     Example:
         >>> import ifjax
@@ -143,23 +145,23 @@ class Rule:
 
     @functools.cached_property
     def weights(self) -> Encoding | None:
-        """How weights are encoded; None if they are excluded."""
+        """Encoding of the weights; None if they are excluded."""
         fmt = self.weight_format
         return None if fmt is None else Encoding.of(fmt, loss=self.loss, search=self.search, block_2d=self.block_2d)
 
     @functools.cached_property
     def activations(self) -> Encoding | None:
-        """How activations are encoded; None for weight-only."""
+        """Encoding of the activations; None for weight-only."""
         return None if self.act_fmt is None else Encoding.of(self.act_fmt, loss=self.act_loss)
 
     @functools.cached_property
     def operand_encodings(self) -> dict[str, Encoding]:
-        """How the operands of attention's products are encoded, of those that are."""
+        """Encodings of attention's quantized operands, by name."""
         return {name: Encoding.of(fmt, loss=self.act_loss) for name, fmt in self.operand_formats.items()}
 
     @property
     def weight_format(self) -> Format | None:
-        """The weights' record, with `block` put in and a name that says so; None if they are excluded."""
+        """Format record of the weights, with `block` applied and shown in its name; None if they are excluded."""
         if self.weight_fmt is None:
             return None
         fmt = get_format(self.weight_fmt)
@@ -167,33 +169,33 @@ class Rule:
 
     @property
     def activation_format(self) -> Format | None:
-        """The activations' record; None for weight-only."""
+        """Format record of the activations; None for weight-only."""
         return None if self.act_fmt is None else get_format(self.act_fmt)
 
     @property
     def operand_formats(self) -> dict[str, Format]:
-        """Records of the operands of attention's products that are quantized."""
+        """Format records of attention's quantized operands, by name."""
         return {name: get_format(fmt) for name, fmt in dict(self.operands).items() if fmt is not None}
 
     @property
     def rotation_block(self) -> int | None:
-        """The run that is rotated; None without a rotation."""
+        """Length of the runs that are rotated; None without a rotation."""
         if self.rotate is None or self.weight_format is None:
             return None
         return self.weight_format.block if self.rotate == "greedy" else int(self.rotate)
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether weights are changed by what calibration has seen of the inputs, besides gptq."""
+        """Whether smoothing or rotation needs the calibrated inputs (gptq needs Hessians instead)."""
         return self.smooth is not None or self.rotate == "greedy"
 
     @property
     def excludes(self) -> bool:
-        """Whether the rule is there to leave alone what it matches."""
+        """Whether the rule leaves the modules that it matches unquantized."""
         return self.weight_fmt is None and not self.operands
 
     def matches(self, path: str, module: str | None = None) -> bool:
-        """Whether the whole path matches, and the class's name where the rule asks for one."""
+        """Return whether the whole path matches, and the class name if the rule has `module`."""
         if self.module is not None and module not in as_tuple(self.module):
             return False
         return fullmatch(self.path, path)
@@ -238,7 +240,7 @@ class Rule:
         self._need(fits, "module", "the name of a class alone, such as 'Dense', a tuple of names, or None for any")
 
     def _named(self, field: str, fmt: Any) -> str | Format | None:
-        """The name of a named format, the record of any other."""
+        """Return the name of a registered format, the record of any other, None for None."""
         if fmt is None:
             return None
         try:
@@ -278,7 +280,7 @@ class Rule:
             raise self._error("search", str(error)) from None
 
     def _check_effects(self) -> None:
-        """No option is given in vain."""
+        """Raise if an option is set that has no effect."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
 
         def check(fields, reason):
@@ -297,7 +299,7 @@ class Rule:
 
 
 def as_rules(rules: Iterable[Rule] | Rule | str | Format | None) -> tuple[Rule, ...]:
-    """A list of rules, from one rule, or the default ones for a format (None: if4)."""
+    """Return a tuple of rules: those given, or `default_rules` for a format (None: "if4")."""
     if rules is None or isinstance(rules, str | Format):
         return default_rules("if4" if rules is None else rules)
     rules = (rules,) if isinstance(rules, Rule) else tuple(rules)
@@ -308,7 +310,7 @@ def as_rules(rules: Iterable[Rule] | Rule | str | Format | None) -> tuple[Rule, 
 
 
 def training_rules(rules: Iterable[Rule] | Rule | Recipe | str) -> tuple[Rule, ...]:
-    """Rules of which some have a recipe; a recipe alone, by name or record, stands for `default_rules` with it.
+    """Return rules, at least one with a recipe. A recipe's name or record stands for `default_rules` with that recipe.
 
     Raises:
         ValueError: no rule has a recipe.
@@ -323,19 +325,20 @@ def training_rules(rules: Iterable[Rule] | Rule | Recipe | str) -> tuple[Rule, .
 
 
 def first_match(rules: Iterable[Rule], path: str, module: str | None = None) -> Rule | None:
-    """The first rule that matches, which may be one that excludes; None if none does."""
+    """Return the first rule that matches, which may be an excluding one; None if none does."""
     return next((rule for rule in rules if rule.matches(path, module)), None)
 
 
-# Names by which linen and NNX models (those of transformers and Flax's examples among them) call their last matmul.
-# Whole names only: "head_0" and "decoder" are inner layers. BERT's pooler is one too: a classifier follows it.
+# Names that linen and NNX models, including those of transformers and of Flax's examples, give to their last matmul.
+# Only whole names match: "head_0" and "decoder" are inner layers. BERT's pooler is an inner layer, too, because a
+# classifier follows it.
 _HEADS = (
     "lm_head", "generator_lm_head", "head", "output_head", "classification_head", "classifier", "cls", "logits",
     "logits_dense", "logitdense", "output_layer", "vocab_projector", "qa_outputs", "score",
 )  # fmt: skip
 
 
-# "output" is a head at the top only, as Meta's Llama has it: BERT's layers have one each.
+# "output" is a head only at the top level, as in Meta's Llama: each layer of BERT has an "output" of its own.
 _HEAD = rf"(?:.*/)?(?:{'|'.join(_HEADS)})(?:/.*)?|(?:model/|transformer/)?output"
 
 
@@ -345,8 +348,8 @@ _EMBEDDING = (
 )
 
 
-# Matrices that no product reads as weights, or that decide. Whole words of a name count, and a projection of such a
-# thing is none: "codebook_proj", "to_latents" and the layers of a "rotary_attention" are weights.
+# Matrices that no product reads as weights, and routers. Only whole words of a name match. A projection is a weight in
+# spite of such a word: "codebook_proj", "to_latents" and the layers of a "rotary_attention" are quantized.
 _NAME = r"(?:.*/)?(?:[^/]*_)?"
 _STATE_SPACE = (
     r"(?:.*/)?(?:[Aa](?:_b)?_logs?|dt_bias|D|Ds|D_b|log_dt|inv_dt|ssm_[ad]|(?:log_)?A_(?:log_)?(?:real|imag)|"
@@ -363,7 +366,7 @@ _ROUTER = (
     r"(?:.*/)?(?:[^/]*(?i:moe)[^/]*|mlp|mixer|feed_forward|ffn|experts?)/gate|(?:.*/)?(?:gate/wg|shared_expert_gate)"
 )
 
-BY_DEFAULT = {  # what a report says of them, instead of such patterns
+BY_DEFAULT = {  # the reasons that a report gives in place of these long patterns
     (_HEAD, None): "output heads stay, by default",
     (_EMBEDDING, None): "embeddings stay, by default",
     (".*", "Embed"): "a rule excludes modules of class Embed",
@@ -375,31 +378,31 @@ BY_DEFAULT = {  # what a report says of them, instead of such patterns
 
 
 def default_rules(weight_fmt: str | Format = "if4", act_fmt: str | Format | None = None) -> tuple[Rule, ...]:
-    """Every matmul kernel, except those of the output head and of embeddings, which stay in high precision.
+    """Return rules that quantize every matmul kernel except output heads, embeddings and routers.
 
-    As in the papers: all linear layers but embeddings and head (HiFloat4, arXiv 2602.11287), these two in BF16
-    (NVFP4 pretraining, arXiv 2509.25149); the published IF4 and 4/6 code leaves `lm_head` out, too. Attention's
-    products stay as they are there as well (`Rule.operands` asks for them). Training also keeps the last blocks in
-    BF16 (4 of 24 for IF4, arXiv 2603.28765), quantization after it does not.
+    The papers do the same. They quantize all linear layers except embeddings and head (HiFloat4, arXiv 2602.11287)
+    and keep these two in BF16 (NVFP4 pretraining, arXiv 2509.25149). The published IF4 and 4/6 code also excludes
+    `lm_head`. None of them quantizes attention's products; set `Rule.operands` for that. Training also keeps the last
+    blocks in BF16 (4 of 24 for IF4, arXiv 2603.28765); post-training quantization does not.
 
-    Routers of experts stay, too, as a small error there changes which expert a token goes to; and what is no weight of
-    a product: parameters of state spaces (A_log, dt_bias, D), tables of rotary and relative positions, codebooks,
-    latents.
+    Expert routers stay unquantized because a small error there changes which expert a token goes to. So do parameters
+    that are not weights of a product: state-space parameters (A_log, dt_bias, D), tables of rotary and relative
+    positions, codebooks and latents.
 
-    A head is known by name: lm_head, head, classifier, logits, output_layer and the like, and "output" at the top.
-    Embeddings are the modules of class Embed, and whatever has "embed" in its name (patch projections too), or is
-    called wte or wpe, and "shared" at the top. Routers, tables and latents are known by whole words. Other names
-    need a rule of their own in front: (Rule("Dense_7", weight_fmt=None), *default_rules()).
+    Heads are recognized by name: lm_head, head, classifier, logits, output_layer and the like, and "output" at the top
+    level. Embeddings are modules of class Embed, names that contain "embed" (patch projections too), wte, wpe, and
+    "shared" at the top level. Routers, tables and latents are recognized by whole words. For other names, put a rule
+    in front: (Rule("Dense_7", weight_fmt=None), *default_rules()).
 
-    All are optional: parameters shorter than a block, and matrices of `self.param`, stay as they are. Of the matrices
-    `Report.check` asks for a decision: a rule with their axis, or one that excludes them.
+    All the rules are optional: parameters shorter than a block and matrices of `self.param` stay unquantized.
+    `Report.check` then requires a decision about these matrices: a rule with their axis, or a rule that excludes them.
     """
     excluded = (Rule(path, None, module=module, optional=True) for path, module in BY_DEFAULT)
     return *excluded, Rule(".*", weight_fmt, act_fmt, optional=True)
 
 
 def _with_block(fmt: Format, block: int) -> Format:
-    """fmt with other blocks: the named record where there is one, such as if4_bs8."""
+    """Return fmt with another block length; its name gets a suffix, such as if4_bs8, unless a registered name fits."""
     name = re.sub(r"_bs\d+$", "", fmt.name)
     plain = dataclasses.replace(fmt, name=name, block=block)
     if block == fmt.block:
@@ -408,7 +411,7 @@ def _with_block(fmt: Format, block: int) -> Format:
 
 
 def as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
-    """One name, or several."""
+    """Return names as a tuple; a single string becomes a tuple of one."""
     return (names,) if isinstance(names, str) else tuple(names)
 
 

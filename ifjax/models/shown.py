@@ -1,4 +1,4 @@
-"""How results and progress are shown: tables as text, bars on stderr."""
+"""Display of results and progress: tables as text, progress bars on stderr."""
 
 import io
 import sys
@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 
 def as_text(shown: Any, width: int) -> str:
-    """What rich prints of something, without colours and without spaces at the ends of lines."""
+    """Return what rich prints of an object, without colours and trailing spaces."""
     file = io.StringIO()
     console = Console(
         file=file, width=width, color_system=None, markup=False, highlight=False, emoji=False, force_jupyter=False,
@@ -19,6 +19,6 @@ def as_text(shown: Any, width: int) -> str:
 
 
 def bar_on_stderr(progress: bool | None) -> Progress:
-    """A bar that is gone when it is done: if it is asked for, and where stderr is a terminal unless told."""
+    """Return a progress bar on stderr that disappears at its end; None shows it only if stderr is a terminal."""
     shown = sys.stderr.isatty() if progress is None else progress
     return Progress(console=Console(file=sys.stderr), disable=not shown, transient=True)

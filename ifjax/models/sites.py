@@ -1,4 +1,4 @@
-"""Sites: the parameters of a model, and the products that read them."""
+"""Sites: the parameters of a model and the products that read them."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,25 +13,26 @@ UNEXPLAINED = "no module tells where it is multiplied by"
 
 
 class Site(NamedTuple):
-    """A parameter and the product that reads it. Walks over linen and NNX models and over programs make them.
+    """A parameter and the product that reads it, as found in linen models, NNX models and traced programs.
 
-    A module whose product has no parameter (attention), or that has no product at all, is a site, too: rules may name
-    it. Axes are negative, so that they hold for a layer of a stack as well.
+    A module whose product has no parameter (attention), or that has no product, is a site, too, because rules may name
+    it. Axes are negative, so that they also hold for one layer of a stack.
 
     Attributes:
-        parameter: '/'-joined path in the tree of parameters; of a module its own path.
-        path: what rules match: the path of the module that multiplies. Where no known layer does, the parameter's own.
-        module: class of the module; None where there is none.
-        shape: of the parameter; () where lengths do not matter.
-        axes: the contracted axes, in the parameter's order; () where nothing tells.
-        stacked: axes along which layers were stacked, as by scan or vmap.
-        operands: the names of the operands that a module without a kernel multiplies.
-        packed: whether the parameter is a QTensor already.
-        assumed: the axis that is taken to be contracted where nothing tells and the rule names none.
-        reason: why it cannot be quantized; None if it can.
-        activations: why what it is multiplied by cannot be quantized; None if it can.
+        parameter: '/'-joined path in the parameter tree; for a module its own path.
+        path: the path that rules match: that of the module that multiplies, or the parameter's own if no known layer
+            does.
+        module: class name of the module; None without a module.
+        shape: shape of the parameter; () if lengths do not matter.
+        axes: contracted axes, in the parameter's order; () if unknown.
+        stacked: axes along which layers are stacked, as by scan or vmap.
+        operands: names of the operands of a module without a kernel.
+        packed: whether the parameter is already a QTensor.
+        assumed: contraction axis to assume if `axes` is () and the rule names none.
+        reason: why the parameter cannot be quantized; None if it can.
+        activations: why the activations cannot be quantized; None if they can.
         training: why no recipe applies; None if one does.
-        note: what else a report should say.
+        note: a remark for the report.
         changed: the arithmetic that changes the parameter's values before the product; None if there is none.
     """
 
@@ -52,51 +53,52 @@ class Site(NamedTuple):
 
     @property
     def quantizable(self) -> bool:
-        """Whether there are weights that can be quantized."""
+        """Whether the site has weights that can be quantized."""
         return self.reason is None and not self.operands
 
     @property
     def multiplies(self) -> tuple[str, ...]:
-        """The names of the operands that can be quantized."""
+        """Names of the operands that can be quantized."""
         return self.operands if self.reason is None else ()
 
     @property
     def is_raw(self) -> bool:
-        """Whether the axis is the rule's to name."""
+        """Whether the contraction axis is unknown, so that the rule must name it."""
         return self.quantizable and not self.axes and not self.packed
 
     @property
     def length(self) -> int | None:
-        """The longest of the contracted axes, along which blocks lie; None where it does not matter."""
+        """Length of the longest contracted axis; None for packed parameters or if shape or axes are unknown."""
         if self.packed or not self.shape or not self.axes:
             return None
         return max(self.shape[axis] for axis in self.axes)
 
     def in_training(self) -> "Site":
-        """The same for recipes. Lengths do not matter there: the last block of any is filled up."""
+        """Return the site for training. It has no shape: recipes pad the last block, so lengths do not matter."""
         reason = self.reason or self.training or (UNEXPLAINED if self.is_raw else None)
         return self._replace(shape=(), reason=reason)
 
 
 def without_matmul(modules: Mapping[str, str], sites: Iterable[Site]) -> list[Site]:
-    """Sites of the modules, by path and class, that `sites` has none of."""
+    """Return sites for those `modules` (class names by path) that occur in no path of `sites`."""
     known = {site.path for site in sites}
     return [Site(path, path, name, reason=f"{name} has no matmul of its own")
             for path, name in modules.items() if path not in known]  # fmt: skip
 
 
 def blocked_axis(axes: Sequence[int], shape: tuple[int, ...], block: int) -> int:
-    """Which of a kernel's contracted axes blocks lie along: the last that is no shorter than one.
+    """Return the contracted axis that blocks lie along: the last one not shorter than a block, else the last one.
 
-    For what it is multiplied by: the same, if the axes come in the kernel's order.
+    The other operand's axis follows from the same call, if its `axes` come in the kernel's order.
     """
     return axes[max(range(len(axes)), key=lambda i: (shape[axes[i]] >= block, i))]
 
 
 def explained(traced: Site, known: Site | None) -> Site:
-    """What a program tells of a parameter, with what the layer that reads it tells: `known`, of the layer's own shape.
+    """Return a traced site completed from `known`, the site that the parameter's layer gives for its own shape.
 
-    Axes that the layer does not know of are those of stacked layers; others that its product keeps apart are its own.
+    Of the traced stacked axes, only those that the layer's shape lacks count as stacked layers; other batch axes of the
+    product belong to the layer.
     """
     if known is None:
         return traced
@@ -109,7 +111,7 @@ def explained(traced: Site, known: Site | None) -> Site:
     notes = [note for note in (known.note, traced.note) if note is not None]
     rewritten = None
     if traced.changed is not None:
-        # By code around the layer, which may take a packed leaf apart and change its bytes.
+        # Code around the layer changes the values. On a packed leaf it might change the bytes.
         rewritten = f"it is rewritten before the product of {known.module}: {traced.changed}"
     return traced._replace(
         path=known.path, module=known.module, stacked=stacked, note="; ".join(notes) or None,
@@ -118,12 +120,12 @@ def explained(traced: Site, known: Site | None) -> Site:
 
 
 class Walk(NamedTuple):
-    """What a walk over a model found.
+    """The sites and modules of a model.
 
     Attributes:
-        sites: by the parameter's path, those that the model reads; and by their own, modules that multiply without
-            parameters. A parameter of which nothing is known but that it is read has no axes and no reason.
-        modules: class names of modules, by path.
+        sites: sites by the parameter's path, and sites of modules that multiply without parameters by the module's
+            path. A parameter that is read in an unknown way has no axes and no reason.
+        modules: class names of modules by path.
     """
 
     sites: dict[str, Site]
@@ -131,14 +133,14 @@ class Walk(NamedTuple):
 
 
 def innermost(path: str, modules: Mapping[str, str]) -> str | None:
-    """The class of the module around a parameter; lists and dictionaries of parameters may lie between."""
+    """Return the class name of the innermost module around a path; None if there is none."""
     while path and path not in modules:
         path = path.rpartition("/")[0]
     return modules.get(path)
 
 
 def classes_of(tree: Any) -> dict[str, str]:
-    """Class names of the modules in a tree of parameters that is made of some, as Equinox's and NNX's are, by path."""
+    """Return class names by path of the modules that a parameter tree consists of, such as Equinox's and NNX's."""
     classes: dict[str, str] = {}
     for keys, _ in jax.tree_util.tree_leaves_with_path(tree):
         node: Any = tree
@@ -155,5 +157,5 @@ def classes_of(tree: Any) -> dict[str, str]:
 
 
 def join_path(keys: Iterable[Any]) -> str:
-    """'/'-joined names: of a module's path, or of a key path in a tree."""
+    """Return the '/'-joined names of a module's path or of a key path in a tree."""
     return "/".join(key if isinstance(key, str) else jax.tree_util.keystr((key,), simple=True) for key in keys)

@@ -1,6 +1,6 @@
-"""Which parameters a JAX program multiplies by, and along which of their axes: read from the program itself.
+"""Tracing of a JAX program to find which parameters it multiplies by, and along which of their axes.
 
-The function is evaluated without numbers, and every parameter is followed through what only rearranges it to the
+The function is traced on shapes. Every parameter is followed through the operations that only rearrange it to the
 products that read it.
 """
 
@@ -35,15 +35,16 @@ def trace_products(fn: Callable[..., Any], params: Any, *sample: Any) -> tuple[S
 
     Args:
         fn: a function of (params, *sample).
-        params: a tree of arrays or of their shapes, packed or not: nested dictionaries, modules of Equinox or NNX.
-        sample: the other arguments; shapes suffice (`jax.ShapeDtypeStruct`). What is no array is passed on as it is.
+        params: a tree of arrays or of their shapes, packed or not: nested dictionaries, Equinox or NNX modules.
+        sample: the other arguments; shapes suffice (`jax.ShapeDtypeStruct`). Other values than arrays are passed on
+            unchanged.
 
     Returns:
-        A `Site` for each parameter in the tree's order. `axes` are the axes that its first product contracts, in its
-        own order and negative, () if there is no product; of a convolution that of its input features; of a table
-        that is looked up the last one. Of several, as [heads, head size] of an output projection, blocks lie along
-        the last that is no shorter than one. `stacked` are those that loops run over and that products keep apart.
-        `reason` says why it cannot be quantized, `note` what else reads it.
+        A `Site` per parameter, in the tree's order. Its `axes` are the axes that the first product contracts, negative
+        and in the parameter's order; () without a product. For a convolution it is the axis of input features, for a
+        look-up table the last axis. If there are several, such as [heads, head size] of an output projection, blocks
+        lie along the last one that is not shorter than a block. `stacked` are the axes that loops run over or that
+        products batch over. `reason` says why the parameter cannot be quantized, `note` what else reads it.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -60,7 +61,7 @@ def trace_products(fn: Callable[..., Any], params: Any, *sample: Any) -> tuple[S
 
 
 def function_walk(fn: Callable[..., Any], params: Any, sample: Any) -> Walk:
-    """The sites of a function of params and a sample: a tuple of arguments, keyword ones, or the only one."""
+    """Return the sites of fn's parameters; sample is a tuple of arguments, a mapping of keywords, or the only one."""
     inner, put_back = split_collection(params)
     args, kwargs = as_arguments(sample)
     sites = trace_tree(lambda tree, args, kwargs: fn(put_back(tree), *args, **kwargs), inner, (args, kwargs))
@@ -72,7 +73,7 @@ def function_walk(fn: Callable[..., Any], params: Any, sample: Any) -> Walk:
 
 
 def shared_inputs(fn: Callable[..., Any], params: Any, sample: Any) -> dict[str, int]:
-    """What the first product of each parameter multiplies it by, as a number: equal for those that share an input."""
+    """Return a number for the other operand of each parameter's first product; equal numbers mean a shared input."""
     inner, put_back = split_collection(params)
     args, kwargs = as_arguments(sample)
     program, paths = _program_of(lambda tree, args, kwargs: fn(put_back(tree), *args, **kwargs), inner, (args, kwargs))
@@ -81,13 +82,13 @@ def shared_inputs(fn: Callable[..., Any], params: Any, sample: Any) -> dict[str,
 
 
 def trace_tree(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> dict[str, Site]:
-    """The sites of the parameters in a tree, by their paths, in the program of fn(tree, *sample)."""
+    """Return the sites of the tree's parameters by path, in the program of fn(tree, *sample)."""
     program, paths = _program_of(fn, tree, sample)
     return sites_of(program, {path: i for i, path in enumerate(paths)})
 
 
 def _program_of(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> tuple[Any, list[str]]:
-    """The program, and the paths of the parameters, which are its first operands."""
+    """Return the ClosedJaxpr of fn(tree, *sample) and the paths of the parameters, which are its first inputs."""
     tree, sample = native_leaves((tree, sample))
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     raw = [raw_value(leaf) for _, leaf in leaves]
@@ -107,12 +108,12 @@ def _program_of(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> t
 
 
 def only_arrays(result: Any) -> list[Any]:
-    """The arrays that a function gave, of all that it gave."""
+    """Return the leaves of a function's result that are arrays or numbers."""
     return [leaf for leaf in jax.tree.leaves(result) if is_array(leaf) or isinstance(leaf, int | float | complex)]
 
 
 def sites_of(program: Any, parameters: Mapping[str, int]) -> dict[str, Site]:
-    """The sites of a program's parameters: operands by their paths and numbers. All other operands are data."""
+    """Return the sites of a program's parameters, given as input indices by path. All other inputs are data."""
     jaxpr, walk = program.jaxpr, _followed(program, parameters)
     return {
         path: _site(path, tuple(jaxpr.invars[i].aval.shape), reads)
@@ -133,14 +134,14 @@ def _followed(program: Any, parameters: Mapping[str, int]) -> "_Walk":
 
 
 class _Held(NamedTuple):
-    """A parameter, or a part of it, in a value of the program.
+    """A parameter, or a part of it, that a value of the program holds.
 
     Attributes:
-        parameter: its number.
-        axes: for each axis of the value those of the parameter that it is made of; () for new ones.
-        scanned: axes of the parameter that loops have taken away.
-        changed: the operation that has changed its values; None where they are the parameter's.
-        spread: whether it was repeated along a new axis.
+        parameter: index of the parameter.
+        axes: for each axis of the value, the parameter's axes that it is made of; () for a new axis.
+        scanned: axes of the parameter that loops have removed.
+        changed: the first operation that changed the values; None if they are the parameter's own.
+        spread: whether the parameter was repeated along a new axis.
     """
 
     parameter: int
@@ -151,15 +152,15 @@ class _Held(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """How a program reads a parameter.
+    """One read of a parameter by the program.
 
     Attributes:
-        by: the operation.
-        kind: "product", "weak" (a product with parameters alone), "lookup", "itself" (rewritten by what depends on
-            it), "other".
-        axes: that are contracted, or looked up along.
-        stacked: those that loops have taken away and that products keep apart.
-        changed: what has changed its values before.
+        by: name of the primitive.
+        kind: "product", "weak" (a product with values that depend on parameters alone), "lookup", "itself" (combined
+            with a value that depends on the same parameter), or "other".
+        axes: the contracted axes, or those of the look-up indices.
+        stacked: axes that loops have removed, and batch axes of the product.
+        changed: the first operation that changed the values before the read; None if none did.
     """
 
     by: str
@@ -169,24 +170,27 @@ class _Read(NamedTuple):
     changed: str | None = None
 
 
-# What makes the same values of the same.
+# Operations that give equal results for equal operands and parameters; their results share a number.
 _RESHAPES = {"convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim"}
 
 
 class _Walk:
-    """Follows parameters through a program. A value's mask has bit 0 if it depends on data, others for parameters."""
+    """Follows parameters through a program.
+
+    The mask of a value says what it depends on: bit 0 stands for data, bit k + 1 for parameter k.
+    """
 
     def __init__(self, count: int):
         self.reads: list[list[_Read]] = [[] for _ in range(count)]
-        self.inputs: list[int | None] = [None] * count  # the number of what each is multiplied by first
-        self._numbers: dict[Any, Any] = {}  # of values of the program that is being followed
+        self.inputs: list[int | None] = [None] * count  # the number of each parameter's first other operand
+        self._numbers: dict[Any, Any] = {}  # numbers of the variables of the program that is being followed
         self._new = itertools.count()
-        self._alike: dict[Any, int] = {}  # numbers of values that are made alike of one
+        self._alike: dict[Any, int] = {}  # numbers by operation, its operand's number and its parameters
 
     def follow(
         self, jaxpr: Any, held: Sequence[Any], masks: Sequence[int], numbers: Sequence[int] = ()
     ) -> tuple[list[Any], list[int]]:
-        """What the program's results hold and depend on, given this of its operands, and their numbers."""
+        """Return held parameters and masks of the program's results, given those (and the numbers) of its inputs."""
         outside, self._numbers = self._numbers, dict(zip(jaxpr.invars, numbers, strict=False))
         found = self._follow(jaxpr, held, masks)
         self._numbers = outside
@@ -256,7 +260,11 @@ class _Walk:
             self.reads[h.parameter].append(read)
 
     def _elementwise(self, eqn, ins, masks):
-        """What is multiplied by a mask, or added to, by what no data decide, is still the parameter's product."""
+        """Follow a parameter through elementwise arithmetic, such as a mask, with values that no data influence.
+
+        The result still counts as the parameter. Arithmetic with data, a change of shape and division by the parameter
+        are reads of kind "other".
+        """
         name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
         out = []
         for i, held in enumerate(ins):
@@ -264,7 +272,7 @@ class _Walk:
             for h in held or ():
                 if others & (2 << h.parameter):
                     self._read(h, name, "itself")
-                    out.append(h._replace(changed=h.changed or name))  # which product would have read it
+                    out.append(h._replace(changed=h.changed or name))  # followed on, to find the axes of its product
                 elif others & 1 or eqn.invars[i].aval.shape != shape or (name == "div" and i):
                     self._read(h, name, "other")
                 else:
@@ -281,7 +289,7 @@ class _Walk:
         return tuple(out) or None
 
     def _product(self, eqn, held, dims, other, other_mask):
-        """dims: contracted and batch axes of the value; other: what it is multiplied by."""
+        """Note a product of a value; `dims` are its contracted and batch axes, `other` the other operand."""
         contracted, batch = dims
         for h in held or ():
             axes = [a for i in contracted for a in h.axes[i]]
@@ -331,7 +339,7 @@ class _Walk:
         inner = [*ins[:lead], *(_scanned(held) for held in ins[lead:])]
         body = params["jaxpr"].jaxpr
         masks, out_masks, numbers = list(masks), [], [self._number(v) for v in eqn.invars]
-        for _ in range(2):  # until what the carry depends on is known
+        for _ in range(2):  # the second pass uses the masks that the body gave the carry
             _, out_masks = self.follow(body, inner, masks, numbers)
             before = masks[consts:lead]
             masks[consts:lead] = [a | b for a, b in zip(before, out_masks[:carry], strict=True)]
@@ -420,5 +428,5 @@ def _site(path: str, shape: tuple[int, ...], reads: list[_Read]) -> Site:
 
 
 def _features(read: _Read, ndim: int) -> int:
-    """The last axis of a table that it is not looked up along."""
+    """Return the last axis of a table that is neither indexed by the look-up nor stacked; negative."""
     return max(a for a in range(ndim) if a not in (*read.axes, *read.stacked)) - ndim

@@ -1,7 +1,7 @@
-"""Changes of basis of a product: smoothing scales and rotations, on the weights once and on the inputs at each call.
+"""Changes of basis of a product: smoothing scales and rotations, applied to weights once and to inputs at each call.
 
-x w = (x / s) R  R^T (s w) for scales s of the input channels and an orthogonal R: the same function, of values that
-have fewer outliers and lose less in 4 bits.
+x w = (x / s) R  R^T (s w) for scales s of the input channels and an orthogonal R. The product is the same, but its
+operands have fewer outliers and lose less in 4 bits.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from ifjax.numerics.rotations import greedy_rotation
 
 
 class Inputs(NamedTuple):
-    """What a calibration saw of a product's inputs.
+    """Calibration data about a product's inputs.
 
     Attributes:
-        largest: magnitude of each channel, float32 [K].
-        rows: some of them, float32 [rows, K].
+        largest: largest magnitude of each channel, float32 [K].
+        rows: sample rows, float32 [rows, K].
     """
 
     largest: np.ndarray
@@ -36,8 +36,8 @@ class Transform:
     """A change of basis along one contracted axis of length k: scales first, then a rotation of runs. A pytree.
 
     Attributes:
-        scale: of each channel: inputs are divided by it, weights multiplied; None for none.
-        rotation: orthogonal [n, n], of runs of n, n a divisor of k; None for none.
+        scale: one scale per channel; inputs are divided by it, weights multiplied. None for no scaling.
+        rotation: orthogonal matrix [n, n] for runs of n values, where n divides k; None for none.
         hadamard: run length of `ifjax.hadamard` with its fixed signs; 0 for none.
     """
 
@@ -46,21 +46,21 @@ class Transform:
     hadamard: int = dataclasses.field(default=0, metadata={"static": True})
 
     def inputs(self, x: Any, axis: int) -> Any:
-        """x in the new basis along an axis."""
+        """Return inputs x in the new basis along an axis."""
         y = jnp.asarray(x, jnp.float32)
         if self.scale is not None:
             y = y / self._along(self.scale, y, axis)
         return self._rotated(y, axis).astype(x.dtype)
 
     def weights(self, w: Any, axis: int) -> Any:
-        """w in the new basis along an axis."""
+        """Return weights w in the new basis along an axis."""
         y = jnp.asarray(w, jnp.float32)
         if self.scale is not None:
             y = y * self._along(self.scale, y, axis)
         return self._rotated(y, axis).astype(w.dtype)
 
     def undone(self, w: Any, axis: int) -> Any:
-        """Weights in their own basis again."""
+        """Return transformed weights in their original basis."""
         y = jnp.asarray(w, jnp.float32)
         if self.hadamard:
             y = inverse_hadamard(y, axis=axis, size=self.hadamard)
@@ -71,7 +71,10 @@ class Transform:
         return y.astype(w.dtype)
 
     def hessian(self, h: Any) -> Any:
-        """Of the inputs in the new basis, of one [K, K] in the old: K counts other contracted axes before this one."""
+        """Return the Hessian of the transformed inputs, from that of the original ones, [K, K].
+
+        K is the product of all contracted lengths; the transformed axis is the last of them.
+        """
         k = len(h) if self.scale is None else len(self.scale)
         wide = jnp.asarray(h, jnp.float32).reshape(len(h) // k, k, len(h) // k, k)
         return self.inputs(self.inputs(wide, 1), 3).reshape(h.shape)
@@ -87,11 +90,13 @@ class Transform:
 
 
 def transform_of(rule: Rule, w: Any, axis: int, axes: tuple[int, ...], inputs: Inputs | None) -> Transform | None:
-    """The change of basis that a rule asks for, of weights with blocks along `axis` of the contracted `axes`.
+    """Return the change of basis that a rule asks for, for weights with blocks along `axis` of the contracted `axes`.
+
+    Returns None if the rule has neither smooth nor rotate.
 
     Raises:
-        ValueError: it needs a calibration; runs do not divide the axis; blocks lie along another than the last of
-            several contracted axes.
+        ValueError: a calibration is missing; the length of runs does not divide that of the axis; blocks do not lie
+            along the last contracted axis.
     """
     if rule.smooth is None and rule.rotate is None:
         return None
@@ -121,7 +126,7 @@ def transform_of(rule: Rule, w: Any, axis: int, axes: tuple[int, ...], inputs: I
 
 
 def _by_runs(y, axis, rotation):
-    """Runs of y along an axis, times the rotation."""
+    """Return y with each run along an axis multiplied by the rotation."""
     n, axis = len(rotation), axis % y.ndim
     runs = jnp.moveaxis(y, axis, -1)
     shape = runs.shape

@@ -1,4 +1,4 @@
-"""A statistic that has seen no values is refused, or told, wherever one enters: it would make zeros or NaN of others."""
+"""A statistic that has seen no values is refused, or told, wherever one enters: others would be zeros or NaN."""
 
 import jax
 import jax.numpy as jnp

@@ -1,1 +1,1 @@
-"""What ifjax does for Flax: linen interceptors and calibration, NNX parameters. Needs the extra `flax`."""
+"""Flax support: linen interceptors and calibration, NNX parameters. Needs the extra `flax`."""

@@ -1,4 +1,4 @@
-"""Interceptors of Flax linen methods: modules run unchanged, and their products are quantized as rules say."""
+"""Method interceptors for Flax linen: modules run unchanged, and their products are quantized according to rules."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -10,8 +10,8 @@ from ifjax.arrays import QTensor, quantize
 from ifjax.codec import Encoding
 from ifjax.formats import Format
 from ifjax.models.activations import quantized_activation, static_amax, without_gradient
+from ifjax.models.calibration import Calibration, value_name
 from ifjax.models.decisions import Decision, decide
-from ifjax.models.flax.calibration import Calibration, value_name
 from ifjax.models.flax.linen import Census, Layer, Operands, Watcher, layer_of, site_of
 from ifjax.models.rules import OPERANDS, Rule, as_rules, training_rules
 from ifjax.models.sites import Site
@@ -21,57 +21,85 @@ from ifjax.training import Recipe, quantized_dot_general
 def inference(
     rules: Iterable[Rule] | Rule | str | Format | None = None, *, calibration: Calibration | None = None
 ) -> Callable[..., Any]:
-    """An interceptor, for `with nn.intercept_methods(...)`, that multiplies as the rules say.
+    """Return a method interceptor (for `nn.intercept_methods`) that quantizes matrix products according to `rules`.
 
-    Packed parameters (of `ifjax.quantize_params`) go to `ifjax.dot_general` as they are, whatever the rules; look-ups
-    in packed embeddings decode the rows that are asked for; convolutions decode their kernel. Activations are
-    quantized on the way in where the rule that matches has an `act_fmt`, with a straight-through gradient. Parameters
-    that are still floats are quantized on the fly where a rule says so, which gives the same values, slowly, and has
-    no gradient for them. Bias, dtypes and precision are Flax's. A module's own `dot_general` is kept: it gets
-    dequantized operands. `module.init` is left alone.
+    Packed parameters (of `ifjax.quantize_params`) are multiplied packed by `ifjax.dot_general`, whatever the rules say.
+    Look-ups in packed embeddings decode only the selected rows. Convolutions decode their kernel. Activations are
+    quantized before the product if the matching rule has an `act_fmt`, with a straight-through gradient. Float
+    parameters that a rule quantizes are quantized on the fly; the values are the same, but this is slow, and
+    differentiating with respect to them is an error. Bias, dtypes and precision are handled by Flax. A module's own
+    `dot_general` is kept and gets dequantized operands. `module.init` is not changed.
 
-    amax="tensor" is that of the array at hand: a part of it under vmap and shard_map.
+    With act_amax="tensor" the amax is that of the current array, which is a part of the whole under vmap and shard_map.
 
-    Enter the context inside the function that is jitted, or use `ifjax.quantized`, which does: programs that jax.jit
-    has compiled before know nothing of the context, and those that it compiles inside keep it for ever.
+    Enter the context inside the jitted function, or use `ifjax.quantized`, which does so: jax.jit reuses programs that
+    it compiled outside the context, and keeps those that it compiled inside.
 
     Args:
-        rules: as for `ifjax.quantize_params`, but None stands for no rules: packed parameters only.
+        rules: as for `ifjax.quantize_params`, but None means no rules: only packed parameters.
         calibration: from `ifjax.calibrate`, for rules with act_amax="static".
 
     Raises:
-        ValueError: from the intercepted model: a rule asks for what its module cannot do.
+        ValueError: when the intercepted model runs: a rule asks for something that its module cannot do.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> model, x, rules = nn.Dense(8), jnp.ones((2, 32)), ifjax.Rule(".*", "if4", act_fmt="if4")
+        >>> params = model.init(jax.random.key(0), x)
+        >>> packed, report = ifjax.quantize_params(params, rules, model=model, sample=x)
+        >>> @jax.jit
+        ... def apply(params, x):
+        ...     with nn.intercept_methods(ifjax.interceptors.inference(rules)):
+        ...         return model.apply(params, x)
+        >>> apply(packed, x).shape
+        (2, 8)
     """
     return _Inference(() if rules is None else as_rules(rules), calibration)
 
 
 def training(rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantize") -> Callable[..., Any]:
-    """An interceptor, for `with nn.intercept_methods(...)`, whose products are quantized forward and backward.
+    """Return a method interceptor (for `nn.intercept_methods`) that trains products with the rules' recipes.
 
-    Layers whose rule has a `recipe` multiply by `ifjax.quantized_dot_general`: Dense, DenseGeneral, Einsum and
-    Embed.attend. Convolutions, cells that multiply by themselves and modules with a `dot_general` of their own cannot:
-    a rule that asks for nothing else is an error, and others leave them as they are. Parameters stay floats, whatever
-    optimizer and checkpoint there are, and what was trained goes into `ifjax.quantize_params`.
+    Dense, DenseGeneral, Einsum and Embed.attend layers whose rule has a `recipe` use `ifjax.quantized_dot_general`,
+    forward and backward. Convolutions, cells with products of their own and modules with their own `dot_general` cannot
+    use it and run unchanged. Parameters stay floats, so any optimizer and checkpoint works, and
+    `ifjax.quantize_params` takes the trained parameters. `ifjax.training_report` shows the effect of the rules and
+    raises if one of them has none.
 
-    Recipes with noise need an rng of the name `rng`: `model.apply(params, x, rngs={"quantize": key})` with a fresh key
-    each step, and "quantize" among the split_rngs of nn.scan and nn.vmap. Flax folds it by module path, so that each
-    layer has noise of its own, and the same in what nn.remat computes again.
+    Recipes with noise need a random stream named `rng`: call `model.apply(params, x, rngs={"quantize": key})` with a
+    fresh key each step, and put "quantize" into the split_rngs of nn.scan and nn.vmap. Flax folds the module path into
+    the key, so each layer has its own noise, and nn.remat repeats the same noise when it recomputes.
 
     Args:
-        rules: rules, of which some have a recipe; or a recipe, by name or record, which stands for `default_rules` with
-            it: all kernels but those of embeddings and of the output head. The papers leave the last blocks in high
-            precision, too: (Rule("layers_1[0-1]/.*", None), Rule(".*", recipe="if4")).
-        rng: the name of Flax's random stream.
+        rules: rules, at least one with a recipe; or a recipe's name or record, which stands for `default_rules` with
+            that recipe. The papers also keep the last blocks in high precision:
+            (Rule("layers_1[0-1]/.*", None), Rule(".*", recipe="if4")).
+        rng: name of Flax's random stream.
 
     Raises:
-        ValueError: no rule has a recipe; from the model: noise is needed and there is no such rng.
+        ValueError: no rule has a recipe. When the intercepted model runs: a matched parameter is packed; a pass draws
+            noise and there is no such stream.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import ifjax
+        >>> model, x = nn.Dense(16), jnp.ones((4, 32))
+        >>> params = model.init(jax.random.key(0), x)
+        >>> def loss(params, key):
+        ...     with nn.intercept_methods(ifjax.interceptors.training("nvfp4")):
+        ...         return model.apply(params, x, rngs={"quantize": key}).sum()
+        >>> jax.jit(jax.grad(loss))(params, jax.random.key(1))["params"]["kernel"].shape
+        (32, 16)
     """
     return _Training(training_rules(rules), rng)
 
 
 class Noting(Census):
-    """The modules that are called in its context, whose attention multiplies as the rules say: they have no parameter
-    from whose product it could be told. All other products are for the program that is traced.
+    """A context that records the linen modules called inside it and quantizes attention's products by the rules.
+
+    Attention's products have no parameter, so they cannot be found in the traced program. All other products are left
+    to the rewriting of that program.
     """
 
     def __init__(self, rules: tuple[Rule, ...], calibration: Any):
@@ -95,7 +123,10 @@ class Noting(Census):
 
 
 class _Inference(Watcher):
-    """Called for each method of each module, maybe several times: what it does depends on its arguments alone."""
+    """The interceptor of `inference`.
+
+    Flax calls it for each method of each module, possibly several times, so its effect depends only on its arguments.
+    """
 
     def __init__(self, rules: tuple[Rule, ...], calibration: Calibration | None):
         super().__init__()
@@ -131,7 +162,7 @@ class _Inference(Watcher):
         return layer.run(module, next_fun, args, kwargs, Operands(weights, activation))
 
     def _site(self, layer: Layer, module, args, kwargs) -> tuple[Site, Any]:
-        """The layer's site, which is noted, and its kernel."""
+        """Record the layer's site; return the site and the unboxed kernel (None if there is none)."""
         site, kernel = site_of(module, layer), None
         if layer.kernel is not None:
             kernel = module.get_variable("params", layer.kernel)
@@ -145,7 +176,7 @@ class _Inference(Watcher):
         return site, kernel
 
     def _weights(self, site: Site, kernel: Any, decision: Decision) -> QTensor | None:
-        """The kernel, packed; None to leave alone what is there."""
+        """Return the packed kernel; None if the module's kernel is to be used unchanged."""
         if isinstance(kernel, QTensor):
             return kernel
         if kernel is None or decision.weights is None or decision.rule is None or decision.axis is None:
@@ -157,7 +188,7 @@ class _Inference(Watcher):
         return quantize(without_gradient(kernel, site.path), decision.weights, axis=decision.axis)
 
     def _encodings(self, site: Site, decision: Decision) -> dict[str, Encoding]:
-        """Of the activations that the layer multiplies."""
+        """Return the encodings of the layer's activations by operand name, "input" for a layer with a kernel."""
         if not site.operands:
             asked = decision.weights is not None and decision.rule is not None and decision.rule.activations is not None
             if asked and site.activations is not None:
@@ -173,7 +204,10 @@ class _Inference(Watcher):
 
 
 class _Training(Watcher):
-    """Called for each method of each module, maybe several times: what it does depends on its arguments alone."""
+    """The interceptor of `training`.
+
+    Flax calls it for each method of each module, possibly several times, so its effect depends only on its arguments.
+    """
 
     def __init__(self, rules: tuple[Rule, ...], rng: str):
         super().__init__()
@@ -188,7 +222,7 @@ class _Training(Watcher):
             return next_fun(*args, **kwargs)
         site = site_of(module, layer)
         site = site._replace(axes=(-1,) if layer.kernel else ()).in_training()
-        if site.parameter not in self.layers or site.reason is None:  # Embed looks up, too
+        if site.parameter not in self.layers or site.reason is None:  # attend takes precedence over Embed's look-up
             self.layers[site.parameter] = site
         recipe, key = decide(self.rules, site).recipe, None
         if recipe is None or layer.kernel is None:
@@ -196,7 +230,7 @@ class _Training(Watcher):
         if isinstance(module.get_variable("params", layer.kernel), QTensor):
             raise ValueError(f"{site.path!r} is packed, and training needs floats: use ifjax.interceptors.inference, "
                              "or ifjax.quantized to train beside it")
-        if recipe.needs_key and module.has_rng(self.rng):  # without one the backward pass says what is missing
+        if recipe.needs_key and module.has_rng(self.rng):  # without a key, the first pass that needs one raises
             key = module.make_rng(self.rng)
 
         def product(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **options):

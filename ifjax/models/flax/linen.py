@@ -1,7 +1,7 @@
-"""Flax linen: how its layers multiply, which parameters they multiply by, and what it takes to do it packed.
+"""Flax linen layers: the parameters that they multiply by, and how to run them with packed or quantized operands.
 
-A layer is known by the very function that multiplies, such as `nn.Dense.__call__`: a subclass that calls it is that
-layer, one that computes something else instead is not.
+A layer is recognized by the method that multiplies, such as `nn.Dense.__call__`. A subclass that calls this method is
+recognized, too; a subclass that replaces it is not.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ class Layer(NamedTuple):
     """How a linen method multiplies.
 
     Attributes:
-        kernel: the parameter's name; None for attention, which multiplies activations with each other.
-        axes: (module, args, kwargs, rank of the kernel) to the kernel's contracted axes, negative.
-        run: calls the method (next_fun) with other operands: `Operands` says which.
-        activations: why they cannot be quantized; None if they can.
+        kernel: name of the kernel parameter; None for attention, which multiplies activations with each other.
+        axes: function of (module, args, kwargs, rank of the kernel); returns the kernel's contracted axes, negative.
+        run: function of (module, next_fun, args, kwargs, operands) that calls the method with other `Operands`.
+        activations: why the activations cannot be quantized; None if they can.
         training: why no recipe applies; None if one does.
     """
 
@@ -49,13 +49,13 @@ class Layer(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What a layer is to multiply.
+    """Replacements for a layer's operands and product.
 
     Attributes:
-        weights: in place of the module's kernel; None to leave it alone.
-        activation: (x, contracted axes of x, name of the operand) to what is multiplied in place of x: an array or a
-            QTensor.
-        product: in place of `ifjax.dot_general`, of activations with the kernel.
+        weights: packed kernel to use instead of the module's own; None keeps the module's kernel.
+        activation: function of (x, contracted axes of x, name of the operand) that returns the operand to use instead
+            of x, an array or a QTensor.
+        product: replacement for `ifjax.dot_general` in the product of activations and kernel.
     """
 
     weights: QTensor | None = None
@@ -64,7 +64,7 @@ class Operands(NamedTuple):
 
 
 def layer_of(context: nn.module.InterceptorContext) -> Layer | None:
-    """The layer that an intercepted call is."""
+    """Return the Layer of an intercepted call; None if the method is not that of a known layer."""
     return _LAYERS.get(inspect.unwrap(context.orig_method.func))
 
 
@@ -117,7 +117,7 @@ def _einsum_arguments(module, inputs, einsum_str=None):
 
 
 def _einsum_axes(module, args, kwargs, ndim, of_inputs=False):
-    """In the kernel's order, either way."""
+    """Return the contracted axes of the kernel, or of the inputs if `of_inputs`, both in the kernel's order."""
     del ndim
     inputs, spec = _einsum_arguments(module, *args, **kwargs)
     left, out, _ = parse_einsum_input((spec, inputs.shape, tuple(module.shape)), shapes=True)
@@ -146,7 +146,7 @@ def _run_lookup(module, next_fun, args, kwargs, operands):
         return next_fun(*args, **kwargs)
     inputs = args[0] if args else kwargs["inputs"]
     if not jnp.issubdtype(inputs.dtype, jnp.integer) or module.num_embeddings == 1:
-        return next_fun(*args, **kwargs)  # an error, or a table of one row, which is Flax's own affair
+        return next_fun(*args, **kwargs)  # Flax raises for other dtypes, and handles one-row tables in its own way
     (stand_in,) = module.promote_dtype(jnp.zeros((), table.dtype), dtype=module.dtype, inexact=False)
     return table.take(inputs, axis=0).dequantize(stand_in.dtype)
 
@@ -186,7 +186,7 @@ def _run_attention(module, next_fun, args, kwargs, operands):
 
 
 def _attention_refusal(module: Any) -> str | None:
-    """Why Flax has no place for other products in this attention; None if it has."""
+    """Return why this attention module cannot use other products; None if it can."""
     names = ("qk_attn_weights_einsum", "attn_weights_value_einsum")
     taken = [f"{name}_cls" for name in names if getattr(module, f"{name}_cls") is not None]
     if taken:
@@ -199,7 +199,7 @@ def _attention_refusal(module: Any) -> str | None:
 
 
 def site_of(module: nn.Module, layer: Layer) -> Site:
-    """What a layer tells of itself; axes and shape are for its caller to add."""
+    """Return the site of a layer, without axes and shape, which the caller adds."""
     path, name = join_path(module.path), type(module).__name__
     if layer.kernel is None:
         refusal = _attention_refusal(module)
@@ -212,17 +212,17 @@ def site_of(module: nn.Module, layer: Layer) -> Site:
 
 
 def has_own_product(module: Any) -> bool:
-    """Whether the module was given a dot_general."""
+    """Return whether the module has a dot_general of its own."""
     return any(getattr(module, name, None) is not None for name in ("dot_general_cls", "dot_general"))
 
 
 def _training_refusal(module: Any, layer: Layer) -> str | None:
-    """Why no recipe applies to this layer; None if one does."""
+    """Return why no recipe applies to this layer; None if one does."""
     return "the module has a dot_general of its own" if has_own_product(module) else layer.training
 
 
 def _rounded(operands, x, axes, operand="input"):
-    """The activation as an array, with a straight-through gradient."""
+    """Return the rounded activation as an array, with a straight-through gradient."""
     return rounded(x, operands.activation(x, axes, operand))
 
 
@@ -231,15 +231,15 @@ def _multiplied(operands, x, w, axes, product):
 
 
 class Watcher:
-    """Notes what an interceptor sees, to tell rules that are of use from others."""
+    """Records the modules, layers and parameters that an interceptor sees, to find rules without effect."""
 
     def __init__(self):
-        self.layers: dict[str, Site] = {}  # by the kernel's path, or the module's
+        self.layers: dict[str, Site] = {}  # by the kernel's path, or the module's path without a kernel
         self.modules: dict[str, str] = {}
         self.parameters: dict[str, Any] = {}
 
     def note(self, module: nn.Module) -> tuple[str, str]:
-        """Path and class of a module that is called."""
+        """Record a module that is called; return its path and class name."""
         path, name = join_path(module.path), type(module).__name__
         self.modules.setdefault(path, name)
         if module.path == ():
@@ -249,7 +249,10 @@ class Watcher:
         return path, name
 
     def check(self, rules: tuple[Rule, ...]) -> None:
-        """Raise if a rule is of no use, as `quantize_params` would; other methods may call other modules, though."""
+        """Raise if a rule has no effect, as `quantize_params` does.
+
+        Modules that were not called are accepted as matches, because another method may call them.
+        """
         sites, uncalled = list(self.layers.values()), set()
         for path, leaf in self.parameters.items():
             owner = path.rpartition("/")[0]
@@ -270,7 +273,7 @@ class Watcher:
 
 @contextlib.contextmanager
 def _fields(module, **values):
-    """The bound module with other fields for a while; modules are frozen, and rightly so for everyone else."""
+    """Set fields of a bound module inside the context. `object.__setattr__` is needed because modules are frozen."""
     before = {name: getattr(module, name) for name in values}
     try:
         for name, value in values.items():
@@ -323,14 +326,15 @@ _LAYERS: Mapping[Callable, Layer] = {
 
 
 class Census:
-    """An interceptor that changes nothing and notes the modules of a model, and what its layers tell of themselves."""
+    """An interceptor that changes nothing and records the modules and the layers' sites of a model."""
 
     def __init__(self):
         self.modules: dict[str, str] = {}
-        self.layers: dict[str, Site] = {}  # by the kernel's path, with the shape that the layer sees; or the module's
+        # By the kernel's path, with the shape that the layer sees; by the module's path without a kernel.
+        self.layers: dict[str, Site] = {}
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        """As `nn.intercept_methods` calls it."""
+        """Record the module and the layer of an intercepted call, and run it unchanged."""
         module, layer = context.module, layer_of(context)
         self.modules.setdefault(join_path(module.path), type(module).__name__)
         if layer is not None:
@@ -342,7 +346,7 @@ class Census:
         return next_fun(*args, **kwargs)
 
     def explain(self, sites: Iterable[Site]) -> Walk:
-        """What the program tells of the parameters, with what their modules tell."""
+        """Return the traced sites, completed from the recorded layers and modules."""
         found = {}
         for site in sites:
             site = explained(site, self.layers.get(site.parameter))
@@ -356,7 +360,10 @@ class Census:
 
 
 def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> Walk:
-    """Evaluate the model without numbers, and see which parameters it multiplies by, along which axes."""
+    """Trace a linen model on shapes; return the sites of its parameters and its modules.
+
+    An exception that the model raises gets a note about the sample.
+    """
     census, (args, kwargs) = Census(), as_arguments(sample)
 
     def apply(params, args, kwargs):

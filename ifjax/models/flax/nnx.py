@@ -1,4 +1,4 @@
-"""NNX: a variable that holds packed values and reads as an array, and where a model's matmul kernels are."""
+"""NNX support: a variable that holds packed values and reads as an array, the kernels of a model, training recipes."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, cast
@@ -25,22 +25,22 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 class PackedParam(nnx.Variable):
-    """A parameter that is kept packed: the raw value is a QTensor, and modules read the array that it stands for.
+    """A parameter that stays packed: its raw value is a QTensor, and modules read the dequantized array.
 
-    Any NNX model applies on it as on an `nnx.Param`: `param[...]`, `get_value`, arithmetic and `jnp` functions decode,
-    inside the program where they are traced. Only `get_raw_value()` gives the QTensor. Split, merge, state, jit, scan,
-    vmap and eval_shape carry the packed bytes.
+    An NNX model uses it like an `nnx.Param`: `param[...]`, `get_value`, arithmetic and `jnp` functions decode it,
+    inside the traced program. Only `get_raw_value()` returns the QTensor. Split, merge, state, jit, scan, vmap and
+    eval_shape carry the packed bytes.
 
-    It is a Variable but not a Param, because nothing can train it: `nnx.grad` and `nnx.Optimizer(wrt=nnx.Param)` see
-    the parameters that are left, LoRA's among them. For the same reason name it beside Param wherever a filter means
-    all weights: `nnx.state(model, (nnx.Param, PackedParam))`, `nnx.StateAxes({(nnx.Param, PackedParam): 0, ...})`.
-    A gradient with respect to it is JAX's TypeError about uint8 inputs. That is also what `nnx.grad` says with
-    `graph=False` or `graph_updates=False`, which ask for the gradient of everything: split the model then, and
-    differentiate one part. Optimizer states of packed values are meaningless, and no error: leave them out of `wrt`.
+    It is a Variable but not a Param, because it cannot be trained: `nnx.grad` and `nnx.Optimizer(wrt=nnx.Param)` see
+    only the other parameters, such as LoRA's. Name it beside Param in every filter that means all weights:
+    `nnx.state(model, (nnx.Param, PackedParam))`, `nnx.StateAxes({(nnx.Param, PackedParam): 0, ...})`. A gradient with
+    respect to it raises JAX's TypeError about uint8 inputs. `nnx.grad` with `graph=False` or `graph_updates=False`
+    raises it, too, because these differentiate everything: split the model and differentiate one part. Optimizer states
+    of packed values are meaningless but raise no error: exclude them from `wrt`.
 
-    Leaves that are no arrays, as in trees of shardings, come back as they are; an abstract QTensor reads as a
-    ShapeDtypeStruct. `nnx.to_pure_dict` decodes and `nnx.tabulate` counts decoded bytes: for the packed ones use
-    `nnx.as_pure`.
+    Values that are not arrays, as in trees of shardings, are returned unchanged. An abstract QTensor reads as a
+    ShapeDtypeStruct. `nnx.to_pure_dict` decodes, and `nnx.tabulate` counts decoded bytes; use `nnx.as_pure` for the
+    packed ones.
 
     Example:
         >>> import jax.numpy as jnp
@@ -55,7 +55,7 @@ class PackedParam(nnx.Variable):
     """
 
     def __init__(self, value: QTensor, **metadata: Any):
-        # Not through the base: it would partition every array of the QTensor as if it had all of its axes.
+        # The base class must not see out_sharding: it would apply it to every array of the QTensor, whose axes differ.
         place = metadata.pop("out_sharding", None)
         super().__init__(_checked(value), hijax=False, ref=False, **metadata)
         if place is not None:
@@ -63,11 +63,11 @@ class PackedParam(nnx.Variable):
 
     @classmethod
     def like(cls, param: nnx.Variable, q: QTensor) -> "PackedParam":
-        """What takes the place of `param`: q, with the axis names and all other metadata of `param`.
+        """Return a PackedParam of q with the axis names and all other metadata of `param`.
 
         Raises:
-            TypeError: q is no QTensor.
-            ValueError: q has another shape.
+            TypeError: q is not a QTensor.
+            ValueError: the shapes differ.
         """
         if _checked(q).shape != param.shape:
             raise ValueError(f"the parameter has shape {param.shape}, the QTensor {q.shape}: quantize this parameter")
@@ -75,9 +75,9 @@ class PackedParam(nnx.Variable):
         return cast(PackedParam, cls.from_metadata(q, param.get_metadata() | {"hijax": False, "ref": False}))
 
     def get_value(self, *, index: Any = ...) -> Float[Array, "..."]:
-        """The decoded array in the original dtype, or what `index` picks of it."""
+        """Return the decoded array in the original dtype, indexed by `index` if one is given."""
         q = self._raw_value
-        if not isinstance(q, QTensor):  # a tree of something else, in which flax has put it here
+        if not isinstance(q, QTensor):  # Flax has put another tree in its place, such as one of shardings
             return q
         if isinstance(q.codes, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(q.shape, q.dtype)  # pyright: ignore[reportReturnType]
@@ -87,37 +87,37 @@ class PackedParam(nnx.Variable):
         return value if index is ... else value[index]
 
     def set_value(self, value: QTensor, *, index: Any = ...) -> None:
-        """Put another QTensor of this shape in its place.
+        """Replace the value by another QTensor of the same shape.
 
         Raises:
-            TypeError: an array, or an index.
-            ValueError: another shape.
+            TypeError: `value` is not a QTensor, or an index is given.
+            ValueError: the shapes differ.
         """
         if index is not ...:
             raise TypeError("a PackedParam is set as a whole: decode it, change the array, and quantize that")
-        value = _spread(self._raw_value, value)  # as nnx.eval_shape sets shardings
+        value = _spread(self._raw_value, value)  # nnx.eval_shape sets shardings this way
         if _checked(value).shape != self.shape:
             raise ValueError(f"the PackedParam has shape {self.shape}, the QTensor {value.shape}")
         self.set_raw_value(value)
 
     def set_raw_value(self, value: Any, **checks: bool) -> None:
-        """As for every Variable, except that arrays are refused."""
+        """Set the raw value like `nnx.Variable`, but raise TypeError for an array."""
         super().set_raw_value(_not_an_array(value), **checks)
 
     def update_from_state(self, variable_state: nnx.Variable) -> None:
-        """As for every Variable, except that those that hold arrays are refused."""
+        """Update from a state like `nnx.Variable`, but raise TypeError for a variable that holds an array."""
         _not_an_array(variable_state.get_raw_value())
         super().update_from_state(variable_state)
 
     def copy(self, value: Any = MISSING, **updates: Any) -> nnx.Variable:
-        """A copy, with another value if one is given. Specs and shardings are made to fit each of the arrays."""
+        """Return a copy, with another value if one is given. A spec or sharding is adapted to each packed array."""
         return super().copy(_not_an_array(_spread(self._raw_value, value)), **updates)
 
     replace = to_state = copy
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array that it stands for."""
+        """Shape of the dequantized array."""
         return self._raw_value.shape
 
     def __getattr__(self, name: str) -> Any:
@@ -127,31 +127,30 @@ class PackedParam(nnx.Variable):
         raw = object.__getattribute__(self, "_raw_value")
         if name in ("dtype", "ndim", "size") or not isinstance(raw, QTensor):
             return getattr(raw, name)
-        # What modules ask of a parameter is asked of the array: `kernel.T`, `kernel.astype(...)`. Other names are not
-        # worth decoding for.
+        # Attributes of arrays, such as `kernel.T` or `kernel.astype`, come from the decoded array. Other names raise
+        # without decoding.
         if name.startswith("_") or not hasattr(jax.Array, name):
             raise AttributeError(f"{type(self).__name__} has no {name!r}; its QTensor is param.get_raw_value()")
         return getattr(self.get_value(), name)
 
     def __nnx_repr__(self):
-        # The bytes behind it, not the decoded numbers.
+        # Show the QTensor instead of the decoded array.
         for part in super().__nnx_repr__():
             is_value = getattr(part, "key", None) == "value"
             yield type(part)("value", self._raw_value) if is_value else part
 
 
 def walk(model: nnx.Module, sample: Any = None, method: Any = None) -> Walk:
-    """See which parameters an NNX model multiplies by, along which axes; a shared one is found once.
+    """Find the parameters that an NNX model multiplies by, and their contracted axes; a shared one is found once.
 
-    With a sample the model is evaluated without numbers, and its program tells (see `ifjax.trace_products`). Without
-    one both follow from the fields of Flax's own modules; subclasses count as what they derive from. A kernel with more
-    axes in front, as nnx.vmap makes them, is stacked along these; one of any other shape is no kernel of the module's,
-    but a parameter that nothing is known of. Such ones may be stacked too: all axes but the last two count as layers.
-    Variables that are neither Param nor PackedParam (statistics, caches, random states) are no parameters. Abstract
-    models, as from `nnx.eval_shape`, will do.
+    With a sample, the model is traced on shapes (see `ifjax.trace_products`). Without one, the axes follow from the
+    fields of Flax's own modules; a subclass counts as its base class. A kernel with additional leading axes, as from
+    nnx.vmap, is stacked along these. A kernel of any other shape is treated as a parameter of unknown use. Variables
+    that are neither Param nor PackedParam (statistics, caches, random states) are ignored. Abstract models, as from
+    `nnx.eval_shape`, work, too.
 
     Raises:
-        TypeError: `model` is no NNX module.
+        TypeError: `model` is not an NNX module.
 
     Example:
         >>> from flax import nnx
@@ -172,7 +171,7 @@ def walk(model: nnx.Module, sample: Any = None, method: Any = None) -> Walk:
 
 
 def _traced(model: nnx.Module, known: Walk, sample: Any, method: Any) -> Walk:
-    """What the model's program tells, with what its modules tell."""
+    """Return the sites of the traced model, completed from `known`, the sites that its modules give."""
     graph, state = nnx.split(model)
     call: Any = type(model).__call__ if method is None else method
     call = getattr(type(model), call) if isinstance(call, str) else call
@@ -183,7 +182,7 @@ def _traced(model: nnx.Module, known: Walk, sample: Any, method: Any) -> Walk:
 
 
 def explain(model: nnx.Module, sites: dict[str, Site]) -> Walk:
-    """What a program tells of a model's parameters, with what its modules tell."""
+    """Return traced sites of a model's parameters, completed from the model's modules."""
     return _explained(walk(model), sites)
 
 
@@ -204,24 +203,24 @@ def _explained(known: Walk, sites: dict[str, Site]) -> Walk:
 def with_recipes(
     model: M, rules: Iterable[Rule] | Rule | Recipe | str | None, *, rngs: nnx.Rngs | nnx.RngStream | None = None
 ) -> M:
-    """A copy of an NNX model that multiplies by recipes, forward and backward; for training.
+    """Return a copy of an NNX model whose products use the rules' recipes, forward and backward, for training.
 
-    Linear and LinearGeneral that a rule with a recipe matches get a `dot_general` (`RecipeProduct`), wherever they
-    are: attention and recurrent cells are made of them. Modules without a place for one (Einsum, Embed, Conv) stay as
-    they are, and a rule that asks for nothing else is an error. Parameters and their paths are those of `model`: any
-    optimizer and checkpoint fits, and `nnx.update(model, nnx.state(trained, nnx.Param))` takes them back, for
-    `ifjax.quantize_params`.
+    Each Linear and LinearGeneral that a rule with a recipe matches gets a `dot_general` (`RecipeProduct`), including
+    those inside attention and recurrent cells. Modules that cannot take a `dot_general` (Einsum, Embed, Conv) stay
+    unchanged; a rule that matches nothing else is an error. Parameters and their paths are those of `model`, so any
+    optimizer and checkpoint works. `nnx.update(model, nnx.state(trained, nnx.Param))` copies the trained parameters
+    back, for `ifjax.quantize_params`.
 
-    Noise comes from a stream of the module's own, as nnx.Dropout's does: its key and count are part of the state, and
-    each call draws anew. Layers that nnx.vmap stacked along the first axes have stacked keys.
+    Noise comes from a stream in each module, as in nnx.Dropout: its key and count are part of the state, and each call
+    draws a new key. Layers that nnx.vmap stacked along the first axes have stacked keys.
 
     Args:
-        rules: as for `ifjax.interceptors.training`; None takes the recipes of an earlier call away.
-        rngs: for recipes with noise; the stream "quantize" if there is one, else the default one.
+        rules: as for `ifjax.interceptors.training`; None removes the recipes of an earlier call.
+        rngs: for recipes with noise; the stream "quantize" if there is one, else the default stream.
 
     Raises:
-        TypeError: `model` is no NNX module.
-        ValueError: a rule is of no use; a recipe draws noise and there are no rngs; parameters are packed.
+        TypeError: `model` is not an NNX module.
+        ValueError: a rule has no effect; a recipe needs noise and rngs is None; a matched parameter is packed.
 
     Example:
         >>> import jax.numpy as jnp
@@ -269,11 +268,11 @@ def _parameter(module: nnx.Module, site: Site) -> nnx.Variable:
 
 
 class RecipeProduct(nnx.Module):
-    """`ifjax.quantized_dot_general` by one recipe, as the `dot_general` of an NNX module.
+    """`ifjax.quantized_dot_general` with a fixed recipe, for the field `dot_general` of an NNX module.
 
     Attributes:
-        recipe: a record.
-        stream: of keys, a new one for each call; None for recipes without noise.
+        recipe: the recipe's record.
+        stream: random stream that gives a new key for each call; None for recipes without noise.
     """
 
     def __init__(self, recipe: Recipe, stream: nnx.RngStream | None = None):
@@ -287,14 +286,14 @@ class RecipeProduct(nnx.Module):
 
 
 def is_parameter(variable: nnx.Variable) -> bool:
-    """Whether it is a weight: no statistic, cache or random state."""
+    """Return whether a variable is a weight, not a statistic, cache or random state."""
     return isinstance(variable, nnx.Param | PackedParam)
 
 
 def _site_of(
     model: nnx.Module, modules: dict[str, str], path: tuple[Any, ...], variable: nnx.Variable
 ) -> Site:
-    """What the modules tell of a parameter."""
+    """Return the site of a parameter, as far as the fields of its modules tell it."""
     above = list(_modules_above(model, path))
     depth, module = above[-1]
     parameter, owner, name = ("/".join(map(str, part)) for part in (path, path[:depth], path[depth:]))
@@ -316,12 +315,12 @@ def _site_of(
 
 
 def _is_module(node: Any) -> bool:
-    """Lists and dictionaries of modules are none."""
+    """Return whether a node is a module other than nnx.List and nnx.Dict."""
     return isinstance(node, nnx.Module) and not isinstance(node, nnx.List | nnx.Dict)
 
 
 def _modules_above(model: nnx.Module, path: tuple[Any, ...]) -> Iterator[tuple[int, nnx.Module]]:
-    """The modules on the way to a variable and how deep they lie."""
+    """Yield (depth, module) for each module on the path to a variable, the model first."""
     yield 0, model
     node = model
     for depth, key in enumerate(path[:-1], start=1):
@@ -343,7 +342,7 @@ _FLOAT_ACTIVATIONS = "NNX modules multiply by themselves: only linen modules can
 
 
 def _reason(module: nnx.Module, name: str, axes: tuple[int, ...]) -> str | None:
-    """Why the module's parameter of this name is no kernel; None if it is, or if the module does not tell."""
+    """Return why the module's parameter of this name is not a kernel; None if it is one or the module does not tell."""
     if isinstance(module, _NO_MATMUL):
         return f"{type(module).__name__} has no matmul"
     if isinstance(module, nnx.LoRA) and name in ("lora_a", "lora_b"):
@@ -356,7 +355,7 @@ def _reason(module: nnx.Module, name: str, axes: tuple[int, ...]) -> str | None:
 
 
 def _training_refusal(module: nnx.Module) -> str | None:
-    """Why no recipe applies to the module; None if one does."""
+    """Return why no recipe applies to the module; None if one does."""
     if not isinstance(module, nnx.Linear | nnx.LinearGeneral):
         return f"nnx.{type(module).__name__} has no place for another product, only Linear and LinearGeneral have"
     product = module.dot_general
@@ -367,7 +366,7 @@ def _training_refusal(module: nnx.Module) -> str | None:
 
 
 def _contraction(module: Any, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The contraction axes of the module's parameter of this name and its shape in one layer; () if there are none."""
+    """Return the contraction axes and the unstacked shape of the module's parameter; ((), ()) if it is not a kernel."""
     if isinstance(module, nnx.Embed) and name == "embedding":
         return (-1,), (module.num_embeddings, module.features)
     if not isinstance(module, _WITH_KERNEL) or name != "kernel":
@@ -387,20 +386,20 @@ def _contraction(module: Any, name: str) -> tuple[tuple[int, ...], tuple[int, ..
 
 
 def _of_einsum(equation: str | None, ndim: int) -> tuple[int, ...]:
-    if equation is None:  # it comes with each call
+    if equation is None:  # each call passes its own equation
         return ()
     inputs, kernel, result = equation.replace(" ", "").replace("->", ",").split(",")
     before, _, after = kernel.partition("...")
-    # Axes of an ellipsis are never contracted: jnp.einsum keeps them in the result.
+    # Axes of an ellipsis are never contracted, because jnp.einsum keeps them in the result.
     letters = [*before, *[None] * (ndim - len(before) - len(after)), *after]
     summed = [letter for letter in letters if letter is not None and letter in inputs and letter not in result]
-    if len(set(summed)) < len(summed):  # of its diagonal
+    if len(set(summed)) < len(summed):  # a repeated label takes a diagonal of the kernel
         return ()
     return tuple(letters.index(letter) - ndim for letter in summed)
 
 
 def _spread(q: Any, value: Any) -> Any:
-    """What flax puts in a variable's place and is meant for its one array, made to fit the arrays of q."""
+    """Return a spec or sharding that Flax meant for one array, adapted to each array of q; other values unchanged."""
     if isinstance(q, QTensor):
         if isinstance(value, PartitionSpec):
             return partition_specs(q, value)
