@@ -2,6 +2,7 @@
 
 import operator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def test_equality_of_qtensors_is_identity(q):
 
 def test_the_faq_has_the_words_of_jax():
     """For what JAX refuses before any code of ours runs, people search for its words."""
-    one_amax = ifjax.quantize(jnp.ones((3, 32)), "if4")
+    one_amax: Any = ifjax.quantize(jnp.ones((3, 32)), "if4")
     for f in (lambda: jnp.mean(one_amax), lambda: jnp.matmul(jnp.ones((2, 3)), one_amax)):
         with pytest.raises(TypeError) as error:
             f()
