@@ -332,6 +332,8 @@ def _decode(codes, byte, amax, fmt, headroom):
         value = candidate.grid.values.astype(F32)[codes] * scale
         if fmt.scale_max is not None:
             value = value * amax * candidate.step / _constants(fmt, headroom)[1]
+        else:
+            value = np.clip(value, F32(-FLT_MAX), F32(FLT_MAX))  # saturates; NaN stays
         out.append(value)
     return np.where((byte >= 0x80)[..., None] & fmt.flagged, out[1], out[0])
 

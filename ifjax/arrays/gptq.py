@@ -34,6 +34,7 @@ from ifjax.codec.encode import amax_of, block_peaks, joint
 from ifjax.codec.feedback import FeedbackBlock, encode_block, with_feedback
 from ifjax.codec.headers import header_bytes, normalized, power_near
 from ifjax.formats import Format
+from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.packing import pack
 
 
@@ -112,7 +113,7 @@ def gptq(
 
 
 def _checked_hessian(hessian, k):
-    hessian = jnp.asarray(hessian)
+    hessian = as_array(hessian)
     if hessian.shape != (k, k):
         raise ValueError(f"hessian must be [K, K] with K = {k}, the length of w along axis, got shape {hessian.shape}")
     if not jnp.issubdtype(hessian.dtype, jnp.floating):

@@ -8,10 +8,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from ifjax.numerics.byte_order import as_array
+
 
 def take(q: Any, indices: ArrayLike, axis: int) -> Any:
     """Return entries of a QTensor along an unblocked axis; see `QTensor.take`."""
-    axis = unblocked(q, axis)
+    axis, indices = unblocked(q, axis), as_array(indices)
     nan = np.frombuffer(int(q.fmt.scale.nan).to_bytes(q.fmt.scale.nbytes, "little"), np.uint8)
 
     def pick(a, fill):
@@ -23,7 +25,7 @@ def take(q: Any, indices: ArrayLike, axis: int) -> Any:
         amax = pick(amax, 0) if amax.shape[axis] > 1 or q.shape[axis] == 1 else amax.reshape(shared)
     scales = pick(q.scales, int(nan[0]))
     if len(nan) > 1:  # the bytes of a NaN header differ, so one fill value is not enough
-        missing = (jnp.asarray(indices) < -q.shape[axis]) | (jnp.asarray(indices) >= q.shape[axis])
+        missing = (indices < -q.shape[axis]) | (indices >= q.shape[axis])
         missing = missing.reshape((1,) * axis + missing.shape + (1,) * (scales.ndim - axis - missing.ndim))
         place = jnp.arange(scales.shape[q.axis]) % len(nan)
         place = place.reshape((-1,) + (1,) * (-q.axis - 1))

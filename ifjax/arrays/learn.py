@@ -11,6 +11,7 @@ from ifjax.arrays.quantize import quantize
 from ifjax.codec import SEARCHES, Search
 from ifjax.formats import Candidate, Format, Grid, TableScale
 from ifjax.formats.scales import E3M3
+from ifjax.numerics.byte_order import as_array
 
 
 def learn_format(
@@ -88,7 +89,7 @@ def learn_format(
     # The peak is 1 whatever the levels are, so the scales computed for one grid hold for all rounds.
     plain = _format(name, levels[:1], False, fields)
     arrays = samples if isinstance(samples, list | tuple) else [samples]
-    data = [_blocks(jnp.asarray(x), plain, offsets) for x in arrays]
+    data = [_blocks(as_array(x), plain, offsets) for x in arrays]
     if not any(len(blocks) for blocks, _ in data):
         raise ValueError(f"learn_format needs samples with a last axis of at least one block of {block} values")
     x, scales = (np.concatenate(part) for part in zip(*data, strict=True))

@@ -12,6 +12,7 @@ from ifjax.arrays.blocking import Blocking
 from ifjax.arrays.qtensor import QTensor
 from ifjax.codec.blocks import merge_blocks
 from ifjax.formats import E2M1, E4M3, E8M0, Format, get_format
+from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.xla import divide
 
 _SCALES = {E4M3.dtype: E4M3, E8M0.dtype: E8M0}
@@ -71,7 +72,8 @@ def from_ml_dtypes(
 
     Raises:
         TypeError: elements or scales have other dtypes.
-        ValueError: the shapes do not fit the format's blocks, scales have signs, or the format has no use for `factor`.
+        ValueError: the shapes do not fit the format's blocks, scales have signs, the format has no use for `factor`, or
+            `factor` is negative, not finite, or 0 where values are not.
 
     Example:
         >>> import jax.numpy as jnp
@@ -110,10 +112,21 @@ def from_ml_dtypes(
         raise ValueError(f"scales with signs, which {fmt.name} does not have: IF4 marks integers so, others negate")
     amax = None
     if fmt.has_tensor_scale:
-        amax = jnp.asarray(1.0 if factor is None else factor, jnp.float32) * fmt.tensor_constant(headroom)
+        amax = as_array(1.0 if factor is None else factor, jnp.float32) * fmt.tensor_constant(headroom)
+        _check_amax(amax, byte)
     elif factor is not None:
         raise ValueError(f"{fmt.name} has no tensor scale: leave factor out")
     return QTensor(_packed(elements, axis), byte, amax, Blocking(fmt, axis, length, np.dtype(dtype), headroom))
+
+
+def _check_amax(amax, scales):
+    if isinstance(amax, Tracer) or isinstance(scales, Tracer):
+        return
+    if not bool(jnp.all((amax >= 0) & (amax < jnp.inf))):
+        raise ValueError(f"factor must be finite and not negative, and amax with it, which is {amax}")
+    lost = (amax == 0).reshape(amax.shape + (1,) * (scales.ndim - amax.ndim)) & (scales != 0)
+    if bool(jnp.any(lost)):
+        raise ValueError("factor is 0 where scales are not, and every value would be 0: leave factor out, or give it")
 
 
 @jax.jit(static_argnums=1)

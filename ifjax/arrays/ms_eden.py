@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ifjax.codec import ROUNDINGS, Rounding
@@ -21,6 +22,7 @@ from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks
 from ifjax.codec.headers import power_near
 from ifjax.codec.rounding import uniform_noise
 from ifjax.formats import E4M3, Candidate, Format, get_format
+from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.hadamard import SIZES, hadamard
 from ifjax.numerics.xla import divide
 
@@ -58,15 +60,15 @@ def ms_eden(
         signs: as for `hadamard`. The published code of IF4 applies its sixteen signs after the Hadamard matrix instead
             of before it, where they only change signs of the result: to reproduce it, pass None and multiply.
         noise: alternative to `key`: numbers in [0, 1), one for each block, [..., n / block, ...].
-        amax: amax of the rotated x; by default its largest finite magnitude, in float32.
+        amax: amax of the rotated x; by default, and for 0, its largest finite magnitude, in float32.
 
     Returns:
         The rounded values, in x's shape and dtype.
 
     Raises:
         TypeError: x is not a float array.
-        ValueError: the format does not fit, neither or both of key and noise are given, or `hadamard` rejects its
-            arguments.
+        ValueError: the format does not fit, neither or both of key and noise are given, amax is negative or not
+            finite, or `hadamard` rejects its arguments.
 
     Example:
         >>> import jax
@@ -79,7 +81,7 @@ def ms_eden(
         0.0097
     """
     fmt = check_format(fmt, size)
-    x = jnp.asarray(x)
+    x = as_array(x)
     if (key is None) == (noise is None):
         raise ValueError("ms_eden needs key=, for example key=jax.random.key(0), or noise=, and not both")
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
@@ -89,10 +91,12 @@ def ms_eden(
     shape = tuple(n for i, n in enumerate(groups.shape) if i != groups.ndim + axis)
     if key is not None:
         noise = uniform_noise(key, shape, 1)[0] + np.float32(0.5)
-    noise = jnp.asarray(noise, jnp.float32)
+    noise = as_array(noise, jnp.float32)
     if noise.shape != shape:
         raise ValueError(f"noise must have one number for each block, shape {shape}, got {noise.shape}")
-    amax = None if amax is None else jnp.asarray(amax, jnp.float32)
+    amax = None if amax is None else as_array(amax, jnp.float32)
+    if amax is not None and not isinstance(amax, Tracer) and not bool(jnp.all((amax >= 0) & (amax < jnp.inf))):
+        raise ValueError(f"amax must be finite and not negative, got {amax}")
     values = _rounded(groups, jnp.expand_dims(noise, axis), amax, fmt=fmt, axis=axis, size=size)
     return merge_blocks(values, axis).astype(x.dtype)
 
@@ -120,8 +124,8 @@ def check_format(fmt: str | Format, size: int) -> Format:
 def _rounded(z, noise, amax, *, fmt, axis, size):
     """Return blocks z [..., m, B, ...] rounded by MS-EDEN; noise is [..., m, 1, ...]."""
     peaks = jnp.max(jnp.abs(z), axis, keepdims=True, initial=0)
-    if amax is None:
-        amax = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0), initial=0)
+    own = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0), initial=0)
+    amax = own if amax is None else jnp.where(amax > 0, amax, own)  # an amax of 0 has seen no values
     power = power_near(amax)  # so that `unit` is not subnormal
     amax = amax * power
     peak = np.float32(fmt.grid.max / _PEAK_OVER)

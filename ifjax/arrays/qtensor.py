@@ -143,11 +143,13 @@ class QTensor(FlaxBox):
 
     def unpacked_codes(self) -> UInt8[Array, "..."]:
         """Return the codes, one per value, in the shape of the original array."""
+        check_arrays(self)
         codes = merge_blocks(unpack(self.codes, self.fmt.bits, self.axis), self.axis)
         return crop(codes, self.shape[self.axis], self.axis).astype(jnp.uint8)
 
     def headers(self) -> Int[Array, "..."]:
         """Return the block headers as integers, int32 [..., m, ...]."""
+        check_arrays(self)
         return header_words(self.scales, self.fmt.scale.nbytes, self.axis)
 
     def choices(self) -> UInt8[Array, "..."]:
@@ -281,21 +283,45 @@ class QTensor(FlaxBox):
             return f"QTensor({self.fmt.name}, codes={self.codes}, scales={self.scales}, amax={self.amax})"
 
 
+def _no(name: str) -> str:
+    return (
+        f"a QTensor has no {name}: it is packed. Write q.dequantize() for its values, `x @ q` or ifjax.einsum for "
+        "products, or ifjax.quantized(fn) for a function that does arithmetic with it"
+    )
+
+
 def _refuse(name):
     def refused(self, *others):
         del others
-        raise TypeError(
-            f"a QTensor has no {name}: it is packed. Write q.dequantize() for its values, `x @ q` or ifjax.einsum for "
-            "products, or ifjax.quantized(fn) for a function that does arithmetic with it"
-        )
+        raise TypeError(_no(name))
 
     return refused
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "abs"):
+_UNARY, _COMPARED = ("neg", "pos", "abs", "invert", "float", "int"), ("lt", "le", "gt", "ge")
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "divmod", *_UNARY, *_COMPARED):
     setattr(QTensor, f"__{_name}__", _refuse(f"__{_name}__"))
-    if _name not in ("neg", "abs"):
+    if _name not in (*_UNARY, *_COMPARED):
         setattr(QTensor, f"__r{_name}__", _refuse(f"__r{_name}__"))
+
+
+def _equals(self, other):
+    """Whether they are one object. Arrays and numbers are compared element by element, which needs values."""
+    if isinstance(other, jax.Array | np.ndarray | np.generic | int | float):
+        raise TypeError(_no("__eq__"))
+    return NotImplemented
+
+
+def _missing(self, name):
+    if hasattr(QTensor, name):  # a property that asked one of the arrays, and it is none
+        raise AttributeError(f"a QTensor of {type(self.codes).__name__} has no {name}", name=name, obj=self)
+    if not name.startswith("_") and hasattr(jax.Array, name):
+        raise AttributeError(_no(name), name=name, obj=self)
+    raise AttributeError(f"'QTensor' object has no attribute {name!r}", name=name, obj=self)
+
+
+setattr(QTensor, "__eq__", _equals)  # noqa: B010  in the class body they would be fields' methods, and take __hash__
+setattr(QTensor, "__getattr__", _missing)  # noqa: B010
 
 
 ARRAYS = ("codes", "scales", "amax")
@@ -339,10 +365,11 @@ def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "..."
 
 
 def check_arrays(q: QTensor) -> None:
-    """Raise if the dtypes of q's arrays were changed, for example by a cast of a whole parameter tree.
+    """Raise if dtypes or shapes of q's arrays were changed, for example by a cast of a whole parameter tree.
 
     Raises:
         TypeError: codes or scales are not uint8, or amax is not float32.
+        ValueError: their shapes do not go together, as after a transpose of each.
     """
     for name, wanted in (("codes", np.uint8), ("scales", np.uint8), ("amax", np.float32)):
         array = getattr(q, name)
@@ -351,6 +378,14 @@ def check_arrays(q: QTensor) -> None:
                 f"something has made {array.dtype} of a QTensor's {name}, which are {np.dtype(wanted)}: cast the tree "
                 "with is_leaf=lambda a: isinstance(a, ifjax.QTensor), or write q.astype(dtype)"
             )
+    blocks = q.scales.shape[q.axis] // q.fmt.scale.nbytes if q.scales.ndim >= -q.axis else 0
+    length = packed_length(blocks * q.fmt.block, q.fmt.bits)
+    if q.codes.ndim < -q.axis or with_length(q.scales.shape, q.axis, length) != q.codes.shape:
+        raise ValueError(
+            f"something has made codes {q.codes.shape} and scales {q.scales.shape} of a QTensor with blocks of "
+            f"{q.fmt.block} along axis {q.axis}, which do not go together: change trees with is_leaf=lambda a: "
+            "isinstance(a, ifjax.QTensor), and QTensors by their own methods, such as q.swapaxes"
+        )
 
 
 @jax.jit(static_argnames="dtype")

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from ifjax.codec.blocks import crop, merge_blocks, pad_axis, pick, split_blocks
 from ifjax.codec.decode import narrowed
 from ifjax.codec.headers import header_words
 from ifjax.formats import Format
+from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.devices import device_kind
 from ifjax.numerics.packing import pack
 from ifjax.numerics.proofs import by_both, difference, fault_of, numbers_to_check
@@ -157,7 +158,7 @@ def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (
     """
     if isinstance(x, QTensor):
         raise TypeError("x is quantized already: dequantize it first")
-    x = jnp.asarray(native(x))
+    x = as_array(x)
     if x.dtype.name not in DTYPES:
         raise TypeError(f"x must be a float array ({', '.join(DTYPES)}), got {x.dtype}: write x.astype(jnp.float32)")
     if x.ndim < 1:
@@ -214,12 +215,6 @@ def _loses(given, amax, x) -> bool:
     return bool(jnp.any(zero & jnp.isfinite(x) & (x != 0)))
 
 
-def native(x: Any) -> Any:
-    """Return x in native byte order, the only one that JAX accepts."""
-    foreign = isinstance(x, np.ndarray) and not x.dtype.isnative
-    return x.astype(x.dtype.newbyteorder("=")) if foreign else x
-
-
 def _check_parts(x, fmt: Format, blocked: set[int]) -> None:
     """Raise ValueError if an explicit mesh axis (one that is part of x's type) would split a block across devices."""
     sharding = jax.typeof(x).sharding
@@ -239,7 +234,7 @@ def _checked_amax(amax, shape, axes, fmt):
     """Return amax as float32, in the shape in which a QTensor stores it."""
     if not fmt.has_tensor_scale:
         raise ValueError(f"{fmt.name} has no tensor scale, so amax does not apply: leave it out")
-    amax = jnp.asarray(native(amax))
+    amax = as_array(amax)
     if jnp.issubdtype(amax.dtype, jnp.integer):
         amax = amax.astype(jnp.float32)
     full = tuple(shape[a] if a in axes else 1 for a in range(max(axes, default=-1) + 1))
@@ -260,7 +255,7 @@ def _checked_weights(weights, k, how):
         return None
     if how.block_2d or not isinstance(how.loss, BlockLoss):
         raise ValueError("weights go with 1-D blocks and a named loss: leave out block_2d or your loss function")
-    weights = jnp.asarray(weights)
+    weights = as_array(weights)
     if not jnp.issubdtype(weights.dtype, jnp.floating) or weights.shape != (k,):
         raise ValueError(
             f"weights must be float of shape ({k},), one for each place along the axis of blocks, got {weights.dtype} "

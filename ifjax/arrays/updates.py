@@ -21,6 +21,7 @@ from ifjax.arrays.qtensor import QTensor
 from ifjax.arrays.quantize import quantize
 from ifjax.arrays.shaping import expanded, has_own_amax, spread_amax
 from ifjax.codec import Encoding, Loss, Rounding, Search
+from ifjax.numerics.byte_order import as_array, native
 from ifjax.numerics.packing import group_of, packed_length
 
 
@@ -91,7 +92,7 @@ def dynamic_update_slice(
         >>> cache[:, 4:7].dequantize()[0, :, 0]
         Array([0., 3., 0.], dtype=float32)
     """
-    x = x if isinstance(x, QTensor) else jnp.asarray(x)
+    x = x if isinstance(x, QTensor) else as_array(x)
     if x.ndim != q.ndim or any(n > m for n, m in zip(x.shape, q.shape, strict=True)):
         raise ValueError(f"an update of shape {x.shape} does not fit into {q.shape}: it needs as many axes, no longer")
     place = _Place.of(q, start, x.shape)
@@ -201,7 +202,7 @@ class At:
             made.append(len(range(*entry.indices(q.shape[axis]))))
         partial = [axis for axis in range(q.ndim) if axis in arrays or made[places[axis]] < q.shape[axis]]
         partial = [axis for axis in partial if q.shape[axis] > 1 or axis not in arrays]
-        x = jnp.broadcast_to(jnp.asarray(x), made)
+        x = jnp.broadcast_to(as_array(x), made)
         amax, own = q.amax, [axis for axis in range(q.ndim) if has_own_amax(q, axis)]
         own_places = {places[axis] for axis in own if axis in places}
         if any(axis in own for axis in arrays):
@@ -264,7 +265,7 @@ class _Place:
                 if blocked:
                     raise ValueError(f"axis {axis} of shape {q.shape} is blocked: a slice of it begins at a number "
                                      "that is known while tracing, a multiple of the block")
-                start[axis] = jnp.asarray(start[axis], jnp.int32)
+                start[axis] = as_array(start[axis], jnp.int32)
             else:
                 first = operator.index(start[axis])
                 first = min(max(first + m if first < 0 else first, 0), m - n)
@@ -332,7 +333,7 @@ def _with_ndim(amax: Any, ndim: int) -> jax.Array:
 def _full_index(q: QTensor, entries: Any) -> tuple[Any, ...]:
     """Return the index as one entry per axis of q: a slice, an integer or an integer array."""
     entries = list(without_ellipsis(q, entries))
-    entries += [slice(None)] * (q.ndim - len(entries))
+    entries = [native(entry) for entry in entries] + [slice(None)] * (q.ndim - len(entries))
     for axis, entry in enumerate(entries):
         if isinstance(entry, slice):
             if len(range(*entry.indices(q.shape[axis]))) == q.shape[axis] and entry.step in (None, 1):

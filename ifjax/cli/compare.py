@@ -1,6 +1,7 @@
 """ifjax compare."""
 
 import argparse
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -20,7 +21,9 @@ from ifjax.cli.terminal import (
     add_json,
     add_search,
     as_file_error,
+    one_line,
     plain_table,
+    printable,
     progress_bar,
     size_of,
     terminal_console,
@@ -113,7 +116,7 @@ def _compare(options: argparse.Namespace) -> None:
             result["synthetic"] = [_synthetic_dict(row) for row in synthetic]
         print(json.dumps(without_infinities(result), indent=1))
     else:
-        console = terminal_console()
+        console, report = terminal_console(), _shown(report)
         _print_total(console, report)
         if synthetic is not None:
             _print_synthetic(console, synthetic)
@@ -129,10 +132,26 @@ def measured(options: argparse.Namespace, formats: tuple[str, ...], path: Path, 
     stored = [entry for header in headers.values() for entry in header]
     kept = parts_of_quantized(opened)
     how = {"axis": options.axis, "everything": options.vectors, "search": options.search, "kept": kept}
-    of_files = (analysis.file_reports(file, header, formats, **how) for file, header in headers.items())
+
+    def reports_of(file, header):
+        for report in analysis.file_reports(file, header, formats, **how):
+            with opened.reader(report.name):  # raises if the file is another one than when its header was read
+                yield report
+
+    of_files = (reports_of(file, header) for file, header in headers.items())
     reports = itertools.chain.from_iterable(of_files)
     names, sizes = [entry.name for entry in stored], [entry.nbytes for entry in stored]
     return analysis.Report(source, tuple(tracked(progress, reports, sizes, names)))
+
+
+def _shown(report):
+    """The report with texts that a terminal can be trusted with."""
+
+    def of(tensor):
+        texts = {f: getattr(tensor, f) for f in ("name", "dtype", "reason")}
+        return dataclasses.replace(tensor, **{f: one_line(text) for f, text in texts.items()})
+
+    return dataclasses.replace(report, source=one_line(report.source), tensors=tuple(map(of, report.tensors)))
 
 
 def _why_nothing(report) -> str:
@@ -162,7 +181,7 @@ def _write_plots(report, folder: Path) -> None:
         figures["choices.png"] = plots.plot_choices(report)
     for name, figure in figures.items():
         figure.savefig(folder / name)
-        print(f"wrote {folder / name}", file=sys.stderr)
+        print(printable(f"wrote {folder / name}"), file=sys.stderr)
 
 
 def _print_synthetic(console: Console, rows) -> None:

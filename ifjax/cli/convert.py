@@ -158,4 +158,4 @@ def _dequantize(options: argparse.Namespace) -> None:
         print(json.dumps(about | {"seconds": round(seconds, 3), "dequantized": tensors}, indent=1))
     else:
         count = len(report.quantized)
-        print(f"wrote {options.target}: {count} tensors dequantized in {seconds:.1f} s", file=sys.stderr)
+        print(printable(f"wrote {options.target}: {count} tensors dequantized in {seconds:.1f} s"), file=sys.stderr)

@@ -130,7 +130,7 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"ifjax: error: {printable(f'{v.name}: {v.fault}')}", file=sys.stderr)
     checked = f"{len(opened.sums)} checksums" if opened.sums else "no checksums in it"
     good = len(found) - len(faults)
-    console.print(f"{options.file}: {good} of {len(found)} tensors are as they should be ({checked})")
+    console.print(f"{printable(str(options.file))}: {good} of {len(found)} tensors are as they should be ({checked})")
     return 1 if faults else 0
 
 

@@ -12,7 +12,7 @@ from ifjax.cli.exchange import add_export, add_import
 from ifjax.cli.formats import add_formats
 from ifjax.cli.inspect import add_inspect, add_verify
 from ifjax.cli.plan import add_plan
-from ifjax.cli.terminal import Misused, sentence
+from ifjax.cli.terminal import Misused, Parser, sentence
 from ifjax.files import FileError
 from ifjax.version import __version__
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ifjax", description="Adaptive block-scaled number formats for JAX.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="where to begin:\n"

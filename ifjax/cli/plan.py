@@ -4,13 +4,18 @@ import argparse
 import re
 from pathlib import Path
 
+from rich.text import Text
+
 from ifjax.cli.compare import formats_of, measured
-from ifjax.cli.files import IN_HELP
+from ifjax.cli.files import IN_HELP, check_report
 from ifjax.cli.terminal import (
     Misused,
     add_command,
     add_search,
+    as_file_error,
+    one_line,
     plain_table,
+    printable,
     progress_bar,
     terminal_console,
 )
@@ -44,7 +49,8 @@ def add_plan(commands) -> None:
 def _plan(options: argparse.Namespace) -> None:
     if len(options.formats) < 2:
         raise Misused("--formats needs two at least, to choose from")
-    with progress_bar() as progress:
+    check_report(options.out)
+    with progress_bar() as progress, as_file_error():
         report = measured(options, tuple(options.formats), options.file, options.file.name, progress)
     tensors = report.quantized
     if not tensors:
@@ -59,13 +65,13 @@ def _plan(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise Misused(f"--budget {options.budget:g}: {error}") from None
     table = plain_table("tensor", "format", "bits", "relative error, x 1e-3")
-    by_format: dict[str, list[str]] = {}
+    rules = []  # one for each: the paths of a large model are too many for one expression
     for t, c, cost, loss, n in zip(tensors, chosen.choices, costs, losses, values, strict=True):
         name = options.formats[c]
-        by_format.setdefault(name, []).append(site_of_tensor(t.name, t.shape, options.axis).path)
-        table.add_row(t.name, name, f"{cost[c] / n:.2f}", f"{1e3 * loss[c]:.2f}")
-    rules = [Rule("|".join(map(re.escape, paths)), name, search=options.search) for name, paths in by_format.items()]
+        path = site_of_tensor(t.name, t.shape, options.axis).path
+        rules.append(Rule(re.escape(path), name, search=options.search))
+        table.add_row(Text(one_line(t.name) or ""), name, f"{cost[c] / n:.2f}", f"{1e3 * loss[c]:.2f}")
     save_rules((*rules, Rule(".*", None, optional=True)), options.out)
     console = terminal_console()
     console.print(table)
-    console.print(f"{chosen.cost / sum(values):.3f} bits a value; wrote {options.out}", highlight=False)
+    console.print(f"{chosen.cost / sum(values):.3f} bits a value; wrote {printable(str(options.out))}", highlight=False)

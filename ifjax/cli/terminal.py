@@ -28,6 +28,13 @@ from ifjax.models.report import Entry, Report
 from ifjax.version import __version__
 
 
+class Parser(argparse.ArgumentParser):
+    """Whose errors quote nothing that a terminal would obey: `ifjax quantize *` hands over names of files."""
+
+    def error(self, message: str):
+        super().error(printable(message))
+
+
 class Misused(Exception):
     """Options that do not go together."""
 
@@ -77,7 +84,7 @@ def tell_sum(options: argparse.Namespace, nbytes: int, seconds: float, what: str
     """Say on stderr what a conversion wrote, or would write, and how fast."""
     wrote = "would write" if options.dry_run else "wrote"
     rate = "" if options.dry_run else f" in {seconds:.1f} s, {nbytes / 1e6 / seconds:.0f} MB/s"
-    print(f"{wrote} {options.target}: {what}{rate}", file=sys.stderr)
+    print(printable(f"{wrote} {options.target}: {what}{rate}"), file=sys.stderr)
 
 
 def add_search(parser) -> None:
@@ -173,11 +180,16 @@ def printable(text: str) -> str:
     return "\n".join([*map(escaped, lines[:_MOST_LINES]), *more])
 
 
+def one_line(text: str | None) -> str | None:
+    """Return printable text without line breaks, for a cell of a table."""
+    return text and printable(text).replace("\n", "\\n")
+
+
 def shown(report: Report) -> Report:
     """Return a report whose texts a terminal can be trusted with."""
 
     def of(entry: Entry) -> Entry:
         texts = {f: getattr(entry, f) for f in ("path", "dtype", "rule", "reason", "note")}
-        return dataclasses.replace(entry, **{f: t and printable(t).replace("\n", "\\n") for f, t in texts.items()})
+        return dataclasses.replace(entry, **{f: one_line(text) for f, text in texts.items()})
 
     return Report(tuple(map(of, report.entries)))

@@ -13,6 +13,8 @@ from ifjax.codec.headers import TensorScale, safe
 from ifjax.formats import Decoding, Format
 from ifjax.numerics.xla import divide
 
+FLOAT32_END = np.finfo(np.float32).max
+
 
 def decode(
     codes: jax.Array, headers: jax.Array, fmt: Format, *, place: Any = 0, amax: jax.Array | None = None,
@@ -20,7 +22,7 @@ def decode(
 ) -> jax.Array:  # fmt: skip
     """Return float32 values of integer codes: ((v * s) * amax) * step / K, each operation rounded once.
 
-    Values are NaN where the header is NaN.
+    Values are NaN where the header is NaN. Without a tensor scale they saturate at float32's largest finite value.
 
     Args:
         codes: integers.
@@ -35,16 +37,15 @@ def decode(
     step = pick(selector, [jnp.float32(d.step) for d in fmt.decodings])
     tensor = None if amax is None else safe(amax, codes.ndim)
     divisor = None if tensor is None else fmt.tensor_constant(headroom) * tensor.power
-    return scaled(values, fmt.scale.decode(payload, place), step, tensor, divisor)
+    values = scaled(values, fmt.scale.decode(payload, place), step, tensor, divisor)
+    # With a tensor scale values are no larger than amax, but E5M3's products overflow on the way, as published.
+    return values if tensor is not None else lax.clamp(-FLOAT32_END, values, FLOAT32_END)
 
 
 def narrowed(values: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Convert decoded float32 values to `dtype`, saturating at its largest finite value.
-
-    float32 values are unchanged: like the published arithmetic, they overflow to infinity.
-    """
+    """Convert decoded float32 values to `dtype`, saturating at its largest finite value."""
     end = float(jnp.finfo(dtype).max)
-    if end < float(jnp.finfo(jnp.float32).max):
+    if end < FLOAT32_END:
         values = lax.clamp(np.float32(-end), values, np.float32(end))
     return values.astype(dtype)
 

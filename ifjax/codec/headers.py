@@ -43,6 +43,12 @@ class TensorScale(NamedTuple):
     unit: Any = None
 
 
+def is_amax(value: Any) -> bool:
+    """Whether a number can be the maximum of values other than zero: finite and positive in float32, not flushed."""
+    with np.errstate(over="ignore"):
+        return bool(np.finfo(np.float32).tiny <= np.float32(value) < np.inf)
+
+
 def power_near(amax: jax.Array) -> jax.Array:
     """Return the power of two that scales float32 amax to [1, 2); 1 for amax 0.
 

@@ -8,7 +8,6 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from ifjax.arrays import DTYPES, QTensor
-from ifjax.arrays.quantize import native
 from ifjax.exchange.blocks import qtensor_of
 from ifjax.exchange.containers import open_checkpoint
 from ifjax.exchange.layouts import (
@@ -24,6 +23,7 @@ from ifjax.exchange.layouts import (
 )
 from ifjax.exchange.recognize import Found, Specs, declared, find
 from ifjax.formats import Format, get_format
+from ifjax.numerics.byte_order import native
 
 Nibbles = Literal["low_first", "high_first"]
 

@@ -236,15 +236,16 @@ class Checkpoint(Mapping[str, Any]):
         """Return a stored array by its name in the files: read-only and memory-mapped.
 
         Raises:
-            FileError: the checksum differs, or numpy lacks the dtype.
+            FileError: the checksum differs, numpy lacks the dtype, or an amax is not possible (see `amax_fault`).
         """
         entry, dtype = self.entries[stored], self._dtype(stored)
         if self._check:
             self.check(stored)
         try:
-            return self._bytes(stored).view(dtype).reshape(entry.shape)
+            array = self._bytes(stored).view(dtype).reshape(entry.shape)
         except ValueError as error:  # a shape without elements that is too long for numpy
             raise FileError(f"{self._file_of[stored]}: {stored!r} cannot be of shape {entry.shape}: {error}") from None
+        return self._sound(stored, array)
 
     def mapped(self, stored: str) -> np.ndarray:
         """Return a stored array as a memory map of its own; deleting the array frees the pages that were read.
@@ -259,7 +260,7 @@ class Checkpoint(Mapping[str, Any]):
         file = self._file_of[stored]
         with file.open("rb") as opened:
             safetensors.check_identity(opened, file, self._identities[file])
-            return np.asarray(np.memmap(opened, dtype, "r", entry.start, entry.shape))
+            return self._sound(stored, np.asarray(np.memmap(opened, dtype, "r", entry.start, entry.shape)))
 
     def reader(self, stored: str) -> Reader:
         """Return a `Reader` of parts of a stored array; it does not compare the checksum."""
@@ -284,6 +285,20 @@ class Checkpoint(Mapping[str, Any]):
                 f"{self.sums[stored]:08x}. Take another copy of the file"
             )
         self._checked.add(stored)
+
+    def _sound(self, stored: str, array: np.ndarray) -> np.ndarray:
+        """The array, if it is no amax that cannot be."""
+        name, _, part = stored.rpartition(".")
+        if part != "amax" or name not in self.packed:
+            return array
+        parts = self.parts(name)
+
+        def whole():
+            return QTensor(self.array(parts["codes"]), self.array(parts["scales"]), array, self.packed[name].blocking)  # pyright: ignore
+
+        if (fault := amax_fault(array, whole)) is not None:
+            raise FileError(f"{self._file_of[stored]}: {name!r} {fault}. Take another copy of the file")
+        return array
 
     def _dtype(self, stored: str) -> np.dtype:
         code = self.entries[stored].dtype
@@ -474,6 +489,8 @@ def _item(name: str, value: Any) -> Item:
     slots = packed_slots(name, q.fmt, q.codes.shape, q.scales.shape, None if q.amax is None else q.amax.shape)
     check_types(name, q)
     packed = Packed(q.blocking, q.shape)
+    if q.amax is not None and (fault := amax_fault(np.asarray(q.amax), lambda: q)) is not None:
+        raise ValueError(f"{name!r} {fault}")
     q.fmt.to_dict()  # raises for a scale that is a function, before anything is written
     if (fault := _fault_of(packed, *(slot.shape for slot in slots))) is not None:
         raise ValueError(f"{name!r}: {fault}")
@@ -483,6 +500,21 @@ def _item(name: str, value: Any) -> Item:
             write(slot.name, np.asarray(arrays[slot.name]))
 
     return Item(name, slots, packed, fill)
+
+
+def amax_fault(amax: np.ndarray, whole: Callable[[], QTensor]) -> str | None:
+    """Why no quantizer gives this amax: values would read as NaN, with another sign or as zero; None if one does.
+
+    `whole`, the tensor, is asked for if there is a zero among them.
+    """
+    sound = (amax >= 0) & (amax < np.inf)
+    if not sound.all():
+        return f"has amax {amax[~sound].flat[0]}, and needs one that is finite and not negative"
+    if amax.all() or not np.any((q := whole()).scales):
+        return None
+    values = np.asarray(q.replaced(amax=np.float32(amax == 0)).dequantize(np.float32))
+    lost = np.any(np.nan_to_num(values) != 0)
+    return "has amax 0, by which values read as 0 whose codes and scales are not" if lost else None
 
 
 def check_types(name: str, q: QTensor) -> None:

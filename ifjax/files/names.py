@@ -52,7 +52,7 @@ class NameRule:
         except (re.error, TypeError) as error:
             raise ValueError(f"NameRule({self.name!r}): name is not a regular expression: {error}") from None
         except UnsupportedPattern as error:
-            raise ValueError(f"NameRule({self.name!r}): name {error}, as it is matched in linear time") from None
+            raise ValueError(f"NameRule({self.name!r}): name {error}, as it is matched in polynomial time") from None
         object.__setattr__(self, "stack", tuple(self.stack))
         if any(not isinstance(group, int) or not 1 <= group <= groups for group in self.stack):
             raise ValueError(f"NameRule({self.name!r}): stack must be of the groups 1 to {groups}, got {self.stack}")

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ifjax.models.arguments import as_arguments
 from ifjax.models.shown import as_text, bar_on_stderr
+from ifjax.numerics.byte_order import as_array
 
 
 class Estimate(NamedTuple):
@@ -141,7 +142,7 @@ def evaluate(
                 raise ValueError("nothing to measure: batches without targets need logits=True")
             args, kwargs = as_arguments(arguments)
             outputs = fn_float(*args, **kwargs), fn_packed(*args, **kwargs)
-            targets = None if targets is None else jnp.asarray(targets)
+            targets = None if targets is None else as_array(targets)
             if loss is None or logits:
                 _check(outputs, targets if loss is None else None)
             rows = _rows(*outputs, targets, logits=logits, loss=loss)

@@ -1,6 +1,5 @@
 """Quantization of activations before a product, with a straight-through gradient."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from ifjax.arrays import QTensor, quantize
 from ifjax.arrays.quantize import straight_through
 from ifjax.codec import Encoding
+from ifjax.codec.headers import is_amax
 from ifjax.models.sites import blocked_axis
 from ifjax.products.dot_general import no_gradient
 
@@ -98,7 +98,7 @@ def static_amax(amax: Any, name: str) -> float | None:
             + ("" if amax is None else ", which has none: the calibrated function did not call the module, or no "
                "result of it depended on the module")
         )
-    if not (amax[name] > 0 and math.isfinite(amax[name])):
+    if not is_amax(amax[name]):
         warnings.warn(
             f"the calibrated amax of {name!r} is {amax[name]}, which fits no other inputs, so that of the inputs at "
             "hand is used: calibrate on batches that reach it, or use act_amax='tensor'",

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from ifjax.numerics.byte_order import native_leaves
+
 
 def is_array(leaf: Any) -> bool:
     """Return whether a leaf has a shape and a dtype: an array, a ShapeDtypeStruct, or a box or variable of one."""
@@ -27,6 +29,7 @@ def joined(arrays: list[Any], static: tuple[Any, ...]) -> Any:
 
 def as_arguments(sample: Any) -> tuple[tuple, dict[str, Any]]:
     """Return (args, kwargs) of a sample: a tuple of positional arguments, a mapping of keywords, or the only one."""
+    sample = native_leaves(sample)
     if isinstance(sample, Mapping):
         return (), dict(sample)
     return (sample if isinstance(sample, tuple) else (sample,)), {}

@@ -22,6 +22,7 @@ from ifjax.models.leaves import abstract
 from ifjax.models.rewrite import How
 from ifjax.models.rules import Rule, as_rules
 from ifjax.models.transforms import Inputs
+from ifjax.numerics.byte_order import native_leaves
 
 ROWS = 128  # input rows to keep of each batch
 
@@ -103,7 +104,7 @@ def calibrate(
     statistics = Statistics(percentile if statistic == "percentile" else None)
     watcher: Any
     run, watcher = _by_modules(apply, rules, statistics)
-    count = 0
+    count, params = 0, native_leaves(params)
     for batch in _tracked(batches) if progress else batches:
         arguments = split_arrays(as_arguments(batch))
         if not count:

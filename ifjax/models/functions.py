@@ -24,6 +24,7 @@ from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import Rule, as_rules, training_rules
 from ifjax.models.sites import NOT_READ, Site, Walk, classes_of, innermost, join_path, without_matmul
 from ifjax.models.trace import sites_of
+from ifjax.numerics.byte_order import native
 from ifjax.training import Recipe
 
 # Part of the key of jax.jit's caches: a program that was traced with an interceptor is not reused without it, and vice
@@ -363,7 +364,7 @@ class _Call(NamedTuple):
             boxed = value is not leaf
             if id(leaf) not in seen or not boxed:
                 seen[id(leaf)] = len(arrays)
-                arrays.append(value)
+                arrays.append(native(value))
             static.append(_Box(leaf) if boxed else None)
             numbers.append(seen[id(leaf)])
             path = join_path(keys)

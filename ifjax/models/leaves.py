@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from ifjax.arrays import QTensor
-from ifjax.arrays.quantize import native
 from ifjax.models.adapters import Adapted
+from ifjax.numerics.byte_order import native, native_leaves
 
 
 def is_leaf(leaf):
@@ -41,6 +41,7 @@ def raw_value(leaf: Any) -> Any:
 
 def split_collection(params: Any) -> tuple[Any, Callable[[Any], Any]]:
     """Return the parameter tree ("params" of linen variables), and a function that puts another tree in its place."""
+    params = native_leaves(params)
     if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
         def put_back(tree):
             kind: Any = type(params)  # dict, FrozenDict

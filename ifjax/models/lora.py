@@ -74,8 +74,8 @@ def init(
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    inner, _ = split_collection(params)
-    walk = walk_model(model, params, sample, method)
+    inner, put_back = split_collection(params)
+    walk = walk_model(model, put_back(inner), sample, method)
     made, paths = {}, []
     for keys, leaf in jax.tree_util.tree_flatten_with_path(inner, is_leaf=is_leaf)[0]:
         if not is_parameter(leaf):

@@ -102,6 +102,8 @@ def _looks(width: int | None, program: Program, text: str, at: int, looked: dict
 
 @functools.lru_cache(maxsize=1024)
 def _compiled(pattern: str) -> Program:
+    if len(pattern) > 10 * LONGEST:  # parsing it would take seconds
+        raise UnsupportedPattern(f"may have {10 * LONGEST} characters, and has {len(pattern)}")
     re.compile(pattern)  # raises re's own errors and warnings
     tree = _parser.parse(pattern)
     program: Program = []

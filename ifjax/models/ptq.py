@@ -147,8 +147,8 @@ def training_report(
     rules = training_rules(rules)
     if model is None:
         raise TypeError("training_report needs model=: it says where the parameters are multiplied by")
-    inner, _ = split_collection(params)
-    walk = walk_model(model, params, sample, method)
+    inner, put_back = split_collection(params)
+    walk = walk_model(model, put_back(inner), sample, method)
     leaves, _ = jax.tree_util.tree_flatten_with_path(inner, is_leaf=is_leaf)
     found = [p.decided(rules, p.site.in_training()) for p in _parameters(leaves, rules, walk)]
     if found:

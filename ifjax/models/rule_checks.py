@@ -39,7 +39,7 @@ def check_used(rules: Sequence[Rule], sites: Sequence[Site]) -> None:
             paths = " and ".join(f"rule {k + 1} ({rules[k].path!r})" for k in earlier)
             found = [f"matches only what {paths} matched before it: move it to the front, or remove it"]
         elif rule.excludes:
-            found = list(_faults_of_exclusion(own, decided))
+            found = list(_faults_of_exclusion(rule, own, decided))
         else:
             found = list(_faults_of_use(rule, own, seen))
         faults += [f"rule {i + 1} ({rule.path!r}{_of_class(rule)}) {fault}" for fault in found]
@@ -49,8 +49,11 @@ def check_used(rules: Sequence[Rule], sites: Sequence[Site]) -> None:
         raise ValueError("\n".join(faults))
 
 
-def _faults_of_exclusion(own: list[Site], decided: dict[Site, Rule]) -> Iterator[str]:
-    inner = [t.path for t, rule in decided.items() if _is_used(rule, t) and any(_is_inside(t, s) for s in own)]
+def _faults_of_exclusion(rule: Rule, own: list[Site], decided: dict[Site, Rule]) -> Iterator[str]:
+    inner = [
+        t.path for t, other in decided.items()
+        if _is_used(other, t) and not rule.matches(t.path, t.module) and any(_is_inside(t, s) for s in own)
+    ]  # fmt: skip
     if inner and not any(s.quantizable or s.multiplies for s in own):
         path = re.escape(own[0].path)
         yield (

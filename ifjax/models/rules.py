@@ -215,7 +215,7 @@ class Rule:
         try:
             check_pattern(self.path)
         except UnsupportedPattern as error:
-            raise self._error("path", f"path {error}: paths are matched in linear time") from None
+            raise self._error("path", f"path {error}: paths are matched in polynomial time") from None
         except (re.error, OverflowError, RecursionError) as error:
             at = getattr(error, "pos", None)
             where = "" if at is None else f" at position {at}, before {self.path[at:]!r}"
@@ -352,18 +352,22 @@ _EMBEDDING = (
 # spite of such a word: "codebook_proj", "to_latents" and the layers of a "rotary_attention" are quantized.
 _NAME = r"(?:.*/)?(?:[^/]*_)?"
 _STATE_SPACE = (
-    r"(?:.*/)?(?:[Aa](?:_b)?_logs?|dt_bias|D|Ds|D_b|log_dt|inv_dt|ssm_[ad]|(?:log_)?A_(?:log_)?(?:real|imag)|"
+    r"(?:.*/)?(?:[Aa](?:_b)?_logs?|dt_bias|D|Ds|D_b|log_dt|inv_dt|ssm_[adAD]|(?<=mixer/)A|(?<=mamba/)A|(?<=ssm/)A|(?:log_)?A_(?:log_)?(?:real|imag)|"
     r"Lambda_re|Lambda_im|time_(?:decay|first|faaaa|maa|mix|mix_(?:k|v|r|g|w)|maa_(?:k|v|r|g|w|x)))"
 )
 _TABLES = (
     _NAME + r"(?:rotary|rope|inv_freq|freqs|freqs_cis|(?:cos|sin)_cached|relative_position|rel_pos|rel_bias|"
-    r"relative_attention_bias|bias_table|codebooks?|codevectors)(?:_[^/]*)?(?<!_proj)(?<!_dense)(?<!_linear)"
-    r"(?:/(?:\d+|cos|sin|table|weight))*"
+    r"relative_attention_bias|bias_table|alibi|codebooks?|codevectors)(?:_[^/]*)?(?<!_proj)(?<!_dense)(?<!_linear)"
+    r"(?:/(?:\d+|cos|sin|table|slopes|weight))*"
 )
-_LATENTS = _NAME + r"(?<!to_)(?<!from_)(?:latents?(?:_(?:queries|query|tokens|array))?|query_tokens|learned_queries)"
+_LATENTS = (
+    _NAME + r"(?<!to_)(?<!from_)(?:latents?(?:_(?:queries|query|tokens|array))?|(?:learned|object)_queries|"
+    r"(?:query|cls|class|dist|mask|register|storage|readout|global)_tokens?)"
+)
 _ROUTER = (
     rf"(?:{_NAME}routers?|(?:.*/)?[^/]*Router|{_NAME}gate_logits)(?:_[^/]*)?(?:/.*)?|"
-    r"(?:.*/)?(?:[^/]*(?i:moe)[^/]*|mlp|mixer|feed_forward|ffn|experts?)/gate|(?:.*/)?(?:gate/wg|shared_expert_gate)"
+    r"(?:.*/)?(?:[^/]*(?i:moe)[^/]*|mlp|mixer|feed_forward|ffn|experts?)/gat(?:e|ing)|"
+    r"(?:.*/)?(?:gate/wg|shared_expert_gate|gat(?:e|ing)_network(?:/.*)?)"
 )
 
 BY_DEFAULT = {  # the reasons that a report gives in place of these long patterns

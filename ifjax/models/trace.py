@@ -24,6 +24,7 @@ from ifjax.models.equations import (
 )
 from ifjax.models.leaves import abstract, is_leaf, is_parameter, raw_value, split_collection, with_value
 from ifjax.models.sites import LOOKUP, NO_MATRIX, NOT_READ, Site, Walk, classes_of, innermost, join_path
+from ifjax.numerics.byte_order import native_leaves
 
 
 def trace_products(fn: Callable[..., Any], params: Any, *sample: Any) -> tuple[Site, ...]:
@@ -88,6 +89,7 @@ def trace_tree(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> di
 
 def _program_of(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> tuple[Any, list[str]]:
     """Return the ClosedJaxpr of fn(tree, *sample) and the paths of the parameters, which are its first inputs."""
+    tree, sample = native_leaves((tree, sample))
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     raw = [raw_value(leaf) for _, leaf in leaves]
     places = [i for i, (_, leaf) in enumerate(leaves) if is_array(raw[i]) and is_parameter(leaf)]

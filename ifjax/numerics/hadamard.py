@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
+from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.xla import materialize
 
 SIZES = (16, 32, 64, 128)
@@ -96,7 +97,7 @@ def random_signs(key: jax.Array, size: int = 16) -> jax.Array:
 
 
 def _rotate(x, axis, size, signs, *, inverse):
-    x = jnp.asarray(x)
+    x = as_array(x)
     _check_size(size)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating-point, got {x.dtype}: write x.astype(jnp.float32)")

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ifjax.arrays import QTensor, dynamic_update_slice, quantize
 from ifjax.codec import Encoding
 from ifjax.formats import Format
+from ifjax.numerics.byte_order import as_array
 from ifjax.products.einsum import einsum
 
 
@@ -104,7 +105,7 @@ class PackedCache:
         Raises:
             ValueError: the shapes do not fit the cache's; the cache is full.
         """
-        new = [jnp.asarray(a) for a in (key, value)]
+        new = [as_array(a) for a in (key, value)]
         for a, q, name in zip(new, (self.keys, self.values), ("key", "value"), strict=True):
             if a.ndim != 4 or (a.shape[0], *a.shape[2:]) != (q.shape[0], *q.shape[2:]) or a.shape[1] > q.shape[1]:
                 raise ValueError(f"{name} must be [batch, tokens, heads, head size] for a cache of {q.shape}, got "
@@ -149,7 +150,7 @@ class PackedCache:
         Raises:
             ValueError: the query's shape does not fit the cache's; `mask` is not bool or has more than 4 axes.
         """
-        query = jnp.asarray(query)
+        query = as_array(query)
         batch, length, heads, size = self.keys.shape
         if query.ndim != 4 or query.shape[0] != batch or query.shape[3] != size or query.shape[2] % heads:
             raise ValueError(f"query must be [{batch}, tokens, a multiple of {heads} heads, {size}], got {query.shape}")
@@ -169,7 +170,7 @@ class PackedCache:
         for k, place, is_here in zip(keys, places, seen, strict=True):
             allowed = (is_here[None] & (place[None] <= last))[None, None, None]
             if mask is not None:
-                allowed = allowed & self._masked(jnp.asarray(mask), place, tokens, heads, groups)
+                allowed = allowed & self._masked(as_array(mask), place, tokens, heads, groups)
             logits.append(jnp.where(allowed, einsum("bshgd,bthd->bhgst", q, k), -jnp.inf))
         weights = jax.nn.softmax(jnp.concatenate(logits, -1), axis=-1)
         parts = jnp.split(weights, [length], -1) if self.window else [weights]

@@ -9,6 +9,7 @@ contracted along the other axes, so the backward pass saves the packed bytes and
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from ifjax.arrays.encoders import described
 from ifjax.arrays.qtensor import unscaled_values
 from ifjax.codec.blocks import split_blocks
 from ifjax.codec.decode import block_scale, narrowed, unscaled
+from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.devices import device_kind
 from ifjax.numerics.kernels import kernels
 from ifjax.numerics.proofs import by_both, fault_of, inexact
@@ -40,6 +42,7 @@ from ifjax.products.plan import (
     Impl,
     Operand,
     as_one_axis,
+    as_operand,
     checked_dims,
     checked_impl,
     is_packed,
@@ -106,14 +109,15 @@ def dot_general(
         (2, 32)
     """
     if not (is_packed(lhs) or is_packed(rhs)):
-        lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+        lhs, rhs = as_array(lhs), as_array(rhs)
         dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
         return lax.dot_general(
             lhs.astype(dtype), rhs.astype(dtype), dimension_numbers, precision, preferred_element_type,
             out_sharding=out_sharding,
         )  # fmt: skip
-    lhs, rhs = (_with_one_amax(a) if is_packed(a) else jnp.asarray(a) for a in (lhs, rhs))
-    sharding = explicit_sharding(lhs, rhs, dimension_numbers, out_sharding)
+    lhs, rhs = (_with_one_amax(a) if is_packed(a) else a for a in map(as_operand, (lhs, rhs)))
+    plain = functools.partial(lax.dot_general, dimension_numbers=dimension_numbers)
+    sharding = explicit_sharding(plain, (lhs, rhs), out_sharding)
     if sharding is not None:
         product = functools.partial(
             dot_general, dimension_numbers=dimension_numbers, precision=precision,
@@ -138,8 +142,8 @@ def dot_general(
     return y if out_sharding is None else jax.reshard(y, out_sharding)
 
 
-def explicit_sharding(lhs: Any, rhs: Any, dimension_numbers: DimensionNumbers, out_sharding: Any = None) -> Any:
-    """Return the sharding of a product on a mesh with explicit axes, by `jax.lax.dot_general`'s rules; None elsewhere.
+def explicit_sharding(plain: Callable[..., Any], operands: Sequence[Any], out_sharding: Any = None) -> Any:
+    """Return the sharding of a product on a mesh with explicit axes, that of JAX's own product `plain`; None elsewhere.
 
     Within the product all mesh axes are automatic, so that blocks and packed bytes may be split anywhere. Gradients
     have the shardings of their operands.
@@ -153,8 +157,7 @@ def explicit_sharding(lhs: Any, rhs: Any, dimension_numbers: DimensionNumbers, o
         sharding = jax.typeof(a.codes if is_packed(a) else a).sharding
         return jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=sharding)
 
-    plain = functools.partial(lax.dot_general, dimension_numbers=dimension_numbers)
-    return jax.eval_shape(plain, dense(lhs), dense(rhs)).sharding
+    return jax.eval_shape(plain, *map(dense, operands)).sharding
 
 
 def multiples(q: QTensor, dtype: Any) -> tuple[jax.Array, Any]:

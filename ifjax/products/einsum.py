@@ -10,8 +10,9 @@ from jax.typing import DTypeLike
 from opt_einsum.parser import parse_einsum_input
 
 from ifjax.arrays import QTensor
-from ifjax.products.dot_general import dot_general
-from ifjax.products.plan import Impl, Operand, is_packed
+from ifjax.numerics.byte_order import as_array
+from ifjax.products.dot_general import dot_general, explicit_sharding
+from ifjax.products.plan import Impl, Operand, as_operand, is_packed
 
 
 def matmul(
@@ -20,6 +21,7 @@ def matmul(
     *,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
     impl: Impl | None = None,
     target: str | None = None,
 ) -> jax.Array:
@@ -38,15 +40,17 @@ def matmul(
         >>> ifjax.matmul(jnp.ones((2, 32)), w).shape
         (2, 32)
     """
-    rank_a, rank_b = (x.ndim if is_packed(x) else jnp.ndim(x) for x in (a, b))
+    a, b = as_operand(a), as_operand(b)
+    rank_a, rank_b = a.ndim, b.ndim
     if not rank_a or not rank_b:
         raise ValueError("matmul needs operands of at least one axis, got a scalar: multiply with *")
     left = "k" if rank_a == 1 else "...mk"
     right = "k" if rank_b == 1 else "...kn"
     out = "..." * (rank_a > 1 or rank_b > 1) + "m" * (rank_a > 1) + "n" * (rank_b > 1)
+    sharding = explicit_sharding(jnp.matmul, (a, b), out_sharding)
     return einsum(
         f"{left},{right}->{out}", a, b, precision=precision, preferred_element_type=preferred_element_type,
-        impl=impl, target=target,
+        out_sharding=out_sharding if sharding is None else sharding, impl=impl, target=target,
     )  # fmt: skip
 
 
@@ -55,16 +59,18 @@ def einsum(
     *operands: Operand,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
     impl: Impl | None = None,
     target: str | None = None,
 ) -> jax.Array:
     """Contract as `jax.numpy.einsum` does; any operand may be packed. See `dot_general`.
 
     A QTensor is dequantized if the specification sums over an axis of it alone, takes its diagonal, or broadcasts its
-    axis of length 1. More than two operands are contracted pair by pair in opt_einsum's order.
+    axis of length 1. More than two operands are contracted pair by pair in opt_einsum's order. On meshes with explicit
+    axes the result has the sharding that `jax.numpy.einsum` gives it, or `out_sharding`.
 
     Raises:
-        ValueError: the specification does not fit the operands.
+        ValueError: the specification does not fit the operands, or `out_sharding` is given without explicit axes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,8 +81,15 @@ def einsum(
     """
     rest = {"precision": precision, "preferred_element_type": preferred_element_type}
     if not any(map(is_packed, operands)):
-        return jnp.einsum(spec, *operands, **rest)
-    left: list[Any] = [a if is_packed(a) else jnp.asarray(a) for a in operands]
+        return jnp.einsum(spec, *map(as_array, operands), out_sharding=out_sharding, **rest)
+    left: list[Any] = [as_operand(a) for a in operands]
+    sharding = explicit_sharding(functools.partial(jnp.einsum, spec), left, out_sharding)
+    if sharding is not None:
+        product = functools.partial(einsum, spec, impl=impl, target=target, **rest)
+        placed: Any = jax.sharding.auto_axes(product, out_sharding=sharding)
+        return placed(*left)
+    if out_sharding is not None:
+        raise ValueError("out_sharding= is for meshes with explicit axes: set one by jax.set_mesh, or leave it out")
     inputs, out, _ = parse_einsum_input((spec, *(a.shape for a in left)), shapes=True)
     rest |= {"impl": impl, "target": target}
     if len(left) == 2:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ifjax.arrays import Explanation, QTensor
+from ifjax.arrays.qtensor import check_arrays
+from ifjax.numerics.byte_order import as_array, native
 from ifjax.numerics.devices import device_kind, may_be_partitioned
 from ifjax.numerics.kernels import why_none
 from ifjax.products.backends import BACKENDS, Backend, Prepacked, backend_for, decoding_of
@@ -75,6 +77,7 @@ def explain_matmul(
         >>> ifjax.explain_matmul(jax.ShapeDtypeStruct((8, 4096), jnp.float32), w, target="A100")
         Explanation(path='xla', reason='there is no kernel for A100: weights are decoded to float32 by XLA')
     """
+    a, b = native(a), native(b)
     if not (is_packed(a) or is_packed(b)):
         return Explanation("xla", "neither operand is packed")
     if dimension_numbers is None:
@@ -161,6 +164,17 @@ def _rows(x, dims):
 def is_packed(a: Any) -> bool:
     """Return whether an operand is a QTensor or a Prepacked."""
     return isinstance(a, QTensor | Prepacked)
+
+
+def as_operand(a: Any) -> Any:
+    """What a product is of: a packed operand whose arrays go together, or an array.
+
+    Raises:
+        TypeError, ValueError: something has made other arrays of a QTensor's.
+    """
+    if isinstance(a, QTensor):
+        check_arrays(a)
+    return a if is_packed(a) else as_array(a)
 
 
 def checked_dims(lhs: Any, rhs: Any, dimension_numbers: DimensionNumbers) -> Dims:

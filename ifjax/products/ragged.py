@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from ifjax.arrays import QTensor
+from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.xla import after
 from ifjax.products.dot_general import accumulator, as_varying, no_gradient
-from ifjax.products.plan import Operand, is_packed
+from ifjax.products.plan import Operand, as_operand, is_packed
 
 
 def ragged_dot(
@@ -49,14 +50,17 @@ def ragged_dot(
         >>> ifjax.ragged_dot(jnp.ones((5, 32)), experts, jnp.array([2, 3])).shape
         (5, 8)
     """
+    lhs, rhs = as_operand(lhs), as_operand(rhs)
+    group_sizes = as_array(group_sizes)
+    group_offset = None if group_offset is None else as_array(group_offset)
     sharding = ragged_sharding(lhs, rhs)
     if sharding is not None:
         product = functools.partial(ragged_dot, precision=precision, preferred_element_type=preferred_element_type)
         placed: Any = jax.sharding.auto_axes(
             lambda lhs, rhs, sizes, offset: product(lhs, rhs, sizes, group_offset=offset), out_sharding=sharding
         )
-        return placed(lhs, rhs, jnp.asarray(group_sizes), group_offset)
-    lhs = lhs.dequantize() if is_packed(lhs) else jnp.asarray(lhs)
+        return placed(lhs, rhs, group_sizes, group_offset)
+    lhs = lhs.dequantize() if is_packed(lhs) else lhs
     if not is_packed(rhs):
         return lax.ragged_dot(
             lhs, rhs, group_sizes, precision, preferred_element_type, group_offset=group_offset
@@ -65,7 +69,7 @@ def ragged_dot(
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     out_dtype = dtype if preferred_element_type is None else np.dtype(preferred_element_type)
     settings = (precision, lhs.dtype, dtype, out_dtype)
-    return _ragged(as_varying(lhs, rhs), rhs, jnp.asarray(group_sizes), group_offset, settings)
+    return _ragged(as_varying(lhs, rhs), rhs, group_sizes, group_offset, settings)
 
 
 def ragged_sharding(lhs: Any, rhs: Any) -> Any:
@@ -76,7 +80,7 @@ def ragged_sharding(lhs: Any, rhs: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.explicit_axes:
         return None
-    specs = [jax.typeof(a.codes if is_packed(a) else jnp.asarray(a)).sharding.spec for a in (lhs, rhs)]
+    specs = [jax.typeof(a.codes if is_packed(a) else a).sharding.spec for a in (lhs, rhs)]
     (rows, *_), (*_, columns) = specs
     taken, wanted = (set(n if isinstance(n, tuple) else (n,)) - {None} for n in (rows, columns))
     return NamedSharding(mesh, PartitionSpec(rows, None if taken & wanted else columns))

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from ifjax.arrays import QTensor, quantize
 from ifjax.codec.blocks import pad_axis
 from ifjax.codec.encode import amax_of
+from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.hadamard import hadamard, random_signs
 from ifjax.products import dot_general
 from ifjax.products.dot_general import accumulator, as_varying, explicit_sharding, multiples
@@ -45,7 +46,8 @@ def quantized_dot_general(
     and w.
 
     The same key gives the same result under jit, scan, remat and vmap, up to the order of summation. The noise of an
-    element does not depend on the sharding. Members of a vmap that share a key share its noise.
+    element does not depend on the sharding. Members of a vmap, and devices inside `jax.shard_map`, that share a key
+    share its noise: split the key, or fold in `jax.lax.axis_index(axis)`.
 
     Under `jax.checkpoint`, `jax.checkpoint_policies.save_only_these_names("quantized_product")` keeps results, as
     `dots_saveable` keeps those of plain products.
@@ -95,7 +97,7 @@ def quantized_dot_general(
         Array([1., 1., 2.], dtype=float32)
     """
     recipe = get_recipe(recipe)
-    x, w = jnp.asarray(x), jnp.asarray(w)
+    x, w = as_array(x), as_array(w)
     (x_contracted, w_contracted), (x_batch, w_batch) = (
         tuple(tuple(int(i) % a.ndim for i in axes) for axes, a in zip(pair, (x, w), strict=True))
         for pair in dimension_numbers
@@ -103,7 +105,7 @@ def quantized_dot_general(
     numbers = (x_contracted, w_contracted), (x_batch, w_batch)
     dtype = jnp.promote_types(x.dtype, w.dtype)
     if amax is not None:
-        amax = jnp.asarray(amax, jnp.float32)
+        amax = as_array(amax, jnp.float32)
         if amax.shape != (3,):
             raise ValueError(f"amax must be of shape (3,), the maxima of x, w and the gradient of y: got {amax.shape}")
     plain = functools.partial(
@@ -111,7 +113,7 @@ def quantized_dot_general(
     )
     if not recipe.is_quantized or 0 in (*x.shape, *w.shape):
         return plain(x.astype(dtype), w.astype(dtype), out_sharding=out_sharding)
-    sharding = explicit_sharding(x, w, numbers, out_sharding)
+    sharding = explicit_sharding(functools.partial(lax.dot_general, dimension_numbers=numbers), (x, w), out_sharding)
     if sharding is not None:
         product = functools.partial(
             quantized_dot_general, dimension_numbers=numbers, recipe=recipe, precision=precision,

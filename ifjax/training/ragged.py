@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from ifjax.arrays import QTensor
+from ifjax.numerics.byte_order import as_array
 from ifjax.products.dot_general import accumulator, as_varying
 from ifjax.products.ragged import ragged_sharding
 from ifjax.training.product import SAVED, Settings, once, operand_of
@@ -54,7 +55,7 @@ def quantized_ragged_dot(
         (5, 8)
     """
     recipe = get_recipe(recipe)
-    x, w, group_sizes = jnp.asarray(x), jnp.asarray(w), jnp.asarray(group_sizes)
+    x, w, group_sizes = as_array(x), as_array(w), as_array(group_sizes)
     sharding = ragged_sharding(x, w)
     if sharding is not None:
         product = functools.partial(

@@ -12,11 +12,11 @@ square blocks can be shared between two products. No code in this module depends
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal
 
 from ifjax.arrays import ms_eden  # noqa: F401  importing it registers the rounding "ms_eden"
 from ifjax.codec import LOSSES, ROUNDINGS, BlockLoss, Encoding, Loss, Rounding
+from ifjax.codec.headers import is_amax
 from ifjax.formats import FORMATS, Format, get_format
 from ifjax.lookup import Registry
 from ifjax.numerics.hadamard import SIZES
@@ -69,7 +69,7 @@ class Operand:
         loss_fits = self.loss is None or isinstance(self.loss, BlockLoss) or callable(self.loss) or self.loss in LOSSES
         _need(self, "loss", loss_fits, f"one of {sorted(LOSSES)}, a function, or None for the squared error")
         is_number = isinstance(self.amax, int | float) and not isinstance(self.amax, bool)
-        amax_fits = self.amax is None or (is_number and 0 < self.amax < math.inf)
+        amax_fits = self.amax is None or (is_number and is_amax(self.amax))
         _need(self, "amax", amax_fits, "a finite number > 0, or None for the largest magnitude at hand")
         if self.fmt is None:
             for field, default in (("rounding", "nearest"), ("block_2d", False), ("loss", None), ("amax", None)):

@@ -804,8 +804,8 @@ def test_weights_that_cannot_be_are_refused(settings, message):
 # --- the ends of types
 
 
-@pytest.mark.by_default("if6_e2m3-bfloat16-*", "mxfp4-float16-*")
-@pytest.mark.parametrize(("dtype", "end"), [("float16", 65504.0), ("bfloat16", 3.3895314e38)])
+@pytest.mark.by_default("if6_e2m3-bfloat16-*", "mxfp4-float16-*", "mxfp4-float32-*")
+@pytest.mark.parametrize(("dtype", "end"), [("float16", 65504.0), ("bfloat16", 3.3895314e38), ("float32", 3.4e38)])
 @pytest.mark.parametrize("name", ["mxfp4", "if6_e2m3", "sfp4"])
 def test_values_saturate_at_the_end_of_a_type(name, dtype, end):
     """60000 is 65536 in mxfp4, which float16 cannot hold."""

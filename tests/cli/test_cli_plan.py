@@ -46,3 +46,26 @@ def test_refusals(tmp_path, capsys):
         assert text in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["plan", str(model), "--out", "x.json"])
+
+
+def test_a_plan_of_many_layers_is_rules_that_quantize_takes(tmp_path, capsys):
+    """One rule for each tensor: in one expression the paths of 200 layers would be too long for any rule."""
+    w = jax.random.normal(jax.random.key(0), (16, 32)).__array__()
+    names = [f"model.layers.{i}.self_attn.{kind}_proj.weight" for i in range(30) for kind in ("q", "gate_up")]
+    save_file({name: w * (i + 1) for i, name in enumerate(names)}, tmp_path / "m.safetensors")
+    arguments = ["--budget", "4.7", "--formats", "mxfp4,mxfp6_e2m3", "--out", str(tmp_path / "r.json")]
+    assert cli.main(["plan", str(tmp_path / "m.safetensors"), *arguments]) == 0
+    rules = load_rules(tmp_path / "r.json")
+    assert len(rules) == 61
+    to = [str(tmp_path / "m.safetensors"), str(tmp_path / "o.safetensors"), "--dry-run", "--json"]
+    capsys.readouterr()
+    assert cli.main(["quantize", *to, "--rules", str(tmp_path / "r.json")]) == 0
+    formats = {e["path"]: e["fmt"] for e in json.loads(capsys.readouterr().out)["entries"]}
+    assert len(formats) == 60 and set(formats.values()) == {"mxfp4", "mxfp6_e2m3"}
+
+
+def test_a_plan_into_a_folder_that_is_not_there_fails_before_it_measures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ifjax.cli.plan.measured", None)  # would raise something else
+    arguments = ["--budget", "4.7", "--out", str(tmp_path / "none" / "r.json")]
+    assert cli.main(["plan", str(checkpoint(tmp_path)), *arguments]) == 1
+    assert "is not a folder" in capsys.readouterr().err

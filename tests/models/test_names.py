@@ -19,18 +19,24 @@ STAY = {
         "backbone.layers.0.mixer.A_log", "model.layers.0.linear_attn.dt_bias", "layers.0.mixer.D", "ssm.Lambda_re",
         "layers.0.mamba.A_b_log", "vss.A_logs", "vss.Ds", "s4.log_dt", "blocks.0.att.time_faaaa", "att.time_decay",
         "blk.0.ssm_a", "mamba.a_log", "s4d.log_A_real", "att.time_mix_k", "att.time_maa_x",
+        "blk.1.ssm_A", "layers.0.mixer.A",
     ),
     "tables": (
         "self_attn.rotary_emb.inv_freq", "rotary_emb.cos_cached", "freqs_cis", "rotary_pos_emb/sin", "attn.rel_pos_h",
         "layer.0.SelfAttention.relative_attention_bias.weight", "attn.relative_position_bias_table", "attn.bias_table",
         "quantizer.codebook", "vq.layers.0.codebook.weight", "quantizer.codevectors", "encodec.codebooks.3",
+        "attn.alibi_slopes", "alibi.slopes",
     ),
-    "latents": ("perceiver.latents", "resampler.latent_queries", "qformer.query_tokens", "params/latent_array"),
+    "latents": (
+        "perceiver.latents", "resampler.latent_queries", "qformer.query_tokens", "params/latent_array", "vit.cls_token",
+        "mae.mask_token", "vit.register_tokens", "detr.object_queries",
+    ),
     "routers": (
         "layers.0.mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight", "moe.gate.wg.weight",
         "feed_forward.router.weight", "ffn.router.layer.weight", "decoder/layers/MoeBlock_0/gate/kernel",
         "mixer.gate.weight", "layers_0/TopKRouter_0/kernel", "experts.router_weights", "moe/gate_logits/kernel",
         "mlp.shared_expert_gate.weight", "deepspeed_moe.gate.wg.weight", "layers.0.gate.wg.weight", "routers.0.weight",
+        "moe.gating.weight", "gating_network.0.weight",
     ),
     "heads": (
         "lm_head.weight", "output.weight", "model.output.weight", "mlp.router.classifier.weight", "score.weight",
@@ -58,6 +64,7 @@ QUANTIZED = (
     "mlp.shared_experts.up_proj.weight", "scoreboard.weight", "upscale.weight", "experts.0.w1.weight",
     "vq.in_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "normalizer_dense.weight", "tensor_scale_proj.weight",
     "time_mix_proj.weight", "ssm_out.weight", "time_emb.weight", "shared_expert.gate_proj.weight", "a_logits.weight",
+    "sgu.gating.proj.weight", "tokens_proj.weight", "tokenizer.A.weight",
 )  # fmt: skip
 SHAPE = (32, 64)
 

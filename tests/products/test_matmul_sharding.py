@@ -136,6 +136,53 @@ def test_gradients_on_explicit_axes_are_placed_as_those_of_a_plain_product(by_re
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+BATCHED = [  # which operand's batch axis leads is JAX's choice, by the order of the result
+    ("bmk,bnk->mbn", P(None, None, None), P("b", None, None), None),
+    ("bmk,bnk->mbn", P("a", None, "b"), P(None, None, None), None),
+    ("bmk,bnk->bmn", P(None, "a", None), P("a", None, None), None),
+    ("mk,nk->mn", P(None, "a"), P(None, "a"), P("b", None)),
+    ("mk,nk,m->mn", P("a", None), P("b", None), None),
+    ("mk,nk->n", P("a", None), P("b", None), None),
+]
+
+
+@pytest.mark.parametrize(("spec", "x_spec", "w_spec", "out"), BATCHED, ids=str)
+def test_einsum_on_explicit_axes_places_as_jax_does(spec, x_spec, w_spec, out):
+    x, w = normal(*(8, 4, 64)[3 - len(x_spec) :]), normal(*(8, 16, 64)[3 - len(w_spec) :], seed=1)
+    q, others = ifjax.quantize(w, "nvfp4"), [normal(4)] * spec.count(",m->")
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+
+    def both(x, q):
+        y, pull = jax.vjp(lambda x: ifjax.einsum(spec, x, q, *others, out_sharding=out), x)
+        return y, *pull(y)
+
+    with jax.set_mesh(mesh):
+        x_placed, w = jax.device_put(x, x_spec), jax.device_put(w, w_spec)
+        q_placed = ifjax.device_put(q, NamedSharding(mesh, w_spec))
+        plain = jax.eval_shape(functools.partial(jnp.einsum, spec, out_sharding=out), x_placed, w, *others)
+        y, dx = jax.eval_shape(both, x_placed, q_placed)
+        assert (y.sharding, dx.sharding) == (plain.sharding, jax.typeof(x_placed).sharding)
+        got = both(x_placed, q_placed) if x_spec == P("a", None, "b") else ()  # one of them computed
+    for one, other in zip(got, both(x, q) if got else (), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_matmul_on_explicit_axes_places_as_jax_does():
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    x, w = normal(4, 3, 64), normal(4, 64, 8, seed=1)
+    q = ifjax.quantize(w, "if4", axis=-2)
+    with jax.set_mesh(mesh):
+        x, w = jax.device_put(x, P("a", None, "b")), jax.device_put(w, P("a", "b"))
+        q = ifjax.device_put(q, NamedSharding(mesh, P("a", "b")))
+        for out in (P("a"), P(None, None, "b")):
+            of_both = [functools.partial(f, out_sharding=out) for f in (ifjax.matmul, jnp.matmul)]
+            assert jax.eval_shape(of_both[0], x, q).sharding == jax.eval_shape(of_both[1], x, w).sharding
+        with pytest.raises(Exception, match="out_sharding"):  # JAX's own words
+            ifjax.matmul(x, q)
+    with pytest.raises(ValueError, match="explicit axes"):
+        ifjax.matmul(normal(2, 64), ifjax.quantize(normal(64, 8), axis=0), out_sharding=P("a"))
+
+
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 WORKER = """
