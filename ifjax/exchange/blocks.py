@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,6 +56,21 @@ def qtensor_of(blocks: Blocks, layout: Layout, fmt: Format, axis: int, dtype: np
     Raises:
         ValueError: arrays that contradict each other or the format.
     """
+    length = check_stored(blocks, layout, fmt)
+    codes = blocks.codes
+    scales = checked_scales(codes, blocks.scales, fmt)
+    amax = amax_of(blocks, scales.shape[:-2], lambda: scales, fmt, headroom) if fmt.has_tensor_scale else None
+    codes, scales = (jnp.asarray(np.moveaxis(a, -1, axis)) for a in (codes, scales))
+    amax = None if amax is None else jnp.asarray(amax)
+    return QTensor(codes, scales, amax, Blocking(fmt, axis, length, dtype, headroom))
+
+
+def check_stored(blocks: Blocks, layout: Layout, fmt: Format) -> int:
+    """Return how many values a row has.
+
+    Raises:
+        ValueError: codes and scales that do not belong together, or a stack where the layout has none.
+    """
     codes, scales = blocks.codes, blocks.scales
     length = scales.shape[-1] // fmt.scale.nbytes * fmt.block if scales.ndim else 0
     length = length if blocks.size is None else blocks.size.columns
@@ -69,13 +85,19 @@ def qtensor_of(blocks: Blocks, layout: Layout, fmt: Format, axis: int, dtype: np
         )
     if codes.ndim > 2 and not layout.stacks:
         raise ValueError(f"{layout.name} stores matrices, got {codes.shape}: stacks have to be taken apart first")
+    return length
+
+
+def checked_scales(codes: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
+    """Return scales as they are kept here; codes are looked at only beside scales that leave open what is meant.
+
+    Raises:
+        ValueError: as `check_scales` and `check_zero_blocks`.
+    """
     scales = zeros_for_nan(scales, codes, fmt)
     check_scales(scales, fmt)
     check_zero_blocks(scales, codes, fmt)
-    amax = _amax(blocks, scales, fmt, headroom) if fmt.has_tensor_scale else None
-    codes, scales = (jnp.asarray(np.moveaxis(a, -1, axis)) for a in (codes, scales))
-    amax = None if amax is None else jnp.asarray(amax)
-    return QTensor(codes, scales, amax, Blocking(fmt, axis, length, dtype, headroom))
+    return scales
 
 
 def check_scales(scales: np.ndarray, fmt: Format) -> None:
@@ -190,9 +212,20 @@ def one_factor(blocks: Blocks, name: str, factor: Any) -> np.float32:
     return np.float32(factors[0])
 
 
-def _amax(blocks: Blocks, scales: np.ndarray, fmt: Format, headroom: float) -> np.ndarray:
-    """The amax of which `_factors` makes what is stored, or the nearest."""
-    batch = scales.shape[:-2]
+def amax_of(
+    blocks: Blocks, batch: tuple[int, ...], scales: Callable[[], np.ndarray], fmt: Format, headroom: float
+) -> np.ndarray:
+    """Return the amax of which `_factors` makes what is stored, or the nearest.
+
+    Args:
+        blocks: with the factor.
+        batch: the stack's axes.
+        scales: gives those of all matrices, which are looked at only beside a factor that is none.
+        fmt, headroom: of what is read.
+
+    Raises:
+        ValueError: the factor is none of a matrix that has values.
+    """
     largest = fmt.tensor_constant(headroom)
     given = {n: getattr(blocks, n) for n in ("amax", "multiplier", "divisor") if getattr(blocks, n) is not None}
     if not given:  # scales are absolute: amax = K is the factor 1
@@ -204,24 +237,26 @@ def _amax(blocks: Blocks, scales: np.ndarray, fmt: Format, headroom: float) -> n
     factor = factor.reshape(() if factor.size == 1 else batch)
     with np.errstate(over="ignore"):
         factor = factor.astype(np.float32)
-    used = scales.reshape(*factor.shape, -1).any(-1)
     if kind == "amax":
         if not ((factor >= 0) & (factor < np.inf)).all():
             raise ValueError(f"amax must be finite and >= 0, got {factor}")
         return factor
     usable = (factor > 0) & (factor < np.inf)
-    if (used & ~usable).any():
-        raise ValueError(f"the factor must be finite and > 0, got {factor[used & ~usable].flat[0]}")
     # Going back and forth once more changes nothing: of all amax with this factor, if there are any, this is one
     # (checked for each mantissa and the K of each named format).
     with np.errstate(all="ignore"):
         amax = (factor * largest if kind == "multiplier" else largest / factor).astype(np.float32)
-    wrong = used & ~((amax >= TINY) & (amax < np.inf))
-    if wrong.any():
+    normal = usable & (amax >= TINY) & (amax < np.inf)
+    if normal.all():
+        return amax
+    used = scales().reshape(*factor.shape, -1).any(-1)
+    if (used & ~usable).any():
+        raise ValueError(f"the factor must be finite and > 0, got {factor[used & ~usable].flat[0]}")
+    if (wrong := used & ~normal).any():
         raise ValueError(
             f"the factor {factor[wrong].flat[0]} makes amax {amax[wrong].flat[0]}, which is no normal float32 number"
         )
-    return np.where(usable & (amax >= TINY) & (amax < np.inf), amax, np.float32(0)).astype(np.float32)
+    return np.where(normal, amax, np.float32(0)).astype(np.float32)
 
 
 def input_factor(factor: InputFactor, amax: Any) -> np.ndarray:

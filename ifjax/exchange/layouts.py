@@ -117,11 +117,12 @@ class Floats:
 
     Attributes:
         shape: [..., rows, columns].
-        rows: from first and last row, of all matrices laid end to end, to float32 [last - first, columns].
+        rows: from first and last row, of all matrices laid end to end, and a slice of the columns, if not all are
+            wanted, to float32 [last - first, columns].
     """
 
     shape: tuple[int, ...]
-    rows: Callable[[int, int], np.ndarray]
+    rows: Callable[..., np.ndarray]
 
 
 class InputFactor(NamedTuple):

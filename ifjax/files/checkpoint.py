@@ -141,7 +141,10 @@ class Checkpoint(Mapping[str, Any]):
         layout: the files' number of it, the newest if they differ; None for files that ifjax did not write.
         metadata: what else the files say of themselves, as text.
         sums: CRC-32 of each array, by its name in the file; {} for files without checksums.
+        says_dtype: that packed tensors have a dtype, which a tree has to agree with.
     """
+
+    says_dtype = True
 
     def __init__(self, path: str | os.PathLike, *, check: bool = True):
         self._check = check
@@ -214,6 +217,10 @@ class Checkpoint(Mapping[str, Any]):
         if name not in self.packed:
             return {"": name}
         return {part.rpartition(".")[2]: part for part in _parts(name, self.packed[name].fmt)}
+
+    def part(self, name: str, part: str) -> np.ndarray:
+        """One of the arrays of `parts`, mapped by itself; errors as for `array`."""
+        return self.mapped(self.parts(name)[part])
 
     def abstract(self, name: str) -> Any:
         """The tensor without its bytes: a QTensor of `jax.ShapeDtypeStruct`, or one of these. Reads nothing.

@@ -25,11 +25,16 @@ class NameRule:
         transpose: whether the last two axes change places: a PyTorch weight [out, in] is a Flax kernel [in, out].
         stack: the groups of `name` that count what is stacked along leading axes, in their order: (1,) for the layers
             of `nn.scan`, (1, 2) for layers of experts. They count from 0.
-        reshape: whether the tensor, transposed if it is to be, is laid in the parameter's shape, such as [in, heads,
-            size] for [in, heads * size].
+        reshape: whether the tensor, transposed and split if it is to be, is laid in the parameter's shape, such as [in,
+            heads, size] for [in, heads * size].
+        split: -1 or -2, an axis of the transposed tensor along which the paths share it: each gets as many entries as
+            its parameter has, in the order of the paths. Query, key and value in one are split so, and gate and up.
+        groups: in how many runs of equal length the split axis lies, each with a share of every path: the number of
+            heads where query, key and value alternate head by head, that of columns where they alternate column by
+            column.
 
     Raises:
-        ValueError: no regular expression; groups that it has not.
+        ValueError: no regular expression; groups that it has not; a split without several paths.
 
     Example:
         >>> import ifjax
@@ -44,6 +49,8 @@ class NameRule:
     transpose: bool = False
     stack: tuple[int, ...] = ()
     reshape: bool = False
+    split: int | None = None
+    groups: int = 1
 
     def __post_init__(self):
         try:
@@ -56,6 +63,13 @@ class NameRule:
         object.__setattr__(self, "stack", tuple(self.stack))
         if any(not isinstance(group, int) or not 1 <= group <= groups for group in self.stack):
             raise ValueError(f"NameRule({self.name!r}): stack must be of the groups 1 to {groups}, got {self.stack}")
+        if self.split not in (None, -1, -2):
+            raise ValueError(f"NameRule({self.name!r}): split must be -1 or -2, an axis of a matrix, got {self.split}")
+        if self.split is not None and len(self._templates) < 2:
+            raise ValueError(f"NameRule({self.name!r}): split shares a tensor among several paths, got {self.path!r}")
+        if self.groups < 1 or (self.groups > 1 and self.split is None):
+            raise ValueError(f"NameRule({self.name!r}): groups counts runs of the split axis, got {self.groups} with "
+                             f"split={self.split}")  # fmt: skip
         try:  # a template with a group that is not there is found out now
             for path in self._templates:
                 _expanded(path, self.name, ("",) * (groups + 1))
@@ -100,10 +114,12 @@ class Origin(NamedTuple):
     Attributes:
         rule: that says how.
         names: of the tensors in the checkpoint: an array of strings, of the shape of the stack.
+        paths: the parameters that the first of them goes to, in the rule's order.
     """
 
     rule: NameRule
     names: np.ndarray
+    paths: tuple[str, ...]
 
 
 def origins(names: Iterable[str], rules: Iterable[NameRule], paths: Iterable[str]) -> dict[str, Origin]:
@@ -139,8 +155,11 @@ def origins(names: Iterable[str], rules: Iterable[NameRule], paths: Iterable[str
     faults += [f"{path!r} of the tree gets no tensor" for path in paths if path not in taken]
     faults += [fault for path, parts in taken.items() if (fault := _gap(path, parts)) is not None]
     refuse(faults, "the names do not fit the tree")
-    return {path: Origin(next(iter(parts.values()))[0], _stack({p: n for p, (_, n) in parts.items()}))
-            for path, parts in taken.items()}  # fmt: skip
+    found = {}
+    for path, parts in taken.items():
+        rule, first = next(iter(parts.values()))
+        found[path] = Origin(rule, _stack({p: n for p, (_, n) in parts.items()}), rule.paths_of(first) or ())
+    return found
 
 
 def refuse(faults: Sequence[str], what: str) -> None:
