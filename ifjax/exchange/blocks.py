@@ -59,7 +59,8 @@ def qtensor_of(blocks: Blocks, layout: Layout, fmt: Format, axis: int, dtype: np
     length = check_stored(blocks, layout, fmt)
     codes = blocks.codes
     scales = checked_scales(codes, blocks.scales, fmt)
-    amax = amax_of(blocks, scales.shape[:-2], lambda: scales, fmt, headroom) if fmt.has_tensor_scale else None
+    checked = scales
+    amax = amax_of(blocks, scales.shape[:-2], lambda: checked, fmt, headroom) if fmt.has_tensor_scale else None
     codes, scales = (jnp.asarray(np.moveaxis(a, -1, axis)) for a in (codes, scales))
     amax = None if amax is None else jnp.asarray(amax)
     return QTensor(codes, scales, amax, Blocking(fmt, axis, length, dtype, headroom))

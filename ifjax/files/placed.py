@@ -168,9 +168,9 @@ def _packed(source: _Source, blocking: Blocking, value: Any) -> QTensor:
     elif sharding is None:
         places = dict.fromkeys(("codes", "scales", "amax"))
     else:
-        abstract: Any = [jax.ShapeDtypeStruct(s, np.uint8) for s in shapes.values()]
-        scale: Any = None if amax is None else jax.ShapeDtypeStruct(amax.shape, amax.dtype)
-        each = shardings(QTensor(*abstract, scale, blocking), sharding)
+        codes, scales = (jax.ShapeDtypeStruct(s, np.uint8) for s in shapes.values())
+        own = None if amax is None else jax.ShapeDtypeStruct(amax.shape, amax.dtype)
+        each = shardings(QTensor(codes, scales, own, blocking), sharding)  # pyright: ignore[reportArgumentType]
         places = {name: getattr(each, name) for name in ("codes", "scales", "amax")}
     arrays = {part: _put(s, places[part], _Stack(source, part, s).read) for part, s in shapes.items()}
     if amax is not None:
@@ -193,7 +193,7 @@ def _amax(source: _Source, wanted: tuple[int, ...] | None) -> np.ndarray:
     last = max((i + 1 for i, n in enumerate(own) if n > 1), default=0)
     if last and (window.shape[:last] != window.laid[:last] or (window.share is not None and window.share.axis < last)):
         raise ValueError(f"has an amax for each of the first {last} axes of {window.shape}, which cannot be cut")
-    stacked = np.stack([np.broadcast_to(a, own) for a in amaxes]).reshape(*origin.names.shape, *own[:last])
+    stacked = np.stack([np.broadcast_to(a, own) for a in amaxes]).reshape((*origin.names.shape, *own[:last]))
     if wanted is None:
         return stacked
     if len(wanted) < stacked.ndim and all(n == 1 for n in stacked.shape[len(wanted) :]):
@@ -442,15 +442,16 @@ def _as_it_lies(file: Tensors, first: str, window: Window, value: Any) -> Packed
         n % whole for n in (share.length // share.groups, share.start, share.stop)
     ):  # fmt: skip
         raise ValueError(f"takes {share.start} to {share.stop} of an axis of {first!r} that has blocks of {whole}")
-    after = window.axis_of(at) if window.divides else ()
-    if not after or (len(after) > 1 and window.laid[after[-1]] % whole):
+    after: tuple[int, ...] = window.axis_of(at) if window.divides else ()
+    if not after or (len(after) > 1 and window.laid[max(after)] % whole):
         raise ValueError(
             f"has the shape {window.laid}, which tears or joins blocks of {whole} along axis {axis} of the packed "
             f"{first!r}, {window.shape}"
         )
     dtype = stored.dtype if file.says_dtype else np.dtype(value.dtype)
-    blocking = dataclasses.replace(stored, axis=after[-1] - len(window.laid), length=window.laid[after[-1]],
-                                   dtype=dtype, names=None)  # fmt: skip
+    place = max(after)
+    blocking = dataclasses.replace(stored, axis=place - len(window.laid), length=window.laid[place], dtype=dtype,
+                                   names=None)  # fmt: skip
     return Packed(blocking, window.laid)
 
 

@@ -69,7 +69,8 @@ class Window(NamedTuple):
             return (axis,)
         groups = reshape_groups(self.shape, self.laid)
         assert groups is not None
-        return next((after for before, after in groups if before == (axis,)), ())
+        found = [after for before, after in groups if before == (axis,)]
+        return found[0] if found else ()
 
     def read(self, stored: Any, index: Index, laid: Sequence[int]) -> np.ndarray:
         """Return a part of the parameter in memory of its own.

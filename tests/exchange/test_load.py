@@ -2,12 +2,16 @@
 
 import functools
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_load_names as models
 from exchange_cases import F8, tensor
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.testing import assert_array_equal
 from safetensors.numpy import save_file
@@ -16,6 +20,7 @@ from test_readers import needs
 
 import ifjax
 from ifjax import NameRule, exchange
+from ifjax.models.leaves import value_of
 
 RNG = np.random.default_rng(0)
 LAYERS, ROWS, COLUMNS = 2, 16, 512  # columns: eight parts of whole blocks of any layout
@@ -143,3 +148,107 @@ def test_fp8_is_decoded_or_quantized_on_the_way(case, tmp_path):
         rules = [rule(), NameRule(".*", None)]
         rules[0] = NameRule(r"layers\.(\d)\.up\.weight", "w", transpose=True, stack=(1,))
         exchange.load(tmp_path, like={"w": like_of(expected, (), "float32")}, names=rules)
+
+
+# --- models
+
+
+def fused_llama(folder):
+    """The folder of a model whose query, key and value are one matrix, in two shards; and its tensors."""
+    tensors, params = models.llama(), {}
+    for name, a in tensors.items():
+        if ".q_proj" in name:
+            both = np.concatenate([np.asarray(tensors[name.replace("q_proj", f"{p}_proj")]) for p in "qkv"])
+            params[name.replace("q_proj", "qkv_proj")] = ifjax.quantize(both, "nvfp4")
+        elif any(word in name for word in ("o_proj", "gate_proj", "up_proj", "down_proj")):
+            params[name] = ifjax.quantize(a, "nvfp4", amax=8.0)
+        elif ".k_proj" not in name and ".v_proj" not in name:
+            params[name] = a
+    arrays, config = exchange.export_tensors(params, "compressed-tensors")
+    folder.mkdir()
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(arrays)}
+    for file in set(files.values()):
+        save_file({name: arrays[name] for name in arrays if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
+    return params
+
+
+def test_a_linen_model_of_scanned_layers_with_a_fused_projection(tmp_path):
+    params = fused_llama(tmp_path / "theirs")
+    model, tokens = models.Linen(), jnp.arange(8)[None] % 16
+    like = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    paths = tuple(f"params/layers/{p}/kernel" for p in "qkv")
+    split = NameRule(models.LAYER + r"self_attn\.qkv_proj\.weight", paths, transpose=True, split=-1, reshape=True,
+                     stack=(1,))  # fmt: skip
+    loaded = exchange.load(tmp_path / "theirs", like=like, names=[split, *models.LINEN])
+    packed = jax.tree.leaves(loaded, is_leaf=lambda x: isinstance(x, ifjax.QTensor))
+    assert sum(isinstance(x, ifjax.QTensor) for x in packed) == 7
+    layers, heads = loaded["params"]["layers"], models.HEADS
+    for i in range(models.LAYERS):
+        whole = params[f"model.layers.{i}.self_attn.qkv_proj.weight"].dequantize(jnp.float32)
+        for part, p in zip(np.split(np.asarray(whole), 3), "qkv", strict=True):
+            kernel = layers[p]["kernel"]
+            assert (kernel.axis, kernel.dtype, kernel.shape[2]) == (-3, np.float32, heads)
+            assert_array_equal(kernel.dequantize()[i], part.T.reshape(kernel.shape[1:]))
+    floats = jax.tree.map(lambda x: x.dequantize() if isinstance(x, ifjax.QTensor) else x, loaded,
+                          is_leaf=lambda x: isinstance(x, ifjax.QTensor))  # fmt: skip
+    np.testing.assert_allclose(model.apply(loaded, tokens), model.apply(floats, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_an_nnx_model_on_eight_devices(tmp_path):
+    params = fused_llama(tmp_path / "theirs")
+    mesh = jax.make_mesh((8,), ("out",), axis_types=(jax.sharding.AxisType.Auto,))
+    _, state = nnx.split(nnx.eval_shape(lambda: models.NnxModel(nnx.Rngs(0))))
+    out = NamedSharding(mesh, PartitionSpec(None, "out"))
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=out), state)
+    loaded = exchange.load(tmp_path / "theirs", like=state, names=models.NNX)
+    for i in range(models.LAYERS):
+        kernel = loaded["layers"][i]["up"]["kernel"]
+        assert isinstance(kernel, ifjax.PackedParam)
+        q = value_of(kernel)
+        assert q.codes.sharding.is_equivalent_to(out, 2)
+        assert_array_equal(q.dequantize(), params[f"model.layers.{i}.mlp.up_proj.weight"].dequantize(jnp.float32).T)
+
+
+MEMORY = """
+import sys
+import jax, numpy as np
+import ifjax
+from ifjax import exchange
+
+jax.config.update("jax_num_cpu_devices", 8)
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+def peak():  # of this process, not of the one that made it
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+
+path, n, layers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def load(layers):
+    like = jax.eval_shape(lambda: ifjax.quantize(jax.numpy.zeros((layers, n, n)), "nvfp4", axis=-2, amax_axes=(0,)))
+    place = ifjax.shardings(like, NamedSharding(mesh, PartitionSpec(None, None, "a")))
+    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, place)
+    rule = ifjax.NameRule(rf"l\\.([0-{layers - 1}])\\.weight", "w", transpose=True, stack=(1,))
+    return jax.block_until_ready(exchange.load(path, like={"w": like}, names=[rule, ifjax.NameRule(".*", None)]))
+
+load(1)
+before = peak()
+loaded = load(layers)
+print(peak() - before, sum(a.nbytes for a in jax.tree.leaves(loaded)))
+"""
+
+
+@pytest.mark.parametrize("tool", ["modelopt", GGUF("gguf")])
+def test_memory_holds_the_model_and_one_part(tool, tmp_path):
+    """Eight matrices of 2.25 MiB: what is in memory beside them is little, and far from 64 MiB of bfloat16."""
+    n, many = 2048, 8
+    exchange.save({f"l.{i}.weight": tensor("nvfp4", (n, n)) for i in range(many)}, tmp_path / "theirs", tool)
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "theirs"), str(n), str(many)]
+    ran = subprocess.run(command, cwd=models.ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    grown, packed = map(int, ran.stdout.split())
+    assert packed == many * (n * n // 2 + n * n // 16 + 4)
+    assert grown < packed + 12 * 2**20, f"{grown / 2**20:.1f} MiB"
