@@ -198,19 +198,35 @@ def _factors(q: QTensor, scales: np.ndarray, size: Size) -> tuple[Any, Any, Any]
     return amax.astype(np.float32), multiplier, divisor
 
 
-def one_factor(blocks: Blocks, name: str, factor: Any) -> np.float32:
-    """Return the one factor of all matrices of a stack.
+def needed_amax(amax: Any, fmt: Format, headroom: float, layout: Layout) -> np.float32 | None:
+    """Return the amax that a tensor needs for a layout with fewer factors than it has; None if its own will do."""
+    if amax is None or layout.factor == "matrix":
+        return None
+    used = np.unique(np.asarray(amax, np.float32))
+    used = used[used != 0]  # any factor does for zeros
+    if layout.factor == "none":
+        largest = np.float32(fmt.tensor_constant(headroom))
+        return largest if (used != largest).any() else None
+    return used[-1] if used.size > 1 else None
 
-    Raises:
-        ValueError: they have several.
-    """
-    factors = np.unique(np.asarray(factor))
-    if factors.size != 1:
+
+def check_factor(amax: Any, fmt: Format, headroom: float, layout: Layout) -> None:
+    """Raise if a layout has fewer factors than a tensor needs."""
+    needed = needed_amax(amax, fmt, headroom, layout)
+    if needed is None:
+        return
+    values = np.unique(np.asarray(amax, np.float32))
+    again = (
+        f"quantize with amax={needed:g}, or let it be quantized again: `ifjax export --common-amax`, "
+        "plan_export(common_amax=True)"
+    )
+    if layout.factor == "stack":
         raise ValueError(
-            f"{name} is one number for the whole stack {blocks.codes.shape}, and its matrices have {factors.size} "
-            "different amax: quantize them with a common amax=, or set one by ifjax.exchange.common_amax"
+            f"{layout.name} has one factor for a stack, and this one has {values.size} different amax: {again}"
         )
-    return np.float32(factors[0])
+    raise ValueError(
+        f"{layout.name} has no factor for a tensor, and amax / K of this one is {values[-1] / needed:g}, not 1: {again}"
+    )
 
 
 def amax_of(

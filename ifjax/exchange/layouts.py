@@ -18,7 +18,7 @@ be stated.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -176,6 +176,7 @@ class Layout:
         plain: the tensor's own name.
         floats: whether `read` gives `Floats`.
         stacks: whether matrices may have leading axes.
+        factor: whether each "matrix" of a stack has a factor of its own, the "stack" has one, or "none" has any.
         input_factor: how the same factor for a layer's inputs is stored.
         config: makes the configuration of a `Model`.
         config_keys: where config.json holds it.
@@ -198,6 +199,7 @@ class Layout:
     plain: str = "{}.weight"
     floats: bool = False
     stacks: bool = False
+    factor: Literal["matrix", "stack", "none"] = "matrix"
     input_factor: InputFactor | None = None
     config: Callable[[Model], dict[str, Any]] | None = None
     config_keys: tuple[str, ...] = ("quantization_config",)

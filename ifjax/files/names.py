@@ -99,6 +99,29 @@ class NameRule:
         return tuple(map(int, counts))
 
 
+def renamed(names: Iterable[str], rules: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return new names by old ones, from pairs of a regular expression of whole names and a template as of `NameRule`.
+
+    The first one that matches decides; other names stay.
+
+    Raises:
+        ValueError: no regular expression; a rule that matches nothing; two names that become one.
+    """
+    made = [NameRule(*rule) for rule in rules]
+    new, used = {}, set()
+    for name in names:
+        found = next((rule for rule in made if rule.paths_of(name) is not None), None)
+        (new[name],) = (name,) if found is None else found.paths_of(name) or (name,)
+        used.add(found)
+    faults = [f"{rule.name!r} matches no name" for rule in made if rule not in used]
+    olds: dict[str, list[str]] = {}
+    for old, name in new.items():
+        olds.setdefault(name, []).append(old)
+    faults += [f"{' and '.join(map(repr, same))} would become {name!r}" for name, same in olds.items() if len(same) > 1]
+    refuse(faults, "rename= does not fit the names")
+    return new
+
+
 def _expanded(template: str, pattern: str, groups: Sequence[str]) -> str:
     """A template with groups put in, by `re` itself: the same text in groups of fixed lengths."""
     names = {i: f"?P<{name}>" for name, i in re.compile(pattern).groupindex.items()}
