@@ -19,8 +19,8 @@ from ifjax.convert.tensors import Tick
 from ifjax.convert.transfer import Fill, Transfer
 from ifjax.exchange import read
 from ifjax.exchange.containers import Source, open_checkpoint
-from ifjax.exchange.layouts import Floats, Spec
-from ifjax.exchange.opened import batch_of
+from ifjax.exchange.layouts import Spec
+from ifjax.exchange.opened import batch_of, packed_of
 from ifjax.exchange.recast import can_recast
 from ifjax.exchange.recast import recast as recast_tensor
 from ifjax.exchange.recognize import Found
@@ -43,7 +43,7 @@ def plan_import(
     rename: Iterable[tuple[str, str]] = (),
     **settings: Any,
 ) -> Transfer:
-    """Return how a checkpoint in another tool's layout becomes a packed one; reads headers only.
+    """Return how a checkpoint in another tool's layout becomes a packed one; reads headers and first rows.
 
     Args:
         source: a safetensors file, its index, a GGUF file, or a folder with one checkpoint.
@@ -95,21 +95,24 @@ def _incoming(
     names = [name for name in found.arrays if name is not None]
     before = sum(opened.array(name).nbytes for name in names)
     batch = batch_of(opened, found)
-    sample = read.read(found, functools.partial(_sample, opened, batch), how)
-    if isinstance(sample, Floats):
+    if found.layout.floats:
         if not how.decode:
+            read.check_kept(found)
             reason = f"stays in {found.layout.name}: --decode makes floats of it"
             kept = [functools.partial(_copied, opened, name, new_names[name]) for name in names]
             return lambda tick: [i for copy in kept for i in copy(tick)], _kept_entries(opened, names, reason)
-        shape = (*batch, *sample.shape) if how.axis == -1 else (*batch, *sample.shape[:-2], *sample.shape[:-3:-1])
+        with read.named(found):
+            floats: Any = read.as_stored(found, opened.mapped, how)[0]
+        shape = floats.shape if how.axis == -1 else (*floats.shape[:-2], *floats.shape[:-3:-1])
         after = math.prod(shape) * how.dtype.itemsize
         entry = Entry(found.name, None, shape, found.layout.algorithm, None, None, 8.0 * how.dtype.itemsize, before,
                       after, reason=f"decoded from {found.layout.name} to {how.dtype.name}")  # fmt: skip
         return functools.partial(_decoded, opened, found, how, batch, shape, new_names[found.name]), [entry]
-    fmt, shape = sample.fmt, (*batch, *sample.shape)
+    packed = packed_of(opened, found, how)
+    fmt, shape = packed.fmt, packed.shape
     changed = target is not None and target != fmt and can_recast(fmt, target)
     new = target if changed and target is not None else fmt
-    packed = Packed(dataclasses.replace(sample.blocking, fmt=new), shape)
+    packed = packed._replace(blocking=dataclasses.replace(packed.blocking, fmt=new))
     several = any(opened.array(name).size == math.prod(batch) for name in names[1:]) or changed
     slots = packed_slots(new_names[found.name], new, *packed_shapes(shape, new, how.axis), batch if several else ())
     fill = _recast if changed else _packed
@@ -123,15 +126,6 @@ def _incoming(
         return [Item(new_names[found.name], slots, packed, how_to_fill)]
 
     return maker, [entry]
-
-
-def _sample(opened: Source, batch: tuple[int, ...], name: str) -> np.ndarray:
-    """An array of one matrix with zeros for bytes, to have shapes of. What is short is read: sizes lie there."""
-    mapped = opened.array(name)
-    if mapped.nbytes <= 4096:
-        return opened.part(name, batch, 0)
-    shape = mapped.shape[len(batch) :] if mapped.shape[: len(batch)] == batch else mapped.shape
-    return np.zeros(shape, mapped.dtype)
 
 
 def _packed(opened: Source, found: Found, how, batch, packed: Packed, slots, tick: Tick, write_bytes) -> None:

@@ -1,5 +1,6 @@
 """Another tool's checkpoint, seen as one of ours: any part of codes, scales and values, read where it is looked at."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -80,6 +81,19 @@ def batch_of(source: Source, found: Found) -> tuple[int, ...]:
     axes = 2 if part.shape is None else len(part.shape(Size((), 64, 64, 1)))
     shape = source.specs[first].shape
     return shape[: len(shape) - axes] if found.layout.stacks and len(shape) > axes else ()
+
+
+def packed_of(source: Source, found: Found, how: read.Reading) -> Packed:
+    """Return what can be said of a packed tensor, turned for axis -2, from headers and its first row.
+
+    Raises:
+        ValueError: arrays that contradict each other or the format.
+    """
+    packed = _Tensor.of(source, found, how, batch_of(source, found)).packed
+    if how.axis == -1:
+        return packed
+    *batch, rows, columns = packed.shape
+    return Packed(dataclasses.replace(packed.blocking, axis=-2), (*batch, columns, rows))
 
 
 class _Decoded(NamedTuple):
