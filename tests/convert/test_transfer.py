@@ -65,6 +65,9 @@ def test_files_have_the_bytes_of_memory_both_ways(case, tmp_path):
     # And out again, with the same bytes.
     again = plan_export(tmp_path / "back-1.safetensors", tool).write(tmp_path / "again")
     assert stored(again / "model.safetensors") == stored(theirs / "model.safetensors")
+    # A file by itself says in its metadata what it is.
+    alone = plan_export(ours, tool).write(tmp_path / "alone.safetensors")
+    assert exchange.load(alone).keys() == exchange.load(theirs).keys()
 
 
 def test_fp8_is_kept_or_decoded(tmp_path):
