@@ -236,7 +236,8 @@ class _Outgoing:
         if amax is not None and amax.size > 1:
             lead = len(self.size.batch)
             if any(n > 1 for n in amax.shape[lead:]):
-                raise ValueError(f"{self.name} has amax of shape {amax.shape}, and layouts have one for a matrix")
+                raise ValueError(f"{self.name} has amax of shape {amax.shape}, and layouts have one for a matrix: "
+                                 "quantize without amax_axes along its last two axes")  # fmt: skip
             amax = np.broadcast_to(amax.reshape(amax.shape[:lead] + (1,) * (lead - amax.ndim)), self.size.batch)
             amax = np.where(amax == 0, amax.max(), amax) if self.layout.factor == "stack" else amax
         shapes = packed_shapes(p.shape[-2:], p.fmt, p.blocking.axis)

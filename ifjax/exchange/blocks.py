@@ -42,7 +42,10 @@ def check_shape(shape: tuple[int, ...], axis: int, fmt: Format, layout: Layout) 
             "other kernels before they are quantized"
         )
     if axis not in (-1, -2):
-        raise ValueError(f"{layout.name} has its blocks along one of the last two axes, got axis {axis} of {shape}")
+        raise ValueError(
+            f"{layout.name} has its blocks along one of the last two axes, got axis {axis} of {shape}: move it there "
+            "before the weight is quantized"
+        )
     if not math.prod(shape) or shape[axis] % fmt.block:
         raise ValueError(
             f"the blocked axis {axis} of {shape} must be a multiple of {fmt.block}, because readers know no filled-up "
@@ -112,11 +115,12 @@ def check_scales(scales: np.ndarray, fmt: Format) -> None:
                 f"{int(above.astype(bool).sum())} of {scales.size} block scales have their sign set, which "
                 f"{fmt.name}'s never have: in IF4 and MixFP4 it marks blocks of integers, which decode in two "
                 "different ways, and elsewhere it negates. It cannot be decided which is meant, and as NVFP4 these "
-                "blocks would change their signs"
+                "blocks would change their signs: state fmt=, such as 'mixfp4', if you know it"
             )
     nan = _is_nan(scales, fmt)
     if nan.any():
-        raise ValueError(f"{int(nan.sum())} of {scales.size} block scales are NaN: the weight was not finite")
+        raise ValueError(f"{int(nan.sum())} of {scales.size} block scales are NaN, because the weight was not finite: "
+                         "quantize it again without NaN and infinity")  # fmt: skip
 
 
 def zeros_for_nan(scales: np.ndarray, codes: np.ndarray, fmt: Format) -> np.ndarray:

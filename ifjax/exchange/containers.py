@@ -170,7 +170,8 @@ def _open_gguf(path: Path) -> Source:
         check_written(path, identity)
         data = tensors[name].data
         if data.dtype == np.uint8 and tensors[name].tensor_type.name not in known:
-            raise FileError(f"{path}: {name} is of type {tensors[name].tensor_type.name}, which is not read here")
+            raise FileError(f"{path}: {name} is of type {tensors[name].tensor_type.name}, which is not read here: "
+                            "decode it with llama.cpp first")  # fmt: skip
         return data.view(ml_dtypes.bfloat16) if tensors[name].tensor_type.name == "BF16" else data
 
     known = {"BF16", *(kind for lay in LAYOUTS.values() if lay.container == "gguf" for kind in lay.parts[0].dtypes)}
@@ -201,7 +202,8 @@ def _write_gguf(path: Path, items: Sequence[Item], metadata: Mapping[str, str]) 
     slots = [slot for item in items for slot in item.slots]
     for slot in slots:
         if slot.dtype not in kinds.__members__ or len(slot.shape) > 4 or not math.prod(slot.shape):
-            raise ValueError(f"{slot.name} is {slot.dtype} {tuple(slot.shape)}, which a GGUF file cannot hold")
+            raise ValueError(f"{slot.name} is {slot.dtype} {tuple(slot.shape)}, and GGUF holds floats and "
+                             "integers of one to four axes, none of them empty: leave it out, or cast it")  # fmt: skip
         kind = kinds[slot.dtype]
         values = slot.dtype in safetensors.NAMES and slot.dtype != "BF16"
         *lead, last = slot.shape or (1,)

@@ -143,11 +143,11 @@ def survey(specs: Specs, layouts: Sequence[Layout]) -> Tensors:
             tool = layouts[0].tool
             raise ValueError(
                 f"{name} changes what its layer's weight means, and is not known beside it: {tool} has stored another "
-                f"format there than {', '.join(dict.fromkeys(lay.algorithm for lay in layouts))}"
+                f"format there than {', '.join(dict.fromkeys(lay.algorithm for lay in layouts))}; decode it there"
             )
     rest = [name for name in specs if name not in used]
     if twice := read & set(rest):
-        raise ValueError(f"{sorted(twice)} are there both packed and unpacked")
+        raise ValueError(f"{sorted(twice)} are there both packed and unpacked: remove one of the two")
     return Tensors(found, rest)
 
 

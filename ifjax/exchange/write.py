@@ -15,7 +15,7 @@ from ifjax.atomic import new_folder, write_text
 from ifjax.exchange import blocks
 from ifjax.exchange.containers import CONTAINERS
 from ifjax.exchange.fused import warn_of_fused
-from ifjax.exchange.layouts import WEIGHTS, Blocks, Layout, Model, Part, Spec, elements_of, layouts_of
+from ifjax.exchange.layouts import LAYOUTS, WEIGHTS, Blocks, Layout, Model, Part, Spec, elements_of, layouts_of
 from ifjax.exchange.recognize import Specs, recognize
 from ifjax.files.checkpoint import Item
 from ifjax.files.safetensors import Slot
@@ -94,7 +94,8 @@ def layout_for(fmt: Format, tool: str, ndim: int = 2) -> Layout:
 
 def _refusal(fmt: Format, tool: str, layouts: list[Layout]) -> str:
     if not layouts:
-        return f"cannot go out, because {tool}'s layouts are only read here"
+        others = dict.fromkeys(layout.tool for layout in LAYOUTS.values() if layout.write is not None)
+        return f"cannot go out, because {tool}'s layouts are only read here: export it to {' or '.join(others)}"
     if fmt.has_selector:
         return (
             "marks the blocks of its second decoding in the scale's sign, so an NVFP4 reader would flip the signs of "
@@ -174,7 +175,7 @@ def export_all(params: Mapping[str, Any], tool: str, input_amax: Mapping[str, fl
                 f"{name!r} is a mapping: flatten the tree first, as by flax.traverse_util.flatten_dict(params, sep='.')"
             )
         if twice := new.keys() & arrays.keys():
-            raise ValueError(f"{sorted(twice)} would be there twice: {name!r} and another array give that name")
+            raise ValueError(f"{sorted(twice)} would be there twice: {name!r} and another array give it: rename one")
         new = {name: np.asarray(array) for name, array in new.items()}
         if any(array.dtype == object for array in new.values()):
             raise TypeError(f"{name!r} is a {type(value).__name__}: needs arrays and QTensors")
@@ -210,7 +211,8 @@ def layer_in(layout: Layout, name: str) -> str:
         return layer
     words = f".{', .'.join(WEIGHTS[:-1])} or .{WEIGHTS[-1]}"
     if layout.plain == "{}.weight":
-        raise ValueError(f"{name!r} is a QTensor, so its name must end with {words}, which the layout's names replace")
+        raise ValueError(f"{name!r} is a QTensor, so its name must end with {words}, which the layout's names "
+                         "replace: rename it, as by `ifjax export --rename`")  # fmt: skip
     raise ValueError(
         f"{name!r} must not end with {words} in {layout.name}, which puts words behind the name of a parameter such as "
         "'experts.gate_up_proj': rename it, or export its matrices one by one"

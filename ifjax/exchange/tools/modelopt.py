@@ -34,7 +34,10 @@ def _declares(layout: Layout, config: Mapping[str, Any]) -> Declared | None:
     groups = (config.get("config_groups") or {}).values()
     sizes = group_sizes(groups) | {inner.get("group_size")} - {None}
     if not layout.floats and "MIXED_PRECISION" not in stated and sizes - {layout.record.block}:
-        raise ValueError(f"{layout.algorithm} has blocks of {layout.record.block}, and the configuration says {sizes}")
+        raise ValueError(
+            f"{layout.algorithm} has blocks of {layout.record.block}, and the configuration says {sizes}: state tool=, "
+            "if the configuration is wrong"
+        )
     return Declared()
 
 
