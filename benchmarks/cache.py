@@ -1,9 +1,10 @@
-"""What does a packed cache of keys and values cost attention, by context length?
+"""The error of attention with a packed key-value cache, by context length.
 
     python benchmarks/cache.py [--formats nvfp4 if4 if6]
 
-Relative root mean square error, to float32, of attention of 16 normal queries over normal keys and values, with 8
-heads of 64. Sharpness multiplies the queries: 3 is that of sharp heads. Window: how many tokens are in floats.
+The figure is the root mean square error relative to float32 of attention of 16 normal queries over normal keys and
+values, with 8 heads of 64. The queries are multiplied by the sharpness; 3 is typical of sharp heads. The window is the
+number of tokens kept in floats.
 """
 
 import argparse

@@ -1,19 +1,19 @@
-"""What does it cost to convert, store and load packed checkpoints? Against copying and reading the file.
+"""The cost of converting, storing and loading packed checkpoints, compared with copying and reading the file.
 
     python benchmarks/checkpoint.py [FILE ...] [--synthetic 4] [--dtypes F32 BF16] [--rounds 3] [--folder DIR]
 
-For each FILE, and for a checkpoint in shards of that many GB that is made up (matrices of a transformer and an
-embedding) and removed afterwards:
+For each FILE, and for a synthetic checkpoint in shards of the given number of GB (matrices of a transformer and an
+embedding), which is removed afterwards, the benchmark measures
 
-- the rate of `ifjax quantize --embeddings`, if4 round to nearest, with and without measuring errors, against a plain
-  copy of the file plus reading all of its tensors to memory as float32. The copy is not synced to the disk, and the
-  conversion is. All are repeated in turn in one process, after a conversion of a small file that compiles, and a
-  figure is the median over rounds. On a busy machine the ratios of processor time, all threads together, say more;
-- of the whole command in a process of its own, which also starts Python and compiles, seconds and peak memory;
-- size on disk, against 4.5 bits for each value that is quantized;
-- the time of `ifjax.load_file` of the packed file and of the original.
+- the rate of `ifjax quantize --embeddings` (if4, round to nearest), with and without measuring errors, relative to a
+  plain copy of the file plus reading all of its tensors to memory as float32. The conversion is synced to disk, the
+  copy is not. All are timed in turn in one process, after the conversion of a small file, which compiles. A figure is
+  the median over rounds. On a busy machine the ratios of processor time, of all threads together, are more reliable;
+- seconds and peak memory of the whole command in its own process, which includes starting Python and compiling;
+- the size on disk, relative to 4.5 bits per quantized value;
+- the time of `ifjax.load_file` for the packed file and the original.
 
-All files are in the page cache, if they fit, when they are read. Writes the tables to stdout as Markdown.
+Files that fit are in the page cache when they are read. The tables are written to stdout as Markdown.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def warm_up(folder: Path) -> None:
 
 
 def make_up(folder: Path, gigabytes: float, dtype: str) -> Path:
-    """Shards of 1 GB: an embedding of 128 MB in BF16, and layers until the size is reached. No tensor is in memory."""
+    """Write shards of 1 GB: an embedding of 128 MB in BF16, then layers up to the size; no tensor is in memory."""
     item = _files.numpy_dtype(dtype).itemsize
     shapes, left = {"embed_tokens.weight": (16_384, 4096)}, gigabytes * 1e9 - 16_384 * 4096 * item
     inner = {"q_proj": (4096, 4096), "up_proj": (11_008, 4096), "down_proj": (4096, 11_008)}
@@ -165,7 +165,7 @@ def measure(name: str, path: Path, folder: Path, rounds: int) -> dict:
 
 
 def alternate(runs: dict[str, Callable], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of each, and of all processors in it."""
+    """Time the runs in turn; return for each run and round its seconds and its processor seconds."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():

@@ -1,19 +1,20 @@
-"""What do quantize and dequantize cost? Against a copy of the same array, against each other, and against others.
+"""The time and memory of quantize and dequantize, compared with a copy of the same array and with other libraries.
 
     python benchmarks/codec.py [--size 4096] [--pairs 20] [--processes 3] [--json FILE] [--only quantize memory ...]
 
-Absolute times move from hour to hour on a shared machine, and a copy's from process to process. So whatever is compared
-is timed in turn, round by round, in one process, and a figure is the median over rounds of the ratio within a round;
-`--processes` repeats all of it in fresh processes and gives the median of these medians and their spread. The same
-ratio of processor time, all threads together, stands beside it: less of it is lost to neighbours on a busy machine.
-Tables go to standard output as Markdown, progress to standard error.
+On a shared machine absolute times change from hour to hour, and those of a copy from process to process. Therefore the
+programs that are compared are timed in turn, round by round, in one process. A figure is the median over rounds of the
+ratio within a round. `--processes` repeats the measurement in fresh processes and reports the median of their medians
+and the spread. The ratio of processor time, of all threads together, is reported too; other load on the machine affects
+it less. Tables go to standard output as Markdown, progress to standard error.
 
-The copy is `x + 1` under jit: one pass that reads the array and writes a new one, to memory that was not there before.
-Quantize and dequantize allocate theirs as well, and every result is dropped before the next call.
+The copy is `x + 1` under jit: one pass that reads the array and writes a new one, to newly allocated memory. Quantize
+and dequantize allocate their results too. Each result is dropped before the next call.
 
-Peers are timed where they are installed, and need not be. `fouroversix` is the authors' code; its reference path on a
-CPU needs torch, and neither a GPU nor a build for one: `SKIP_CUDA_BUILD=1 FORCE_BUILD=1 pip install --no-deps
---no-build-isolation fouroversix`, or `--reference DIR` with the folder that holds the package. The other is `qwix`.
+Other libraries are timed if they are installed. `fouroversix` is the code of that method's authors. Its reference path
+on a CPU needs torch, but neither a GPU nor a build for one: `SKIP_CUDA_BUILD=1 FORCE_BUILD=1 pip install --no-deps
+--no-build-isolation fouroversix`, or `--reference DIR` with the folder that contains the package. The other library is
+`qwix`.
 """
 
 import argparse
@@ -48,9 +49,10 @@ SECTIONS = ("quantize", "dequantize", "search", "growth", "memory", "peers")
 
 
 class Row(NamedTuple):
-    """One figure. `bound` is what it may not exceed, or, if negative, what it may not fall below; None: no target.
+    """One figure of the report.
 
-    `ms` is its time in milliseconds, `processor` the figure in processor time.
+    `bound` is its upper bound, or if negative the negated lower bound; None means no target. `ms` is the time in
+    milliseconds, and `processor` the same figure for processor time.
     """
 
     section: str
@@ -70,7 +72,7 @@ class Row(NamedTuple):
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of one call, and of all processors in it; its result is dropped afterwards."""
+    """Return the seconds and the processor seconds of one call; its result is dropped afterwards."""
     start, processors = time.perf_counter(), time.process_time()
     result = jax.block_until_ready(run())
     seconds = time.perf_counter() - start, time.process_time() - processors
@@ -79,7 +81,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, float]:
 
 
 def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds [rounds, 2] of each, called in turn after two calls that compile and warm up."""
+    """Return seconds and processor seconds [rounds, 2] of each run, timed in turn after two calls that warm up."""
     for run in runs.values():
         timed(run)
         timed(run)
@@ -88,14 +90,14 @@ def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.n
 
 
 def row_of(times, section, name, run, against, unit, bound=None, note="") -> Row:
-    """The ratio of the times of `run` and of `against`."""
+    """Return the row with the ratio of the times of `run` and `against`."""
     wall, processor = np.median(times[run] / times[against], axis=0).tolist()
     ms = 1e3 * float(np.median(times[run][:, 0]))
     return Row(section, name, unit, wall, bound, ms, processor, note)
 
 
 def quantizer(fmt: str, **settings):
-    """As users call it: inside one jit."""
+    """Return a jitted `ifjax.quantize` with these settings, as users call it."""
     return jax.jit(lambda x: ifjax.quantize(x, fmt, **settings))
 
 
@@ -125,7 +127,7 @@ def quantize_rows(args):
 
 
 def quantize_cases(x):
-    """(name, function, its argument, bound on its time over the first one's); all have the values of x."""
+    """Return (name, function, argument, bound on its time over the first one's) of each case, all with x's values."""
     slices = x.reshape(4, -1, x.shape[-1])
     vmapped = jax.jit(jax.vmap(lambda x: ifjax.quantize(x, "if4")))
     return [
@@ -173,7 +175,7 @@ def memory_rows(args):
         spent = function.lower(argument).compile().memory_analysis().temp_size_in_bytes
         yield Row("memory", f"{name}: temporaries", "x input", spent / argument.nbytes, 0.5)
     for fmt in FORMATS:
-        # A fresh process each: the high-water mark of memory never falls.
+        # Each measurement has a fresh process, because a process's peak memory never falls.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
             peak = pool.submit(peak_memory, fmt, 2 * args.size).result()
@@ -181,7 +183,7 @@ def memory_rows(args):
 
 
 def peak_memory(fmt: str, size: int) -> float:
-    """Peak resident memory of quantizing [size, size] over the input's bytes, not counting what was there before it."""
+    """Return the peak resident memory that quantizing [size, size] adds, divided by the input's bytes."""
     make = jax.jit(lambda: jnp.sin(jnp.arange(size * size, dtype=jnp.float32)).reshape(size, size)).lower().compile()
     run = quantizer(fmt).lower(jax.ShapeDtypeStruct((size, size), jnp.float32)).compile()
     before, _ = resident()
@@ -193,12 +195,12 @@ def peak_memory(fmt: str, size: int) -> float:
 
 
 def resident() -> tuple[int, int]:
-    """Bytes of resident memory, now and at most so far."""
+    """Return the present and the peak bytes of resident memory."""
     status = Path("/proc/self/status")
     if not status.exists():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return peak, peak
-    # Linux hands its ru_maxrss on to the processes that a process starts; these two begin afresh.
+    # On Linux a process inherits ru_maxrss from the process that starts it; these two values start anew.
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if line.startswith(("VmRSS", "VmHWM")))
     now, peak = (1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM"))
     return now, peak
@@ -219,7 +221,7 @@ def peer_rows(args):
 
 
 def reference_rows(args, x):
-    """The authors' PyTorch code on the same values, and whether its bytes are ours."""
+    """Time the authors' PyTorch code on the same values, and compare its bytes with those of ifjax."""
     names = {"if4": ("if4", "mse"), "fouroversix": ("nvfp4", "mse"), "nvfp4": ("nvfp4", "static_6")}
     reference, missing = import_reference(args.reference)
     if reference is None:
@@ -247,14 +249,14 @@ def reference_rows(args, x):
 
 
 def import_reference(folder: str | None):
-    """(the reference path's module, or why there is none)."""
+    """Return (the module of the reference path or None, the reason why there is none)."""
     if folder is None:
         spec = importlib.util.find_spec("fouroversix")
         if spec is None:
             return None, "not installed"
         folder = str(Path(spec.submodule_search_locations[0]).parent)
     root = Path(folder, "fouroversix")
-    # Empty packages in place of its own, whose imports want transformers and more.
+    # Empty packages replace the package's own ones, whose imports need transformers and others.
     for name in ("fouroversix", "fouroversix.quantize", "fouroversix.quantize.pytorch"):
         package = types.ModuleType(name)
         package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
@@ -291,7 +293,7 @@ def measure(args) -> list[Row]:
 
 
 def measure_in_children(args) -> list[list[Row]]:
-    """The same rows from each of several processes, one after the other."""
+    """Return the rows that each of several processes measures, one process after the other."""
     runs = []
     for _ in range(args.processes):
         with tempfile.TemporaryDirectory() as folder:

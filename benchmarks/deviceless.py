@@ -1,19 +1,19 @@
-"""What do compilers make of the codec and of training products for devices that are not there?
+"""Memory traffic and size of the codec and of training products, compiled for devices that are not present.
 
     python benchmarks/deviceless.py [--targets v5e v6e H200 B200] [--programs "quantize if4" ...] [--json FILE]
 
-Nothing runs: a program is compiled for the target and read. TPUs need the extra `compile-tpu`, GPUs `compile`; targets
-that cannot be compiled for are named and left out. A row has
+No program is run: each is compiled for the target, and the compiled program is analysed. TPUs need the extra
+`compile-tpu`, GPUs `compile`. Targets for which nothing can be compiled are listed and left out. The columns are
 
-    MiB        what the program's operations read and write in the device's memory, each operand and result once; what
-               XLA keeps in a TPU's VMEM is not counted. Of Pallas kernels the same: their operands and results
-    floor      what a program with unlimited caches would: x twice where there is an amax to take, results once
-    temp       the most that temporaries take in memory at a time
-    kernels    operations of the compiled program that the device launches
-    us         TPU only: VLIW bundles of the encoder, at one a cycle, without stalls and without the amax pass
-    seconds    to trace, lower and compile, on this machine as it was
+    MiB        the bytes that the program's operations read and write in the device's memory, with each operand and
+               result counted once, also of Pallas kernels. Arrays that XLA keeps in a TPU's VMEM are not counted
+    floor      the bytes of a program with unlimited caches: x twice if an amax is computed, else once; results once
+    temp       the peak memory of temporaries
+    kernels    the number of operations of the compiled program that the device launches
+    us         on TPUs only: the time of the encoder's VLIW bundles, at one per cycle, without stalls and the amax pass
+    seconds    the time to trace, lower and compile on this machine
 
-Each target is compiled for in a process of its own. A table goes to standard output as Markdown.
+Each target has its own process. The table is written to standard output as Markdown.
 """
 
 import argparse
@@ -61,7 +61,7 @@ GPUS = {
 
 
 def programs():
-    """name -> (function, arguments, floor in MiB; None if the name says it)."""
+    """Return the programs by name: (function, arguments, floor in MiB or None)."""
     import jax
     import jax.numpy as jnp
 
@@ -108,7 +108,7 @@ def programs():
 
 
 def compile_for(target: str, function, arguments):
-    """(the compiled program, seconds)"""
+    """Return the compiled program and the seconds of its compilation."""
     import jax
     from jax.experimental import topologies
 
@@ -129,7 +129,7 @@ def compile_for(target: str, function, arguments):
         return program, time.perf_counter() - start
 
 
-# Operations that move nothing, or whose end is counted at their start.
+# Operations that move no data, and ends of operations that are counted at their start.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "after-all", "iota", "async-done",
 }  # fmt: skip
@@ -143,7 +143,7 @@ LINE = re.compile(r"^ +(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$", re.MU
 
 
 def bytes_of(shape: str) -> int:
-    """Of an HLO shape or tuple, without what has memory space 1, a TPU's VMEM."""
+    """Return the bytes of an HLO shape or tuple, without arrays in memory space 1, a TPU's VMEM."""
     total = 0
     for kind, lengths, layout in re.findall(r"\b(\w+)\[([\d,]*)\](\{[^{}]*\})?", shape):
         if "S(1)" not in layout and kind in ITEM:
@@ -152,7 +152,7 @@ def bytes_of(shape: str) -> int:
 
 
 def traffic(hlo: str) -> tuple[int, int]:
-    """(bytes that the entry's operations read and write, operations that a device launches)"""
+    """Return (bytes that the entry computation's operations read and write, operations that the device launches)."""
     entry = hlo[hlo.index("\nENTRY ") :]
     shapes, moved, launched = {}, 0, 0
     for name, shape, kind, rest in LINE.findall(entry):
@@ -169,14 +169,14 @@ def traffic(hlo: str) -> tuple[int, int]:
 
 
 def bundles(folder: Path, block: int = 16) -> float | None:
-    """Cycles of the kernels that encode and decode SIDE x SIDE values, from libtpu's dump; None if there is none."""
+    """Return the cycles of kernels that encode or decode SIDE x SIDE values, from libtpu's dump; None without one."""
     for file in folder.glob("*code_blocks*-final_bundles.txt"):
         if "schedule" in file.name:
             continue
         depths = collections.Counter(
             match[1].count(">") for match in re.finditer(r"^\s*0x[0-9a-f]+\s+(.*?)\{", file.read_text(), re.MULTILINE)
         )
-        # A tile is 128 x 128 blocks; the loop in it takes two units of 8 x 128 blocks at a time.
+        # A tile has 128 x 128 blocks; each iteration of its loop processes two units of 8 x 128 blocks.
         return depths[1] * SIDE**2 / (128 * 128 * block) + depths[2] * SIDE**2 / (2 * 8 * 128 * block)
     return None
 
@@ -194,7 +194,7 @@ def work(target: str, names: list[str], folder: Path) -> None:
         row = {"target": target, "program": name, "floor": floor}
         try:
             program, row["seconds"] = compile_for(target, function, arguments)
-        except Exception as error:  # one that does not compile is a result too
+        except Exception as error:  # a program that does not compile is reported too
             print(json.dumps(row | {"error": f"{type(error).__name__}: {str(error)[:200]}"}), flush=True)
             continue
         moved, row["kernels"] = traffic(program.as_text())
@@ -206,7 +206,7 @@ def work(target: str, names: list[str], folder: Path) -> None:
 
 
 def rows_of(target: str, names: list[str]) -> list[dict]:
-    """What `work` prints, of a process of its own."""
+    """Return the rows that `work` prints in its own process."""
     package = "jax_cuda13_plugin" if target in GPUS else "libtpu"
     if importlib.util.find_spec(package) is None:
         print(f"{target} is left out: {package} is not installed", file=sys.stderr)
@@ -226,7 +226,7 @@ def rows_of(target: str, names: list[str]) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown."""
+    """Return the rows as a Markdown table."""
 
     def cell(row, key, form):
         return form.format(row[key]) if row.get(key) is not None else ""
@@ -245,7 +245,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> int:
-    """Print the table; the exit code is 2 if nothing could be compiled for."""
+    """Print the table and return the exit code: 2 if no target can be compiled for."""
     parser = argparse.ArgumentParser(description="What compilers make of ifjax for devices that are not there.")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--programs", nargs="*", default=[], help="names as in the table; all unless given")

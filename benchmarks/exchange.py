@@ -1,4 +1,4 @@
-"""What do import, export and loading into a model cost, against copying the files? Time and peak memory.
+"""Time and peak memory of import, export and loading into a model, compared with copying the files.
 
     python benchmarks/exchange.py [--megabytes 200] [--rounds 3] [--folder DIR]
 
@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 import ifjax
 from ifjax.convert import plan_export, plan_import
 
-SIDE = 2048  # of a matrix
+SIDE = 2048  # rows and columns of a matrix
 TOOLS = {"compressed-tensors": "nvfp4", "modelopt": "nvfp4", "mlx": "nvfp4", "gpt-oss": "mxfp4", "gguf": "nvfp4"}
 PEAK = """
 import re, sys
@@ -97,7 +97,7 @@ def timed(function, rounds: int) -> float:
 
 
 def peak(body: str) -> float:
-    """MiB."""
+    """Return the peak memory in MiB of a process that runs `body`."""
     ran = subprocess.run([sys.executable, "-c", PEAK + body], capture_output=True, text=True, check=True)
     return int(ran.stdout.split()[-1]) / 2**20
 

@@ -1,11 +1,11 @@
-"""All formats of 4.5 bits on a pretrained sentence encoder: nearest, searched, by GPTQ, and both.
+"""All formats of 4.5 bits on a pretrained sentence encoder, by nearest rounding, search, GPTQ, and both.
 
     python benchmarks/frontier_bert.py [--formats quad "razer;razer_act" "octet;octet@token" ...]
 
-Model, sentences and figures are those of ptq_bert.py. A format may name another for activations, and that each token
-has an amax of its own: WEIGHTS;ACTIVATIONS@token. Rows are printed as they come, in Markdown. First comes the share of
-blocks of each weight that are flushed (all that is left of some values is zeros), with one amax for the tensor and with
-one for each row, where any is.
+Model, sentences and figures are those of ptq_bert.py. A format may be followed by another one for activations, with
+@token for one amax per token: WEIGHTS;ACTIVATIONS@token. Rows are printed as they are computed, in Markdown. The first
+table shows the share of each weight's blocks that are flushed (they have nonzero values but decode to zeros), with one
+amax for the tensor and with one per row. Weights without such blocks are left out.
 """
 
 import argparse
@@ -28,7 +28,7 @@ METHODS = {
 
 
 def flushed(x: np.ndarray, fmt: str, axis: int, amax_axes: tuple[int, ...] = ()) -> float:
-    """Share of the blocks with a value that decode to zeros alone."""
+    """Return the share of blocks with nonzero values that decode to zeros only."""
 
     def any_in_blocks(a):
         a = np.moveaxis(np.asarray(a), axis, -1)
@@ -42,7 +42,7 @@ def flushed(x: np.ndarray, fmt: str, axis: int, amax_axes: tuple[int, ...] = ())
 
 
 def flushed_rows(variables, formats) -> list[str]:
-    """Of every matrix, the embedding tables too, along the last axis and the one before it."""
+    """Return table rows of flushed blocks of every matrix, embedding tables too, along each of the last two axes."""
     rows = []
     for path, x in jax.tree_util.tree_leaves_with_path(variables):
         if x.ndim < 2:

@@ -1,20 +1,22 @@
-"""What does a product with packed weights cost on an NVIDIA GPU, against the same product in bfloat16 and others?
+"""The time of products with packed weights on an NVIDIA GPU, compared with bfloat16 and other products.
 
     python benchmarks/gpu.py [--json FILE] [--minutes 7.5] [--shapes 4096x4096 ...] [--rows 1 16 ...]
 
-Every kernel is checked against float64 first; if one is wrong, nothing is timed and the exit code is 1. Then all
-contenders of a cell (M rows of x, N x K weights) are timed in turn, round by round, and a ratio is the median of the
-ratios within a round. One call runs the product on many weights, each with an x of its own, together larger than the
-L2 cache several times over, so that weights come from memory as they do in a model; the cost of dispatch is shared by
-them. x is reordered and padded in these calls, weights are packed before.
+First every kernel is compared with float64. If one is wrong, nothing is timed and the exit code is 1. Then all
+contenders of a cell (M rows of x, N x K weights) are timed in turn, round by round; a ratio is the median of the ratios
+within a round. One call runs the product on many weights, each with its own x. Together they are several times larger
+than the L2 cache, so that weights are read from memory, as in a model, and the cost of dispatch is shared. The calls
+include reordering and padding of x; weights are packed before.
 
-Contenders: IF4 and NVFP4 through the kernel, with x in float16 and bfloat16; `jnp.dot` in bfloat16, what all others are
-compared with; dequantize and then dot, by XLA; PyTorch's bfloat16 and int4 (groups of 32), where torch is there.
-Targets: with up to 64 rows and the two large shapes at least 2.5 times as fast as bfloat16; from 4096 rows on at least
-0.85 times, through the kernel or by XLA, whichever is faster. Last, quantize in GB/s of what it has to read and write,
-against a copy. When the minutes are over the cells not reached are reported as such.
+The contenders are IF4 and NVFP4 through the kernel, with x in float16 and bfloat16; `jnp.dot` in bfloat16, to which all
+others are compared; dequantize and dot by XLA; and PyTorch's bfloat16 and int4 (groups of 32) if torch is installed.
+The targets are: for up to 64 rows and the two large shapes, at least 2.5 times as fast as bfloat16; from 4096 rows on,
+at least 0.85 times as fast, through the kernel or by XLA, whichever is faster. Finally quantize is timed, in GB/s of
+the bytes that it must read and write, and compared with a copy. Cells that are not reached within the minutes are
+listed.
 
-A table goes to standard output as Markdown, progress to standard error. Without a GPU it says so and exits with code 2.
+The table is written to standard output as Markdown, progress to standard error. Without a GPU the program prints this
+and exits with code 2.
 """
 
 import argparse
@@ -39,12 +41,12 @@ import ifjax
 
 SHAPES = ((4096, 4096), (8192, 8192), (28672, 8192))
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
-BYTES = 600e6  # of packed weights in one call
+BYTES = 600e6  # bytes of packed weights in one call
 ROUNDS = 7
 
 
 class Cell(NamedTuple):
-    """One contender of a product: microseconds, and how many times as fast as jnp.dot in bfloat16."""
+    """The result of one contender: microseconds, and its speed relative to jnp.dot in bfloat16."""
 
     m: int
     n: int
@@ -55,13 +57,13 @@ class Cell(NamedTuple):
 
 
 def errors_of_kernels(impl: str) -> list[tuple[str, float, float]]:
-    """(what, error, bound) of products of all kinds, errors as parts of the result's norm."""
+    """Return (name, error, bound) of each kind of product, with errors relative to the result's norm."""
     rng = np.random.default_rng(0)
     found = []
     for fmt in ("if4", "nvfp4", "fouroversix", "nvint4"):
         for m, n, k in ((1, 512, 1024), (5, 200, 1008), (64, 512, 2048), (300, 384, 1024), (1024, 256, 512)):
             w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
-            # A float32 sum; in bfloat16 also one rounding of each weight, at most 2^-8 of it.
+            # The bound covers a float32 sum and, in bfloat16, one rounding of each weight by at most 2^-8 of it.
             for dtype, bound in ((jnp.float16, 1e-5), (jnp.bfloat16, 2.0**-8)):
                 q = ifjax.quantize(w.astype(dtype), fmt, axis=-2)
                 x = jnp.asarray(rng.standard_normal((m, k)), dtype)
@@ -77,28 +79,28 @@ def prepack(q):
 
 
 def copies(tree, count: int) -> list:
-    """`count` copies of arrays, at places of their own."""
+    """Return `count` copies of a tree's arrays, each in its own memory."""
     return [tree, *(jax.tree.map(jnp.copy, tree) for _ in range(count - 1))]
 
 
 def over_all(product: Callable) -> Callable:
-    """The product of each x with its weights, in one program."""
+    """Return one program that computes the product of each x with its weights."""
     one = jax.jit(product)
     return jax.jit(lambda xs, ws: [one(x, w) for x, w in zip(xs, ws, strict=True)])
 
 
 def contenders(m: int, n: int, k: int, impl: str) -> tuple[int, dict[str, Callable[[], Any]]]:
-    """How many products a call makes, and the calls."""
+    """Return the number of products per call, and the calls by name."""
     count = max(4, int(BYTES / (n * k * 0.5625)))
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((m, k)), jnp.bfloat16)
     w = jax.random.normal(jax.random.key(0), (k, n), jnp.bfloat16)
-    # Many x only where they are small: else they come from memory in any case.
+    # x is copied only if it is small. A large x is read from memory in any case.
     xs = copies(x, count) if m <= 64 else [x] * count
     halves = [x.astype(jnp.float16) for x in xs] if m <= 64 else [x.astype(jnp.float16)] * count
     calls = {"bfloat16": functools.partial(over_all(jnp.dot), xs, copies(w, count))}
     kernel = functools.partial(ifjax.matmul, impl=impl)
-    # Products have the type that those of x and of the quantized weights promote to: both are made alike.
+    # A product has the promoted dtype of x and of the quantized weights, so both have the same dtype.
     for fmt, inputs in (("if4", xs), ("if4", halves), ("nvfp4", xs)):
         dtype = inputs[0].dtype
         q = ifjax.quantize(w.astype(dtype), fmt, axis=-2)
@@ -112,7 +114,7 @@ def contenders(m: int, n: int, k: int, impl: str) -> tuple[int, dict[str, Callab
 
 
 def torch_calls(m: int, n: int, k: int, count: int) -> dict[str, Callable[[], Any]]:
-    """The same products by PyTorch; {} if it has no GPU."""
+    """Return the calls of the same products by PyTorch; {} if it has no GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -134,13 +136,13 @@ def torch_calls(m: int, n: int, k: int, count: int) -> dict[str, Callable[[], An
         call = functools.partial(run, lambda w: torch.ops.aten._weight_int4pack_mm(x, w, 32, scales), int4)
         call()
         calls["torch int4"] = call
-    except Exception as error:  # private to PyTorch, and not the same from version to version
+    except Exception as error:  # a private function of PyTorch, which differs between versions
         print(f"torch int4 left out: {str(error).splitlines()[0]}", file=sys.stderr)
     return calls
 
 
 def seconds_in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each call in each round, after one call to compile; calls that fail are left out."""
+    """Return the seconds of each call in each round, after one call that compiles; calls that fail are left out."""
     for name, call in list(calls.items()):
         try:
             jax.block_until_ready(call())
@@ -167,7 +169,7 @@ def cells(m: int, n: int, k: int, impl: str, rounds: int = ROUNDS) -> list[Cell]
 
 
 def quantize_rates(size: int, rounds: int = ROUNDS) -> list[dict]:
-    """GB/s of quantize and of a copy, of what either must at least read and write, and their ratio."""
+    """Return the rates of quantize and of a copy, in GB/s of the bytes that they must move, and their ratio."""
     rows = []
     for dtype in (jnp.float32, jnp.bfloat16):
         xs = copies(jax.random.normal(jax.random.key(0), (size, size), dtype), 4)
@@ -185,7 +187,7 @@ def quantize_rates(size: int, rounds: int = ROUNDS) -> list[dict]:
 
 
 def targets(results: list[Cell]) -> list[dict]:
-    """Which targets were met; those that nothing was measured for are left out."""
+    """Return for each target whether it is met; targets without measurements are left out."""
     found = []
     for m, n, k in dict.fromkeys((cell.m, cell.n, cell.k) for cell in results):
         here = {cell.contender: cell.speedup for cell in results if (cell.m, cell.n, cell.k) == (m, n, k)}
@@ -241,7 +243,7 @@ def main() -> int:
 
     rates = quantize_rates(8192)
     results, skipped, longest = [], [], 0.0
-    # The largest weights last: they take longest, and if time runs out the smaller ones have been seen at every M.
+    # The largest weights come last. They take the longest, and if time runs out, smaller ones were measured at every M.
     for n, k in (map(int, shape.split("x")) for shape in args.shapes):
         for m in args.rows:
             if time.monotonic() + longest > end:

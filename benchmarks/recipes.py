@@ -1,21 +1,24 @@
-"""What does a training recipe cost, in gradient error and in time? Every recipe against the products of floats.
+"""The gradient error, memory and time of training recipes, compared with float products.
 
     python benchmarks/recipes.py [--rows 512] [--width 1024] [--keys 16] [--seed 0] [--json FILE]
                                  [--only rounding gradients residuals time] [--recipes NAME ...] [--size 4096]
                                  [--pairs 5]
 
-rounding   normal numbers rounded by MS-EDEN, stochastically and to nearest: squared error, and misalignment, which is
-           what is missing along the input, 1 - <x, q> / <x, x>; beside Quartet II's figures (arXiv 2601.22813).
-gradients  one layer of `width`: y, dx and dw of a recipe against those of float32. Cosine and SQNR of one draw; bias:
-           the squared error of the mean over `keys` draws over the square of the float product, what is expected of
-           the noise alone taken off. Against floats, so what rounding weights and activations adds is in it; negative
-           where it drowns in the noise. The layers: activations after a normalization, with a few channels 20 times as
-           large, with weights of 1 / sqrt(width) and gradients whose rows differ in size by three binades; and an MLP's
-           second layer, whose input is half zeros.
-residuals  what a Dense of `width` keeps for its backward pass, in bits a value of activations and of weights, both in
-           bfloat16; with residuals="float" and, where a recipe allows it, "packed". Read off the traced program.
-time       forward, and forward and backward, of a Dense of size x size at 512 tokens in bfloat16, in turn with the
-           recipe bf16: median of the ratios within a round, wall time and processor time.
+rounding   normal numbers rounded by MS-EDEN, stochastically and to nearest: the squared error, and the misalignment
+           1 - <x, q> / <x, x>, the part of the input that is lost along its direction. Quartet II's figures
+           (arXiv 2601.22813) are shown for comparison.
+gradients  y, dx and dw of one layer of `width` by each recipe, compared with float32: cosine and SQNR of one draw, and
+           the bias. The bias is the squared error of the mean over `keys` draws, divided by the square of the float
+           product, minus the expected contribution of the noise. It includes the rounding of weights and activations,
+           since the comparison is with floats, and is negative if it is smaller than the noise. There are two layers:
+           one with activations after a normalization, with a few channels 20 times as large, weights of
+           1 / sqrt(width), and gradients whose rows differ in size by three binades; and an MLP's second layer, whose
+           input is half zeros.
+residuals  the memory that a Dense of `width` keeps for its backward pass, in bits per value of activations and of
+           weights, both in bfloat16, with residuals="float" and, if the recipe allows it, "packed". It is read from
+           the traced program.
+time       the forward pass, and the forward and backward pass, of a Dense of size x size with 512 tokens in bfloat16,
+           timed in turn with the recipe bf16: the median of the ratios within a round, of wall time and processor time.
 """
 
 import argparse
@@ -36,8 +39,9 @@ from ifjax.training import RECIPES, get_recipe, quantized_dot_general
 
 SECTIONS = ("rounding", "gradients", "residuals", "time")
 MATRICES = (((1,), (0,)), ((), ()))
-# Of Quartet II's notebook, x 1e-3 and as is; None where it states none. Its misalignment of rounding to nearest is that
-# of MS-EDEN's own, smaller scales (see tests/arrays/test_ms_eden.py); with E4M3's full range it is .0045.
+# Squared errors, in units of 1e-3, and misalignments from Quartet II's notebook; None where it states none. Its
+# misalignment of rounding to nearest uses MS-EDEN's own, smaller scales (see tests/arrays/test_ms_eden.py); with E4M3's
+# full range it is .0045.
 PUBLISHED = {
     "nearest nvfp4": (9.0, 0.0079), "nearest fouroversix": (7.6, None), "stochastic nvfp4": (23.5, None),
     "ms_eden nvfp4": (9.8, 0.00056), "ms_eden if4": (None, None), "nearest if4": (None, None),
@@ -47,7 +51,7 @@ TARGETS = {"forward": ("if4", 2.3), "forward and backward": (None, 3.0)}
 
 
 def rounding(args) -> list[dict]:
-    """One row for each way to round."""
+    """Return one row for each rounding."""
     x = jax.random.normal(jax.random.key(args.seed), (2048, 512))
     signs = ifjax.random_signs(jax.random.key(args.seed + 1), 128)
     rotated, key = ifjax.hadamard(x, size=128, signs=signs), jax.random.key(args.seed + 2)
@@ -67,7 +71,7 @@ def rounding(args) -> list[dict]:
 
 
 def layers(args):
-    """(name, x, w, g) of layers that look like those of a transformer."""
+    """Return (name, x, w, g) of layers that resemble those of a transformer."""
     rng, n = np.random.default_rng(args.seed), args.width
     normal = functools.partial(rng.standard_normal, dtype=np.float32)
     x, w = normal((args.rows, n)), normal((n, n)) / np.sqrt(n, dtype=np.float32)
@@ -79,7 +83,7 @@ def layers(args):
 
 
 def gradients(args) -> list[dict]:
-    """One row for each layer, recipe and product."""
+    """Return one row for each layer, recipe and product."""
     rows = []
     for name in args.recipes:
 
@@ -97,7 +101,7 @@ def gradients(args) -> list[dict]:
                 squares = [s + np.sum(got**2) for s, got in zip(squares, gots, strict=True)]
             for product, want, got, s, q in zip(("y", "dx", "dw"), wants, gots, total, squares, strict=True):
                 mean, power = s / args.keys, np.sum(want**2)
-                noise = (q / args.keys - np.sum(mean**2)) / max(args.keys - 1, 1)  # of the mean, all values together
+                noise = (q / args.keys - np.sum(mean**2)) / max(args.keys - 1, 1)  # of the mean, over all values
                 error = np.sum((got - want) ** 2)
                 row = {"layer": layer, "recipe": name, "product": product}
                 row |= {"cosine": np.vdot(got, want) / np.sqrt(np.sum(got**2) * power)}
@@ -109,7 +113,7 @@ def gradients(args) -> list[dict]:
 
 
 def residuals(args) -> list[dict]:
-    """One row for each recipe and kind of residuals."""
+    """Return one row for each recipe and kind of residuals."""
     n, rows = args.width, []
 
     def kept(recipe, tokens, features):
@@ -125,7 +129,7 @@ def residuals(args) -> list[dict]:
         for residuals in ("float", "packed"):
             try:
                 recipe = dataclasses.replace(recipe, residuals=residuals)
-            except ValueError:  # nothing of it is packed
+            except ValueError:  # the recipe has no residuals to pack
                 continue
             least = kept(recipe, 512, 512)
             of_x, of_w = (kept(recipe, *lengths) - least for lengths in ((1024, 512), (512, 1024)))
@@ -135,7 +139,7 @@ def residuals(args) -> list[dict]:
 
 
 def time(args) -> list[dict]:
-    """One row for each recipe: its time over that of bf16."""
+    """Return one row for each recipe, with its time divided by that of bf16."""
     keys = jax.random.split(jax.random.key(args.seed), 4)
     shapes = (512, args.size), (args.size, args.size), (512, args.size)
     x, w, g = (jax.random.normal(k, s).astype(jnp.bfloat16) for k, s in zip(keys, shapes, strict=False))
@@ -166,7 +170,7 @@ def time(args) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown."""
+    """Return the rows as a Markdown table."""
     def cell(value):
         return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 

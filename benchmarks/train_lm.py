@@ -1,29 +1,29 @@
-"""What does training in 4 bits cost a small language model, in loss, time and memory?
+"""The loss, time and memory of training a small language model in 4 bits.
 
     python benchmarks/train_lm.py [--recipes bf16 nvfp4 if4 ...] [--seeds 0 1 2] [--steps 500] [--out DIR]
     python benchmarks/train_lm.py --time 20 --recipes bf16 if4 --out DIR
     python benchmarks/train_lm.py --summary --out DIR
 
-A decoder-only transformer (linen) reads bytes of Python's standard library: each file as a whole is for training or for
-validation, as a hash of its name says. All linear layers are quantized as the recipe says but those of the last block
-and the output head; embeddings, norms and attention's own products are in --dtype. A seed gives the initial parameters,
-the order of the data and the noise; recipes of one seed share all three, so that gaps are taken seed by seed.
+A decoder-only transformer (linen) is trained on the bytes of Python's standard library. A hash of its name assigns each
+file to training or validation. The recipe quantizes all linear layers except those of the last block and the output
+head. Embeddings, norms and attention's own products are in --dtype. The seed determines the initial parameters, the
+order of the data and the noise. Recipes with the same seed share all three, so that gaps are computed seed by seed.
 
-A run is a pure function of its settings, recipe and seed. It is checkpointed every --every steps with all that it has
-recorded; killed and started again with the same arguments on the same machine it goes on, and gives the same losses to
-the last bit (on GPUs with XLA_FLAGS="--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0", not tried yet).
-Finished runs are not run again.
+A run is a pure function of its settings, recipe and seed. Every --every steps a checkpoint is saved with all recorded
+figures. If a run is killed and started again with the same arguments on the same machine, it continues and gives the
+same losses, bit for bit (on GPUs with XLA_FLAGS="--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0", which
+has not been tried). Finished runs are not repeated.
 
-DIR gets a JSON file a run, curves of all its runs (curves.png) and the checkpoints. --time takes steps of all recipes
-in turn, for comparing speed on a machine with neighbours; the summary prefers its times to those of the runs. The
-defaults (2.8 million parameters) suit two CPU cores. For a GPU, 38 million parameters:
+DIR receives a JSON file per run, curves of all runs (curves.png) and the checkpoints. --time times steps of all recipes
+in turn, to compare their speed on a shared machine; the summary prefers these times to those of the runs. The defaults
+(2.8 million parameters) suit two CPU cores. For a GPU, with 38 million parameters, use:
 
     --layers 12 --dim 512 --heads 8 --hidden 1408 --batch 64 --length 1024 --steps 5000 --rate 1e-3 --dtype bfloat16
 
---ngpt trains a normalized transformer instead (arXiv 2605.06067): weights and hidden states are of length 1, so that
-the amax of the forward pass is fixed at 1 and nothing is rotated. --moments if6 stores AdamW's moments in that format.
+--ngpt trains a normalized transformer instead (arXiv 2605.06067): weights and hidden states have length 1, so that the
+amax of the forward pass is fixed at 1 and nothing is rotated. --moments if6 stores AdamW's moments in that format.
 
-Needs `pip install orbax-checkpoint` beside ifjax[flax,viz].
+Besides ifjax[flax,viz], the benchmark needs `pip install orbax-checkpoint`.
 """
 
 import argparse
@@ -56,16 +56,16 @@ BYTES = 256
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that runs of one comparison share. Each field is a flag."""
+    """The settings that all runs of a comparison share; each field is a command-line flag."""
 
     layers: int = 6  # the last one is never quantized
     dim: int = 192
     heads: int = 6
     hidden: int = 512
-    mlp: str = "swiglu"  # or gelu
+    mlp: str = "swiglu"  # "swiglu" or "gelu"
     ngpt: bool = False
     remat: bool = False
-    dtype: str = ""  # that layers compute in: float32 on CPUs, else bfloat16
+    dtype: str = ""  # dtype in which layers compute; by default float32 on CPUs, else bfloat16
     steps: int = 500
     batch: int = 8
     length: int = 256
@@ -73,8 +73,8 @@ class Settings:
     warmup: int = 50
     decay: float = 0.1
     clip: float = 1.0
-    moments: str = ""  # a format, as if6
-    windows: int = 128  # of validation
+    moments: str = ""  # the format of AdamW's moments, such as if6
+    windows: int = 128  # number of validation windows
     every: int = 100
 
     def __post_init__(self):
@@ -99,31 +99,31 @@ class Settings:
 
 
 class Data(NamedTuple):
-    """Bytes of files, one after another with a zero byte after each, and a hash of both parts."""
+    """The concatenated bytes of files, with a zero byte after each, and a hash of both parts."""
 
     training: np.ndarray
     validation: np.ndarray
     digest: str
 
 
-# Tests and generated tables: installations have them or not, and tables are half of what is left.
+# Tests and generated tables are left out: not all installations have them, and tables would be half of the data.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "encodings", "pydoc_data"}
 
 
 def is_for_validation(name: str) -> bool:
-    """One file in sixteen, by its name."""
+    """Return whether a file is for validation; by a hash of its name, one in 16 is."""
     return hashlib.sha256(name.encode()).digest()[0] < 16
 
 
 def split(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the files for training, and of those for validation, relative to the folder, in order."""
+    """Return the sorted names, relative to the folder, of the files for training and of those for validation."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     names = [name for name in names if not _LEFT_OUT & set(name.split("/")) and "_sysconfigdata" not in name]
     return [name for name in names if not is_for_validation(name)], [name for name in names if is_for_validation(name)]
 
 
 def load(folder: Path | None = None, length: int = 1) -> Data:
-    """The standard library, or the *.py files of a folder."""
+    """Load the standard library, or the *.py files of a folder."""
     folder = Path(sysconfig.get_path("stdlib") if folder is None else folder)
     parts = [b"".join((folder / name).read_bytes() + b"\0" for name in names) for names in split(folder)]
     if min(map(len, parts)) <= length:
@@ -133,14 +133,14 @@ def load(folder: Path | None = None, length: int = 1) -> Data:
 
 
 def batch_at(training: jax.Array, key: jax.Array, step: jax.Array, settings: Settings) -> jax.Array:
-    """[batch, length + 1] bytes: a pure function of the key and the step."""
+    """Return the training bytes [batch, length + 1] of a step, a pure function of the key and the step."""
     last = training.shape[0] - settings.length - 1
     starts = jax.random.randint(jax.random.fold_in(key, step), (settings.batch,), 0, last + 1)
     return jax.vmap(lambda i: jax.lax.dynamic_slice(training, (i,), (settings.length + 1,)))(starts)
 
 
 def validation_batches(validation: np.ndarray, settings: Settings) -> np.ndarray:
-    """[batches, batch, length + 1] bytes, the same at all times, spread evenly."""
+    """Return the fixed validation bytes [batches, batch, length + 1], spread evenly over the data."""
     starts = np.linspace(0, len(validation) - settings.length - 1, settings.windows).astype(np.int64)
     windows = np.stack([validation[i : i + settings.length + 1] for i in starts])
     return windows.reshape(-1, settings.batch, settings.length + 1)
@@ -150,13 +150,13 @@ def validation_batches(validation: np.ndarray, settings: Settings) -> np.ndarray
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Rows of length 1."""
+    """Return x with its rows normalized to length 1."""
     wide = x.astype(jnp.float32)
     return (wide * jax.lax.rsqrt((wide * wide).sum(-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
 def rotary(x: jax.Array) -> jax.Array:
-    """x [batch, length, heads, features], with features turned by angles that grow with the position."""
+    """Return x [batch, length, heads, features], with features rotated by angles that grow with the position."""
     half = x.shape[-1] // 2
     frequencies = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequencies[None]
@@ -166,7 +166,7 @@ def rotary(x: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Attention and MLP; of nGPT if the settings say so. Returns a pair, as nn.scan wants it."""
+    """Attention and an MLP, of nGPT if the settings say so; it returns a pair, as nn.scan requires."""
 
     settings: Settings
 
@@ -200,7 +200,7 @@ class Block(nn.Module):
         return nn.Dense(features, use_bias=False, dtype=self.settings.dtype, name=name, **options)
 
     def _out(self, name):
-        # The sum of all blocks starts with the variance of one.
+        # The initial variance of the sum over all blocks is that of a single block.
         init = nn.initializers.variance_scaling(0.5 / self.settings.layers, "fan_in", "normal")
         return self._dense(name, self.settings.dim, kernel_init=init)
 
@@ -211,7 +211,7 @@ class Block(nn.Module):
         return unit(y) if self.settings.ngpt else y
 
     def _gain(self, name, *shape):
-        """Ones to start with, stored small: AdamW's steps have one size whatever they are added to."""
+        """Return a gain that starts as ones; its parameter is small, because AdamW's steps do not scale with it."""
         start = self.settings.dim**-0.5
         gain = self.param(name, nn.initializers.constant(start), shape) / start
         return gain.reshape((1,) * (3 - len(shape) + (len(shape) > 1)) + shape[-2:]).astype(self.settings.dtype)
@@ -225,7 +225,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Bytes [batch, length] to float32 logits. The last block is a module of its own, for rules to name."""
+    """A model from bytes [batch, length] to float32 logits; the last block is a module that rules can match."""
 
     settings: Settings
 
@@ -248,7 +248,7 @@ class Transformer(nn.Module):
 
 
 def on_sphere(params: Any) -> Any:
-    """nGPT's matrices, with vectors of length 1 in the model's dimension."""
+    """Return nGPT's parameters, with the matrices' vectors along the model's dimension normalized to length 1."""
 
     def project(path, a):
         names = [entry.key for entry in path]
@@ -261,10 +261,10 @@ def on_sphere(params: Any) -> Any:
 
 
 def bounded(recipe: Recipe) -> Recipe:
-    """The recipe for nGPT: x and w take an amax of 1, that of gradients is measured, and nothing is rotated.
+    """Return the recipe for nGPT: x and w have a fixed amax of 1, gradients a measured one, and nothing is rotated.
 
     Raises:
-        ValueError: the recipe has MS-EDEN, which is for rotated operands.
+        ValueError: the recipe uses MS-EDEN, which needs rotated operands.
     """
     products = (recipe.fprop, recipe.dgrad, recipe.wgrad)
     if any(operand.rounding == "ms_eden" for product in products for operand in product.operands):
@@ -284,7 +284,7 @@ def bounded(recipe: Recipe) -> Recipe:
 
 
 def rules(recipe: str, settings: Settings) -> tuple[ifjax.Rule, ...]:
-    """All linear layers by the recipe, but for the last block and the head."""
+    """Return rules that apply the recipe to all linear layers except those of the last block and the head."""
     record = bounded(get_recipe(recipe)) if settings.ngpt else get_recipe(recipe)
     return ifjax.Rule("last/.*|head", None), ifjax.Rule(".*", recipe=record)
 
@@ -293,9 +293,10 @@ def rules(recipe: str, settings: Settings) -> tuple[ifjax.Rule, ...]:
 
 
 def optimizer(settings: Settings, key: jax.Array | int = 0) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay to a tenth, and clipping; matrices alone decay, and none on nGPT's spheres.
+    """Return AdamW with warm-up, cosine decay to a tenth of the rate, and clipping.
 
-    The key is of the noise of --moments, and goes into the state.
+    Weight decay applies to matrices only, and not to nGPT. The key seeds the noise of --moments and is kept in the
+    state.
     """
     s = settings
     schedule = optax.warmup_cosine_decay_schedule(0.0, s.rate, s.warmup, s.steps, end_value=s.rate / 10)
@@ -310,13 +311,13 @@ def optimizer(settings: Settings, key: jax.Array | int = 0) -> optax.GradientTra
 
 
 class Program:
-    """The compiled step and validation of one recipe, for any seed: it is a part of the state.
+    """The compiled step and validation of one recipe, for any seed; the seed is part of the state.
 
     Attributes:
-        initial: seed to the state at step 0.
-        step: (state, training bytes) to the next state, which takes the first one's memory.
-        validate: (state, validation batches) to nats a byte: by the quantized forward pass, as it was trained.
-        seconds: that compiling the step took.
+        initial: returns the state at step 0 from a seed.
+        step: returns the next state from (state, training bytes); it donates the state.
+        validate: returns nats per byte from (state, validation batches), by the quantized forward pass.
+        seconds: the seconds of the step's compilation.
     """
 
     def __init__(self, recipe: str, settings: Settings, training: jax.Array):
@@ -331,12 +332,12 @@ class Program:
 
     @property
     def temporary_bytes(self) -> int | None:
-        """Memory of a step beside its arguments and results; None where XLA does not say."""
+        """The bytes of a step's temporaries; None if XLA does not report them."""
         analysis = self.step.memory_analysis()
         return None if analysis is None else int(analysis.temp_size_in_bytes)
 
     def abstract(self) -> dict[str, Any]:
-        """Shapes and dtypes of the state, and the device."""
+        """Return the state's shapes and dtypes, placed on the first device."""
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shapes = jax.eval_shape(self._initial, jnp.int32(0))
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)
@@ -367,7 +368,7 @@ class Program:
         return state | {"params": params, "optimizer": opt, "step": step + 1, "losses": losses}
 
     def _validate(self, state, batches):
-        key = jax.random.fold_in(_key(state["seed"], "noise"), self.settings.steps)  # of no training step
+        key = jax.random.fold_in(_key(state["seed"], "noise"), self.settings.steps)  # no training step has this number
         return jax.lax.map(lambda tokens: self._loss(state["params"], tokens, key), batches).mean()
 
 
@@ -377,7 +378,7 @@ def _key(seed, purpose: str) -> jax.Array:
 
 @functools.lru_cache(maxsize=16)
 def _compiled(recipe: str, settings: Settings, size: int) -> Program:
-    """For training data of `size` bytes."""
+    """Return the program of a recipe for training data of `size` bytes."""
     return Program(recipe, settings, jax.ShapeDtypeStruct((size,), jnp.uint8))
 
 
@@ -389,13 +390,15 @@ def train(
     recipe: str, seed: int, settings: Settings, data: Data, out: Path, *,
     watch: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, Any]:
-    """What `out`/RECIPE-seedN.json says after the run: made now, from the last checkpoint on, or there already.
+    """Return the record of a run, `out`/RECIPE-seedN.json.
+
+    If the file exists, it is read. Otherwise the run starts, or continues from its last checkpoint.
 
     Args:
         watch: called after each step with the number of steps done and the loss.
 
     Raises:
-        ValueError: `out` has this run with other settings or data.
+        ValueError: `out` contains this run with other settings or data.
         FloatingPointError: a loss is not finite.
     """
     import orbax.checkpoint as ocp
@@ -412,7 +415,7 @@ def train(
     training = jnp.asarray(data.training)
     batches = jnp.asarray(validation_batches(data.validation, settings))
     program = _compiled(recipe, settings, training.size)
-    # Saved before the next step runs: that one takes the memory of what is being saved.
+    # Saving is synchronous, because the next step reuses the memory of the state that is being saved.
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     with ocp.CheckpointManager(folder, options=options, metadata=about) as manager:
         latest = manager.latest_step()
@@ -450,7 +453,7 @@ def train(
 
 
 def _numbers(a) -> list[float]:
-    """Float32 numbers, in the fewest digits that give them back."""
+    """Return float32 numbers as floats with the fewest digits that round-trip."""
     return [float(str(x)) for x in np.asarray(a, np.float32)]
 
 
@@ -462,14 +465,14 @@ def _check_same(wanted: dict, found: dict, where: Path) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    """All of it or nothing, should the process be killed."""
+    """Write a text file atomically."""
     part = file.with_suffix(".part")
     part.write_text(text)
     os.replace(part, file)
 
 
 def measure(recipes: Iterable[str], settings: Settings, data: Data, out: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of a step of each recipe, taken in turn; also written to `out`/times.json."""
+    """Return the seconds of a step of each recipe, timed in turn, and write them to `out`/times.json."""
     from codec import alternate, machine
 
     about = machine()
@@ -497,14 +500,14 @@ def measure(recipes: Iterable[str], settings: Settings, data: Data, out: Path, r
     return record
 
 
-# --- what came of it -------------------------------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------------------------------
 
 
 def read(out: Path) -> tuple[dict[str, dict[int, dict]], dict[str, dict]]:
-    """Runs by recipe and seed, and times by recipe.
+    """Return the runs by recipe and seed, and the times by recipe.
 
     Raises:
-        ValueError: there are none, or they are no comparison: settings, data or the size of the model differ.
+        ValueError: there are no runs, or they cannot be compared because settings or data differ.
     """
     runs: dict[str, dict[int, dict]] = {}
     first = None
@@ -526,7 +529,7 @@ def read(out: Path) -> tuple[dict[str, dict[int, dict]], dict[str, dict]]:
 
 
 def gap(runs: dict[str, dict[int, dict]], recipe: str, against: str = "bf16") -> tuple[float, float] | None:
-    """Mean over the seeds that both have of the difference in validation loss, and its standard error."""
+    """Return the mean difference in validation loss over the seeds that both recipes have, and its standard error."""
     seeds = sorted(runs[recipe].keys() & runs.get(against, {}).keys())
     if not seeds:
         return None
@@ -535,7 +538,7 @@ def gap(runs: dict[str, dict[int, dict]], recipe: str, against: str = "bf16") ->
 
 
 def rows(runs: dict[str, dict[int, dict]], times: dict[str, dict]) -> list[dict[str, str]]:
-    """The summary's table."""
+    """Return the rows of the summary's table."""
 
     def seconds(recipe):
         if recipe in times:
@@ -566,10 +569,10 @@ def rows(runs: dict[str, dict[int, dict]], times: dict[str, dict]) -> list[dict[
 
 
 def verdict(runs: dict[str, dict[int, dict]]) -> str:
-    """What the seeds tell, and what they cannot.
+    """Return a text that states which differences between recipes are significant.
 
-    Losses are taken as recipe + seed + noise of one variance, estimated from all recipes at once: three differences
-    alone would leave it nearly unknown. The bound holds for all pairs at once (Bonferroni).
+    The model of a loss is recipe + seed + noise. The noise's variance is estimated from all recipes together, because
+    three differences alone would leave it nearly unknown. The bound holds for all pairs at once (Bonferroni).
     """
     scope = "Other models, data and lengths of training may order them otherwise, whatever seeds say."
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed in runs.values())))
@@ -595,7 +598,7 @@ def verdict(runs: dict[str, dict[int, dict]]) -> str:
 
 
 def summary(out: Path, markdown: Path | None = None) -> None:
-    """Prints the table and the verdict; the same as Markdown to a file."""
+    """Print the table and the verdict, and write them as Markdown to a file if `markdown` is given."""
     from rich.console import Console
     from rich.table import Table
 
@@ -621,7 +624,7 @@ def summary(out: Path, markdown: Path | None = None) -> None:
 
 
 def plot(out: Path) -> Path:
-    """`out`/curves.png: validation losses, and gaps to bf16 of training losses, seed by seed."""
+    """Plot to `out`/curves.png the validation losses, and the gaps of training losses to bf16 seed by seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -681,7 +684,7 @@ def main(arguments: list[str] | None = None) -> None:
             plot(args.out)
             return summary(args.out, args.markdown)
         for recipe in args.recipes:
-            rules(recipe, settings)  # says now what does not go together
+            rules(recipe, settings)  # raises now for settings that the recipe does not support
         data = load(args.data, settings.length)
         if args.time:
             for recipe, row in measure(args.recipes, settings, data, args.out, args.time)["times"].items():
@@ -694,7 +697,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_all(args: argparse.Namespace, settings: Settings, data: Data) -> None:
-    """Every recipe with every seed; seeds outside, so that what there is at any time can be compared."""
+    """Run every recipe with every seed; the outer loop is over seeds, so that partial results can be compared."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
     columns = [*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}")]

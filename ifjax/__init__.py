@@ -1,22 +1,22 @@
 """Adaptive block-scaled number formats for JAX.
 
 Quantize:    quantize, dequantize, fake_quantize, explain_quantize, kernels, QTensor
-Rearrange:   dynamic_slice, dynamic_update_slice, concatenate, stack (QTensor has the methods of arrays)
+Rearrange:   dynamic_slice, dynamic_update_slice, concatenate, stack (QTensor also has array methods)
 Formats:     FORMATS, get_format, learn_format, Format, Candidate, Grid, Scale, TableScale
 Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
-Models:      quantize_params, fake_quantize_params, quantized, trace_products, Site, gptq, trainable_mask, Report
-             plan_formats, FormatPlan, Rule, default_rules, load_rules, save_rules
+Models:      quantize_params, fake_quantize_params, calibrate, quantized, trace_products, Site, gptq, trainable_mask
+             Report, plan_formats, FormatPlan, Rule, default_rules, load_rules, save_rules
 Serve:       PackedCache, pack_cache
 Training:    quantized_dot_general, recipes, ms_eden, training_report, optim, lora, partition, combine
-Flax:        interceptors, calibrate, PackedParam, with_recipes (these import flax when first used)
+Flax:        interceptors, PackedParam, with_recipes (import flax on first use)
 Rotate:      hadamard, inverse_hadamard, random_signs
 Place:       device_put, shardings
-Store:       save_file, load_file, open_file (safetensors), convert (file to file), checkpoint (Orbax, too)
-Exchange:    exchange (other tools' layouts)
-Look:        analysis (errors), evaluate (a model beside its packed twin), plots (imports matplotlib)
+Store:       save_file, load_file, open_file (safetensors), convert (file to file), checkpoint (including Orbax)
+Exchange:    exchange (layouts of other tools)
+Look:        analysis (errors), evaluate (compare a model with its packed version), plots (imports matplotlib)
 Hardware:    mac (IF4 and NVFP4 multiply-accumulate units)
 
-The rooms that these come from, bottom to top: numerics, formats, codec, arrays, products, training, models, files,
+Subpackages, from the lowest layer to the highest: numerics, formats, codec, arrays, products, training, models, files,
 exchange, convert, measure, cli.
 """
 
@@ -72,8 +72,8 @@ if TYPE_CHECKING:
     from ifjax.files import checkpoint
     from ifjax.measure import evaluate, mac, plots
     from ifjax.models import lora
+    from ifjax.models.calibration import Calibration, calibrate
     from ifjax.models.flax import interceptors
-    from ifjax.models.flax.calibration import Calibration, calibrate
     from ifjax.models.flax.nnx import PackedParam, with_recipes
     from ifjax.training import optim
 
@@ -151,7 +151,7 @@ __all__ = [
     "with_recipes",
 ]
 
-# What is imported when it is first asked for, and the extra that it needs.
+# Modules that are imported on first access, each with the pip extra that it needs.
 _LAZY_MODULES = {
     "analysis": ("ifjax.measure", None),
     "checkpoint": ("ifjax.files", None),
@@ -165,16 +165,16 @@ _LAZY_MODULES = {
     "recipes": ("ifjax.training", None),
 }
 _LAZY_NAMES = {
-    "Calibration": "ifjax.models.flax.calibration",
+    "Calibration": "ifjax.models.calibration",
     "PackedParam": "ifjax.models.flax.nnx",
-    "calibrate": "ifjax.models.flax.calibration",
+    "calibrate": "ifjax.models.calibration",
     "evaluate": "ifjax.measure.evaluation",
     "with_recipes": "ifjax.models.flax.nnx",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, so that `import ifjax` is light and works without extras."""
+    """Import a lazy name on first access, so that `import ifjax` is fast and works without extras."""
     if name not in _LAZY_MODULES and name not in _LAZY_NAMES:
         raise AttributeError(f"module 'ifjax' has no attribute {name!r}")
     module, extra = _LAZY_MODULES.get(name) or (_LAZY_NAMES[name], "flax")

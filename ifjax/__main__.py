@@ -1,4 +1,4 @@
-"""`python -m ifjax`"""
+"""The entry point of `python -m ifjax`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes of files and folders, and locks of folders."""
 
 import contextlib
 import errno
@@ -25,18 +25,20 @@ Around = Callable[[], contextlib.AbstractContextManager[Any]]
 def replacing(
     path: str | os.PathLike, *, follow: bool = True, around: Around = contextlib.nullcontext
 ) -> Iterator[Any]:
-    """A new binary file, unbuffered, that takes the place of `path` once the block has ended without an error.
+    """Yield a new unbuffered binary file that replaces `path` when the block ends without an error.
 
-    Until then it has a name of its own in the same folder, `.NAME.*.tmp`, and is removed if anything goes wrong. Data
-    and folder are synced, so that a crash leaves the old file or the new one. A link stays one, and its target is
-    replaced, unless `follow` is false.
+    Until then the file has a temporary name in the same folder, `.NAME.*.tmp`. On an error it is removed. File and
+    folder are synced, so that a crash leaves the old file or the new one. If `path` is a link, its target is replaced,
+    or the link itself if `follow` is false.
 
     Args:
-        around: what belongs to the change: entered before the file is put in its place, left after it, while no other
+        path: the file to replace or create.
+        follow: whether to follow links.
+        around: returns a context manager that is entered before the file is renamed and left afterwards, while no other
             writer changes the folder.
 
     Raises:
-        OSError: it cannot be written, or `path` is no file.
+        OSError: the file cannot be written, or `path` is not a regular file.
     """
     path = Path(os.path.realpath(path) if follow else path)
     if not path.parent.is_dir():
@@ -60,9 +62,10 @@ def _make_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """Make a file or folder beside `path`, which is gone when the block has ended, unless it was renamed.
+    """Create a temporary file or folder beside `path` and remove it when the block ends, unless it was renamed.
 
-    It is locked until then: those of the same name that nobody locks are of writers that died, and are removed.
+    It is locked until then. Temporary files for the same `path` that are not locked belong to writers that died, and
+    are removed first.
     """
     name = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
     with locked(path.parent) as alone:
@@ -76,7 +79,7 @@ def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
         guard = _lock(name, wait=False)
     held, real = _held(), Path(os.path.realpath(name))
     if guard is not None:
-        held.add(real)  # of a folder: what is written in it need not lock it again
+        held.add(real)  # if it is a folder, writes in it by this thread do not lock it again
     try:
         yield name
     finally:
@@ -90,14 +93,14 @@ _DOUBTFUL = "doubtful.json"
 
 
 def note_doubtful(folder: Path, files: Mapping[Path, str], index: Path) -> None:
-    """Note in a temporary folder which files are of no use unless the index beside it names them.
+    """Record in a temporary folder which files are useless unless the index file beside the folder lists them.
 
-    Should this process die, the next writer of the name removes those that the index does not name.
+    If this process dies, the next writer of the same name removes the files that the index file does not list.
 
     Args:
-        folder: as `temporary_folder` makes it.
-        files: where they are now, and their names beside the folder, now or soon.
-        index: a text that names files, as JSON strings.
+        folder: a folder created by `temporary_folder`.
+        files: the files' present paths, and their present or future names beside the folder.
+        index: the path of the index file, a text file that lists file names as JSON strings.
     """
     known = {name: file.stat().st_ino for file, name in files.items()}
     write_text(folder / _DOUBTFUL, json.dumps({"index": index.name, "files": known}))
@@ -107,11 +110,11 @@ def _remove_doubtful(left: Path) -> None:
     try:
         note = json.loads((left / _DOUBTFUL).read_text())
         index, files = left.with_name(note["index"]), [(left.with_name(n), i) for n, i in note["files"].items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # most have none
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # most temporary folders have no such record
         return
     named = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
     for file, inode in files:
-        # Under a name of which somebody else has made another file meanwhile, that one stays.
+        # If another writer has created another file of this name meanwhile, its inode differs and it is kept.
         if json.dumps(file.name, ensure_ascii=False) not in named and file.is_file() and file.stat().st_ino == inode:
             file.unlink()
 
@@ -129,15 +132,15 @@ _HELD = threading.local()
 
 
 def _held() -> set[Path]:
-    """What this thread has locked."""
+    """Return the paths that this thread has locked."""
     return _HELD.__dict__.setdefault("paths", set())
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Let no other writer of this library, of any process, change the folder's files within the block.
+    """Keep other writers of this library, in any process, from changing the folder's files within the block.
 
-    It is the folder that is locked: no file is made for it. False where file systems have no locks.
+    The folder itself is locked; no lock file is created. Yields False if the file system has no locks.
     """
     folder = Path(os.path.realpath(folder))
     held = _held()
@@ -157,7 +160,7 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def _lock(path: Path, *, wait: bool) -> int | None:
-    """The descriptor that holds a lock on a file or folder; None if somebody else has it, or there are none."""
+    """Lock a file or folder and return the descriptor that holds the lock; None if it is taken or not supported."""
     if fcntl is None:
         return None
     try:
@@ -173,8 +176,8 @@ def _lock(path: Path, *, wait: bool) -> int | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in it last through a crash."""
-    if os.name != "posix":  # elsewhere folders cannot be opened
+    """Sync a folder, so that renames in it survive a crash."""
+    if os.name != "posix":  # other systems cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -184,25 +187,25 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str, *, follow: bool = True) -> None:
-    """The file appears whole or stays as it was."""
+    """Write a text file atomically, in UTF-8."""
     with replacing(path, follow=follow) as file:
         write_all(file, text.encode())
 
 
 def write_all(file: Any, data: Any) -> None:
-    """Write all of a buffer to an unbuffered file."""
+    """Write a whole buffer to an unbuffered file."""
     view = memoryview(data)
-    while len(view):  # a full disk takes a part before it refuses the rest
+    while len(view):  # a write to a nearly full disk may be partial before the next one fails
         view = view[file.write(view) :]
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Make a folder under another name beside `path`, which becomes `path` once the block has ended without an error.
+    """Yield a new folder with a temporary name that is renamed to `path` when the block ends without an error.
 
     Raises:
-        FileExistsError: there is something at `path` that is no empty folder.
-        OSError: it cannot be made.
+        FileExistsError: `path` is a folder that is not empty.
+        OSError: the folder cannot be created or renamed.
     """
     path = Path(os.path.realpath(path))
     if path.is_dir() and any(path.iterdir()):
@@ -214,5 +217,5 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def temporary_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
-    """A folder beside `path`, `.NAME.*.tmp`, that is gone when the block has ended, unless it was renamed."""
+    """Create a folder `.NAME.*.tmp` beside `path` and remove it when the block ends, unless it was renamed."""
     return _temporary(path, Path.mkdir)

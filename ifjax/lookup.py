@@ -1,4 +1,4 @@
-"""Named records: one table for each kind, in which a name stands for a record."""
+"""Registries of named records, one for each kind of record."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,12 +8,12 @@ R = TypeVar("R")
 
 
 class Registry(Mapping[str, R], Generic[R]):
-    """Records of one kind by name, in the order they were added. Reads as a dictionary; `register` adds to it.
+    """A read-only mapping from names to records of one kind, in the order in which `register` added them.
 
     Attributes:
-        kind: what an error calls a record, as in "format".
-        record_type: the records' class.
-        where: where a user finds the table, as in "ifjax.FORMATS".
+        kind: the noun for a record in error messages, such as "format".
+        record_type: the class of the records.
+        where: the public name of the registry, such as "ifjax.FORMATS".
     """
 
     def __init__(self, kind: str, record_type: type[R], where: str, records: Iterable[R] = ()):
@@ -23,11 +23,11 @@ class Registry(Mapping[str, R], Generic[R]):
             self.register(record)
 
     def register(self, record: R, name: str | None = None) -> R:
-        """Add a record under its own name, or another one, and return it. Adding an equal record again is harmless.
+        """Add a record under `name`, by default its own name, and return it; adding an equal record again is harmless.
 
         Raises:
-            TypeError: a record of another class.
-            ValueError: the name stands for another record already.
+            TypeError: the record has another class.
+            ValueError: another record has the name already.
         """
         if not isinstance(record, self.record_type):
             raise TypeError(f"needs a {self.record_type.__name__}, got {type(record).__name__}")
@@ -38,11 +38,11 @@ class Registry(Mapping[str, R], Generic[R]):
         return record
 
     def find(self, record: "str | R") -> R:
-        """Return the record itself, or the one with this name.
+        """Return the record of that name, or the given record itself.
 
         Raises:
-            ValueError: unknown name; the message lists the nearest ones.
-            TypeError: neither a name nor a record.
+            ValueError: the name is unknown; the message lists the nearest names.
+            TypeError: the argument is neither a name nor a record.
         """
         if isinstance(record, self.record_type):
             return record
@@ -56,7 +56,7 @@ class Registry(Mapping[str, R], Generic[R]):
         return self[record]
 
     def name_of(self, record: R) -> "str | R":
-        """Return the name of a record that the table holds under its own name, else the record."""
+        """Return the record's name if the registry holds the record under that name, else the record."""
         name = getattr(record, "name", None)
         return name if isinstance(name, str) and self.get(name) == record else record
 
@@ -71,7 +71,7 @@ class Registry(Mapping[str, R], Generic[R]):
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return a question that lists the names nearest to one that is unknown, or all of them."""
+    """Return a question that lists the names nearest to an unknown name, or all names if none is near."""
     names = list(names)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)
     return f"did you mean {', '.join(near)}?"

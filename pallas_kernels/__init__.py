@@ -1,9 +1,11 @@
-"""Pallas kernels that know tiles and memory, and no number format: what a code means is a record they are handed.
+"""Pallas kernels for block-scaled formats. Kernels know tiles and memory; the number format is a record argument.
 
-decoding     that record
-gpu_matmul   packed weights on Hopper GPUs, through Mosaic GPU
-tpu_matmul   packed weights on TPUs
+decoding     the record that describes a 4-bit format to the matmul kernels
+gpu_matmul   products with packed weights on Hopper GPUs, through Mosaic GPU
+tpu_matmul   products with packed weights on TPUs
+gpu_blocks   encoding and decoding of blocks on NVIDIA GPUs, through Triton
+tpu_blocks   encoding and decoding of blocks on TPUs
 tiles        tile choices for GPUs, from a file that `autotune` writes
 
-Imports jax only, never ifjax.
+The package imports jax only, never ifjax.
 """

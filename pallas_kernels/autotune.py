@@ -1,12 +1,13 @@
-"""Measures which tiles are fastest on the GPU that is present, and writes the table that `tiles.choose` reads.
+"""Measurement of the fastest tiles on the local GPU, written to the table that `tiles.choose` reads.
 
     python -m pallas_kernels.autotune --out pallas_kernels/tiles.json [--device-kind H200] [--shapes 4096x4096 ...]
                                       [--rows 1 16 64 ...] [--dtypes bfloat16 ...]
 
-Of each candidate the result is compared with the reference's first; one that errs or fails is reported and left out. A
-time is the median of calls one after the other, each on weights of its own, as many as do not fit the L2 cache. The
-table is written whole, at the end, or not at all. Entries of other devices stay; those of this device that nothing was
-measured for stay behind the measured ones. Without a GPU of the wanted kind it says so and exits with code 2.
+Each candidate's result is first compared with the reference. A candidate that is wrong or fails is reported and left
+out. A time is the median over runs of the mean time of consecutive calls, each on its own weights, which together
+exceed the L2 cache. The table is written at the end, completely or not at all. Entries of other devices are kept. This
+device's unmeasured entries are kept after the measured ones. Without a GPU of the requested kind the program prints
+this and exits with code 2.
 """
 
 import argparse
@@ -35,21 +36,21 @@ BEYOND_CACHE = 300e6  # bytes
 
 
 def candidates(m: int, n: int, k: int, out_dtype, blocks: int) -> Iterator[Tiles]:
-    """Tiles that fit m rows of x, with as many stages as there is memory for and with about half of them."""
+    """Yield tiles that fit m rows of x, with as many stages as memory allows and with about half as many."""
     heights = [height for height in (8, 16, 32, 64, 128, 192, 256) if height < 2 * m or height == 8]
     heights = heights[-3 if m > 64 else -2 :]
     bands = (2, 4, 8) if m >= 1024 else (4,)
     shares = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))
     for cluster, height, (across, along), units, band in itertools.product((1, 2), heights, shares, (1, 2), bands):
         if across * along == 1 and height > 64:
-            continue  # one warpgroup cannot decode and multiply at once
+            continue  # a single warpgroup cannot overlap decoding and multiplying
         cuts = [Tiles(height, across, along, units, stages, blocks, band, cluster) for stages in range(8, 1, -1)]
         cuts = [cut for cut in cuts if cut.misfit(n, k, out_dtype) is None]
         yield from {cuts[0], cuts[len(cuts) // 2]} if cuts else ()
 
 
 def measure(m: int, n: int, k: int, dtype, blocks: int) -> list[tuple[float, Tiles]]:
-    """(microseconds, tiles) of the candidates that computed the right result, fastest first."""
+    """Return (microseconds, tiles) of each candidate with a correct result, fastest first."""
     copies = max(2, int(BEYOND_CACHE / (n * k * 0.5625)))
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (m, k), dtype)
@@ -76,7 +77,7 @@ def measure(m: int, n: int, k: int, dtype, blocks: int) -> list[tuple[float, Til
                 start = time.perf_counter()
                 jax.block_until_ready(every(x, factor, weights))
                 seconds.append(time.perf_counter() - start)
-        except Exception as error:  # a candidate that does not compile or run is no reason to lose the others
+        except Exception as error:  # if a candidate does not compile or run, the others are still measured
             print(f"  left out {cut}: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         results.append((statistics.median(seconds) / copies * 1e6, cut))
@@ -84,7 +85,7 @@ def measure(m: int, n: int, k: int, dtype, blocks: int) -> list[tuple[float, Til
 
 
 def entry_of(results: list[tuple[float, Tiles]], m: int, last: bool, n: int, k: int, dtype, device: str) -> Entry:
-    """The table's entry for the fastest of the results; the one for the most rows serves all above as well."""
+    """Return the table's entry for the fastest result; if `last`, it also applies to any larger number of rows."""
     microseconds, cut = results[0]
     measured = {
         "microseconds": round(microseconds, 2),
@@ -98,7 +99,7 @@ def entry_of(results: list[tuple[float, Tiles]], m: int, last: bool, n: int, k: 
 
 
 def write(file: Path, table: dict[str, list[Entry]]) -> None:
-    """Writes the table whole or leaves the file as it was."""
+    """Write the table atomically: the file is replaced completely or stays unchanged."""
     handle, name = tempfile.mkstemp(dir=file.absolute().parent, prefix=file.name, suffix=".part")
     try:
         with os.fdopen(handle, "w") as part:

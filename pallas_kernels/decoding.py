@@ -1,4 +1,4 @@
-"""What a kernel is told about a 4-bit format, as a record: sign and magnitude, or tables of any sixteen values."""
+"""Records that describe a 4-bit format to a kernel: sign and magnitude, or tables of sixteen arbitrary values."""
 
 import dataclasses
 import math
@@ -11,23 +11,24 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How a sign-magnitude nibble and its block's scale byte make a weight.
+    """The decoding of a sign-magnitude nibble and its block's scale byte to a weight.
 
         weight = +-magnitudes[mode][nibble & 7] * multipliers[mode] * scale(byte)
 
-    Bit 3 of the nibble is the sign. With two modes, bit 7 of the scale byte is the mode and the scale is the rest;
-    with one mode there is nothing to mark, and bit 7 of an E4M3 byte is the scale's sign. A byte that means NaN
-    (E4M3 0x7F, 0xFF; E8M0 0xFF) makes NaN of the whole block; E8M0 byte 0 makes it zero.
+    Bit 3 of the nibble is the sign. With two modes, bit 7 of the scale byte selects the mode and the other bits are the
+    scale. With one mode there is no selector, and bit 7 of an E4M3 byte is the scale's sign. A NaN byte (E4M3 0x7F,
+    0xFF; E8M0 0xFF) turns the whole block into NaN. E8M0 byte 0 turns it into zeros.
 
-    Multipliers are small integers, so that magnitude * multiplier * E4M3 scale is exact in float16: what they have in
-    common (IF4: 7 and 6 for steps of 1 and 6/7) is the caller's to divide by, once, together with the tensor's factor.
+    Multipliers are small integers, so that magnitude * multiplier * E4M3 scale is exact in float16. The caller divides
+    the product once by their common denominator (IF4: 7 for multipliers 7 and 6, steps 1 and 6/7), in the same factor
+    as the tensor scale.
 
     Attributes:
-        magnitudes: for each mode, the eight magnitudes that codes 0..7 stand for, ascending from 0; each with at most
-            three significant bits, so that the upper byte of a float16 holds it.
+        magnitudes: for each mode, the eight magnitudes of codes 0 to 7, ascending from 0; each has at most three
+            significant bits, so that it fits the upper byte of a float16.
         multipliers: for each mode, an integer.
         scale: "e4m3" (4 exponent bits, bias 7, no infinity) or "e8m0" (a power of two, bias 127).
-        block: consecutive weights along K that share a byte: 8, 16 or 32.
+        block: number of consecutive weights along K that share a scale byte: 8, 16 or 32.
     """
 
     magnitudes: tuple[tuple[float, ...], ...]
@@ -49,18 +50,18 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class TableDecoding:
-    """How a nibble and its block's scale byte make a weight by a table of any sixteen values.
+    """The decoding of a nibble and its block's scale byte to a weight by a table of sixteen arbitrary values.
 
         weight = values[byte >> bits][nibble] * scale(byte & 2^bits - 1)
 
-    The scale is an unsigned binary float with subnormal numbers; the bits of the byte above its own are the mode.
+    The scale is an unsigned binary float with subnormals. The byte's bits above the scale select the mode.
 
     Attributes:
-        values: for each mode, the sixteen numbers that nibbles stand for.
-        exponent, mantissa: bits of the scale.
-        bias: of its exponent.
-        nan: the scale that makes NaN of the whole block; None if none does.
-        block: consecutive weights along K that share a byte: 8, 16 or 32.
+        values: for each mode, the sixteen values of the nibbles.
+        exponent, mantissa: number of exponent and mantissa bits of the scale.
+        bias: exponent bias of the scale.
+        nan: the scale bits that turn the whole block into NaN; None if there are none.
+        block: number of consecutive weights along K that share a scale byte: 8, 16 or 32.
     """
 
     values: tuple[tuple[float, ...], ...]
@@ -78,14 +79,14 @@ class TableDecoding:
 
     @property
     def bits(self) -> int:
-        """Of the scale."""
+        """The number of bits of the scale."""
         return self.exponent + self.mantissa
 
     def scales(self, byte: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The float32 scales and the modes of int32 bytes, by operations that all kernels have."""
+        """Return float32 scales and int32 modes of int32 bytes, by operations that all kernels support."""
         low = byte & (2**self.bits - 1)
         normal = lax.bitcast_convert_type((low << (23 - self.mantissa)) + ((127 - self.bias) << 23), jnp.float32)
-        scale = jnp.minimum(normal, 2 * normal - 2.0 ** (1 - self.bias))  # subnormal ones
+        scale = jnp.minimum(normal, 2 * normal - 2.0 ** (1 - self.bias))  # decodes subnormals
         return scale if self.nan is None else jnp.where(low == self.nan, jnp.nan, scale), byte >> self.bits
 
     @property
@@ -96,5 +97,5 @@ class TableDecoding:
 
     @property
     def unit_at_top(self) -> float:
-        """What the largest scale is less than the one after it."""
+        """The spacing of scales in the top binade."""
         return 2.0 ** (2**self.exponent - 1 - self.bias - self.mantissa)

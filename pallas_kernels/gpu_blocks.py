@@ -1,11 +1,11 @@
-"""Block-scaled encoding and decoding on an NVIDIA GPU, as on a TPU: one pass, and no number format that it knows.
+"""Block-scaled encoding and decoding on NVIDIA GPUs, in one pass over a matrix.
 
-The interface is that of `pallas_kernels.tpu_blocks`: what is computed is handed in as a `Codec`. A thread owns a whole
-block, so that what belongs to a block is computed once and its values meet in registers. With blocks along rows
-(axis=-2) neighbouring threads read neighbouring columns; with blocks along columns a thread reads the bytes of its own
-block, which lie in one sector. Nothing of x's size is written but what is asked for.
+The interface is that of `pallas_kernels.tpu_blocks`: the number format's arithmetic is passed as a `Codec`. Each thread
+processes a whole block, so that its scale is computed once and its values stay in registers. With blocks along rows
+(axis=-2) adjacent threads read adjacent columns. With blocks along columns (axis=-1) each thread reads the bytes of its
+own block, which lie in one sector. Only requested outputs are written to memory.
 
-Nothing here has run on a GPU. It is compiled for an H200, and interpreted.
+This module has not run on a GPU. It is compiled for an H200 and run in the interpreter.
 """
 
 import functools
@@ -26,7 +26,7 @@ THREADS = 128
 
 
 def supports(codec: Codec, x: Any, axis: int) -> str | None:
-    """Why `encode` cannot take an array or shape x [L, R, C]; None if it can."""
+    """Return the reason why `encode` cannot take an array or shape x [L, R, C]; None if it can."""
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"values must be float32 or bfloat16, got {x.dtype}"
     if axis not in (-1, -2):
@@ -54,10 +54,10 @@ def encode(
     wants_values: bool = False,
     interpret: Any = False,
 ) -> list[jax.Array]:
-    """Codes and headers, or what they decode to, or both, as `tpu_blocks.encode` gives them.
+    """Return codes and headers, or their decoded values, or both, as `tpu_blocks.encode` does.
 
     Raises:
-        ValueError: `supports` has a reason; noise is missing.
+        ValueError: `supports` returns a reason; the codec draws noise and `noise` is None.
     """
     if reason := supports(codec, x, axis):
         raise ValueError(reason)
@@ -91,7 +91,7 @@ def decode(
     dtype: Any,
     interpret: Any = False,
 ) -> jax.Array:
-    """The values [L, R, C] of codes and headers, as `tpu_blocks.decode` gives them."""
+    """Return the values [L, R, C] of codes and headers, as `tpu_blocks.decode` does."""
     shape = list(codes.shape)
     shape[axis] = length
     at = _Blocks(tuple(shape), axis, codec.block)
@@ -121,7 +121,7 @@ def _run(body, name, at, args, shapes, interpret):
 
 
 class _Blocks:
-    """Where the blocks of [L, R, C] lie: one for each thread of a matrix, neighbours where memory wants it."""
+    """The assignment of a matrix's blocks to threads, such that adjacent threads access adjacent memory."""
 
     def __init__(self, shape, axis, block):
         self.shape, self.axis, self.block = shape, axis, block
@@ -131,18 +131,18 @@ class _Blocks:
         self.threads = self.across * self.count
 
     def with_length(self, length):
-        """The shape with another length along the axis."""
+        """Return the shape with another length along the blocked axis."""
         return (*self.shape[:-1], length) if self.axis == -1 else (self.shape[0], length, self.shape[2])
 
     def here(self):
-        """(matrix, block along the axis, row or column across it, whether there is one) of this program's threads."""
+        """Return (matrix, block along the axis, row or column across, whether it exists) of the program's threads."""
         thread = pl.program_id(1) * THREADS + lax.iota(jnp.int32, THREADS)
         if self.axis == -1:
             return pl.program_id(0), thread % self.count, thread // self.count, thread < self.threads
         return pl.program_id(0), thread // self.across, thread % self.across, thread < self.threads
 
     def index(self, matrix, along, across, length):
-        """Of an element of [L, ...], of this length along the axis."""
+        """Return the flat index of an element of [L, ...] whose length along the blocked axis is `length`."""
         if self.axis == -1:
             return (matrix * self.across + across) * length + along
         return (matrix * length + along) * self.across + across

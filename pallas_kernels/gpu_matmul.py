@@ -1,27 +1,28 @@
-"""x @ W.T on NVIDIA Hopper, where W stays in 4 bits until it is in registers.
+"""x @ W.T on NVIDIA Hopper GPUs, with W in 4 bits until it is in registers.
 
     out[m, n] = factor * sum over k of x[m, k] * W[n, k]
     W[n, k]   = +-magnitudes[mode][code] * multipliers[mode] * scale(byte of block k // 16)
 
-One warpgroup loads (TMA), the others decode and multiply: nibbles become 16-bit floats by a look-up in two registers
-(PRMT), are multiplied with their scale, and feed the tensor cores from registers (wgmma, which computes out.T, so that
-W is the operand that may lie in registers). Blocks are persistent: each walks its share of the tiles, and the loads of
-the next tile go on while a result is written. Few rows of x leave most warpgroups without rows of W of their own;
-these share K, and their sums meet in shared memory, never in global memory.
+One warpgroup loads (TMA); the others decode and multiply. They convert nibbles to 16-bit floats by a look-up in two
+registers (PRMT), multiply them by their scale, and pass them to the tensor cores from registers. wgmma computes out.T,
+because only its left operand may be in registers. Blocks are persistent: each processes its share of the tiles, and the
+loads of the next tile overlap with the write of a result. If x has few rows, several warpgroups split the K of one
+tile, and their partial sums are added in shared memory, never in global memory.
 
-Layout. A unit is 64 rows of W by 128 K, as one warpgroup decodes it: int32 words [N / 64, K / 128, 8, 128] of eight
-codes each and scale words [N / 64, K / 128, 128] of four bytes each; 4.5 bits a weight. Of every 64 K, lane l of a warp
-has block l % 4 of rows l // 4 and l // 4 + 8, hence one scale and one mode for 16 codes. To wgmma such a lane's codes
-are K 8j + 2 (l % 4) + b, for j < 8 and b < 2; so x is reordered within every 64 K, and W keeps its order.
+Layout. A unit is 64 rows of W by 128 along K, which one warpgroup decodes: int32 words [N / 64, K / 128, 8, 128] of
+eight codes each and scale words [N / 64, K / 128, 128] of four bytes each, 4.5 bits per weight. In each group of 64
+along K, lane l of a warp holds block l % 4 of rows l // 4 and l // 4 + 8, so that 16 codes have one scale and one mode.
+wgmma reads such a lane's codes as K 8j + 2 (l % 4) + b, for j < 8 and b < 2. Therefore x is reordered within each group
+of 64, and W keeps its order.
 
-Numerics. Sums are float32; factor multiplies them once, before the one rounding to the type of the result. With x in
-float16 every weight is exact. With x in bfloat16 a weight is rounded once, to 8 bits, an error of at most 2^-8 of it,
-and has none where it fits: E2M1 and INT4 of one mode and multiplier 1 do, IF4, with its multipliers 7 and 6, may not.
-The values of a `TableDecoding` are rounded to the type of x before they meet the scale, so its weights twice.
-A NaN byte makes NaN of the outputs of its row of W.
+Numerics. Sums are float32. `factor` multiplies them once, before the only rounding to the dtype of the result. With x
+in float16 every weight is exact. With x in bfloat16 each weight is rounded once, to 8 significant bits, with a relative
+error of at most 2^-8, and without error if it fits: weights of E2M1 and INT4 with one mode and multiplier 1 do; those
+of IF4, with multipliers 7 and 6, may not. The values of a `TableDecoding` are rounded to the dtype of x before they are
+multiplied by the scale, so its weights are rounded twice. A NaN byte turns the outputs of its row of W into NaN.
 
-Nothing here has run on a GPU yet. It compiles for one without spilling registers, its instructions are emulated for all
-codes and scale bytes, and the kernel agrees with float64 in the interpreter.
+This module has not run on a GPU. It compiles without register spills, its instructions are emulated for all codes and
+scale bytes, and in the interpreter the kernel agrees with float64.
 """
 
 import functools
@@ -41,7 +42,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.decoding import Decoding, TableDecoding
 from pallas_kernels.tiles import UNIT_K, UNIT_N, Tiles, choose, padded
 
-GROUP = 64  # K that four lanes share, a block of 16 each
+GROUP = 64  # length along K that four lanes decode together, a block of 16 each
 LOADER_REGISTERS = 40
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
@@ -49,9 +50,9 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 def supports(
     decoding: Decoding | TableDecoding, dtype: Any, *, m: int = 1, out_dtype: Any = None, device_kind: str | None = None
 ) -> str | None:
-    """Why `matmul` cannot take x [m, K] of `dtype` and weights of `decoding`; None if it can.
+    """Return the reason why `matmul` cannot take x [m, K] of `dtype` and weights of `decoding`; None if it can.
 
-    `device_kind` is what `jax.Device.device_kind` says; None asks about no device.
+    `device_kind` is that of `jax.Device`; None skips the check of the device.
     """
     if jnp.dtype(dtype) not in (jnp.float16, jnp.bfloat16):
         return f"x must be float16 or bfloat16 for the tensor cores, got {jnp.dtype(dtype).name}"
@@ -84,17 +85,17 @@ def _refusal_of_magnitudes(decoding: Decoding) -> str | None:
 
 
 def pack(nibbles: jax.Array, scales: jax.Array, decoding: Decoding) -> tuple[jax.Array, jax.Array]:
-    """Words int32 [N' / 64, K' / 128, 8, 128] and scale words int32 [N' / 64, K' / 128, 128] of weights [N, K].
+    """Pack weights [N, K] to int32 words [N' / 64, K' / 128, 8, 128] and scale words [N' / 64, K' / 128, 128].
 
-    N' and K' are N and K with zeros up to multiples of 128 and 256. The layout is the same for every shape of x.
+    N' and K' are N and K, padded with zeros to multiples of 128 and 256. The layout does not depend on the shape of x.
 
     Args:
         nibbles: uint8 [N, K], sign and magnitude, 0 to 15.
-        scales: uint8 [N, K / 16], K / 16 rounded up.
-        decoding: what they mean; here only its block matters.
+        scales: uint8 [N, K / 16], with K / 16 rounded up.
+        decoding: the decoding of the weights; only its block matters here.
 
     Raises:
-        ValueError: shapes do not fit each other, dtypes are others, or blocks are not of 16.
+        ValueError: the shapes do not fit each other, a dtype is not uint8, or the block is not 16.
     """
     if decoding.block != 16:
         raise ValueError(f"packing needs blocks of 16 weights, got {decoding.block}")
@@ -109,7 +110,8 @@ def pack(nibbles: jax.Array, scales: jax.Array, decoding: Decoding) -> tuple[jax
     scales = jnp.pad(scales, ((0, high - n), (0, wide // 16 - scales.shape[1])))
     units = high // UNIT_N, wide // UNIT_K
 
-    # Axes: unit, warp, row half, row, unit, group, lane's block, word, code; from then on as lanes read them.
+    # The axes are: unit, warp, row half, row, unit, group, lane's block, word, code. The transpose below puts them in
+    # the order in which lanes read them.
     codes = nibbles.reshape(units[0], 4, 2, 8, units[1], 2, 4, 2, 8).astype(jnp.uint32)
     code_at, sign_at = _bits_of_codes(codes.shape)
     words = jnp.sum((codes & 7) << code_at | (codes >> 3) << sign_at, -1, dtype=jnp.uint32)
@@ -119,10 +121,10 @@ def pack(nibbles: jax.Array, scales: jax.Array, decoding: Decoding) -> tuple[jax
 
 
 def unpack(words: jax.Array, scale_words: jax.Array, n: int, k: int, decoding: Decoding) -> tuple[jax.Array, jax.Array]:
-    """The nibbles uint8 [n, k] and scales uint8 [n, k / 16] that `pack` was given.
+    """Invert `pack`: return nibbles uint8 [n, k] and scales uint8 [n, k / 16].
 
     Raises:
-        ValueError: the words are not those of weights [n, k].
+        ValueError: the words do not have the shapes of packed weights [n, k].
     """
     _check_packed(words, scale_words, n, k, decoding)
     nibbles, scales = _unpacked(words, scale_words)
@@ -142,21 +144,21 @@ def matmul(
     tiles: Tiles | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """x @ W.T * factor, [M, n] of `out_dtype`, for the weights W [n, k] that `pack` made words of.
+    """Return x @ W.T * factor, [M, n] of `out_dtype`, for weights W [n, k] packed by `pack`.
 
     Args:
-        x: float16 or bfloat16 [M, k]; any M above 0.
-        words, scale_words: what `pack` returned.
-        factor: float32, a scalar array.
-        n, k: the shape of W before it was padded.
-        decoding: of the codes and scales.
+        x: float16 or bfloat16 [M, k], with M > 0.
+        words, scale_words: the arrays that `pack` returned.
+        factor: a float32 scalar array.
+        n, k: the shape of W before padding.
+        decoding: the decoding of codes and scales.
         out_dtype: float16, bfloat16 or float32.
-        tiles: how to cut the work; by default from the table, for the first device or else an H200.
-        interpret: True or `InterpretGPUParams`, to run it where no GPU is; on few processors set NPROC=16 before jax is
-            imported, as the interpreter wants a thread for each warpgroup.
+        tiles: the tiles of the kernel; by default from the table, for the first device, or an H200 if it is not there.
+        interpret: True or `InterpretGPUParams`, to run without a GPU. On few processors set NPROC=16 before jax is
+            imported, because the interpreter needs a thread for each warpgroup.
 
     Raises:
-        ValueError: `supports` has a reason, shapes or dtypes do not agree, or the tiles do not fit.
+        ValueError: `supports` returns a reason, shapes or dtypes do not fit, or the tiles do not fit.
     """
     if reason := supports(decoding, x.dtype, m=x.shape[0], out_dtype=out_dtype):
         raise ValueError(reason)
@@ -180,7 +182,7 @@ def matmul(
         out_type=out,
         grid=(clusters,),
         grid_names=("cluster",),
-        # Only where needed: the interpreter of jax 0.10 knows no clusters.
+        # Passed only if needed, because the interpreter of jax 0.10 does not support clusters.
         **({"cluster": (tiles.cluster,), "cluster_names": ("block",)} if tiles.cluster > 1 else {}),
         num_threads=tiles.warpgroups + 1,
         thread_name="warpgroup",
@@ -193,7 +195,7 @@ def matmul(
 
 
 def reference(x: jax.Array, nibbles: jax.Array, scales: jax.Array, factor: jax.Array, decoding: Decoding) -> jax.Array:
-    """What `matmul` computes, in float32 [M, N] and by jax.numpy, of what `pack` takes."""
+    """Compute `matmul` by jax.numpy from unpacked nibbles and scales: float32 [M, N]."""
     w = _weights(nibbles, scales, decoding).astype(x.dtype)
     return jnp.matmul(x, w.T, precision="highest", preferred_element_type=jnp.float32) * factor
 
@@ -202,27 +204,27 @@ def reference(x: jax.Array, nibbles: jax.Array, scales: jax.Array, factor: jax.A
 
 
 class _Memory(NamedTuple):
-    """Shared memory and barriers of a block. Whatever is not there is None."""
+    """The shared memory and barriers of a block; fields that the tiles do not need are None."""
 
-    words: Any  # [stages, 64 rows each, units of K, 8, 128]
-    scales: Any  # [stages, 64 rows each, units of K, 128]
+    words: Any  # [stages, n_warpgroups, units of K, 8, 128]
+    scales: Any  # [stages, n_warpgroups, units of K, 128]
     x: Any  # [stages, m, K]
     out: Any  # [n_warpgroups, slots, rows, 64]
-    loaded: Any  # a step's operands are there
-    used: Any  # a step's operands have been multiplied, by all blocks of a cluster
-    sums: Any  # [n_warpgroups, k_warpgroups - 1, 64, m]
-    summed: Any  # the sums of the others are there
-    taken: Any  # and have been read
-    staged_w: Any  # for the interpreter: [warpgroups, 64, 64] decoded weights, [warpgroups, 64, m] x.T
-    staged_x: Any
+    loaded: Any  # barrier: a step's operands are loaded
+    used: Any  # barrier: all blocks of the cluster have multiplied a step's operands
+    sums: Any  # partial sums, [n_warpgroups, k_warpgroups - 1, 64, m]
+    summed: Any  # barrier: the partial sums of the other warpgroups are written
+    taken: Any  # barrier: they have been read
+    staged_w: Any  # for the interpreter only: decoded weights, [warpgroups, 64, 64]
+    staged_x: Any  # for the interpreter only: x.T, [warpgroups, 64, m]
 
 
 def _rows_of_result(m: int, tiles: Tiles) -> int:
-    """Rows of the kernel's result for m rows of x.
+    """Return the number of rows of the kernel's result for m rows of x.
 
-    TMA leaves out what lies beyond the last row, so that nothing need be cropped; the interpreter does not. Mosaic cuts
-    rows into eights and takes a single eight, whole or not, to be all there is, without looking at its index: if a
-    tile has more rows than eight there must be more in the result.
+    TMA does not write rows beyond the last one, so that the result needs no cropping; the interpreter writes them.
+    Mosaic splits rows into groups of 8. If the result has a single group, whole or partial, Mosaic ignores the group's
+    index. So if a tile has more than 8 rows, the result must have more than 8 rows too.
     """
     if m < 8 and tiles.m == 8:
         return m
@@ -254,15 +256,19 @@ def _memory(tiles: Tiles, dtype, out_dtype, interpret):
 
 
 def _kernel(words, scales, x, factor, out, *, tiles: Tiles, decoding: Decoding, memory: _Memory):
-    """One block. Its steps are counted on from tile to tile, and step i uses slot i % stages of the memory."""
+    """Run one block. Steps are numbered consecutively across tiles; step i uses slot i % stages of the memory."""
     steps = words.shape[1] * UNIT_K // tiles.k
-    # A cluster walks over tiles that are as much wider; each of its blocks takes its part of them.
+    # A cluster processes tiles that are `cluster` times as wide; each of its blocks computes its part of them.
     tiles_m, tiles_n = x.shape[0] // tiles.m, words.shape[0] // tiles.n_warpgroups // tiles.cluster
     warpgroup = lax.axis_index("warpgroup")
     walk = plgpu.nd_loop((tiles_m * tiles_n,), collective_axes="cluster")
 
     def place(info):
-        """Which tile it is this time. Bands of x one after the other, in a band x first: a wave shares both in L2."""
+        """Return the (m, n) index of the tile at this step of the walk.
+
+        Bands of x are processed one after the other, and within a band tiles along x come first, so that concurrent
+        blocks share both operands in the L2 cache.
+        """
         (index,) = info.index
         band = lax.div(index, tiles.band * tiles_n)
         height = lax.min(tiles.band, tiles_m - band * tiles.band)
@@ -276,7 +282,8 @@ def _kernel(words, scales, x, factor, out, *, tiles: Tiles, decoding: Decoding, 
 
         def free_slot(step):
             slot = lax.rem(step, tiles.stages)
-            # At its first step a computing warpgroup gives back a slot -1, so that it need not ask which step it is at.
+            # At its first step a computing warpgroup releases the slot of a step -1 that does not exist, so that it
+            # does not have to test for the first step.
             pl.when(step >= tiles.stages - 1)(lambda: plgpu.barrier_wait(memory.used.at[slot]))
             return slot
 
@@ -298,7 +305,7 @@ def _kernel(words, scales, x, factor, out, *, tiles: Tiles, decoding: Decoding, 
 
         @pl.loop(walked * steps, walked * steps + tiles.stages - 1)
         def _(step):
-            free_slot(step)  # leaves no barrier behind with arrivals to come
+            free_slot(step)  # waits, so that no barrier has arrivals outstanding when the kernel ends
 
     @pl.when(warpgroup < tiles.warpgroups)
     def compute():
@@ -317,7 +324,7 @@ def _kernel(words, scales, x, factor, out, *, tiles: Tiles, decoding: Decoding, 
                     for u, group in itertools.product(range(tiles.k_units), range(2)):
                         _multiply(acc, memory, slot, in_n, in_k * tiles.k_units + u, group, decoding, warpgroup)
                         if u == group == 0:
-                            # Now only this product is in flight: of the step before nothing is needed any more.
+                            # Now only this product is in flight, so the previous step's operands are no longer needed.
                             plgpu.barrier_arrive(memory.used.at[lax.rem(step + tiles.stages - 1, tiles.stages)])
 
                 total = acc[...]
@@ -329,7 +336,7 @@ def _kernel(words, scales, x, factor, out, *, tiles: Tiles, decoding: Decoding, 
 
 
 def _write(total, factor, out, memory: _Memory, tiles: Tiles, in_n, in_k):
-    """Adds the sums of the warpgroups that shared K, and writes them to out [m, 64], a few rows at a time."""
+    """Add the partial sums of the warpgroups that split K, and write them to out [m, 64], a few rows at a time."""
     if tiles.k_warpgroups > 1:
 
         @pl.when(in_k > 0)
@@ -357,22 +364,22 @@ def _write(total, factor, out, memory: _Memory, tiles: Tiles, in_n, in_k):
 
 
 def _registers(warpgroups: int) -> int:
-    """Registers of a computing thread once the loading warpgroup has given up most of its own.
+    """Return the registers of a computing thread after the loading warpgroup has released most of its own.
 
-    A block starts with equal shares, in eights, of the 65536 that a multiprocessor has; 240 and more are one thread's
-    limit. To ask for more than is left over would be to wait for ever.
+    A block starts with equal shares, in multiples of 8, of the multiprocessor's 65536 registers, with at most 240 per
+    thread. A request for more registers than are free would wait forever.
     """
     share = min(65536 // (128 * (warpgroups + 1)) // 8 * 8, 240)
     return min((share * (warpgroups + 1) - LOADER_REGISTERS) // warpgroups // 8 * 8, 240)
 
 
-# --- what the interpreter does in its own way ------------------------------------------------------------------------
-# It knows neither PTX, nor layouts of registers, nor wgmma with an operand in registers, nor copies to several blocks,
-# nor (0.10) transposed memory.
+# --- operations with a separate path for the interpreter -------------------------------------------------------------
+# The interpreter does not support PTX, register layouts, wgmma with an operand in registers, copies to several blocks
+# or (in jax 0.10) transposed memory.
 
 
 def _multiply(acc, memory: _Memory, slot, in_n, unit, group, decoding, warpgroup):
-    """acc [64, m] += W @ x.T over 64 K, one group of a unit; the product before it is then complete."""
+    """Add W @ x.T over one group (64 along K) of a unit to acc [64, m]; on return the previous product is complete."""
     words, scales = memory.words.at[slot, in_n, unit], memory.scales.at[slot, in_n, unit]
     x = memory.x.at[slot, :, pl.ds(unit * UNIT_K + group * GROUP, GROUP)]
     if memory.staged_w is None:
@@ -391,7 +398,7 @@ def _multiply(acc, memory: _Memory, slot, in_n, unit, group, decoding, warpgroup
 
 
 def _copy_to_all(memory: _Memory, tiles: Tiles, source, target, loaded):
-    """Copies what all blocks of a cluster need, each block a part of it for all; in the interpreter each all of it."""
+    """Copy an operand that all blocks of a cluster need; each loads a part for all, in the interpreter all of it."""
     if tiles.cluster > 1 and memory.staged_w is None:
         plgpu.copy_gmem_to_smem(source, target, loaded, collective_axes="block")
     else:
@@ -401,7 +408,7 @@ def _copy_to_all(memory: _Memory, tiles: Tiles, source, target, loaded):
 def _load(memory: _Memory, ref, layout):
     if memory.staged_w is not None:
         return ref[...]
-    # jax 0.10 wants an index.
+    # jax 0.10 requires an index argument.
     return plgpu.load(ref, *[()] * ("idx" in inspect.signature(plgpu.load).parameters), layout=layout)
 
 
@@ -424,11 +431,11 @@ def _interpreter():
 
 
 def _decoder(decoding: Decoding, dtype, group: int) -> Callable[..., Any]:
-    """Decodes 64 K of a unit: words [4, 128] and scale words [128] to W [64, 64], in registers as wgmma reads them."""
+    """Return a function that decodes words [4, 128] and scale words [128] to W [64, 64] in wgmma's register layout."""
     import jax.experimental.mosaic.gpu as mgpu
 
     utils: Any = mgpu.utils
-    ir, llvm, vector = utils.ir, utils.llvm, utils.vector  # jaxlib's, as the rest of Mosaic has them
+    ir, llvm, vector = utils.ir, utils.llvm, utils.vector  # the bindings of jaxlib that Mosaic itself uses
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WG_STRIDED((4, 128), 4), plgpu.Layout.WG_STRIDED((128,), 1)),
@@ -458,17 +465,17 @@ def _decoder(decoding: Decoding, dtype, group: int) -> Callable[..., Any]:
 
 
 def decode_lane(emit, words, scales, group: int, decoding: Decoding, dtype):
-    """The instructions that decode a lane's 32 weights of 64 K: a block of 16 in each of its two rows.
+    """Emit the instructions that decode a lane's 32 weights of a group: a block of 16 in each of its two rows.
 
     Args:
-        emit: `emit(instruction, *operands)` issues a PTX instruction on 32-bit registers and constants, and returns
-            the register of its result; or, in a test, computes it.
-        words: words[h][w], codes 8w to 8w + 7 of row h.
+        emit: `emit(instruction, *operands)` issues a PTX instruction on 32-bit registers and constants and returns the
+            register of its result. Tests pass a function that computes the result.
+        words: words[h][w] holds codes 8w to 8w + 7 of row h.
         scales: the register whose byte 2h + group is row h's scale.
-        group: which half of the unit's 128 K.
+        group: which half of the unit's 128 along K, 0 or 1.
 
     Returns:
-        pairs[j][h]: registers with codes 2j (lower half) and 2j + 1 (upper half) of row h as floats of `dtype`.
+        pairs[j][h]: registers that hold weights 2j (lower half) and 2j + 1 (upper half) of row h as floats of `dtype`.
     """
     if isinstance(decoding, TableDecoding):
         return _decode_lane_by_table(emit, words, scales, group, decoding, dtype)
@@ -476,7 +483,7 @@ def decode_lane(emit, words, scales, group: int, decoding: Decoding, dtype):
     suffix, shift, mask, bias = ("f16x2", 1, 0x3F803F80, 8) if half else ("bf16x2", 4, 0x07F007F0, 120)
     two_modes = len(decoding.magnitudes) == 2
 
-    def bits(number):  # of numbers that both types hold exactly
+    def bits(number):  # numbers must be exact in both dtypes
         code = struct.pack("<e", number) if half else struct.pack("<f", number)[2:]
         return int.from_bytes(code, "little")
 
@@ -489,27 +496,28 @@ def decode_lane(emit, words, scales, group: int, decoding: Decoding, dtype):
     def multiply(a, b):
         return emit(f"mul.rn.{suffix}", a, b)
 
-    # Row 0's scale byte twice in the lower half, row 1's in the upper. Shifted to where exponent and mantissa of the
-    # dtype are, it is |scale|, but for the difference of the biases; subnormal ones are subnormal here as well.
+    # The lower half holds row 0's scale byte twice, the upper half row 1's. Shifted to the exponent and mantissa of the
+    # dtype, a byte reads as |scale| up to the difference of the exponent biases; subnormals read as subnormals.
     byte = emit("prmt.b32", scales, scales, 0x1100 * (2 + group) + 0x11 * group)
-    mode = emit("prmt.b32", byte, byte, 0xBB99)  # bit 7, sixteen times
+    mode = emit("prmt.b32", byte, byte, 0xBB99)  # bit 7, repeated 16 times
     scale = emit("and.b32", emit("shr.u32", byte, shift), mask)
     if not two_modes:
-        scale = emit("lop3.b32", scale, byte, 0x80008000, 0xF8)  # a | b & c: the sign
+        scale = emit("lop3.b32", scale, byte, 0x80008000, 0xF8)  # a | b & c inserts the sign
     scale = multiply(scale, constant(2.0**bias))
-    # E4M3's NaN now reads as 480. Times `beyond` it is infinite, where 448 is not, and times 0 then NaN.
+    # E4M3's NaN reads as 480 here. Times `beyond` it is infinite, while 448, the largest scale, is not. The fma
+    # multiplies this by 0, which adds NaN for NaN and 0 for other scales.
     beyond = constant(140.0 if half else 1.125 * 2.0**119)
     first, second = twice(decoding.multipliers[0]), twice(decoding.multipliers[-1])
     multiplier = emit("lop3.b32", mode, second, first, 0xCA) if two_modes else emit("mov.b32", first)  # a ? b : c
     scale = emit(f"fma.rn.{suffix}", multiply(scale, beyond), constant(0.0), multiply(scale, multiplier))
 
     pairs = [[None, None] for _ in range(8)]
-    for h, own in enumerate((0x1010, 0x3232)):  # both halves of the result from row h's half
+    for h, own in enumerate((0x1010, 0x3232)):  # fill both halves from row h's half
         scale_h = emit("prmt.b32", scale, scale, own)
         mode_h = emit("prmt.b32", mode, mode, own)
 
         def table(at, mode_h=mode_h):
-            """Two registers with one byte each of the eight magnitudes, as the mode of this block has them."""
+            """Return two registers that hold one byte (bits from `at`) of each magnitude of the block's mode."""
             entries = [bytes(bits(m) >> at & 0xFF for m in magnitudes) for magnitudes in decoding.magnitudes]
             entries = [struct.unpack("<2I", entry) for entry in entries]
             if two_modes:
@@ -517,7 +525,7 @@ def decode_lane(emit, words, scales, group: int, decoding: Decoding, dtype):
             return [emit("mov.b32", a) for a in entries[0]]
 
         upper = table(8)
-        lower = [] if half else table(0)  # in float16 all zeros: a magnitude has three significant bits
+        lower = [] if half else table(0)  # zeros in float16, because magnitudes have three significant bits
         for w, word in enumerate(words[h]):
             codes = emit("and.b32", word, 0x77777777)
             for q in range(2):  # four codes at a time
@@ -535,17 +543,17 @@ def decode_lane(emit, words, scales, group: int, decoding: Decoding, dtype):
 
 
 def _decode_lane_by_table(emit, words, scales, group: int, decoding: TableDecoding, dtype):
-    """The same for tables of any sixteen values, which are rounded to `dtype` before they meet the scale.
+    """Emit the instructions of `decode_lane` for a table of sixteen values, rounded to `dtype` before scaling.
 
-    A value has two bytes and a table two halves, so that four codes take four look-ups; bit 3 of each code, where the
-    layout has signs, chooses between the halves.
+    A value has two bytes and a table two halves, so four codes take four look-ups. Bit 3 of each code, which the layout
+    stores as a sign, selects the half.
     """
     half = jnp.dtype(dtype) == jnp.float16
     suffix, shift, bias = ("f16x2", 1, 15) if half else ("bf16x2", 4, 127)
     mask = 0x10001 * ((2**decoding.bits - 1) << (8 - shift))
     code = struct.Struct("<e" if half else "<f")
 
-    def bits(number):  # rounded to even
+    def bits(number):  # rounded to nearest, ties to even
         if half:
             return int.from_bytes(code.pack(number), "little")
         whole = int.from_bytes(code.pack(number), "little")
@@ -558,13 +566,13 @@ def _decode_lane_by_table(emit, words, scales, group: int, decoding: TableDecodi
         return emit(f"mul.rn.{suffix}", a, b)
 
     byte = emit("prmt.b32", scales, scales, 0x1100 * (2 + group) + 0x11 * group)  # as in `decode_lane`
-    masks = []  # of each bit of the mode, lowest first, all bits of a row's half
+    masks = []  # for each bit of the mode, lowest first: all ones in a row's half where it is set
     for bit in range(decoding.bits, 8)[: (len(decoding.values) - 1).bit_length()]:
         top = emit("shl.b32", byte, 7 - bit) if bit < 7 else byte
         masks.append(emit("prmt.b32", top, top, 0xBB99))
     scale = multiply(emit("and.b32", emit("shr.u32", byte, shift), mask), constant(2.0 ** (bias - decoding.bias)))
     if decoding.nan is not None:
-        # It reads as a number beyond the largest, whose product with this is infinite, and times 0 NaN.
+        # The NaN byte reads as a number above the largest scale. Times `beyond` it is infinite, and times 0 NaN.
         end = 65504.0 if half else float(jnp.finfo(jnp.bfloat16).max)
         beyond = constant(end / (decoding.largest + decoding.unit_at_top / 2))
         scale = emit(f"fma.rn.{suffix}", multiply(scale, beyond), constant(0.0), scale)
@@ -575,7 +583,7 @@ def _decode_lane_by_table(emit, words, scales, group: int, decoding: TableDecodi
         masks_h = [emit("prmt.b32", m, m, own) for m in masks]
 
         def table(at, masks_h=masks_h):
-            """Four registers with one byte each of the sixteen values, as the mode of this block has them."""
+            """Return four registers that hold one byte (bits from `at`) of each value of the block's mode."""
             rows = [struct.unpack("<4I", bytes(bits(v) >> at & 0xFF for v in row)) for row in decoding.values]
             rows += rows[-1:] * (2 ** len(masks_h) - len(rows))
             registers = []
@@ -605,7 +613,7 @@ def _decode_lane_by_table(emit, words, scales, group: int, decoding: TableDecodi
 
 
 def _weights(nibbles, scales, decoding):
-    """The weights by their formula, float32 [N, K], exact."""
+    """Return the weights by their formula, exact, as float32 [N, K]."""
     if isinstance(decoding, TableDecoding):
         return _table_weights(nibbles, scales, decoding)
     k, two_modes = nibbles.shape[1], len(decoding.magnitudes) == 2
@@ -613,14 +621,14 @@ def _weights(nibbles, scales, decoding):
     scale, mode = (jnp.repeat(array, 16, axis=1)[:, :k] for array in (scale, scales >> 7))
     weights = jnp.zeros(nibbles.shape, jnp.float32)
     for i, (magnitudes, multiplier) in enumerate(zip(decoding.magnitudes, decoding.multipliers, strict=True)):
-        for code, magnitude in enumerate(magnitudes):  # no array of magnitudes: a kernel may not hold constants
+        for code, magnitude in enumerate(magnitudes):  # a kernel may not contain constant arrays
             here = (nibbles & 7 == code) & (mode == i) if two_modes else nibbles & 7 == code
             weights = jnp.where(here, magnitude * multiplier, weights)
     return jnp.where(nibbles > 7, -weights, weights) * scale
 
 
 def _table_weights(nibbles, scales, decoding):
-    """The weights by their formula, float32 [N, K], rounded once."""
+    """Return the weights of a `TableDecoding` by their formula, rounded once, as float32 [N, K]."""
     scale, mode = (
         jnp.repeat(array, 16, axis=1)[:, : nibbles.shape[1]] for array in decoding.scales(scales.astype(jnp.int32))
     )
@@ -633,7 +641,7 @@ def _table_weights(nibbles, scales, decoding):
 
 
 def _fit_float16(decoding):
-    """Whether all weights of all scales are exact in float16: 11 bits, of which an E4M3 scale has four."""
+    """Return whether all weights at all scales fit float16's 11 significant bits; E4M3 scales have four."""
     weights = [m * f for ms, f in zip(decoding.magnitudes, decoding.multipliers, strict=True) for m in ms]
     return all(math.frexp(weight * scale)[0] * 2**11 % 1 == 0 for weight in weights for scale in range(8, 16))
 
@@ -642,17 +650,18 @@ def _fit_float16(decoding):
 
 
 def _bits_of_codes(shape):
-    """Where codes 0 to 7, the last axis, lie in a word: the first bit of the magnitude, and the bit of the sign.
+    """Return for codes 0 to 7, along the last axis, the first bit of the magnitude and the bit of the sign in a word.
 
-    Magnitudes are selectors of PRMT, four in 16 bits. Signs are in the bits that selectors leave free: those of codes 0
-    to 3 where the four bytes that PRMT yields for them have their top bits, those of codes 4 to 7 four bits lower.
+    Magnitudes are selectors of PRMT, four in 16 bits. Signs use the bits that selectors leave free. The signs of codes
+    0 to 3 are at the top bits of the four bytes that PRMT returns for these codes; those of codes 4 to 7 are four bits
+    lower.
     """
     i = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
     return 4 * i, 8 * (i % 4) + 7 - 4 * (i // 4)
 
 
 def _unpacked(words, scale_words):
-    """Nibbles and scale bytes of whole units."""
+    """Return the nibbles and scale bytes of whole units."""
     units = scale_words.shape[:2]
     lanes = lax.bitcast_convert_type(words, jnp.uint32).reshape(*units, 2, 4, 8, 4, 2, 2, 1)
     code_at, sign_at = _bits_of_codes((*lanes.shape[:-1], 8))

@@ -1,7 +1,7 @@
-"""How a packed matmul is cut into tiles: a record, and for each kind of device a table of them read from `tiles.json`.
+"""Tile sizes of the packed GPU matmul: a record, and a table of tiles per device kind, read from `tiles.json`.
 
-Which cut is fastest only a measurement can say. The table states for each entry the measurement that chose it, or null
-for a guess; `python -m pallas_kernels.autotune` measures and writes a new table.
+Only a measurement shows which tiles are fastest. Each entry of the table states the measurement that chose it, or null
+for a guess. `python -m pallas_kernels.autotune` measures and writes a new table.
 """
 
 import dataclasses
@@ -11,28 +11,28 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-UNIT_N, UNIT_K = 64, 128  # the weights of one packed unit; see gpu_matmul
-SHARED_MEMORY = 232448 - 1024  # bytes a block may have on Hopper, less barriers and alignment
+UNIT_N, UNIT_K = 64, 128  # rows and columns of W in one packed unit; see gpu_matmul
+SHARED_MEMORY = 232448 - 1024  # bytes available to a block on Hopper, minus barriers and alignment
 FILE = Path(__file__).with_suffix(".json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """A cut of x @ W.T into blocks of `m` rows of x by 64 * `n_warpgroups` rows of W.
+    """The tiles of x @ W.T: each thread block computes `m` rows of x by 64 * `n_warpgroups` rows of W.
 
     Attributes:
-        m: rows of x in a block: a multiple of 8, up to 256.
-        n_warpgroups: warpgroups side by side along N, 64 rows of W each.
-        k_warpgroups: warpgroups that share the K of one block; their sums meet in shared memory.
-        k_units: units of 128 K that each of them takes in one step of the pipeline.
-        stages: steps in flight.
-        blocks: thread blocks of the persistent grid, one for each multiprocessor.
-        band: tiles of x that are walked together before the next, so that what they share stays in the L2 cache.
-        cluster: blocks side by side along N that load their x together, each a part for all of them (TMA multicast).
+        m: rows of x per block: a multiple of 8, at most 256.
+        n_warpgroups: warpgroups along N, with 64 rows of W each.
+        k_warpgroups: warpgroups that split the K of one block; their partial sums are added in shared memory.
+        k_units: units of 128 along K that each of them processes in one pipeline step.
+        stages: pipeline steps in flight.
+        blocks: thread blocks of the persistent grid, one per multiprocessor.
+        band: number of tiles along x that are processed together, so that their shared operands stay in the L2 cache.
+        cluster: adjacent blocks along N that load their common x together, each a part for all (TMA multicast).
 
     Raises:
-        ValueError: a field is not positive, m is no multiple of 8 up to 256, there is one stage, more than four
-            warpgroups compute, or a cluster has more than eight blocks.
+        ValueError: a field is not positive, m is not a multiple of 8 up to 256, there is only one stage, more than four
+            warpgroups compute, or a cluster has more than eight blocks or more than there are.
     """
 
     m: int
@@ -58,29 +58,29 @@ class Tiles:
 
     @property
     def warpgroups(self) -> int:
-        """Warpgroups that compute; one more loads."""
+        """The number of computing warpgroups; one more warpgroup loads."""
         return self.n_warpgroups * self.k_warpgroups
 
     @property
     def n(self) -> int:
-        """Rows of W in a block."""
+        """The rows of W per block."""
         return UNIT_N * self.n_warpgroups
 
     @property
     def k(self) -> int:
-        """K in one step of the pipeline."""
+        """The length along K of one pipeline step."""
         return UNIT_K * self.k_warpgroups * self.k_units
 
     @property
     def _steps_bytes(self) -> int:
-        """Shared memory without the result's, for x of 16 bits."""
+        """The bytes of shared memory for operands and partial sums, for a 16-bit x."""
         stage = 2 * self.m * self.k + self.n * self.k * 9 // 16
         return stage * self.stages + 4 * (self.k_warpgroups - 1) * self.n * self.m
 
     def written(self, out_dtype) -> tuple[int, int]:
-        """(rows of the result that are written at once, how many times as many may be on their way).
+        """Return (rows of the result per write, number of writes in flight).
 
-        Together as many as there is memory left for; at most 64 at once and four times as many on their way.
+        Their product is as large as the remaining shared memory allows, with at most 64 rows per write and 4 writes.
         """
         free = (SHARED_MEMORY - self._steps_bytes) // (self.n * jnp.dtype(out_dtype).itemsize)
         rows = [rows for rows in range(8, 65, 8) if self.m % rows == 0]
@@ -88,12 +88,12 @@ class Tiles:
         return max(ways, key=lambda way: (way[0] * way[1], way[0]), default=(8, 1))
 
     def shared_bytes(self, out_dtype) -> int:
-        """Shared memory that a block takes, for x of 16 bits."""
+        """Return the bytes of shared memory that a block uses, for a 16-bit x."""
         rows, times = self.written(out_dtype)
         return self._steps_bytes + rows * times * self.n * jnp.dtype(out_dtype).itemsize
 
     def misfit(self, n: int, k: int, out_dtype) -> str | None:
-        """Why weights packed from [n, k] cannot be multiplied with these tiles; None if they can."""
+        """Return the reason why these tiles cannot multiply weights packed from [n, k]; None if they can."""
         n, k = padded(n, k)
         if n % (self.n * self.cluster) or k % self.k:
             return f"tiles of {self.n * self.cluster} x {self.k} do not divide the padded weights, {n} x {k}"
@@ -103,15 +103,15 @@ class Tiles:
 
 
 def padded(n: int, k: int) -> tuple[int, int]:
-    """The shape that weights [n, k] are padded to when packed: room for two warpgroups along N and along K."""
+    """Return the padded shape of packed weights [n, k]: multiples of two units along N and along K."""
     return -(-n // (2 * UNIT_N)) * 2 * UNIT_N, -(-k // (2 * UNIT_K)) * 2 * UNIT_K
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row of the table: tiles for up to `max_m` rows of x (null: any), for one shape of W and one dtype, or for all.
+    """An entry of the table: tiles for at most `max_m` rows of x (None: any), and for one n, k and dtype (None: any).
 
-    `measured` says what chose them: microseconds, versions and date; or null, if nothing did.
+    `measured` describes the measurement that chose them, with microseconds, versions and date; None for a guess.
     """
 
     tiles: Tiles
@@ -127,13 +127,13 @@ class Entry:
 
 
 def read(file: Path = FILE) -> dict[str, list[Entry]]:
-    """The table of a file: for each kind of device its entries, of which the first that suits is taken."""
+    """Read a table from a file: device kinds and their entries, of which `choose` takes the first that suits."""
     table = json.loads(Path(file).read_text())
     return {kind: [Entry(**row | {"tiles": Tiles(**row["tiles"])}) for row in rows] for kind, rows in table.items()}
 
 
 def dump(table: dict[str, list[Entry]]) -> str:
-    """The table as text, one line an entry."""
+    """Return the table as JSON text, with one line per entry."""
     kinds = []
     for kind, entries in table.items():
         rows = ",\n".join("    " + json.dumps(dataclasses.asdict(entry)) for entry in entries)
@@ -145,13 +145,13 @@ _table = functools.cache(read)
 
 
 def choose(device_kind: str, m: int, n: int, k: int, dtype, out_dtype=None) -> Tiles:
-    """Tiles for x [m, k] of `dtype` and weights [n, k], by the table's first entry for this kind of device that suits.
+    """Return tiles for x [m, k] of `dtype` and weights [n, k], from the table's first suitable entry for the device.
 
-    `device_kind` is what `jax.Device.device_kind` says, such as "NVIDIA H200"; a name of the table need only be part
-    of it. Devices without a table are taken for an H200.
+    `device_kind` is that of `jax.Device`, such as "NVIDIA H200", and contains a device name of the table. Devices that
+    are not in the table use the entries of the H200.
 
     Raises:
-        ValueError: no entry suits.
+        ValueError: no entry is suitable.
     """
     table = _table()
     entries = next((rows for kind, rows in table.items() if kind in device_kind), table["H200"])

@@ -1,17 +1,17 @@
-"""Block-scaled encoding and decoding on a TPU: one pass over a matrix, of whose number format this file knows nothing.
+"""Block-scaled encoding and decoding on TPUs, in one pass over a matrix.
 
     codes, headers = encode(x)        values = decode(codes, headers)        values = decode(encode(x)), in one pass
 
-A block's values lie in as many vector registers, "places" [8, 128], with one block at each of the 1024 positions. So
-what belongs to a block is computed once a block, and its values meet in operations between registers, without any
-movement across lanes. What is computed is handed in as a `Codec`, functions of places. With blocks along rows (axis=-2)
-a place is a strided load of rows; with blocks along lanes (axis=-1) a tile is transposed in VMEM first, and what comes
-out of it is transposed back.
+A vector register [8, 128] is called a place here: it holds the i-th value of 1024 blocks, one block at each position. A
+block of n values spans n places. So a block's scale is computed once, and its values are combined by operations between
+registers, without moving data across lanes. The number format's arithmetic is passed as a `Codec`, functions of places.
+With blocks along rows (axis=-2) a place is a strided load of rows. With blocks along lanes (axis=-1) a tile is first
+transposed in VMEM, and its results are transposed back.
 
-Matrices are x [L, R, C]: L of them, each with scalars and a table of its own. Along the axis of blocks a last block may
-be short: it is filled up with zeros. Nothing of x's size is written but what is asked for.
+x [L, R, C] holds L matrices, each with its own scalars and table. A short last block along the blocked axis is padded
+with zeros. Only requested outputs are written to memory.
 
-Nothing here has run on a TPU. It is compiled for v5e and v6e, and interpreted.
+This module has not run on a TPU. It is compiled for v5e and v6e and run in the interpreter.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8
-_HIGH = -(2**16)  # the upper half of a word
+_HIGH = -(2**16)  # a mask of a word's upper half
 
-Lookup = Callable[[int, jax.Array], jax.Array]  # (row of the table, int32 indices in it) to float32
+Lookup = Callable[[int, jax.Array], jax.Array]  # (row of the table, int32 indices in the row) -> float32
 
 
 class Codec(Protocol):
     """The arithmetic of a format on places, arrays [8, 128].
 
     Attributes:
-        block: values of a block.
-        bits: of a code.
-        noises: how many numbers of noise an element draws.
-        is_square: whether as many neighbouring blocks as a block has values share what belongs to a block.
+        block: number of values per block.
+        bits: number of bits per code.
+        noises: number of random numbers per element.
+        is_square: whether blocks are square: `block` adjacent blocks share their scale and choice.
     """
 
     block: int
@@ -48,31 +48,31 @@ class Codec(Protocol):
     is_square: bool
 
     def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
-        """The noise of elements with these indices."""
+        """Return the noise of the elements with these indices, for the key words k0 and k1."""
         ...
 
     def encode(
         self, xs: Sequence[jax.Array], noise: Any, scalars: Sequence[Any], lookup: Lookup, *, wants_codes: bool,
         wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None,
     ) -> tuple[Sequence[jax.Array], jax.Array, Sequence[jax.Array]]:  # fmt: skip
-        """(int32 words of codes, int32 header, float32 values that the type of x holds) of float32 places.
+        """Encode float32 places to (int32 words of codes, int32 header, float32 values rounded to the dtype of x).
 
-        `across`, of squares, is (op, place) to op over the place's numbers of a square, for commutative op.
+        For square blocks, `across(op, place)` reduces a place over the blocks of each square by a commutative op.
         """
         ...
 
     def decode(self, words: Sequence[jax.Array], header: jax.Array, lookup: Lookup) -> Sequence[jax.Array]:
-        """The float32 values of a block, which the type of the result holds."""
+        """Return the float32 values of a block, rounded to the dtype of the result."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """A Hadamard transform of runs of 16, 32, 64 or 128 along the axis of blocks, in front of the encoder.
+    """A Hadamard transform of runs of 16, 32, 64 or 128 along the blocked axis, applied before encoding.
 
     Attributes:
-        size: of a run.
-        signs: numbers +-1 that a run is multiplied by first; None if they are an argument.
+        size: the length of a run.
+        signs: factors +-1 by which a run is multiplied first; None if they are an argument of `encode`.
     """
 
     size: int
@@ -80,12 +80,12 @@ class Rotation:
 
 
 class Noise(NamedTuple):
-    """Which noise is whose.
+    """The element indices and seeds from which noise is drawn.
 
     Attributes:
         base: int32 [L], the index of each matrix's first element.
-        strides: int32 [2], how much further an element's index is than that of the row before, of the column before.
-        seeds: int32 [L, 2].
+        strides: int32 [2], the difference of element indices between adjacent rows and between adjacent columns.
+        seeds: int32 [L, 2], two key words for each matrix.
     """
 
     base: jax.Array
@@ -94,7 +94,7 @@ class Noise(NamedTuple):
 
 
 def supports(codec: Codec, x: Any, axis: int) -> str | None:
-    """Why `encode` cannot take an array or shape x [L, R, C]; None if it can."""
+    """Return the reason why `encode` cannot take an array or shape x [L, R, C]; None if it can."""
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"values must be float32 or bfloat16, got {x.dtype}"
     if axis not in (-1, -2):
@@ -123,22 +123,22 @@ def encode(
     wants_values: bool = False,
     interpret: Any = False,
 ) -> list[jax.Array]:
-    """Codes and headers, or what they decode to, or both: [codes, headers, values], each if wanted.
+    """Return codes and headers, or their decoded values, or both: [codes, headers, values], each if requested.
 
     Args:
         x: float32 or bfloat16 [L, R, C].
-        scalars: float32 [L, s], of each matrix, or [1, s], of all: what the codec's `encode` wants to be told.
-        tables: float32 [L, rows, 128], or [1, rows, 128], rows a multiple of 8: what it looks up.
-        noise: if the codec draws some.
-        signs: float32 [size], of a rotation that has none.
-        axis: -1 or -2.
+        scalars: float32 [L, s], or [1, s] shared by all matrices: arguments of the codec's `encode`.
+        tables: float32 [L, rows, 128], or [1, rows, 128] shared by all; rows a multiple of 8: its look-up table.
+        noise: required if the codec draws noise.
+        signs: float32 [size], required if the rotation's signs are None.
+        axis: the blocked axis, -1 or -2.
 
     Returns:
         uint8 codes, packed along the axis from the lowest bits of a byte, [L, R, C / 8 * bits] or [L, R / 8 * bits, C],
-        where a last block that is not full counts as one; uint8 headers, one for each block; values like x.
+        with a short last block padded to a full one; uint8 headers, one per block; values with x's shape and dtype.
 
     Raises:
-        ValueError: `supports` has a reason; noise or signs are missing.
+        ValueError: `supports` returns a reason; noise or signs are missing.
     """
     if reason := supports(codec, x, axis):
         raise ValueError(reason)
@@ -186,9 +186,12 @@ def decode(
     dtype: Any,
     interpret: Any = False,
 ) -> jax.Array:
-    """The values [L, R, C] of codes and headers as `encode` writes them; `length` is that of the axis of blocks.
+    """Return the values [L, R, C] of codes and headers that `encode` returned.
 
-    `tables` are [L, rows, 128] or [1, rows, 128].
+    Args:
+        tables: float32 [L, rows, 128] or [1, rows, 128], as for `encode`.
+        length: the length of the blocked axis.
+        dtype: the dtype of the values.
     """
     count, *shape = codes.shape
     shape[axis] = length
@@ -217,7 +220,7 @@ def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, in
         out_specs=out_specs,
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
-        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),  # each array once
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),  # each array is moved once
         interpret=interpret,
         name=name,
     )(*args)
@@ -235,14 +238,14 @@ def _table_spec(tables):
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """A tile of `length` values along the axis of blocks by 128, which become lanes.
+    """A tile of `length` values along the blocked axis by 128 values across, which become lanes.
 
     Attributes:
-        axis: -1 or -2.
-        sizes: of the matrix: along the axis, across.
-        length: of the tile along the axis. Along lanes it has 128 blocks, so that its headers fill them.
-        block: values of a block.
-        unit: values that are taken at a time: a block, or as many as fill whole words.
+        axis: the blocked axis, -1 or -2.
+        sizes: lengths of the matrix along the blocked axis and across it.
+        length: the tile's length along the blocked axis; for axis=-1 it has 128 blocks, so that headers fill 128 lanes.
+        block: number of values per block.
+        unit: number of values processed together: one block, or as many blocks as fill whole 32-bit words.
     """
 
     axis: int
@@ -268,11 +271,11 @@ class _Tile:
 
     @property
     def group(self):
-        """Values along the axis that are taken in one step: one unit in each sublane."""
+        """The number of values along the axis per step: one unit in each sublane."""
         return SUBLANES * self.unit
 
     def spec(self, parts, of):
-        """Of an array that has `parts` for `of` values along the axis."""
+        """Return the BlockSpec of an array that has `parts` elements for every `of` values along the axis."""
         along = self.length * parts // of
         block = (LANES, along) if self.axis == -1 else (along, LANES)
         return pl.BlockSpec((None, *block), lambda matrix, i, j: (matrix, i, j))
@@ -284,14 +287,15 @@ class _Tile:
         return jax.ShapeDtypeStruct((count, *pair), dtype)
 
     def starts(self):
-        """Where this tile starts: along the axis, across."""
+        """Return the first index of this program's tile along the axis and across it."""
         i, j = pl.program_id(1), pl.program_id(2)
         return (j * self.length, i * LANES) if self.axis == -1 else (i * self.length, j * LANES)
 
     def walk(self, group):
-        """Call group(g) for the groups that the tile has; the last tile need not be full.
+        """Call group(g) for each group of the tile; the last tile may be partial.
 
-        Two at a time, where they fit: a block's scale is a chain of operations, during which another's values go on.
+        If possible, two groups share an iteration: the scale of a block is a chain of dependent operations, which
+        overlaps with operations on the other group.
         """
         at_a_time = 2 if self.length // self.group % 2 == 0 else 1
         values = at_a_time * self.group
@@ -305,12 +309,12 @@ class _Tile:
         lax.fori_loop(0, jnp.minimum(self.length // values, (left + values - 1) // values), step, 0)
 
     def turned(self, a):
-        """[along, 128] of a tile as it lies in memory, and the inverse."""
+        """Transpose a tile between its layout in memory and [along, 128]; the function is its own inverse."""
         return a.T if self.axis == -1 else a
 
 
 def _load(ref, first, unit, dtype):
-    """A unit's places, float32 [8, 128], of units that lie `unit` rows apart from row `first` on."""
+    """Return a unit's places, float32 [8, 128]; units start every `unit` rows from row `first`."""
     if dtype == jnp.float32:
         return [ref[pl.ds(first + i, SUBLANES, stride=unit), :] for i in range(unit)]
     words = [ref[pl.ds(first // 2 + i, SUBLANES, stride=unit // 2), :] for i in range(unit // 2)]
@@ -351,7 +355,7 @@ def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, w
     lookup = _lookup(table)
     draw = _noise(numbers, index, tile, codec) if codec.noises else None
     blocks, per_unit = tile.unit // codec.block, tile.unit * codec.bits // 32
-    index_of = _index(tile) if tile.sizes[0] % codec.block else None  # to fill up the last block
+    index_of = _index(tile) if tile.sizes[0] % codec.block else None  # to pad the last block
     lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
     is_there = lane < tile.sizes[1] - tile.starts()[1]
     across = functools.partial(_across, size=codec.block) if codec.is_square else None
@@ -383,7 +387,7 @@ def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, w
 
     tile.walk(group)
     if wants_codes:
-        # The rows of bytes that lie under each other are the words' own, from the lowest.
+        # A bitcast splits each word into four byte rows, the lowest byte first, which is the order of packed codes.
         codes[...] = tile.turned(pltpu.bitcast(words[...], jnp.uint8))
         headers[...] = tile.turned(bytes_[...]).astype(jnp.uint8)
     if wants_values:
@@ -419,7 +423,7 @@ def _lookup(table):
 
 
 def _across(op, a, size):
-    """op over each `size` neighbouring lanes, in the order of a balanced tree: the farthest lanes first."""
+    """Reduce every `size` adjacent lanes by op, as a balanced tree that combines the farthest lanes first."""
     lane = lax.broadcasted_iota(jnp.int32, a.shape, 1)
     while size > 1:
         size //= 2
@@ -428,7 +432,7 @@ def _across(op, a, size):
 
 
 def _joined(parts, bits):
-    """The words of a unit, of those of its blocks, each of so many bits."""
+    """Join the words of a unit's blocks, of `bits` bits each, to the unit's words."""
     if len(parts) == 1:
         return parts[0]
     words = [[] for _ in range(len(parts) * bits // 32)]
@@ -442,7 +446,7 @@ def _joined(parts, bits):
 
 
 def _parted(words, b, bits):
-    """The words of block b of a unit, the inverse of `_joined`; bits above a block's own are its neighbours'."""
+    """Return the words of block b of a unit, the inverse of `_joined`; surplus high bits belong to the next block."""
     found = []
     for i in range(-(-bits // 32)):
         at, shift = divmod(b * bits + 32 * i, 32)
@@ -457,7 +461,7 @@ def _parted(words, b, bits):
 
 
 def _noise(numbers, matrix, tile, codec):
-    """(group, place) to the noise of the elements there."""
+    """Return a function of (group, place) that draws the noise of the elements there."""
     base, row, column, k0, k1 = (numbers[matrix, i] for i in range(5))
     along, across = (column, row) if tile.axis == -1 else (row, column)
     starts = tile.starts()
@@ -471,14 +475,14 @@ def _noise(numbers, matrix, tile, codec):
 
 
 def _index(tile):
-    """(group, place) to the indices of the elements there along the axis."""
+    """Return a function of (group, place) that returns the indices of the elements there along the axis."""
     sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
     first = tile.starts()[0] + sublane * tile.unit
     return lambda group, place: first + (group * tile.group + place)
 
 
 def _rotate_all(source, tile, rotation, signs, dtype):
-    """Rotate a tile in place."""
+    """Rotate the runs of a tile in place."""
     size = rotation.size
     known = list(rotation.signs) if signs is None else [signs[0, i] for i in range(size)]
 
@@ -492,9 +496,9 @@ def _rotate_all(source, tile, rotation, signs, dtype):
 
 
 def rotated(places: Sequence[jax.Array]) -> list[jax.Array]:
-    """The normalized Hadamard transform of places, in the order of the fast one: neighbours first.
+    """Return the normalized Hadamard transform of places, by the fast algorithm with adjacent places first.
 
-    Zeros are positive.
+    Zeros in the result are positive.
     """
     values, stride = list(places), 1
     while stride < len(values):
@@ -508,7 +512,7 @@ def rotated(places: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _rounded(value, dtype):
-    """A float32 that the type holds."""
+    """Round a float32 to a value that `dtype` represents, ties to even."""
     if dtype == jnp.float32:
         return value
     bits = lax.bitcast_convert_type(value, jnp.int32)

@@ -1,26 +1,28 @@
-"""x @ W.T on a TPU, where W stays packed at 4 bits in memory and becomes numbers beside the matrix unit.
+"""x @ W.T on TPUs, with W packed at 4 bits in memory and decoded next to the matrix unit.
 
     out[m, n] = factor * sum_k x[m, k] * weight[n, k]
     weight[n, k] = +-magnitudes[mode][nibble & 7] * multipliers[mode] * scale(byte)          (see `Decoding`)
 
-Decoding has neither branch nor table. Through any eight magnitudes goes a piecewise linear function of i = nibble & 7,
-which is a maximum of lines less another one, with coefficients worked out from the record. Of two modes one is the
-base, to which a block of the other adds the difference. IF4, in units of 1/2 for E2M1 and of 1 for integers:
+Decoding a `Decoding` needs neither branches nor tables. Any eight magnitudes lie on a piecewise linear function of
+i = nibble & 7, which is a maximum of lines minus another maximum of lines; the coefficients are computed from the
+record. With two modes one is the base, and blocks of the other mode add the difference. For IF4, in units of 1/2 for
+E2M1 and of 1 for integers:
 
     value = i + (max(0, i - 4, 3i - 16) if the block is E2M1 else 0)
 
 Two nibbles share a 32-bit lane: one `and` and one `or` on the word put them into the last bits of two bfloat16 128.
 
-Tables of any sixteen values (`TableDecoding`) are multiplied with each block's scale beforehand: a block has as many
-values as its table has. Its bits at a nibble are a polynomial over the nibble's four bits, with `and` for the product
-and `xor` for the sum, whose sixteen coefficients are worked out once a block; fifteen of both make two weights.
+The sixteen values of a `TableDecoding` are first multiplied by each block's scale, once per block. Each bit of the
+value at a nibble is a polynomial of the nibble's four bits, with `and` as product and `xor` as sum. Its sixteen
+coefficients are computed once per block. Fifteen `and` and fifteen `xor` then decode two weights.
 
-Numerics. The value (a magnitude over its unit) and scale * multiplier * unit are exact in bfloat16. Their product, the
-weight, is exact in float32; for a bfloat16 x it is rounded once to bfloat16, an error of at most 2**-8 of the weight,
-and none where both fit 8 bits (NVFP4, 4/6, MXFP4, 3-bit integers with multiplier 1). Products with x are exact, sums
-are float32 (for a float32 x the products too, at the matrix unit's highest precision), `factor` multiplies them once at
-the end, and one rounding makes `out_dtype`. A NaN byte makes NaN of the outputs of its row of W. TPUs flush subnormal
-numbers: of E8M0 a multiple below 2**-126 (of MXFP4 the byte 1) may count as 0.
+Numerics. The value (a magnitude divided by its unit) and scale * multiplier * unit are exact in bfloat16. Their
+product, the weight, is exact in float32. For a bfloat16 x it is rounded once to bfloat16, with a relative error of at
+most 2**-8, and without error if the product fits 8 bits (NVFP4, 4/6, MXFP4, 3-bit integers with multiplier 1). Products
+with x are exact, and sums are float32; for a float32 x the products are float32 too, at the matrix unit's highest
+precision. `factor` multiplies the sums once at the end, followed by one rounding to `out_dtype`. A NaN byte turns the
+outputs of its row of W into NaN. TPUs flush subnormals: with E8M0 scales, a multiple below 2**-126 (MXFP4's byte 1) may
+be read as 0.
 """
 
 import dataclasses
@@ -38,25 +40,26 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decoding import Decoding, TableDecoding
 
-# From this many rows of x on, the caller had better dequantize once and use XLA's dot: to write and read back bfloat16
-# weights costs 4.5 bytes a weight, on a v6e (1.6 TB/s, 918 Tflop/s) the time of 1300 rows, but once. What the kernel
-# loses grows with the rows. By the count of bundles at 512 rows it is 28% of a product of bfloat16 weights, by which
-# the two would meet at 4600 rows; were it 100%, at 1300. An estimate in between: nothing here was measured.
+# From this many rows of x on, dequantizing once and XLA's dot are expected to be faster. Writing and reading back
+# bfloat16 weights moves 4.5 bytes per weight, which on a v6e (1.6 TB/s, 918 Tflop/s) takes the time of 1300 rows, once.
+# The kernel's overhead grows with the rows. By the count of instruction bundles at 512 rows it is 28% of a product with
+# bfloat16 weights, which puts the break-even point at 4600 rows; with 100% it would be 1300. This is an estimate in
+# between, not a measurement.
 LARGE_M = 2048
 
-# W is packed in units of UNIT_N rows by UNIT_K columns, and padded to them. UNIT_K: four pairs of nibbles a word times
-# 128 columns of x, the width of a vector register. UNIT_N: the width of the matrix unit from v6e on.
+# W is packed in units of UNIT_N rows by UNIT_K columns and padded to whole units. UNIT_K is four pairs of nibbles per
+# word times 128 columns of x, the width of a vector register. UNIT_N is the width of the matrix unit from v6e on.
 UNIT_N = 256
 UNIT_K = 512
 _PAIRS = 4
 _PAIR_K = UNIT_K // _PAIRS
 _LANES = 128
-_SUBLANES = 16  # of a bfloat16 register: rows of x are padded to a multiple of it
+_SUBLANES = 16  # rows of a bfloat16 register; rows of x are padded to a multiple of it
 
-# On a word whose 16-bit halves hold one nibble each in their last bits:
+# Masks for a word whose 16-bit halves hold one nibble each in their last bits.
 _INDICES = 0x00070007
 _LAST_BITS = 0x00010001
-_SIGNS = -0x7FFF8000  # 0x80008000: where the signs of two bfloat16 are
+_SIGNS = -0x7FFF8000  # 0x80008000: the signs of two bfloat16
 _TWO_128 = 0x43004300  # two bfloat16 128, whose last bit is worth 1
 
 
@@ -65,7 +68,7 @@ AnyDecoding = Decoding | TableDecoding
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The work of one grid step: at most m rows of x, n rows of W (in units of 256), k of both (in units of 512)."""
+    """The size of one grid step: at most m rows of x, n rows of W (multiples of 256), k of both (multiples of 512)."""
 
     m: int
     n: int
@@ -76,8 +79,9 @@ class Tiles:
             raise ValueError(f"tiles need multiples of m={_SUBLANES}, n={UNIT_N}, k={UNIT_K}, got {self}")
 
 
-# By the rows of x up to which they serve. A step should outlast its overhead of some 0.35 us, in which 1.6 TB/s bring a
-# million weights; x is read again for every n, so n is large; and all of it should stay well below 16 MiB of VMEM.
+# Tiles by the largest number of rows of x that they serve. A step should take longer than its overhead of about
+# 0.35 us, in which 1.6 TB/s load a million weights. x is read again for each tile along N, so n is large. A step's data
+# should stay well below 16 MiB of VMEM.
 TILES = {
     64: Tiles(m=64, n=1024, k=1024),  # unmeasured
     256: Tiles(m=256, n=1024, k=512),  # unmeasured
@@ -86,7 +90,7 @@ TILES = {
 
 
 def supports(decoding: AnyDecoding, dtype: Any, m: int) -> str | None:
-    """The reason why `matmul` should not be asked for m rows of x of this dtype, with what to do; None if it may be."""
+    """Return why `matmul` should not be used for m rows of x of this dtype, with an alternative; None if it may be."""
     if m >= LARGE_M:
         return f"m={m} rows of x: from {LARGE_M} on, dequantize once and use jnp.dot"
     if reason := _wrong_dtype(dtype):
@@ -95,22 +99,24 @@ def supports(decoding: AnyDecoding, dtype: Any, m: int) -> str | None:
 
 
 def pack(nibbles: jax.Array, scales: jax.Array, decoding: AnyDecoding) -> tuple[jax.Array, jax.Array]:
-    """The kernel's layout of W: half a byte a weight, K before N, every code and byte kept (negative zero too).
+    """Pack W in the kernel's layout: half a byte per weight, K before N, every code and byte kept (also negative zero).
 
-    N and K are padded to multiples of 256 and 512 with zeros, whose scales are zero. Word row 64 g + r holds in bits
-    4 i + 16 j to 4 i + 16 j + 3 the nibble of k = 512 g + 128 i + 2 r + j, so that a shift by 4 i brings the pair for
-    rows 2 r and 2 r + 1 of a bfloat16 register, in which a 32-bit lane holds two rows.
+    N and K are padded with zero codes and zero scales, N to a multiple of 256 and K to a multiple of 512 (1024 for
+    blocks of 32). Word row 64 g + r holds in bits 4 i + 16 j to 4 i + 16 j + 3 the nibble of k = 512 g + 128 i + 2 r +
+    j. So a shift by 4 i yields the pair for rows 2 r and 2 r + 1 of a bfloat16 register, whose 32-bit lanes hold two
+    rows.
 
     Args:
         nibbles: uint8 [N, K], sign and magnitude, 0 to 15; higher bits are ignored.
         scales: uint8 [N, K / block].
+        decoding: the decoding of the weights; only its block matters here.
 
     Returns:
         int32 words [K / 8, N] and uint8 scales [K / block, N], with N and K padded.
 
     Raises:
-        TypeError: for another dtype.
-        ValueError: for shapes that do not fit each other.
+        TypeError: a dtype is not uint8.
+        ValueError: the shapes do not fit each other.
     """
     if nibbles.dtype != jnp.uint8 or scales.dtype != jnp.uint8:
         raise TypeError(f"nibbles and scales must be uint8, got {nibbles.dtype} and {scales.dtype}: bitcast them")
@@ -130,10 +136,11 @@ def pack(nibbles: jax.Array, scales: jax.Array, decoding: AnyDecoding) -> tuple[
 
 
 def unpack(words: jax.Array, scales: jax.Array, n: int, k: int, decoding: AnyDecoding) -> tuple[jax.Array, jax.Array]:
-    """The nibbles uint8 [n, k] and scale bytes uint8 [n, k / block] that `pack` was given, all of them bit for bit.
+    """Invert `pack`, bit for bit: return nibbles uint8 [n, k] and scale bytes uint8 [n, k / block].
 
     Raises:
-        TypeError, ValueError: for arrays that `pack` does not make for n and k.
+        TypeError: the arrays do not have the dtypes of `pack`'s result.
+        ValueError: the arrays do not have the shapes of `pack`'s result for n and k.
     """
     _check_packed(words, scales, n, k, decoding)
     padded_k, padded_n = words.shape[0] * 8, words.shape[1]
@@ -157,21 +164,22 @@ def matmul(
     tiles: Tiles | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """x @ W.T * factor, [M, n], for W packed by `pack`; M, n and k may be any sizes, and vmap works.
+    """Return x @ W.T * factor, [M, n] of `out_dtype`, for W packed by `pack`; vmap works.
 
     Args:
-        x: bfloat16 or float32 [M, k].
-        words, scales: what `pack` returned.
-        factor: float32, a scalar array.
+        x: bfloat16 or float32 [M, k], of any M.
+        words, scales: the arrays that `pack` returned.
+        factor: a float32 scalar array.
         n, k: rows and columns of W before padding.
+        decoding: the decoding of codes and scales.
         out_dtype: bfloat16 or float32.
-        tiles: the work of a grid step; n and k are lowered to the next that divides the padded sizes. By default
-            from `TILES`.
-        interpret: True or a `pltpu.InterpretParams`, to run it where no TPU is.
+        tiles: the size of a grid step, by default from `TILES`; its n and k are lowered to the largest multiples of a
+            unit that divide the padded sizes.
+        interpret: True or a `pltpu.InterpretParams`, to run without a TPU.
 
     Raises:
-        TypeError: for a dtype that the kernel does not take.
-        ValueError: for a decoding that it does not take, and for shapes that do not fit each other.
+        TypeError: the kernel does not support a dtype.
+        ValueError: the kernel does not support the decoding, or the shapes do not fit each other.
     """
     for name, dtype in (("x", x.dtype), ("out_dtype", out_dtype)):
         if reason := _wrong_dtype(dtype):
@@ -189,10 +197,10 @@ def matmul(
     padded_k, padded_n = words.shape[0] * 8, words.shape[1]
     if tiles is None:
         tiles = TILES[min((rows for rows in TILES if m <= rows), default=LARGE_M)]
-    # As many tiles of rows as needed, all of a size: 520 rows are two of 272, not 512 and 8.
+    # All row tiles have the same size: 520 rows are two tiles of 272, not 512 and 8.
     tile_m = _up(pl.cdiv(m, pl.cdiv(m, tiles.m)), _SUBLANES)
     tile_n, tile_k = _divisor(padded_n, tiles.n, UNIT_N), _divisor(padded_k, tiles.k, _unit_k(decoding))
-    # Padding is zero in x and W, so that no garbage of a partial tile meets a number: 0 * NaN would be NaN.
+    # x and W are padded with zeros to whole tiles. Partial tiles would contain garbage, and 0 * NaN would be NaN.
     x = jnp.pad(x, ((0, _up(m, tile_m) - m), (0, padded_k - k)))
     out = pl.pallas_call(
         functools.partial(_body, decoding=decoding, arithmetic=_arithmetic(x.dtype)),
@@ -212,15 +220,15 @@ def matmul(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="matmul_4bit",
-    )(x, words, scales, factor.reshape(1, 1))  # two axes: one that vmap adds is a third, as Mosaic wants it
+    )(x, words, scales, factor.reshape(1, 1))  # with vmap's axis these are three axes, as Mosaic requires
     return out[:m, :n]
 
 
 def _body(x, words, scales, factor, out, sums, tables, *, decoding: AnyDecoding, arithmetic: Any):
-    """One tile: x [tm, tk], words [tk / 8, tn], scales [tk / block, tn], out and sums [tm, tn].
+    """Compute one tile: x [tm, tk], words [tk / 8, tn], scales [tk / block, tn], out and sums [tm, tn].
 
-    tables [tn / 128, modes, tk / block, 128] holds what `_scale_words` makes of the scales: from memory that is 128
-    lanes wide, one row is loaded into all sublanes of a register at no cost to the vector unit.
+    tables [tn / 128, words per block, tk / block, 128] holds the result of `_words_of`. From memory 128 lanes wide, a
+    row is loaded into all sublanes of a register without using the vector unit.
     """
 
     @pl.when(pl.program_id(2) == 0)
@@ -232,7 +240,7 @@ def _body(x, words, scales, factor, out, sums, tables, *, decoding: AnyDecoding,
         for t, table in enumerate(_words_of(scales[:, s * _LANES : (s + 1) * _LANES], decoding, arithmetic)):
             tables[s, t] = table
 
-    count = decoding.block // (4 // jnp.dtype(arithmetic).itemsize)  # words that a block has in a column
+    count = decoding.block // (4 // jnp.dtype(arithmetic).itemsize)  # words of a block in a column
     blocks = _PAIR_K // decoding.block
     total = jnp.zeros_like(sums)
     for g in range(x.shape[1] // UNIT_K):
@@ -243,7 +251,7 @@ def _body(x, words, scales, factor, out, sums, tables, *, decoding: AnyDecoding,
                 first = (g * _PAIRS + i) * blocks
                 spread = [_spread(tables.at[s, t], first, blocks, count) for t in range(tables.shape[1])]
                 weights.append(_decoded(word, i, spread, decoding, arithmetic, x.dtype))
-        # Strips lie side by side, the pairs of a strip below each other.
+        # Strips are concatenated along lanes, the pairs of a strip along rows.
         weight = jnp.concatenate(
             [jnp.concatenate(weights[s * _PAIRS : (s + 1) * _PAIRS], axis=0) for s in range(strips)], axis=1
         )
@@ -258,12 +266,12 @@ def _body(x, words, scales, factor, out, sums, tables, *, decoding: AnyDecoding,
 
 
 def _tables(decoding: AnyDecoding) -> int:
-    """How many words a block has."""
+    """Return the number of words that `_words_of` computes for a block."""
     return 16 if isinstance(decoding, TableDecoding) else len(decoding.magnitudes)
 
 
 def _words_of(scales: jax.Array, decoding: AnyDecoding, arithmetic: Any) -> list[jax.Array]:
-    """From scale bytes [r, 128] all int32 words that their blocks are decoded by."""
+    """Return the int32 words by which blocks are decoded, from their scale bytes [r, 128]."""
     if isinstance(decoding, TableDecoding):
         return _table_words(scales, decoding, arithmetic)
     return _scale_words(scales, decoding, arithmetic)
@@ -272,9 +280,9 @@ def _words_of(scales: jax.Array, decoding: AnyDecoding, arithmetic: Any) -> list
 def _decoded(
     words: jax.Array, pair: int, spread: Sequence[jax.Array], decoding: AnyDecoding, arithmetic: Any, dtype: Any
 ) -> jax.Array:
-    """The weights [2 r, 128] of this dtype in one of the four pairs of nibbles of int32 words [r, 128].
+    """Return the weights [2 r, 128] of one of the four pairs of nibbles of int32 words [r, 128], as `dtype`.
 
-    spread holds the words of `_words_of`, spread over their blocks: [r, 128] if arithmetic is bfloat16, else
+    spread holds the words of `_words_of`, repeated over their blocks: [r, 128] if arithmetic is bfloat16, else
     [2 r, 128].
     """
     if isinstance(decoding, TableDecoding):
@@ -283,7 +291,7 @@ def _decoded(
 
 
 def _table_words(scales: jax.Array, decoding: TableDecoding, arithmetic: Any) -> list[jax.Array]:
-    """Sixteen values, times the scale: in bfloat16 the coefficients of the polynomial of their bits, each twice."""
+    """Return the sixteen values times the scale; in bfloat16 the coefficients of their bit polynomial, each twice."""
     scale, mode = decoding.scales(scales.astype(jnp.int32))
     levels = []
     for column in zip(*decoding.values, strict=True):
@@ -295,7 +303,7 @@ def _table_words(scales: jax.Array, decoding: TableDecoding, arithmetic: Any) ->
         return [lax.bitcast_convert_type(level, jnp.int32) for level in levels]
     words = [lax.bitcast_convert_type(level.astype(jnp.bfloat16).astype(jnp.float32), jnp.int32) for level in levels]
     words = [word | lax.shift_right_logical(word, 16) for word in words]
-    for bit in range(4):  # the values where it is set become what they differ by
+    for bit in range(4):  # values at indices with this bit set become differences to those without it
         words = [word ^ words[i - 2**bit] if i >> bit & 1 else word for i, word in enumerate(words)]
     return words
 
@@ -305,7 +313,7 @@ def _decode_by_table(words, pair: int, spread, arithmetic, dtype) -> jax.Array:
         values = list(spread)
         for bit in range(4):
             last = lax.shift_right_logical(words, 4 * pair + bit) & _LAST_BITS
-            mask = (last << 16) - last  # all bits of the halves whose bit is set
+            mask = (last << 16) - last  # all ones in the halves whose bit is set
             values = [low ^ (high & mask) for low, high in zip(values[::2], values[1::2], strict=True)]
         return pltpu.bitcast(values[0], jnp.bfloat16).astype(dtype)
     values = [pltpu.bitcast(word, arithmetic) for word in spread]
@@ -317,9 +325,9 @@ def _decode_by_table(words, pair: int, spread, arithmetic, dtype) -> jax.Array:
 
 
 def _scale_words(scales: jax.Array, decoding: Decoding, arithmetic: Any) -> list[jax.Array]:
-    """From scale bytes [r, 128] int32 words: scale * multiplier * unit, a float32 or a bfloat16 twice.
+    """Return int32 words of scale * multiplier * unit from scale bytes [r, 128]: a float32, or a bfloat16 twice.
 
-    With two modes also a mask, -1 for the blocks to which the difference is added and 0 for those of the base.
+    With two modes a mask follows: -1 for blocks to which the difference is added, and 0 for blocks of the base mode.
     """
     plan = _plan(decoding)
     byte = scales.astype(jnp.int32)
@@ -328,8 +336,8 @@ def _scale_words(scales: jax.Array, decoding: Decoding, arithmetic: Any) -> list
     else:
         low = byte & 0x7F
         normal = lax.bitcast_convert_type((low << 20) + (120 << 23), jnp.float32)
-        # Without its exponent a subnormal byte seems to be 2**-7 * (1 + m / 8): it is m / 8 * 2**-6, twice that less
-        # 2**-6, and only below 2**-6 is this the smaller. (As a subnormal float32 it would be flushed to zero.)
+        # `normal` reads a subnormal byte as 2**-7 * (1 + m / 8). Its value is m / 8 * 2**-6 = 2 * normal - 2**-6, which
+        # is smaller than `normal` only below 2**-6. (As a subnormal float32 it would be flushed to zero.)
         scale, nan = jnp.minimum(normal, 2 * normal - 2**-6), low == 0x7F
     scale = jnp.where(nan, jnp.nan, scale)
     second = byte >= 0x80
@@ -348,7 +356,7 @@ def _scale_words(scales: jax.Array, decoding: Decoding, arithmetic: Any) -> list
 
 
 def _spread(table, first: int, rows: int, count: int) -> jax.Array:
-    """Rows of a table [r, 128] from `first` on, each `count` times below itself."""
+    """Return `rows` rows of a table [r, 128] from `first` on, each repeated `count` times."""
     copies = [jnp.broadcast_to(table[r : r + 1], (count, _LANES)) for r in range(first, first + rows)]
     return jnp.concatenate(copies, axis=0)
 
@@ -356,9 +364,9 @@ def _spread(table, first: int, rows: int, count: int) -> jax.Array:
 def _decode(
     words: jax.Array, pair: int, spread: Sequence[jax.Array], decoding: Decoding, arithmetic: Any, dtype: Any
 ) -> jax.Array:
-    """The weights [2 r, 128] of this dtype in one of the four pairs of nibbles of int32 words [r, 128].
+    """Return the weights [2 r, 128] of one of the four pairs of nibbles of int32 words [r, 128], as `dtype`.
 
-    spread holds the words of `_scale_words`, spread over their blocks: [r, 128] if arithmetic is bfloat16, else
+    spread holds the words of `_scale_words`, repeated over their blocks: [r, 128] if arithmetic is bfloat16, else
     [2 r, 128].
     """
     plan = _plan(decoding)
@@ -379,17 +387,17 @@ def _bitwise(operation: Callable, numbers: jax.Array, words: jax.Array) -> jax.A
 
 @dataclasses.dataclass(frozen=True)
 class _Curve:
-    """max(slope * i - offset over `upper`) - max(the same over `lower`), for i from 0 to 7."""
+    """The function max(slope * i - offset over `upper`) - max(slope * i - offset over `lower`), for i from 0 to 7."""
 
     upper: tuple[tuple[float, float], ...]
     lower: tuple[tuple[float, float], ...]
 
     @classmethod
     def through(cls, values: Sequence[float]) -> "_Curve":
-        """The piecewise linear function through 0 = values[0], values[1], ...
+        """Return the piecewise linear function through 0 = values[0], values[1], ...
 
-        Where it bends upwards, a line is added to `upper`: a convex function is the maximum of its pieces. Where it
-        bends downwards, `lower` bends upwards instead.
+        Where the slope increases, a line is added to `upper`, because a convex function is the maximum of its pieces.
+        Where the slope decreases, a line is added to `lower` instead.
         """
         slopes = [after - before for before, after in itertools.pairwise(values)]
         upper, lower = [(slopes[0], 0.0)], [(0.0, 0.0)]
@@ -403,7 +411,7 @@ class _Curve:
 
     def __call__(self, index: jax.Array) -> jax.Array:
         def line(slope: float, offset: float) -> jax.Array:
-            # No operation is spent on a factor of 1 or an offset of 0: the compiler keeps what it is given.
+            # Factors of 1 and offsets of 0 are left out here, because the compiler does not remove them.
             scaled = index if slope == 1 else index * slope if slope else jnp.zeros_like(index)
             return scaled - offset if offset else scaled
 
@@ -413,7 +421,7 @@ class _Curve:
         return upper - lower if len(self.lower) > 1 else upper
 
     def numbers(self) -> list[float]:
-        """Every number that occurs on the way to the curve's values, with these."""
+        """Return all intermediate and final numbers of the curve's computation for i from 0 to 7."""
         found = []
         for i in range(8):
             upper, lower = ([slope * i - offset for slope, offset in lines] for lines in (self.upper, self.lower))
@@ -425,21 +433,21 @@ class _Curve:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How one decoding is computed: value(i) of the base mode, plus difference(i) for blocks of the other."""
+    """The computation of a decoding: value(i) of the base mode, plus difference(i) for blocks of the other mode."""
 
-    multiples: tuple[float, ...]  # for each mode, multiplier * unit: what the scale is multiplied by
+    multiples: tuple[float, ...]  # for each mode the scale's factor, multiplier * unit
     base: int
     value: _Curve
     difference: _Curve
 
     def exact(self) -> bool:
-        """Whether bfloat16 holds every number on the way."""
+        """Return whether every intermediate number is exact in bfloat16."""
         return all(_significant_bits(number) <= 8 for number in self.value.numbers() + self.difference.numbers())
 
 
 @functools.cache
 def _plan(decoding: Decoding) -> _Plan:
-    # A unit is a power of two, so dividing by it is exact; it makes the curves of most modes start with slope 1.
+    # A unit is a power of two, so that division by it is exact. With it the curves of most modes start with slope 1.
     units = [2.0 ** math.floor(math.log2(row[1])) for row in decoding.magnitudes]
     values = [[magnitude / unit for magnitude in row] for row, unit in zip(decoding.magnitudes, units, strict=True)]
 
@@ -491,10 +499,10 @@ def _check_packed(words: jax.Array, scales: jax.Array, n: int, k: int, decoding:
 
 
 def _arithmetic(dtype: Any) -> Any:
-    """The dtype to decode in: that of x, but float32 on a TPU whose vector unit lacks bfloat16 (before v6)."""
+    """Return the dtype of the decoding: that of x, but float32 on TPUs before v6, whose vector unit lacks bfloat16."""
     try:
         generation = pltpu.get_tpu_info().generation
-    except ValueError:  # no TPU: interpreted, or lowered for one that cannot be asked
+    except ValueError:  # no TPU here: the kernel is interpreted or compiled for another machine
         generation = 6
     return jnp.dtype(jnp.bfloat16 if dtype == jnp.bfloat16 and generation >= 6 else jnp.float32)
 
@@ -504,19 +512,19 @@ def _up(size: int, multiple: int) -> int:
 
 
 def _unit_k(decoding: AnyDecoding) -> int:
-    """Tiles of bytes have 32 rows, hence blocks of 32 units of 1024 columns."""
+    """Return the unit along K: tiles of scale bytes need 32 rows, so that blocks of 32 need units of 1024 columns."""
     return max(UNIT_K, 32 * decoding.block)
 
 
 def _divisor(size: int, limit: int, unit: int) -> int:
-    """The largest multiple of unit that divides size, a multiple of it, and is at most limit, or else unit."""
+    """Return the largest multiple of unit that divides size and is at most limit; unit if there is none."""
     return max((tile for tile in range(unit, min(size, limit) + 1, unit) if size % tile == 0), default=unit)
 
 
 def reference(
     x: jax.Array, nibbles: jax.Array, scales: jax.Array, factor: jax.Array, decoding: AnyDecoding
 ) -> jax.Array:
-    """What `matmul` computes, in float32 and jnp: x [M, K], nibbles uint8 [N, K], scales uint8 [N, K / block]."""
+    """Compute `matmul` in float32 by jnp from x [M, K], nibbles uint8 [N, K] and scales uint8 [N, K / block]."""
     if isinstance(decoding, TableDecoding):
         low, mode = scales & (2**decoding.bits - 1), scales >> decoding.bits
         binade, units = low.astype(jnp.int32) >> decoding.mantissa, 2**decoding.mantissa

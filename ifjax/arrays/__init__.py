@@ -1,4 +1,4 @@
-"""Quantized arrays: QTensor, what makes and reads it, and where it is placed."""
+"""QTensor, and functions that quantize, dequantize, slice, join and shard quantized arrays."""
 
 from ifjax.arrays.blocking import DTYPES, Blocking, packed_shapes
 from ifjax.arrays.encoders import ENCODERS, Encoder, Explanation, explain_quantize

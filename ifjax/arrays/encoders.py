@@ -1,8 +1,8 @@
-"""Kernels that encode and decode blocks: which device has one, as records, and what it takes.
+"""Registry of kernels that encode and decode blocks, with the devices and inputs that each supports.
 
     x -> amax, by XLA -> tables of the tensor, by XLA -> codes and headers, or values, in one pass by a kernel
 
-A kernel has the bits of the codec (see `ifjax.codec.places`). What none takes goes through XLA.
+A kernel gives the same bits as the codec (see `ifjax.codec.places`). Inputs that no kernel supports go through XLA.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ from ifjax.numerics.proofs import known_fault
 
 
 class Explanation(NamedTuple):
-    """The way that a computation goes.
+    """The execution path that a computation takes.
 
     Attributes:
-        path: of a product, "xla": weights are decoded, then multiplied; "xla_few_rows": decoded block by block while
-            they are multiplied; "xla_float32": decoded and multiplied in float32; of `quantize`, "xla": the codec
-            compiled by XLA; of both, the name of a backend.
-        reason: why this one, or why no faster one.
+        path: the name of a backend or kernel, or an XLA path. For a product, "xla" decodes the weights and then
+            multiplies; "xla_few_rows" decodes block by block during the multiplication; "xla_float32" decodes and
+            multiplies in float32. For `quantize`, "xla" is the codec compiled by XLA.
+        reason: why this path was chosen, or why no faster one was.
     """
 
     path: str
@@ -44,14 +44,14 @@ class Explanation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Kernels that encode and decode, and the devices that they are for.
+    """Kernels that encode and decode, and the devices that they support.
 
     Attributes:
-        name: of the kernels.
-        platform: JAX's name of the platform that they compile for: "cuda", "tpu", "cpu".
-        devices: a regular expression, found in the device kinds that they are for, as JAX spells them and as people do.
-        load: gives the module, with `supports`, `encode` and `decode` as in `pallas_kernels.tpu_blocks`.
-        measured: where times on hardware are stated, if anywhere.
+        name: name of the kernels.
+        platform: JAX platform that they compile for: "cuda", "tpu" or "cpu".
+        devices: a regular expression that is searched for in the device kind, in JAX's spelling or the usual one.
+        load: returns the kernel module, which has `supports`, `encode` and `decode` as in `pallas_kernels.tpu_blocks`.
+        measured: where times measured on hardware are stated, or None.
     """
 
     name: str
@@ -96,14 +96,14 @@ def explain_quantize(
     gradient: str = "straight_through",
     target: str | None = None,
 ) -> Explanation:
-    """Tell which way `quantize` and `fake_quantize` go for x, and why. Nothing is computed; a shape suffices.
+    """Return which path `quantize` and `fake_quantize` take for x, and why. Nothing is computed; a shape suffices.
 
     Args:
-        x: an array or `jax.ShapeDtypeStruct`; the other arguments are those of `quantize` and `fake_quantize`.
-        target: the device kind, such as "TPU v6e"; the first device's unless given.
+        x: an array or `jax.ShapeDtypeStruct`. The other arguments are those of `quantize` and `fake_quantize`.
+        target: the device kind, such as "TPU v6e". By default that of the first device.
 
     Raises:
-        ValueError: settings that are unknown or do not go together.
+        ValueError: a setting is unknown, or settings do not fit together.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -131,27 +131,27 @@ def explain_quantize(
 
 
 def encoder_for(device: str) -> Encoder | None:
-    """The kernels for a device kind, unless the setting leaves all to XLA."""
+    """Return the kernels for a device kind; None if there are none or the `kernels` setting turns them off."""
     return kernels_for(ENCODERS.values(), device)
 
 
 def work_of(encoder: Encoder, does: str, how: Encoding, dtype: Any, axis: int) -> str:
-    """What a kernel is compiled for, in words, as its proofs are kept."""
+    """Return the text that names what a kernel is compiled for; results of kernel checks are stored under it."""
     way = [f"axis {max(axis, -2)}", how.rounding.name, getattr(how.loss, "name", "")] + ["squares"] * how.block_2d
     return f"{encoder.name}: {does} {np.dtype(dtype).name} {described(how.fmt)}, {', '.join(way)}"
 
 
 def described(fmt: Format) -> str:
-    """A format's name, and a number of what its record says."""
+    """Return the format's name with a checksum of its record."""
     return f"{fmt.name} ({zlib.crc32(json.dumps(fmt.to_dict(), sort_keys=True).encode()):08x})"
 
 
 def refusal(
     encoder: Encoder, x: Any, how: Encoding, axis: int, amax_ndim: int, *, is_weighed: bool, is_clipped: bool
 ) -> str | None:
-    """Why the encoder cannot take x, whose amax has so many axes; None if it can.
+    """Return why the encoder cannot encode x with an amax of `amax_ndim` axes; None if it can.
 
-    `is_weighed`: errors have weights. `is_clipped`: it is asked where a gradient passes.
+    `is_weighed`: errors have weights. `is_clipped`: the mask of a clipped gradient is wanted.
     """
     if is_weighed:
         return "it weighs no errors"
@@ -163,7 +163,7 @@ def refusal(
 
 
 def refusal_to_decode(encoder: Encoder, q: Any, dtype: Any) -> str | None:
-    """Why the decoder cannot take a QTensor; None if it can."""
+    """Return why the decoder cannot decode the QTensor q; None if it can."""
     amax_ndim = 0 if q.amax is None else q.amax.ndim
     reason = decoder_refusal(q.fmt) or _refusal_of_shape(q.shape, q.axis, amax_ndim)
     return reason or _refusal_of_kernel(encoder, q.shape, np.dtype(dtype), _how_to_decode(q), q.axis, amax_ndim)
@@ -190,12 +190,12 @@ def _refusal_of_kernel(encoder, shape, dtype, how, axis, amax_ndim):
 
 
 def _lead(x, how, amax_ndim):
-    """How many of x's first axes number its matrices: squares must not reach from one into the next."""
+    """Return how many leading axes of x enumerate its matrices: 2-D blocks must not span two matrices."""
     return max(amax_ndim, x.ndim - 2) if how.block_2d else amax_ndim
 
 
 def _as_matrices(shape, axis, amax_ndim) -> tuple[int, int, int]:
-    """[L, R, C]: as few matrices as share an amax, blocked along their columns or rows."""
+    """Return the shape [L, R, C] of x as the fewest matrices with one amax each, blocked along rows or columns."""
     if axis == -1:
         return math.prod(shape[:amax_ndim]), math.prod(shape[amax_ndim:-1]), shape[-1]
     at = len(shape) + axis
@@ -206,7 +206,10 @@ def encode_by_kernel(
     x: jax.Array, key: jax.Array | None, amax: jax.Array | None, *, encoder: Encoder, how: Encoding, axis: int,
     amax_axes: tuple[int, ...], wants_codes: bool, wants_values: bool,
 ) -> tuple[list[jax.Array], jax.Array | None]:  # fmt: skip
-    """([packed codes, scale bytes, values], those that are wanted, in the shapes of a QTensor and of x; amax)."""
+    """Encode x with a kernel; return ([packed codes, scale bytes, values], amax).
+
+    The list holds only the wanted arrays. Codes and scales have the shapes of a QTensor, values that of x.
+    """
     fmt = how.fmt
     if fmt.has_tensor_scale and amax is None:
         amax = _amax(x, amax_axes, fmt)
@@ -226,7 +229,7 @@ def encode_by_kernel(
 
 
 def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:
-    """The values of a QTensor; without an amax those without the tensor's factor."""
+    """Decode a QTensor with a kernel. If it has no amax, the tensor's factor is left out."""
     lead = 0 if q.amax is None else q.amax.ndim
     codes, headers = (a.reshape(_as_matrices(a.shape, q.axis, lead)) for a in (q.codes, q.scales))
     run = functools.partial(
@@ -242,14 +245,14 @@ def _how_to_decode(q):
 
 
 def _amax(x, amax_axes, fmt):
-    """As the codec takes it, from x as it lies: the largest finite magnitude."""
+    """Return the largest finite magnitude of x, as the codec computes it, without splitting x into blocks."""
     x = x.astype(jnp.float32)
     kept = ~jnp.isnan(x) if fmt.saturates else jnp.isfinite(x)
     return amax_of(jnp.where(kept, jnp.abs(x), 0), amax_axes)
 
 
 def _of_matrices(amax, shape, count):
-    """[count], or [1] if all have one; None if they have none."""
+    """Return amax for each of `count` matrices: [count], or [1] if all share one; None if there is none."""
     if amax is None or amax.size == 1:
         return None if amax is None else amax.reshape(1)
     amax = jnp.broadcast_to(amax, shape[: amax.ndim]).reshape(-1, 1)
@@ -257,15 +260,15 @@ def _of_matrices(amax, shape, count):
 
 
 def _unfolded(array, shape, axis):
-    """[L, R, C] -> [...], of which the blocked axis alone has another length than `shape`."""
+    """Reshape [L, R, C] to `shape`, except that the blocked axis keeps the array's length."""
     at = len(shape) + axis
     return array.reshape(*shape[:at], array.shape[-1 if axis == -1 else -2], *shape[at + 1 :])
 
 
 def _by_matrix(run, amax, *arrays):
-    """run(amax, *arrays), tuples of arrays [L, ...]; of vmap it makes more matrices.
+    """Call run(amax, *arrays), which returns a tuple of arrays [L, ...]. Under vmap the batch is folded into L.
 
-    `arrays` are trees of arrays [L, ...], the first one an array; amax is [L], or [1], or None.
+    `arrays` are trees of arrays [L, ...], the first one a single array; amax is [L], [1] or None.
     """
     call = jax.custom_batching.custom_vmap(run)
 

@@ -1,6 +1,6 @@
-"""Flax's protocol for boxed parameters (flax.core.meta.AxisMetadata), so that linen reads packed ones.
+"""Flax's protocol for boxed parameters (flax.core.meta.AxisMetadata), through which linen reads packed parameters.
 
-Flax is not imported: once it is loaded, QTensor is registered with it.
+Flax is not imported here. QTensor is registered with it once some other code has loaded it.
 """
 
 import json
@@ -15,15 +15,15 @@ from ifjax.arrays.indexing import unblocked
 
 
 class FlaxBox:
-    """The methods that Flax calls on a boxed parameter, and the class's state dict. QTensor derives from it."""
+    """Base class of QTensor with the methods that Flax calls on a boxed parameter."""
 
     def unbox(self: Any, apply_constraint: bool = True) -> Any:
-        """What a Flax module gets for this parameter: the values, without gradient. `nn.unbox` makes dense trees."""
-        del apply_constraint  # the arrays inside have their shardings
+        """Return the dense values without gradient, as a Flax module reads them; `nn.unbox` makes a tree dense."""
+        del apply_constraint  # the packed arrays already have their shardings
         return lax.stop_gradient(self.dequantize())
 
     def replace_boxed(self: Any, val: Any) -> Any:
-        """val, if it is packed or being traced over: nothing is quantized by an assignment."""
+        """Return `val` if it is packed; raise TypeError otherwise, because an assignment does not quantize."""
         if isinstance(val, FlaxBox):
             return val
         raise TypeError(
@@ -32,7 +32,7 @@ class FlaxBox:
         )
 
     def add_axis(self: Any, index: int, params: dict[Any, Any]) -> Any:
-        """For arrays that have been stacked at `index`, as by nn.scan. `remove_axis` undoes it."""
+        """Return self with metadata for an axis that was added at `index`, as by nn.scan. `remove_axis` inverts it."""
         at = index % self.ndim
         axis = self.axis - (at > self.ndim - 1 + self.axis)
         names = self.names
@@ -41,20 +41,20 @@ class FlaxBox:
         return self.replaced(axis=axis, names=names)
 
     def remove_axis(self: Any, index: int, params: dict[Any, Any]) -> Any:
-        """For arrays that are about to be taken apart along `index`, as by nn.scan: `axis` as their parts need it."""
+        """Return self with metadata for entries along axis `index`, into which nn.scan is about to split the arrays."""
         del params
         at = unblocked(self, index)
         names = None if self.names is None else (*self.names[:at], *self.names[at + 1 :])
         return self.replaced(axis=self.axis + (at > self.ndim + self.axis), names=names)
 
     def get_partition_spec(self: Any) -> Any:
-        """A QTensor of the PartitionSpecs that `names` ask for, for `nn.get_partition_spec`."""
+        """Return a QTensor of the PartitionSpecs that `names` give, for `nn.get_partition_spec`."""
         from ifjax.arrays.sharding import partition_specs
 
         return partition_specs(self, PartitionSpec() if self.names is None else PartitionSpec(*self.names))
 
     def get_sharding(self: Any, mesh: Mesh) -> Any:
-        """A QTensor of the shardings that `names` ask for, for `nn.get_sharding`. No block may be torn."""
+        """Return a QTensor of the shardings that `names` give, for `nn.get_sharding`. No block may be split."""
         from ifjax.arrays.sharding import shardings
 
         return shardings(self, NamedSharding(mesh, PartitionSpec(*self.names or ())))
@@ -73,7 +73,7 @@ _introduced = []
 
 
 def introduce_to_flax(cls: type) -> None:
-    """Once Flax is loaded, register QTensor as boxed metadata with a state dict. Does nothing the second time."""
+    """Register QTensor with Flax as boxed metadata with a state dict. Do nothing if Flax is not loaded, or if done."""
     meta: Any = sys.modules.get("flax.core.meta")
     serialization: Any = sys.modules.get("flax.serialization")
     if _introduced or not (hasattr(meta, "AxisMetadata") and hasattr(serialization, "register_serialization_state")):

@@ -1,19 +1,19 @@
-"""GPTQ: quantize a weight so that its products, not its values, change little.
+"""GPTQ: quantization of a weight that minimizes the error of its products, not of its values.
 
-Of a weight w [K, N] and the rows x of what it is multiplied by, the error of the products is
+For a weight w [K, N] and input rows x [K], the error of the products is
 sum over x of |x (w - q)|^2 = trace((w - q)^T H (w - q)) with the Hessian H = sum of x^T x [K, K].
 With H = R R^T, R upper triangular, r its diagonal and L = (R / r)^T, lower triangular with a diagonal of ones,
 
     error = sum over k of r_k^2 |(L (w - q))_k|^2
 
-so that row k of q is best taken as the rounded value of
+so that the best row k of q is the rounded value of
 
     x_k = w_k + sum over j < k of L_kj (w - q)_j
 
-which is w_k and what the rows before it left to be made up for. These are the published method's numbers, which come
-there from a Cholesky factor of the inverse of H; no inverse is formed here. A block's scale and choice are taken when
-its first row is reached, by trying each on all of the block's rows with this feedback between them: the sum of
-r_k^2 (x_k - q_k)^2 is the error that the block adds.
+which is w_k plus a correction for the errors of the rows before it. These numbers equal those of the published method,
+which computes them from a Cholesky factor of the inverse of H; no inverse is formed here. A block's scale and selector
+are chosen when its first row is reached. Each option is tried on all rows of the block, with this feedback between
+them, and the error that the block adds is the sum of r_k^2 (x_k - q_k)^2.
 """
 
 
@@ -47,35 +47,37 @@ def gptq(
     search: str | Search | None = None,
     damping: float = 0.01,
 ) -> QTensor:
-    """Quantize a weight for the inputs that it is multiplied by: later values make up for earlier ones' errors.
+    """Quantize a weight to minimize the error of its products: later rows compensate the errors of earlier ones.
 
-    Of the same format and size as `quantize` gives, and slower to encode. With a Hessian that is a multiple of the
-    identity (inputs without correlation and of one size) it is what `quantize` gives, bit for bit.
+    The result has the same format and size as that of `quantize`; encoding is slower. If the Hessian is a multiple of
+    the identity (uncorrelated inputs of equal size), the result equals that of `quantize` bit for bit.
 
-    Rows of w whose input never fires (zero diagonal) neither make up for others nor are made up for; so it is with a
-    last block's filling zeros. A NaN or infinity in w makes NaN of its own block, and changes no other column. Under
-    jit or vmap the values of the Hessian are not checked; one without a Cholesky factor then gives NaN scales.
+    Rows of w whose input is always zero (zero diagonal), and the padding of the last block, take no part in the
+    compensation. A NaN or infinity in w turns its own block into NaN and affects no other column. Under jit or vmap
+    the values of the Hessian are not checked; if it has no Cholesky factor, the scales are NaN.
 
     Args:
-        w: float32, bfloat16 or float16 [..., K, ...]. The other axes, if any, are columns that do not interact.
+        w: float32, bfloat16 or float16 [..., K, ...]. Columns along the other axes do not interact.
         hessian: float32 [K, K], the sum of x^T x over rows x [K] of w's input. Its scale does not matter.
         fmt: a format's name (`ifjax.FORMATS`) or record.
-        axis: the axis of K, along which w is multiplied and blocks lie.
-        loss: what chooses a block's scale and candidate. None: the error of the products, with the feedback inside the
-            block. "mse", ... as for `quantize`: of the block's values as they stand when its first row is reached.
+        axis: the axis of length K: the contraction axis of the product, and the blocked axis.
+        loss: the loss by which a block's scale and candidate are chosen. None is the error of the products, with the
+            feedback inside the block. "mse" and the others of `quantize` are taken on the block's values with the
+            corrections of earlier blocks.
         search: scales to try, as for `quantize`.
-        damping: of the mean of the Hessian's diagonal, added to its diagonal. More of it trusts the inputs less.
+        damping: fraction of the mean of the Hessian's diagonal that is added to the diagonal. A larger value trusts the
+            inputs less.
 
     Returns:
         A QTensor of w's shape and dtype, blocked along `axis`.
 
     Raises:
         TypeError: w is not a float array.
-        ValueError: shapes that do not fit, a Hessian that is not finite or not positive semidefinite, damping that is
-            negative, or an argument that `quantize` refuses.
+        ValueError: shapes do not fit, the Hessian is not finite or not positive semidefinite, damping is negative, or
+            `quantize` rejects an argument.
 
-    Source: GPTQ arXiv 2210.17323, equations 2 and 3. There scales are fixed for a group's own maximum; here they are
-    chosen for the error of the products.
+    Source: GPTQ arXiv 2210.17323, equations 2 and 3. There a scale is fixed by its group's maximum; here it is chosen
+    by the error of the products.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -126,16 +128,17 @@ def _checked_hessian(hessian, k):
 
 @jax.jit(static_argnames="block")
 def _factor(hessian, damping, block):
-    """R [m B, m B] of the damped Hessian, filled up and its blocks put in order, and that order, int32 [m]."""
+    """Return R [m B, m B] of the damped, padded Hessian with its blocks reordered, and the order, int32 [m]."""
     k, length = len(hessian), -(-len(hessian) // block) * block
     hessian = pad_axis(pad_axis(hessian, length, -1), length, -2)
     largest = jnp.max(jnp.diagonal(hessian))
     hessian = jnp.where(largest > 0, hessian / largest, 0)
     diagonal = jnp.diagonal(hessian)
-    # Large inputs first, whose errors all others can make up for. On a tie, as where all are equal, in their own order.
+    # Blocks with large inputs come first, so that all others can compensate their errors. Ties keep their order.
     order = jnp.argsort(-diagonal.reshape(-1, block).sum(-1), stable=True)
     rows = (order[:, None] * block + jnp.arange(block)[None]).reshape(-1)
-    # The bound is for inputs that never fire, without damping: they are alone, and count for next to nothing.
+    # Without damping, inputs that are always zero have a zero diagonal. The bound keeps the matrix positive definite;
+    # such rows interact with no others and have almost no weight.
     diagonal = jnp.maximum(diagonal + damping * jnp.sum(diagonal) / k, np.float32(2.0**-40))
     hessian = jnp.where(jnp.eye(len(hessian), dtype=bool), diagonal[:, None], hessian)[rows][:, rows]
     return lax.linalg.cholesky(hessian[::-1, ::-1], symmetrize_input=True)[::-1, ::-1], order
@@ -155,18 +158,18 @@ def _gptq(w, factor, order, *, how, axis, own_loss):
         amax, own = joint(blocks, *block_peaks(blocks, -2, how), amax, weights / jnp.max(weights), how, -2)
     unit, tensor = power_near(amax), None
     if fmt.has_tensor_scale:
-        # From here on all is in units of the power, which then is 1.
+        # From here on, all numbers are in units of the power of two, so that it is 1.
         tensor = normalized(amax * unit, fmt.tensor_constant(), 1)
         blocks, unit = blocks * unit, jnp.float32(1)
 
     lower = (factor / r[None]).T.reshape(*blocks.shape[:2], len(factor))  # [m, B, m B]
 
     def next_block(errors, block_and_own):
-        """Errors w - q [m B, N] of the blocks before this one, and the number of this one."""
+        """Encode one block, given the errors w - q [m B, N] of the blocks before it and its index."""
         at, own = block_and_own
         feedback = jnp.dot(lower[at], errors, precision=lax.Precision.HIGHEST)
         within = lax.dynamic_slice_in_dim(lower[at], at * block, block, axis=1)
-        # In units of the largest: equal weights are 1, and the losses those of `quantize`.
+        # Weights are relative to the largest, so that equal weights are 1 and give the losses of `quantize`.
         weight = weights[at] / jnp.max(weights[at])
         step = FeedbackBlock(with_feedback(blocks[at], feedback), blocks[at], within, weight, unit)
         codes, header, error = encode_block(step, tensor, how, own_loss, own)

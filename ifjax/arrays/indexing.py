@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 
 def take(q: Any, indices: ArrayLike, axis: int) -> Any:
-    """Entries of a QTensor along an unblocked axis; see `QTensor.take`."""
+    """Return entries of a QTensor along an unblocked axis; see `QTensor.take`."""
     axis = unblocked(q, axis)
     nan = np.frombuffer(int(q.fmt.scale.nan).to_bytes(q.fmt.scale.nbytes, "little"), np.uint8)
 
@@ -22,7 +22,7 @@ def take(q: Any, indices: ArrayLike, axis: int) -> Any:
         shared = (*amax.shape[:axis], *[1] * jnp.ndim(indices), *amax.shape[axis + 1 :])
         amax = pick(amax, 0) if amax.shape[axis] > 1 or q.shape[axis] == 1 else amax.reshape(shared)
     scales = pick(q.scales, int(nan[0]))
-    if len(nan) > 1:  # what is out of range is a header of NaN, whose bytes differ
+    if len(nan) > 1:  # the bytes of a NaN header differ, so one fill value is not enough
         missing = (jnp.asarray(indices) < -q.shape[axis]) | (jnp.asarray(indices) >= q.shape[axis])
         missing = missing.reshape((1,) * axis + missing.shape + (1,) * (scales.ndim - axis - missing.ndim))
         place = jnp.arange(scales.shape[q.axis]) % len(nan)
@@ -32,7 +32,7 @@ def take(q: Any, indices: ArrayLike, axis: int) -> Any:
 
 
 def index(q: Any, entries: Any) -> Any:
-    """q[entries]: integers, slices and at most one integer array or traced integer, along unblocked axes."""
+    """Return q[entries]: integers, slices and at most one integer array or traced integer, along unblocked axes."""
     entries = without_ellipsis(q, entries)
     if sum(_is_index_array(entry) for entry in entries) > 1:
         raise IndexError("at most one index array: take one axis after the other")
@@ -42,10 +42,10 @@ def index(q: Any, entries: Any) -> Any:
 
 
 def without_ellipsis(q: Any, entries: Any) -> tuple[Any, ...]:
-    """The entries of an index, whole slices in place of an ellipsis; there may be fewer than axes.
+    """Return the entries of an index with an ellipsis expanded to slices. There may be fewer entries than axes.
 
     Raises:
-        IndexError: several ellipses, or more entries than axes.
+        IndexError: the index has several ellipses, or more entries than q has axes.
     """
     entries = entries if isinstance(entries, tuple) else (entries,)
     dots = [i for i, entry in enumerate(entries) if entry is Ellipsis]
@@ -59,10 +59,10 @@ def without_ellipsis(q: Any, entries: Any) -> tuple[Any, ...]:
 
 
 def unblocked(q: Any, axis: int) -> int:
-    """The axis counted from the front.
+    """Return the axis as a nonnegative number.
 
     Raises:
-        ValueError: no such axis, or blocks lie along it.
+        ValueError: the axis is out of range, or is blocked.
     """
     if not -q.ndim <= axis < q.ndim:
         raise ValueError(f"axis {axis} is out of range for shape {q.shape}")
@@ -99,7 +99,7 @@ def _index(q, axis, entry):
 
 
 def _picked(q, axis, codes, scales, amax):
-    """What was picked along `axis`, which leaves any number of axes behind: q.axis counts those after it."""
+    """Return q with the arrays that indexing `axis` gave. `axis` may have become any number of axes."""
     moved = q.ndim - codes.ndim if axis > q.ndim + q.axis else 0
     names, new = q.names, codes.ndim - q.ndim + 1
     if names is not None and new != 1:

@@ -1,4 +1,4 @@
-"""learn_format: grids from data, as a record like any other."""
+"""`learn_format`, which learns the grids of a format from data."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,38 +28,39 @@ def learn_format(
     rounds: int = 120,
     report: Callable[[int, float], Any] | None = None,
 ) -> Format:
-    """Learn grids of free values from data, and return the format that chooses between them for each block.
+    """Learn grids of arbitrary values from data, and return a format that chooses among them for each block.
 
-    Lloyd-Max on blocks under their real, rounded scales, in rounds: each block takes the grid (and with `search` the
-    scale) that errs least, each value the nearest level, and each level moves to the mean of its values, weighted by
-    the square of their scale. The mean squared error never rises from one round to the next. Runs in NumPy, in double
-    precision; some 10^5 values are enough for a grid, and 16 levels, 4 grids and 10 scales take a few minutes.
+    Runs Lloyd-Max on blocks under their rounded scales. In each round a block takes the grid (and with `search` the
+    scale) that has the least squared error, each value takes the nearest level, and each level moves to the mean of its
+    values, weighted by the square of their scale. The mean squared error never rises from one round to the next. The
+    computation is in NumPy, in double precision. About 10^5 values are enough for a grid; 16 levels, 4 grids and 10
+    scales take a few minutes.
 
     Args:
-        samples: finite float array of any rank, with blocks along its last axis, or a sequence of them; each has an
-            amax of its own. What does not fill a block is left out.
-        name: of the format; its grids are named after it.
-        grids: how many to learn; at most 2^(8 - scale.bits) with their mirror images.
+        samples: finite float array of any rank, with blocks along its last axis, or a sequence of them. Each array has
+            its own amax. Values beyond the last full block are left out.
+        name: name of the format; its grids are named after it.
+        grids: number of grids to learn; at most 2^(8 - scale.bits), mirror images included.
         mirror: whether a block may also take the mirror image of each grid.
-        bits: of a code; a grid has 2^bits levels.
-        block: values that share a scale.
-        scale: of the blocks. Its largest value is that of the tensor's maximum.
-        zero: whether one level of each grid, code 2^(bits - 1), is held at 0. `ifjax.Grid` needs a zero, so that False
-            moves the level nearest to 0 there at the end, which costs a little error.
-        prevent_zero: whether the least scale takes the place of 0, so that blocks far below amax are not lost.
-        search: scales to choose from besides the own one, as in `quantize`: those that offset a payload. Learn with
-            the search that will be used.
-        rounds: at most; it stops where nothing changes.
-        report: is called with (round, mean squared error).
+        bits: bits of a code; a grid has 2^bits levels.
+        block: number of values that share a scale.
+        scale: type of the block scales. The block with the tensor's maximum gets its largest value.
+        zero: whether one level of each grid, code 2^(bits - 1), is fixed at 0. `ifjax.Grid` needs a zero, so with False
+            the level nearest to 0 moves there at the end, which costs a little error.
+        prevent_zero: whether the smallest nonzero scale replaces 0, so that blocks far below amax do not vanish.
+        search: the search that `quantize` will use with the format. It must try payloads by offsets, such as "fast".
+        rounds: maximum number of rounds; learning stops earlier if the error no longer falls.
+        report: called with (round, mean squared error).
 
     Returns:
         A Format. Use the record itself, or `ifjax.FORMATS.register(fmt)` to use it by name.
 
     Raises:
-        TypeError: samples are no float arrays, or the scale is no table.
+        TypeError: samples are not float arrays, or the scale is not a TableScale.
         ValueError: an argument does not fit, or no sample fills a block.
 
-    Source: the form of split87 and quad (Grid Games, arXiv 2605.12327), whose values are not published; Lloyd 1982.
+    Source: the structure of split87 and quad (Grid Games, arXiv 2605.12327), whose values are not published; Lloyd
+    1982.
 
     Example:
         >>> import numpy as np, ifjax
@@ -83,8 +84,8 @@ def learn_format(
         offsets += search.offsets
     levels = _start(grids, bits)
     fields = {"block": block, "scale": scale, "prevent_zero": prevent_zero}
-    _format(name, levels, mirror, fields)  # refuses what cannot be
-    # The peak is 1, whatever the levels are: the scales of one grid are those of all that follow.
+    _format(name, levels, mirror, fields)  # raises if the arguments do not make a format
+    # The peak is 1 whatever the levels are, so the scales computed for one grid hold for all rounds.
     plain = _format(name, levels[:1], False, fields)
     arrays = samples if isinstance(samples, list | tuple) else [samples]
     data = [_blocks(jnp.asarray(x), plain, offsets) for x in arrays]
@@ -105,7 +106,10 @@ def learn_format(
 
 
 def _start(grids: int, bits: int) -> list[np.ndarray]:
-    """Levels in [-1, 1] for each grid, ever more of them near zero: half of them negative, then zero, then positive."""
+    """Return initial levels in [-1, 1] for each grid: half of them negative, then zero, then positive.
+
+    Each grid has its levels denser near zero than the grid before.
+    """
     half = 2 ** (bits - 1)
     even = np.concatenate([np.arange(-half, 1) / half, np.arange(1, half) / (half - 1)])
     powers = np.geomspace(0.98, 1.38, grids) if grids > 1 else [1.15]
@@ -124,7 +128,7 @@ def _format(name, levels, mirror, fields) -> Format:
 
 
 def _blocks(x, fmt: Format, offsets):
-    """Blocks [n, B] and the scales [n, t] that each may take, its own first; blocks with a scale of 0 are left out."""
+    """Return blocks [n, B] and the scales [n, t] that each may take, its own first. Blocks with scale 0 are dropped."""
     x = x[..., : x.shape[-1] // fmt.block * fmt.block] if x.ndim else x
     q = quantize(x, fmt)
     if not bool(jnp.all(jnp.isfinite(x))):
@@ -139,12 +143,12 @@ def _blocks(x, fmt: Format, offsets):
 
 
 def _rounded(y, levels):
-    """For each of y, the index of the nearest level."""
+    """Return the index of the level nearest to each value of y."""
     return np.searchsorted((levels[1:] + levels[:-1]) / 2, y)
 
 
 def _assigned(x, scales, levels, mirror):
-    """The mean squared error, and the choice and scale of each block that make it least."""
+    """Return the least mean squared error, and the choice and scale of each block that give it."""
     best, choice, scale_of = np.full(len(x), np.inf), np.zeros(len(x), np.int32), scales[:, 0].copy()
     for column in scales.T:
         y = x / column[:, None]
@@ -158,7 +162,7 @@ def _assigned(x, scales, levels, mirror):
 
 
 def _moved(x, scale_of, choice, levels, mirror, zero):
-    """Each level at the weighted mean of its values; a level without any stays."""
+    """Return each level moved to the weighted mean of its values; a level without values stays."""
     moved = []
     for i, values in enumerate(levels):
         mine = choice // 2 == i

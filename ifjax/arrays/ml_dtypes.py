@@ -1,4 +1,4 @@
-"""Arrays of ml_dtypes' types, as jax.nn.scaled_matmul takes them: QTensors to them and back."""
+"""Conversion between QTensors and arrays of ml_dtypes types, which `jax.nn.scaled_matmul` takes."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ _SCALES = {E4M3.dtype: E4M3, E8M0.dtype: E8M0}
 
 
 def is_plain_e2m1(fmt: Format) -> bool:
-    """Whether the format's values are E2M1 times a scale, whatever the encoder does: what NVFP4 readers decode."""
-    # How a grid rounds is the encoder's business.
+    """Return whether the format decodes to plain E2M1 times a scale, so that NVFP4 readers can decode it."""
+    # Grids that differ only in rounding decode alike, so only the values are compared.
     decoding, *others = fmt.decodings
     return not others and decoding.grid.values == E2M1.values and (decoding.step, decoding.offset) == (1.0, 0.0)
 
@@ -27,11 +27,11 @@ def is_plain_e2m1(fmt: Format) -> bool:
 def to_ml_dtypes(q: QTensor) -> tuple[Array, Array, Array | None]:
     """Return (elements, scales, factor) of a format whose bytes are plain NVFP4 or MXFP4, for `jax.nn.scaled_matmul`.
 
-    Elements are float4_e2m1fn of q's shape, scales float8 [..., m, ...]; a value is element * scale * factor, where
-    factor is amax / K in float32 (None for MX). The last block keeps its filling zeros if it is not full.
+    Elements are float4_e2m1fn of q's shape, scales float8 [..., m, ...]. A value is element * scale * factor, where
+    factor is amax / K in float32 (None for MX). A partial last block keeps its padding.
 
     Raises:
-        ValueError: the format has other elements, or marks choices in the scales' signs.
+        ValueError: the format has other elements or scales, or stores a selector in the signs of the scales.
     """
     if not is_plain_e2m1(q.fmt) or q.fmt.scale.dtype not in _SCALES:
         raise ValueError(
@@ -55,23 +55,23 @@ def from_ml_dtypes(
     dtype: DTypeLike = "float32",
     headroom: float = 1.0,
 ) -> QTensor:
-    """Return the QTensor of the arrays that `jax.nn.scaled_matmul` takes: the inverse of `to_ml_dtypes`.
+    """Return the QTensor of arrays in the layout of `jax.nn.scaled_matmul`: the inverse of `to_ml_dtypes`.
 
-    Works inside jit, where signs of scales cannot be checked.
+    Works inside jit, where the signs of scales cannot be checked.
 
     Args:
         elements: float4_e2m1fn [..., m * block, ...].
         scales: float8_e4m3fn or float8_e8m0fnu [..., m, ...].
-        factor: what all is multiplied by, float32 of shape () or of leading axes; None for MX, and for 1.
-        fmt: the format's record or name: nvfp4 or mxfp4 unless stated.
-        axis: of the blocks.
-        length: how many of the elements along it count; all, unless stated.
-        dtype: what the QTensor stands for.
-        headroom: of the QTensor; 16/17 for what was rounded without bias.
+        factor: factor of all values, float32 of shape () or of leading axes; None for MX, or for a factor of 1.
+        fmt: the format's record or name; by default nvfp4 or mxfp4, according to the dtype of the scales.
+        axis: the blocked axis.
+        length: number of elements along that axis that are not padding; by default all.
+        dtype: dtype of the QTensor.
+        headroom: headroom of the QTensor; 16/17 for unbiased stochastic rounding.
 
     Raises:
-        TypeError: other dtypes.
-        ValueError: shapes that do not make the format's blocks; scales with signs.
+        TypeError: elements or scales have other dtypes.
+        ValueError: the shapes do not fit the format's blocks, scales have signs, or the format has no use for `factor`.
 
     Example:
         >>> import jax.numpy as jnp

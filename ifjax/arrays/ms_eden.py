@@ -1,11 +1,11 @@
-"""MS-EDEN: unbiased quantization whose noise is in the block scales, not in the elements.
+"""MS-EDEN: unbiased quantization with the noise in the block scales instead of the elements.
 
-    rotate -> block scales, with room above them -> round to nearest -> correct the scales -> round them stochastically
+    rotate -> block scales, with headroom -> round to nearest -> correct the scales -> round the scales stochastically
 
 Rounding elements to nearest shrinks a vector. EDEN's factor |y|^2 / <y, q> undoes the shrinkage along the vector, and
-a random rotation makes the rest vanish in the mean; the factor is put into the block scales, and rounding those up or
-down at random keeps their mean. Source: Quartet II (arXiv 2601.22813) for NVFP4; its IF4 form as in the published code
-of IF4 (arXiv 2603.28765).
+a random rotation makes the mean of the remaining error zero. The factor is multiplied into the block scales, and
+stochastic rounding of the scales keeps their mean. Source: Quartet II (arXiv 2601.22813) for NVFP4; the IF4 variant
+follows the published code of IF4 (arXiv 2603.28765).
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from ifjax.formats import E4M3, Candidate, Format, get_format
 from ifjax.numerics.hadamard import SIZES, hadamard
 from ifjax.numerics.xla import divide
 
-# Where a block's maximum lands is raised by 17/16, for a scale that E4M3 rounded down, and lowered by the factor that
-# Quartet II found to err least on normal data with E4M3 scales.
+# A block's maximum maps to the grid's maximum divided by this. 17/16 is headroom for scales that E4M3 rounded down;
+# Quartet II found that 0.93 gives the least error on normal data with E4M3 scales.
 _PEAK_OVER = 17 / 16 * 0.93
-# The tensor's largest block scale. Not E4M3's 448: the correction enlarges scales.
+# The largest block scale of the tensor. It is below E4M3's 448 because the correction enlarges scales.
 _LARGEST_SCALE = 255.99
 
 
@@ -42,26 +42,31 @@ def ms_eden(
     noise: ArrayLike | None = None,
     amax: ArrayLike | None = None,
 ) -> jax.Array:
-    """`hadamard(x, axis=axis, size=size, signs=signs)` rounded to fmt by MS-EDEN: values, in x's shape and dtype.
+    """Rotate x by `hadamard(x, axis=axis, size=size, signs=signs)` and round the result to `fmt` by MS-EDEN.
 
-    The result stays rotated: multiply it by another operand rotated alike. Over keys and random signs its mean is the
-    rotated x up to 0.05% (measured); for one rotation, over keys alone, the error that rounding to nearest left
+    The result stays rotated: multiply it by an operand with the same rotation. Its mean over keys and random signs is
+    the rotated x, to within 0.05% (measured). Over keys alone, with one rotation, the component of the rounding error
     across the vector remains.
 
     Args:
         x: floats [..., n, ...], n a multiple of `size`. The arithmetic is float32 from the rotation on.
-        fmt: a format with E4M3 scales whose candidates share one scale: nvfp4, if4, nvint4 and the like.
-        key: from which the scales' rounding is drawn.
-        axis: the axis of rotation and blocks; the contracted one of a product.
-        size: of the rotation, and of the vector that is corrected as one: 16 in the code of IF4, 128 in Quartet II.
-        signs: as for `hadamard`. The published code of IF4 puts its sixteen after the Hadamard matrix instead of
-            before it; there they change signs of the result and nothing else: None, and multiply.
-        noise: instead of a key, uniform in [0, 1): one number for each block, [..., n / block, ...].
-        amax: of the rotated x. Its largest finite magnitude, in float32, unless given.
+        fmt: a format with E4M3 scales whose candidates share one scale, such as nvfp4, if4 or nvint4.
+        key: key for the stochastic rounding of the scales.
+        axis: the axis of rotation and blocks; the contraction axis of a product.
+        size: size of the rotation, and of the vectors that are corrected as a whole: 16 in the code of IF4, 128 in
+            Quartet II.
+        signs: as for `hadamard`. The published code of IF4 applies its sixteen signs after the Hadamard matrix instead
+            of before it, where they only change signs of the result: to reproduce it, pass None and multiply.
+        noise: alternative to `key`: numbers in [0, 1), one for each block, [..., n / block, ...].
+        amax: amax of the rotated x; by default its largest finite magnitude, in float32.
+
+    Returns:
+        The rounded values, in x's shape and dtype.
 
     Raises:
         TypeError: x is not a float array.
-        ValueError: the format does not fit; neither or both of key and noise; what `hadamard` raises.
+        ValueError: the format does not fit, neither or both of key and noise are given, or `hadamard` rejects its
+            arguments.
 
     Example:
         >>> import jax
@@ -93,10 +98,10 @@ def ms_eden(
 
 
 def check_format(fmt: str | Format, size: int) -> Format:
-    """The record, if MS-EDEN applies to it with vectors of `size`.
+    """Return the format's record, if MS-EDEN supports it with vectors of `size`.
 
     Raises:
-        ValueError: it does not; the message says why.
+        ValueError: MS-EDEN does not support it; the message says why.
     """
     fmt = get_format(fmt)
     if fmt.scale != E4M3 or not fmt.has_tensor_scale:
@@ -113,11 +118,11 @@ def check_format(fmt: str | Format, size: int) -> Format:
 
 @jax.jit(static_argnames=("fmt", "axis", "size"))
 def _rounded(z, noise, amax, *, fmt, axis, size):
-    """Groups z [..., m, B, ...] as what they round to; noise [..., m, 1, ...]."""
+    """Return blocks z [..., m, B, ...] rounded by MS-EDEN; noise is [..., m, 1, ...]."""
     peaks = jnp.max(jnp.abs(z), axis, keepdims=True, initial=0)
     if amax is None:
         amax = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0), initial=0)
-    power = power_near(amax)  # keeps `unit` from being subnormal
+    power = power_near(amax)  # so that `unit` is not subnormal
     amax = amax * power
     peak = np.float32(fmt.grid.max / _PEAK_OVER)
     unit = jnp.where(amax > 0, divide(divide(amax, np.float32(_LARGEST_SCALE)), peak), 1)
@@ -125,7 +130,7 @@ def _rounded(z, noise, amax, *, fmt, axis, size):
     scale = jnp.where(byte == 0, 1, fmt.scale.decode(byte))
     y = divide(z * power, scale * unit)
 
-    # Measured where y is, not in x's units. The first grid breaks ties away from zero, the second as its record says.
+    # Losses are in units of y, not of x. The first grid breaks ties away from zero, the others as their records say.
     first, *others = fmt.candidates
     q = dataclasses.replace(first.grid, ties="away").round(y)
     loss = _sum(_product(y - q, y - q), axis)
@@ -134,7 +139,7 @@ def _rounded(z, noise, amax, *, fmt, axis, size):
         other_loss = _sum(_product(y - other, y - other), axis)
         q, loss = jnp.where(other_loss < loss, other, q), jnp.minimum(other_loss, loss)
 
-    # One factor for each vector of the rotation, which holds size / B groups.
+    # Each vector of the rotation has one factor; it holds size / B blocks.
     def of_vectors(a):
         runs = split_blocks(jnp.squeeze(_sum(a, axis), axis), size // fmt.block, axis)
         return jnp.broadcast_to(_sum(runs, axis), runs.shape)
@@ -151,7 +156,7 @@ def _on_grid(y, candidate: Candidate, fmt: Format):
 
 
 def _stochastic(value, noise, scale):
-    """value rounded to the scale above it or below it, above with a probability that keeps the mean."""
+    """Round value to the scale above or below it, with the probabilities that keep the mean."""
     nearest = scale.encode(value)
     lower = jnp.where(scale.decode(nearest) > value, nearest - 1, nearest)
     upper = jnp.minimum(lower + 1, scale.top)
@@ -160,18 +165,18 @@ def _stochastic(value, noise, scale):
 
 
 def _product(a, b):
-    # Without the last bit no compiler can contract this product and the sum that follows to a fused multiply-add,
-    # which some programs would do and others not.
+    # Clearing the last bit keeps compilers from contracting this product and the following sum to a fused
+    # multiply-add, which would happen in some programs and not in others.
     return as_float(bits_of(a * b) & ~1)
 
 
 def _sum(a, axis):
-    """The sum along an axis whose length is a power of two, in one fixed order; the axis stays."""
+    """Return the sum along an axis whose length is a power of two, in one fixed order, with that axis kept."""
     while a.shape[axis] > 1:
         a, b = jnp.split(a, 2, axis)
         a = a + b
     return a
 
 
-# As a record, for the operands of recipes.
+# The rounding record that training recipes use for operands.
 MS_EDEN = ROUNDINGS.register(Rounding("ms_eden", operand=ms_eden, check=check_format))

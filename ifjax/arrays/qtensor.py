@@ -29,22 +29,22 @@ from ifjax.numerics.proofs import by_both, difference, fault_of
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QTensor(FlaxBox):
-    """A quantized array. Made by `ifjax.quantize`; a pytree whose leaves are the three arrays.
+    """A quantized array, as `ifjax.quantize` returns it. A pytree whose leaves are the three arrays.
 
-    Its shape is that of the array it stands for, [..., n, ...] with n at `axis`; m is the number of blocks along it and
-    W the bytes of a block's header (1 but for formats with several factors a block). Shapes derive from the arrays and
-    `axis` is negative, so that vmap, scan and indexing may add and remove leading axes.
+    Its shape is that of the original array, [..., n, ...] with n at `axis`. m is the number of blocks along that axis,
+    and W the number of bytes of a block header (1, except for formats with several factors in a block). Shapes are
+    derived from the arrays and `axis` is negative, so that vmap, scan and indexing may add and remove leading axes.
 
-    It does not turn into an array by itself: write `q.dequantize()`. `x @ q` and `q @ x` are `ifjax.matmul`.
+    A QTensor does not convert to an array implicitly: write `q.dequantize()`. `x @ q` and `q @ x` are `ifjax.matmul`.
 
     Attributes:
-        codes: packed bytes [..., packed n, ...]: codes follow one another along `axis`, low bits first.
-        scales: the blocks' headers, uint8 [..., m * W, ...]: the scale's payload, and above it the selector of formats
-            that choose between several decodings.
-        amax: float32, of shape () or of leading axes, with length 1 for those among them that share one; None for
-            formats without a tensor scale.
-        blocking: what is static: format, axis, length, dtype, headroom, 2-D blocks, names of axes. Each is an attribute
-            of the QTensor, too.
+        codes: packed codes, uint8 [..., packed n, ...], in order along `axis`, low bits first.
+        scales: block headers, uint8 [..., m * W, ...]: the scale payload in the low bits, and above it the selector in
+            formats that choose between several decodings.
+        amax: float32 of shape (), or over leading axes with length 1 where entries share one amax; None for formats
+            without a tensor scale.
+        blocking: static metadata: format, axis, length, dtype, headroom, 2-D blocks, axis names. All but the length are
+            also attributes of the QTensor.
     """
 
     codes: UInt8[Array, "..."]
@@ -57,27 +57,27 @@ class QTensor(FlaxBox):
 
     @property
     def fmt(self) -> Format:
-        """The format's record."""
+        """Record of the format."""
         return self.blocking.fmt
 
     @property
     def axis(self) -> int:
-        """The blocked axis, negative."""
+        """The blocked axis, as a negative number."""
         return self.blocking.axis
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the original array; `dequantize` returns it by default."""
+        """dtype of the original array, and the default dtype of `dequantize`."""
         return self.blocking.dtype
 
     @property
     def headroom(self) -> float:
-        """Factor on the range that was used: 1, or 16/17 for unbiased stochastic rounding."""
+        """Fraction of the range that was used: 1, or 16/17 for unbiased stochastic rounding."""
         return self.blocking.headroom
 
     @property
     def block_2d(self) -> bool:
-        """Whether header and choice are shared by squares of the last two axes."""
+        """Whether square blocks over the last two axes share a header."""
         return self.blocking.block_2d
 
     @property
@@ -87,8 +87,8 @@ class QTensor(FlaxBox):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array that this stands for."""
-        # Inside shard_map, where the blocked axis is divided, the scales know that this is a part.
+        """Shape of the original array."""
+        # Inside shard_map a device holds only part of the blocked axis; the shape of `scales` shows how much.
         return with_length(self.codes.shape, self.axis, min(self.blocking.length, self.blocks * self.fmt.block))
 
     @property
@@ -108,7 +108,7 @@ class QTensor(FlaxBox):
 
     @property
     def blocked_axes(self) -> tuple[int, ...]:
-        """The axes that blocks extend along, negative."""
+        """Axes that blocks extend along, as negative numbers."""
         return (-1, -2) if self.block_2d else (self.axis,)
 
     @property
@@ -118,39 +118,43 @@ class QTensor(FlaxBox):
 
     @property
     def bits_per_value(self) -> float:
-        """Bits of all three arrays, filled-up last blocks included, for each value. NaN for an empty array."""
+        """Bits per value of all three arrays together, padding included. NaN for an empty array."""
         return 8 * self.nbytes / self.size if self.size else math.nan
 
     def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-        """Return the values, computed in float32 and rounded once to `dtype` (the original one unless given).
+        """Return the values, computed in float32 and rounded once to `dtype` (by default the original one).
 
         Raises:
-            TypeError: something has made other types of the three arrays.
+            TypeError: the dtypes of the three arrays were changed, for example by a cast of the whole tree.
         """
         check_arrays(self)
         return _dequantize(self, np.dtype(self.dtype if dtype is None else dtype))
 
     def astype(self, dtype: DTypeLike) -> "QTensor":
-        """Return the same bytes, standing for an array of another dtype: what `dequantize` and products go by."""
+        """Return a QTensor with the same bytes and another `dtype`, which `dequantize` and products use.
+
+        Raises:
+            TypeError: `dtype` is not a supported float type.
+        """
         dtype = np.dtype(dtype)
         if dtype.name not in DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
         return self.replaced(dtype=dtype)
 
     def unpacked_codes(self) -> UInt8[Array, "..."]:
-        """Return one code a value, in the array's own shape."""
+        """Return the codes, one per value, in the shape of the original array."""
         codes = merge_blocks(unpack(self.codes, self.fmt.bits, self.axis), self.axis)
         return crop(codes, self.shape[self.axis], self.axis).astype(jnp.uint8)
 
     def headers(self) -> Int[Array, "..."]:
-        """Return the blocks' headers as integers, int32 [..., m, ...]."""
+        """Return the block headers as integers, int32 [..., m, ...]."""
         return header_words(self.scales, self.fmt.scale.nbytes, self.axis)
 
     def choices(self) -> UInt8[Array, "..."]:
-        """Return which of the format's decodings each block took, uint8 [..., m, ...]: for IF4, 1 for the integers.
+        """Return the index of the decoding that each block uses, uint8 [..., m, ...]. For IF4, 1 is the integer grid.
 
         Raises:
-            ValueError: the format does not store a choice.
+            ValueError: the format has a single decoding, so it stores no selector.
         """
         if not self.fmt.has_selector:
             raise ValueError(
@@ -160,9 +164,9 @@ class QTensor(FlaxBox):
         return self.fmt.split(self.headers())[0].astype(jnp.uint8)
 
     def take(self, indices: Int[ArrayLike, "..."], axis: int = 0) -> "QTensor":
-        """Return entries along an unblocked axis, as by `jnp.take`: an embedding look-up on packed rows.
+        """Return entries along an unblocked axis, like `jnp.take`; for example an embedding lookup on packed rows.
 
-        Indices out of range give NaN values, as `jnp.take` gives for floats.
+        Out-of-range indices give NaN values, as `jnp.take` does for floats.
 
         Raises:
             ValueError: `axis` is blocked.
@@ -170,47 +174,47 @@ class QTensor(FlaxBox):
         return indexing.take(self, indices, axis)
 
     def __getitem__(self, index: Any) -> "QTensor":
-        """Integers, slices and at most one integer array or traced integer (see `take`), along unblocked axes."""
+        """Return q[index]: integers, slices, and at most one integer array or traced integer, on unblocked axes."""
         return indexing.index(self, index)
 
     @property
     def at(self) -> Any:
-        """`q.at[index].set(x)`: q with other values at an index along unblocked axes, as by `jax.Array.at`.
+        """Indexed update `q.at[index].set(x)` along unblocked axes, like `jax.Array.at`. Returns a new QTensor.
 
-        x is quantized as q is, and entries with amax values of their own (`amax_axes`) get new ones. An amax that
-        entries share which stay is kept only where `set(x, keep_amax=True)` says so.
+        x is quantized with q's settings. Entries that have their own amax (`amax_axes`) get a new one. If an amax is
+        shared with entries that are not overwritten, `set(x, keep_amax=True)` is needed, which keeps it.
 
         Raises:
-            ValueError: the index is along a blocked axis, or the amax cannot be that of old and new values.
+            ValueError: the index is along a blocked axis, or the amax is shared with entries that are not overwritten.
         """
         from ifjax.arrays.updates import At
 
         return At(self)
 
     def transpose(self, *axes: Any) -> "QTensor":
-        """The axes in another order, reversed unless given; blocks lie along the same one, wherever it is then.
+        """Return q with its axes permuted, by default reversed. Blocks follow their axis to its new position.
 
         Raises:
-            ValueError: the axes are not q's; the last two of 2-D blocks would move (see `mT`).
+            ValueError: the axes are not a permutation, or q has 2-D blocks and the last two axes would move (see `mT`).
         """
         given = axes[0] if len(axes) == 1 and not hasattr(axes[0], "__index__") else axes or None
         return shaping.transposed(self, given)
 
     def swapaxes(self, axis1: int, axis2: int) -> "QTensor":
-        """Two axes exchanged. See `transpose`."""
+        """Return q with two axes exchanged. See `transpose`."""
         axes = list(range(self.ndim))
         axes[axis1], axes[axis2] = axes[axis2], axes[axis1]
         return shaping.transposed(self, axes)
 
     def moveaxis(self, source: int, destination: int) -> "QTensor":
-        """One axis in another place. See `transpose`."""
+        """Return q with one axis moved to another position. See `transpose`."""
         return shaping.moved_axis(self, source, destination)
 
     def reshape(self, *shape: Any) -> "QTensor":
-        """Another shape, in which the blocked axis is one of its own; one length may be -1.
+        """Return q in another shape, in which the blocked axis must stay one axis; one length may be -1.
 
         Raises:
-            ValueError: the blocked axis would be torn or joined to another, or the shape has other values.
+            ValueError: the blocked axis would be split or merged, or the shape has a different number of values.
         """
         return shaping.reshape(self, shape[0] if len(shape) == 1 and not hasattr(shape[0], "__index__") else shape)
 
@@ -222,10 +226,10 @@ class QTensor(FlaxBox):
 
     @property
     def T(self) -> "QTensor":
-        """The transposed matrix, equal byte for byte to what quantizing the transposed array gives.
+        """The transposed matrix, equal byte for byte to the quantized transpose of the original array.
 
         Raises:
-            ValueError: not a matrix, or its blocks are not square.
+            ValueError: q is not a matrix, or its blocks are not 2-D.
         """
         if self.ndim != 2:
             raise ValueError(f"T transposes matrices, got shape {self.shape}: write q.mT to swap the last two axes")
@@ -233,7 +237,7 @@ class QTensor(FlaxBox):
 
     @property
     def mT(self) -> "QTensor":
-        """The last two axes swapped, still packed along `axis`. Needs 2-D blocks, as `T` does."""
+        """q with its last two axes swapped, still packed along `axis`. Raises ValueError unless blocks are 2-D."""
         if not self.block_2d:
             raise ValueError(
                 "only 2-D blocks look alike from both sides: quantize with block_2d=True, or quantize the transposed "
@@ -244,7 +248,7 @@ class QTensor(FlaxBox):
         codes = merge_blocks(unpack(self.codes, fmt.bits, axis), axis)
         codes = crop(codes, columns, axis).swapaxes(-1, -2)
         codes = pad_axis(codes, -(-rows // fmt.block) * fmt.block, axis)
-        # One row of headers for each row of squares, then repeated for each row of the transposed matrix.
+        # Take one row of headers per row of 2-D blocks, then repeat it for each row of the transposed matrix.
         headers = lax.slice_in_dim(self.headers(), 0, None, stride=fmt.block, axis=self.ndim + other)
         headers = crop(jnp.repeat(headers.swapaxes(-1, -2), fmt.block, axis=other), columns, other)
         names = self.names and (*self.names[:-2], *self.names[-2:][::-1])
@@ -252,11 +256,11 @@ class QTensor(FlaxBox):
         return self.replaced(codes=codes, scales=scales, length=rows, names=names)
 
     def replaced(self, **fields: Any) -> "QTensor":
-        """Return a QTensor with other arrays or other fields of `blocking`."""
+        """Return a QTensor with some of its arrays or fields of `blocking` replaced."""
         arrays = {name: fields.pop(name, getattr(self, name)) for name in ARRAYS}
         return QTensor(**arrays, blocking=dataclasses.replace(self.blocking, **fields) if fields else self.blocking)
 
-    # So that numpy leaves operators to this class.
+    # NumPy then defers binary operators to this class.
     __array_ufunc__ = None
 
     def __array__(self, *args, **kwargs):
@@ -273,7 +277,7 @@ class QTensor(FlaxBox):
                 f"QTensor({self.fmt.name}, {shape} {self.dtype}, axis={self.axis}{extra}, "
                 f"{self.bits_per_value:.3f} bits a value)"
             )
-        except (AttributeError, IndexError, TypeError):  # leaves that are no arrays, as in a tree of shardings or specs
+        except (AttributeError, IndexError, TypeError):  # the leaves are not arrays, as in a tree of shardings or specs
             return f"QTensor({self.fmt.name}, codes={self.codes}, scales={self.scales}, amax={self.amax})"
 
 
@@ -318,10 +322,10 @@ export.register_pytree_node_serialization(
 
 
 def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-    """Return the values of q, in its original dtype unless given. See `QTensor.dequantize`.
+    """Return the values of q in `dtype`, by default the dtype of the original array. See `QTensor.dequantize`.
 
     Raises:
-        TypeError: q is no QTensor, or something has changed the types of its arrays.
+        TypeError: q is not a QTensor, or the dtypes of its arrays were changed.
 
     Example:
         >>> import jax.numpy as jnp
@@ -335,7 +339,7 @@ def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "..."
 
 
 def check_arrays(q: QTensor) -> None:
-    """Raise if a cast of a whole tree of parameters, say, has changed the types of q's arrays.
+    """Raise if the dtypes of q's arrays were changed, for example by a cast of a whole parameter tree.
 
     Raises:
         TypeError: codes or scales are not uint8, or amax is not float32.
@@ -355,13 +359,13 @@ def _dequantize(q, dtype):
 
 
 def unscaled_values(q: QTensor, dtype: Any = np.float32) -> Float[Array, "..."]:
-    """Values of q without the tensor's factor, rounded from float32: multiplied by amax / K they are q's."""
+    """Return the values of q without the tensor's factor amax / K, computed in float32 and rounded to `dtype`."""
     check_arrays(q)
     return _decoded(q.replaced(amax=None), np.dtype(dtype))
 
 
 def _decoded(q, dtype):
-    """On a device that has a kernel for it, by that; without an amax, without the tensor's factor."""
+    """Decode q, by a kernel on devices that have one for it. If q.amax is None, the tensor's factor is left out."""
 
     def by_xla(q):
         return narrowed(_values(q, q.amax), dtype)
@@ -374,7 +378,10 @@ def _decoded(q, dtype):
 
 
 def _fault(encoder, q, dtype):
-    """What is wrong with a kernel on a device that is here; None if nothing is. All bytes stand for something."""
+    """Check the kernel on this machine's device; return what is wrong with it, or None.
+
+    The check decodes random bytes, because every byte is valid.
+    """
     axis, shape, has_amax = max(q.axis, -2), (256, 512), q.amax is not None
 
     def prove():
@@ -394,7 +401,7 @@ def _values(q, amax):
     fmt, axis, block, at = q.fmt, q.axis, q.fmt.block, q.ndim + q.axis
     headers = jnp.expand_dims(q.headers(), axis)
     if block % group_of(fmt.bits)[0] == 0:
-        # [..., m, groups of a block, codes of a group, ...]: decoded in the groups they were packed in.
+        # Decode in the groups in which codes are packed: [..., m, groups of a block, codes of a group, ...].
         packed = split_blocks(q.codes, packed_length(block, fmt.bits), axis)
         codes, headers = unpack(packed, fmt.bits, axis), jnp.expand_dims(headers, axis)
         shape = codes.shape[at + 1 : at + 3]

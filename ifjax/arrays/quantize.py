@@ -1,4 +1,4 @@
-"""quantize, which makes QTensors, and fake_quantize, which rounds with a gradient."""
+"""`quantize`, which returns a QTensor, and `fake_quantize`, which rounds values and passes gradients."""
 
 import functools
 import math
@@ -41,44 +41,47 @@ def quantize(
     search: str | Search | None = None,
     weights: Float[ArrayLike, " k"] | None = None,
 ) -> QTensor:
-    """Quantize to a block-scaled format.
+    """Quantize x to a block-scaled format.
 
-    Works inside jit, vmap, scan, remat and on sharded arrays. No gradient flows through it (`fake_quantize` has one).
-    A last block that is not full is filled up with zeros, which `dequantize` drops. A NaN or infinity makes NaN of its
-    own block and changes no other: amax is taken over finite values. Multiplying x by a power of two changes neither
-    codes nor choices. Subnormal numbers count as zero where the platform flushes them (XLA:CPU, TPU). An empty array
-    gives an empty QTensor.
+    Works inside jit, vmap, scan and remat, and on sharded arrays. No gradient flows through it; `fake_quantize` has
+    one. A partial last block is padded with zeros, which `dequantize` drops. A NaN or infinity turns its own block into
+    NaN and affects no other block, because amax is taken over finite values (formats with `saturates` saturate at an
+    infinity instead). Multiplying x by a power of two changes neither codes nor selectors, unless block scales of a
+    format without a tensor scale leave their normal range. Subnormal numbers count as zero where the platform flushes
+    them (XLA:CPU, TPU). An empty array gives an empty QTensor.
 
     Args:
         x: float32, bfloat16 or float16 of any rank >= 1. float64 is rounded to float32 first.
-        fmt: a format's name (`ifjax.FORMATS`) or record; or an `ifjax.codec.Encoding`, which says all but where.
-        axis: the axis that blocks lie along, and that codes are packed along.
-        loss: what chooses between a block's candidates: "mse" (default), "mae", "abs_max", or a function of (x,
-            decoded x), both [..., values of a block], to losses [...]. Both are in units of a power of two near the
-            tensor's maximum.
-        rounding: "nearest"; "stochastic": to one of the two adjacent values, with probability by distance, clipped at
-            a block's maximum; "stochastic_unbiased": leaves 1/17 of the range free, so that nothing is clipped.
-            Formats with a single candidate are then unbiased. Choosing by the rounded values adds a bias: of normal
-            numbers, if4 gives means 0.6% too large, if3 0.5%, fouroversix 0.7%, if6 0.01% (measured).
-        key: of jax.random, for stochastic rounding. Every value draws its own noise. Inside `jax.vmap` and
-            `jax.shard_map` a key that all share gives all the same noise, as everywhere in jax.random: split it, or
+        fmt: a format's name (`ifjax.FORMATS`) or record; or an `ifjax.codec.Encoding`, which also holds loss, rounding,
+            search and block_2d.
+        axis: the axis along which values are grouped into blocks and codes are packed.
+        loss: the loss by which a block chooses among the format's candidates: "mse" (default), "mae", "abs_max", or a
+            function that maps (x, decoded x), both [..., values of a block], to losses [...]. Its arguments are in
+            units of a power of two near the tensor's maximum.
+        rounding: "nearest" (default); "stochastic" rounds to one of the two adjacent values, with a probability given
+            by the distances, and clips at the block's maximum; "stochastic_unbiased" leaves 1/17 of the range free, so
+            that nothing is clipped. Formats with a single candidate are then unbiased. Choosing a candidate by its
+            rounded values adds a bias: on normal data, means are 0.6% too large with if4, 0.5% with if3, 0.7% with
+            fouroversix and 0.01% with if6 (measured).
+        key: a jax.random key, for stochastic rounding. Every value draws its own noise. Inside `jax.vmap` and
+            `jax.shard_map` a shared key gives every instance the same noise, as everywhere in jax.random: split it, or
             fold in the device, jax.random.fold_in(key, jax.lax.axis_index(axis)).
-        block_2d: share scale and choice in squares of the last two axes, so that q.T is the quantized x.T.
-        amax: the tensor's absolute maximum, if it is known or fixed; larger values saturate. With `amax_axes`, of their
-            lengths.
-        amax_axes: unblocked axes whose entries keep an amax of their own: layers, experts, tokens. What `jax.lax.scan`
-            or `jax.vmap` is to run over needs it: `amax_axes=(0,)` for a stack of layers.
-        search: try scales around the one that the block's maximum asks for, and keep the least loss: "fast" ten of
-            them, "exhaustive" all; "soar" fits amax and the scales to each other (`ifjax.codec.SEARCHES`). Slower to
-            encode; the result is of the same format.
-        weights: float >= 0 [k], k = x.shape[axis], such as the mean squares of a product's inputs: what the loss of a
-            value counts in its block's choice of a candidate and of a searched scale.
+        block_2d: share scale and selector in square blocks over the last two axes, so that q.T is the quantized x.T.
+        amax: the tensor's absolute maximum, if it is known or fixed; larger values saturate. With `amax_axes`, an array
+            whose shape is the lengths of those axes.
+        amax_axes: unblocked axes whose entries each keep their own amax: layers, experts, tokens. An axis that
+            `jax.lax.scan` or `jax.vmap` runs over needs it: `amax_axes=(0,)` for a stack of layers.
+        search: also try scales other than the one given by the block's maximum, and keep the one with the least loss:
+            "fast" tries ten scales, "exhaustive" all; "soar" fits amax and the block scales to each other
+            (`ifjax.codec.SEARCHES`). Encoding is slower; the format of the result is the same.
+        weights: float >= 0 [k], k = x.shape[axis]: weight of each value's loss when a block chooses its candidate and
+            its searched scale. For example, the mean squares of a product's inputs.
 
     Returns:
         A QTensor of x's shape and dtype.
 
     Raises:
-        TypeError: x is not a float array.
+        TypeError: x is not a float array, or an argument has the wrong type.
         ValueError: an argument is unknown or does not fit; the message says what to write instead.
 
     Source: IF formats arXiv 2603.28765, Four Over Six arXiv 2512.02010; bits as in their published code.
@@ -113,16 +116,20 @@ def fake_quantize(
     weights: Float[ArrayLike, " k"] | None = None,
     gradient: Literal["straight_through", "clipped"] = "straight_through",
 ) -> Float[Array, "..."]:
-    """Round x to what `quantize` can represent, in x's shape and dtype, with a gradient.
+    """Round x to values that the format can represent, in x's shape and dtype, with a gradient.
 
-    Equal to quantize(x, ...).dequantize(), without the packing. Arguments as for `quantize`.
+    Equal to quantize(x, ...).dequantize(), without the packing. The other arguments are those of `quantize`.
 
     Args:
-        gradient: "straight_through" passes the gradient unchanged; "clipped" passes none where x is beyond the values
-            that its block can hold.
+        gradient: "straight_through" passes the gradient unchanged; "clipped" passes a zero gradient where x lies
+            outside the range that its block can represent.
+
+    Returns:
+        The rounded values, in x's shape and dtype.
 
     Raises:
-        TypeError, ValueError: as `quantize`; an unknown `gradient`.
+        TypeError: x is not a float array, or an argument has the wrong type.
+        ValueError: `gradient` is unknown, or `quantize` would reject an argument.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -144,9 +151,9 @@ def fake_quantize(
 
 
 def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (), key=None):
-    """x as an array, and where its blocks and its amax lie: {"axis", "amax_axes", "amax"}.
+    """Return x as an array, and {"axis", "amax_axes", "amax"} in normalized form.
 
-    Every check of what `quantize` is given besides an Encoding is made here.
+    All arguments of `quantize` that an Encoding does not hold are checked here, except `weights`.
     """
     if isinstance(x, QTensor):
         raise TypeError("x is quantized already: dequantize it first")
@@ -198,7 +205,7 @@ def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (
 
 
 def _loses(given, amax, x) -> bool:
-    """Whether an amax of 0 turns values into zeros; all values, where x is not known yet."""
+    """Return whether an amax of 0 would turn nonzero values into zeros; for a traced x, whether every amax is 0."""
     if isinstance(x, Tracer) or isinstance(amax, Tracer):
         return x.size > 0 and not np.any(given)
     if bool(jnp.all(amax)):
@@ -208,13 +215,13 @@ def _loses(given, amax, x) -> bool:
 
 
 def native(x: Any) -> Any:
-    """x in the machine's byte order, the only one that JAX takes."""
+    """Return x in native byte order, the only one that JAX accepts."""
     foreign = isinstance(x, np.ndarray) and not x.dtype.isnative
     return x.astype(x.dtype.newbyteorder("=")) if foreign else x
 
 
 def _check_parts(x, fmt: Format, blocked: set[int]) -> None:
-    """Raise if an axis of a mesh that is explicit (and so is part of x's type) tears blocks apart."""
+    """Raise ValueError if an explicit mesh axis (one that is part of x's type) would split a block across devices."""
     sharding = jax.typeof(x).sharding
     for axis in blocked & set(range(len(sharding.spec))):
         names = sharding.spec[axis]
@@ -229,7 +236,7 @@ def _check_parts(x, fmt: Format, blocked: set[int]) -> None:
 
 
 def _checked_amax(amax, shape, axes, fmt):
-    """amax as float32, in the shape in which a QTensor has it."""
+    """Return amax as float32, in the shape in which a QTensor stores it."""
     if not fmt.has_tensor_scale:
         raise ValueError(f"{fmt.name} has no tensor scale, so amax does not apply: leave it out")
     amax = jnp.asarray(native(amax))
@@ -248,7 +255,7 @@ def _checked_amax(amax, shape, axes, fmt):
 
 
 def _checked_weights(weights, k, how):
-    """float32 [k] or None."""
+    """Return weights as float32 [k], or None; raise ValueError if they do not fit."""
     if weights is None:
         return None
     if how.block_2d or not isinstance(how.loss, BlockLoss):
@@ -266,7 +273,7 @@ def _checked_weights(weights, k, how):
 
 @jax.custom_jvp
 def straight_through(x, y, passes):
-    """y, with the gradient of x where it passes."""
+    """Return y, with the gradient of x; where `passes` is false the gradient is 0."""
     del x, passes
     return y
 
@@ -281,7 +288,7 @@ def _straight_through_jvp(primals, tangents):
 
 
 def _encoded(x, key, amax, weights, *, how, axis, amax_axes):
-    """codes uint8 [..., m, B, ...], scales uint8 [..., m * W, ...] and amax, rows of filled-up squares included."""
+    """Return codes uint8 [..., m, B, ...], scales uint8 [..., m * W, ...] and amax, with padding rows of 2-D blocks."""
     fmt = how.fmt
 
     def blocks_of(a):
@@ -302,9 +309,9 @@ _STATIC = ("how", "axis", "amax_axes")
 
 
 def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, **place):
-    """by_xla(*data): (codes, scales, amax), or values and where gradients pass.
+    """Return by_xla(*data), computed by a kernel on devices that have one for this input.
 
-    On a device that has a kernel for it, the same by that.
+    The result is (codes, scales, amax), or (values, mask of where gradients pass).
     """
     x, _, _, weights = data
     how, axis = place["how"], place["axis"]
@@ -328,7 +335,7 @@ def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, **place):
 
 
 def _fault(encoder, how, dtype, axis, wants_codes):
-    """What is wrong with a kernel on a device that is here; None if nothing is."""
+    """Check the kernel on this machine's device; return what is wrong with it, or None."""
 
     def prove():
         def run():
@@ -353,7 +360,7 @@ def _quantize(x, key, amax, weights, *, how, axis, amax_axes):
 
 
 def _packed(x, key, amax, weights, *, how, axis, amax_axes):
-    """Packed codes, scale bytes and amax, as a QTensor has them."""
+    """Return packed codes, scale bytes and amax, as a QTensor stores them."""
     codes, scales, amax = _encoded(x, key, amax, weights, how=how, axis=axis, amax_axes=amax_axes)
     codes = merge_blocks(codes, axis)
     if how.block_2d:
@@ -370,7 +377,7 @@ def _fake_quantize(x, key, amax, weights, *, how, axis, amax_axes, clipped):
 
 
 def _rounded(x, key, amax, weights, *, how, axis, amax_axes, clipped):
-    """x rounded, and where the gradient passes; None if it is not clipped."""
+    """Return x rounded, and a mask of where the gradient passes (None if it is not clipped)."""
     fmt = how.fmt
     codes, scales, amax = _encoded(x, key, amax, weights, how=how, axis=axis, amax_axes=amax_axes)
     headers = jnp.expand_dims(header_words(scales, fmt.scale.nbytes, axis), axis)
@@ -397,6 +404,6 @@ def _rounded(x, key, amax, weights, *, how, axis, amax_axes, clipped):
         return values_of(jnp.broadcast_to(pick(selector, codes), headers.shape))
 
     low, high = end(0), end(1)
-    # A block whose scale is zero is not clipped.
+    # A block whose scale is zero does not clip: its gradient passes everywhere.
     passes = ((x.astype(jnp.float32) >= low) & (x.astype(jnp.float32) <= high)) | (low == high)
     return rounded, passes

@@ -1,7 +1,7 @@
-"""Quantized arrays rearranged without decoding: axes in another order, leading ones reshaped, several joined.
+"""Transposition, reshaping and expansion of quantized arrays without decoding.
 
-Codes and scales move as bytes. An amax goes with the entries that it is of: it keeps an own value along the axes along
-which it had one, and gets one along an axis where tensors with different ones are joined.
+Codes and scales move as bytes. Each amax stays with its entries: an axis along which entries had their own amax keeps
+it.
 """
 
 import math
@@ -13,19 +13,19 @@ import jax.numpy as jnp
 
 
 def has_own_amax(q: Any, axis: int) -> bool:
-    """Whether entries along an axis, counted from the front, have amax values of their own."""
+    """Return whether entries along a nonnegative axis each have their own amax."""
     return q.amax is not None and axis < q.amax.ndim and (q.amax.shape[axis] > 1 or q.shape[axis] == 1)
 
 
 def spread_amax(q: Any, ndim: int) -> Any:
-    """q's amax with `ndim` leading axes, an own value for each entry of them but along blocked axes."""
+    """Return q's amax broadcast to `ndim` leading axes, with a value for each entry except along blocked axes."""
     amax = q.amax.reshape(q.amax.shape + (1,) * (ndim - q.amax.ndim))
     shape = [1 if axis - q.ndim in q.blocked_axes else n for axis, n in enumerate(q.shape[: amax.ndim])]
     return jnp.broadcast_to(amax, shape)
 
 
 def transposed(q: Any, axes: Sequence[int] | None = None) -> Any:
-    """q with its axes in another order; see `QTensor.transpose`."""
+    """Return q with its axes permuted; see `QTensor.transpose`."""
     axes = tuple(reversed(range(q.ndim))) if axes is None else tuple(operator.index(a) for a in axes)
     if sorted(a % q.ndim if -q.ndim <= a < q.ndim else -1 for a in axes) != list(range(q.ndim)):
         raise ValueError(f"axes must name each of the {q.ndim} axes of shape {q.shape} once, got {axes}")
@@ -46,7 +46,7 @@ def transposed(q: Any, axes: Sequence[int] | None = None) -> Any:
 
 
 def moved_axis(q: Any, source: int, destination: int) -> Any:
-    """q with one axis in another place; see `QTensor.moveaxis`."""
+    """Return q with one axis moved to another position; see `QTensor.moveaxis`."""
     for axis in (source, destination):
         if not -q.ndim <= axis < q.ndim:
             raise ValueError(f"axis {axis} is out of range for shape {q.shape}")
@@ -58,7 +58,10 @@ def moved_axis(q: Any, source: int, destination: int) -> Any:
 def reshape_groups(
     old: Sequence[int], new: Sequence[int]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
-    """The least groups of neighbouring axes that a reshape makes of each other; None for empty arrays."""
+    """Return the smallest groups (old axes, new axes) of adjacent axes that a reshape maps to each other.
+
+    Returns None for empty arrays.
+    """
     if 0 in (*old, *new):
         return None
     groups, i, j = [], 0, 0
@@ -82,7 +85,7 @@ def reshape_groups(
 
 
 def reshaped(q: Any, shape: Sequence[int]) -> Any:
-    """q in another shape of which the blocked axis is one of its own; None if it is not."""
+    """Return q in another shape, or None if that would split or merge the blocked axis."""
     groups = reshape_groups(q.shape, shape)
     if groups is None:
         return None
@@ -91,7 +94,7 @@ def reshaped(q: Any, shape: Sequence[int]) -> Any:
     if len(place) != 1 or (q.block_2d and tuple(shape[-2:]) != q.shape[-2:]):
         return None
     if amax is not None and amax.ndim:
-        # Whole groups of axes, so that what shares an amax within one gets it for each entry.
+        # Broadcast amax over whole groups of axes, so that every entry in a group has a value.
         lead = max(before[-1] + 1 for before, _ in groups if before and before[0] < amax.ndim)
         amax = spread_amax(q, lead)
         end = max((after[-1] + 1 for before, after in groups if after and before and before[0] < lead), default=0)
@@ -103,7 +106,7 @@ def reshaped(q: Any, shape: Sequence[int]) -> Any:
 
 
 def reshape(q: Any, shape: Sequence[int]) -> Any:
-    """q in another shape; see `QTensor.reshape`."""
+    """Return q in another shape; see `QTensor.reshape`."""
     shape = [operator.index(n) for n in shape]
     if shape.count(-1) == 1:
         known = math.prod(n for n in shape if n != -1)
@@ -122,7 +125,7 @@ def reshape(q: Any, shape: Sequence[int]) -> Any:
 
 
 def expanded(q: Any, axis: int) -> Any:
-    """q with a new axis of length 1 at `axis`, counted from the front."""
+    """Return q with a new axis of length 1 at the nonnegative `axis`."""
     behind = axis > q.ndim + q.axis
     if q.block_2d and axis > q.ndim - 2:
         raise ValueError("blocks are squares of the last two axes: an axis can be added in front of them only")

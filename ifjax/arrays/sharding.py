@@ -1,4 +1,4 @@
-"""Where the arrays of a quantized array are placed."""
+"""Device placement and sharding of QTensors."""
 
 import math
 
@@ -9,11 +9,14 @@ from ifjax.arrays.qtensor import QTensor
 
 
 def device_put(q: QTensor, sharding: Sharding) -> QTensor:
-    """Place q as an array of its shape would be: codes, scales and amax are each partitioned to match.
+    """Place q with `sharding`, which is given for q's shape; codes, scales and amax are partitioned to match.
+
+    Returns:
+        q, with its arrays on the devices of `sharding`.
 
     Raises:
-        TypeError: q is no QTensor.
-        ValueError: a NamedSharding whose mesh axes do not divide the blocks, so that some block would be torn.
+        TypeError: q is not a QTensor.
+        ValueError: a NamedSharding has more entries than q has axes, or would split a block between devices.
 
     Example:
         >>> import jax
@@ -28,7 +31,7 @@ def device_put(q: QTensor, sharding: Sharding) -> QTensor:
 
 
 def shardings(q: QTensor, sharding: Sharding) -> QTensor:
-    """Return a QTensor whose leaves are the shardings of q's arrays, for `in_shardings` and the like.
+    """Return a QTensor whose leaves are the shardings of q's arrays, for example for `in_shardings` of `jax.jit`.
 
     Arguments and errors are those of `device_put`.
     """
@@ -54,7 +57,7 @@ def shardings(q: QTensor, sharding: Sharding) -> QTensor:
 
 
 def partition_specs(q: QTensor, spec: PartitionSpec) -> QTensor:
-    """Return a QTensor of the PartitionSpecs of its arrays; amax is not divided where one value serves several."""
+    """Return a QTensor of the PartitionSpecs of q's arrays; amax axes of length 1 are not partitioned."""
     amax = q.amax
     if amax is not None:
         shared = zip(tuple(spec)[: amax.ndim], amax.shape, strict=False)

@@ -1,4 +1,4 @@
-"""Scales of a product's inputs that move magnitude between activations and weights: SmoothQuant and AWQ.
+"""SmoothQuant and AWQ: per-channel scales that move magnitude between activations and weights.
 
 x w = (x / s) (s w) for any s > 0, one for each input channel.
 """
@@ -19,15 +19,16 @@ from ifjax.formats import Format
 def smooth_scales(
     x_max: Float[ArrayLike, " k"], w_max: Float[ArrayLike, " k"], alpha: float = 0.5
 ) -> Float[Array, " k"]:
-    """SmoothQuant's scales: x_max^alpha / w_max^(1 - alpha) for each input channel.
+    """Return SmoothQuant's scales, x_max^alpha / w_max^(1 - alpha) for each input channel, float32 [k].
 
     Args:
-        x_max: largest magnitude of each channel of the activations.
-        w_max: of the weights, over all outputs.
-        alpha: 0 to 1: how much of the activations' spread goes to the weights. 0.5 in SmoothQuant, 0.6 in DuQuant++.
+        x_max: largest magnitude of each input channel of the activations.
+        w_max: largest magnitude of each input channel of the weights, over all outputs.
+        alpha: share of the activations' spread that moves to the weights, in [0, 1]. 0.5 in SmoothQuant, 0.6 in
+            DuQuant++.
 
     Raises:
-        ValueError: alpha is out of its range.
+        ValueError: alpha is not in [0, 1].
 
     Source: arXiv 2211.10438.
 
@@ -44,12 +45,12 @@ def smooth_scales(
 
 
 class Awq(NamedTuple):
-    """What `awq_scales` found.
+    """Result of `awq_scales`.
 
     Attributes:
-        scales: float32 [k].
-        index: of the exponent that was chosen, in twentieths.
-        losses: mean squared error of the product for each exponent.
+        scales: scale of each input channel, float32 [k].
+        index: the chosen exponent, in units of 1/20.
+        losses: mean squared error of the product for each of the 20 exponents.
     """
 
     scales: Array
@@ -64,13 +65,13 @@ def awq_scales(
     *,
     x_mean: Float[ArrayLike, " k"] | None = None,
 ) -> Awq:
-    """AWQ's scales: the power of the activations' mean magnitudes by which quantized weights lose the product least.
+    """Return AWQ's scales: the power of the activations' mean magnitudes that gives the least error of the product.
 
     Args:
-        x: rows to measure the product on.
+        x: input rows on which the error of the product is measured.
         w: the weights, quantized along k.
-        fmt: of the weights, as for `ifjax.quantize`.
-        x_mean: mean magnitude of each channel; that of x unless given.
+        fmt: the format of the weights, as for `ifjax.quantize`.
+        x_mean: mean magnitude of each input channel; by default that of x.
 
     Source: arXiv 2306.00978.
 

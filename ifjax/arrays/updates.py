@@ -1,7 +1,8 @@
-"""Writing into quantized arrays, cutting them and joining them: what a cache of keys and values needs.
+"""Slicing, updating and joining of quantized arrays, for example for a key-value cache.
 
-A written value is encoded by the array's own rule for amax: entries with amax values of their own (`amax_axes`) get new
-ones with the codes. Where an amax also belongs to entries that stay, it cannot change, and the caller has to say so.
+A written value is encoded with the array's own settings. Entries that each have their own amax (`amax_axes`) get a new
+one. An amax that is shared with entries that are not overwritten cannot change; the caller must then pass
+`keep_amax=True`.
 """
 
 import operator
@@ -24,15 +25,16 @@ from ifjax.numerics.packing import group_of, packed_length
 
 
 def dynamic_slice(q: QTensor, start: Sequence[Any], sizes: Sequence[int]) -> QTensor:
-    """`jax.lax.dynamic_slice` of a QTensor, still packed.
+    """Return a slice of a QTensor as a QTensor, like `jax.lax.dynamic_slice`.
 
     Args:
-        q: of any rank.
-        start: an index for each axis, which may be traced; moved, as by `jax.lax`, so that the slice lies inside.
-        sizes: of the slice. Along blocked axes whole, or whole blocks from the beginning of one.
+        q: a QTensor of any rank.
+        start: a start index for each axis. It may be traced, except for a partial slice of a blocked axis. It is
+            clamped, as by `jax.lax`, so that the slice lies inside q.
+        sizes: length of the slice along each axis. Along a blocked axis the slice is the whole axis, or whole blocks.
 
     Raises:
-        ValueError: a slice that begins or ends inside a block.
+        ValueError: the slice begins or ends inside a block, is too long, or has another rank than q.
 
     Example:
         >>> import jax.numpy as jnp
@@ -62,22 +64,24 @@ def dynamic_update_slice(
     rounding: str | Rounding = "nearest",
     key: jax.Array | None = None,
 ) -> QTensor:
-    """`jax.lax.dynamic_update_slice` of a QTensor: q with x, quantized as q is, written at `start`.
+    """Return q with x, quantized with q's settings, written at `start`, like `jax.lax.dynamic_update_slice`.
 
-    Where q has an amax for each entry (`amax_axes`, as one for each token and head of a cache), the entries written get
-    theirs: the result equals, byte for byte, quantizing the whole array with these values in it.
+    If q has an amax for each entry (`amax_axes`, for example one for each token and head of a cache), the written
+    entries get their own. The result then equals, byte for byte, the quantized updated array.
 
     Args:
-        q: of any rank.
-        x: a float array of q's rank, or what `quantize` made of one with q's format and amax axes.
-        start: an index for each axis, which may be traced; moved, as by `jax.lax`, so that x lies inside q.
-            Along blocked axes x is as long as q, or whole blocks at the beginning of one.
-        keep_amax: encode x with the amax values that q has, as those of a calibrated cache: larger values saturate.
+        q: a QTensor of any rank.
+        x: a float array of q's rank, or a QTensor with q's format, axis and amax axes.
+        start: a start index for each axis. It may be traced, except for a partial update of a blocked axis. It is
+            clamped, as by `jax.lax`, so that x lies inside q. Along a blocked axis x covers the whole axis, or whole
+            blocks.
+        keep_amax: encode x with q's amax, for example that of a calibrated cache; larger values saturate.
         loss, search, rounding, key: as for `ifjax.quantize`.
 
     Raises:
-        ValueError: x does not fit; it begins or ends inside a block; or q's amax belongs to values that stay as well,
-            and `keep_amax` does not say that it is fixed.
+        TypeError: x is not a float array or a QTensor.
+        ValueError: x does not fit, begins or ends inside a block, or is packed differently; or q's amax is shared with
+            values that are not overwritten, and `keep_amax` is False.
 
     Example:
         >>> import jax.numpy as jnp
@@ -107,13 +111,13 @@ def dynamic_update_slice(
 
 
 def concatenate(tensors: Sequence[QTensor], axis: int = 0) -> QTensor:
-    """`jax.numpy.concatenate` of QTensors of one format along an unblocked axis.
+    """Join QTensors of one format along an unblocked axis, like `jax.numpy.concatenate`.
 
-    Those that had one amax for all entries along `axis` keep it, once for each entry.
+    An amax that all entries along `axis` shared is repeated for each entry.
 
     Raises:
-        TypeError: something else is among them.
-        ValueError: `axis` is blocked, or they differ in format, blocks or shape.
+        TypeError: an element is not a QTensor.
+        ValueError: the sequence is empty, `axis` is blocked, or the tensors differ in format, blocks or shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -137,10 +141,12 @@ def concatenate(tensors: Sequence[QTensor], axis: int = 0) -> QTensor:
 
 
 def stack(tensors: Sequence[QTensor], axis: int = 0) -> QTensor:
-    """`jax.numpy.stack` of QTensors of one format and shape: layers or experts, of which each keeps its amax.
+    """Stack QTensors of one format and shape along a new axis, like `jax.numpy.stack`. Each keeps its own amax.
+
+    Useful for layers or experts.
 
     Raises:
-        TypeError, ValueError: as `ifjax.concatenate`.
+        TypeError, ValueError: as for `ifjax.concatenate`, or `axis` is out of range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -157,7 +163,7 @@ def stack(tensors: Sequence[QTensor], axis: int = 0) -> QTensor:
 
 
 class At:
-    """What `QTensor.at` gives: `q.at[index].set(x)` is q with other values at an index."""
+    """Helper that `QTensor.at` returns, for indexed updates `q.at[index].set(x)`."""
 
     def __init__(self, q: QTensor, index: Any = ()):
         self.q, self.index = q, index
@@ -175,16 +181,16 @@ class At:
         rounding: str | Rounding = "nearest",
         key: jax.Array | None = None,
     ) -> QTensor:
-        """q with x, which broadcasts to q[index], quantized as q is.
+        """Return q with x, quantized with q's settings, at the index. x broadcasts to the shape of q[index].
 
-        The index has integers, which may be traced, slices, and integer arrays next to each other, along unblocked
-        axes: q.at[:, position], q.at[rows, positions]. What is out of range is dropped, as by `jax.Array.at`.
-        Arguments and errors as for `ifjax.dynamic_update_slice`.
+        Along unblocked axes, the index has integers, which may be traced, slices, and adjacent integer arrays:
+        q.at[:, position], q.at[rows, positions]. Out-of-range updates are dropped, as by `jax.Array.at`, but a Python
+        integer out of range raises IndexError. Arguments and errors are those of `ifjax.dynamic_update_slice`.
         """
         q, index = self.q, _full_index(self.q, self.index)
         arrays = [axis for axis, entry in enumerate(index) if not isinstance(entry, slice)]
         lead = np.broadcast_shapes(*(jnp.shape(index[axis]) for axis in arrays))
-        # Where each axis of q is in q[index]: index arrays put theirs in the place of the first.
+        # Find the position of each axis of q in q[index]. The axes of index arrays replace the first indexed axis.
         places, made = {}, []
         for axis, entry in enumerate(index):
             if axis in arrays:
@@ -221,12 +227,12 @@ class At:
 
 
 class _Place:
-    """Where a slice lies in q's arrays.
+    """Position of a slice of q in q's arrays.
 
     Attributes:
-        start: an index for each axis of q, inside.
-        codes, scales: the same of these arrays.
-        code_sizes, scale_sizes: of the slice there.
+        start: clamped start index for each axis of q.
+        codes, scales: start indices in q.codes and q.scales.
+        code_sizes, scale_sizes: sizes of the slice in q.codes and q.scales.
     """
 
     def __init__(self, q: QTensor, start: list[Any], sizes: Sequence[int]):
@@ -272,7 +278,7 @@ class _Place:
         return cls(q, start, sizes)
 
     def of_amax(self, q: QTensor, sizes: Sequence[int]) -> tuple[list[Any], list[int]]:
-        """Start and sizes in amax, which has one value where entries share it."""
+        """Return start and sizes of the slice in q.amax, whose length is 1 where entries share an amax."""
         own = [has_own_amax(q, axis) for axis in range(q.amax.ndim)]  # pyright: ignore[reportOptionalMemberAccess]
         return (
             [start if is_own else np.int32(0) for start, is_own in zip(self.start, own, strict=False)],
@@ -281,9 +287,9 @@ class _Place:
 
 
 def _encoded(q, x, how, axis, own, amax, partial, keep_amax, key) -> QTensor:
-    """x as q is: blocks along `axis`, amax values along the axes `own` of x, or `amax` where it is kept.
+    """Quantize x with q's settings: blocks along `axis`, an amax for each entry of the axes `own` of x.
 
-    Axes of q in `partial` have entries that stay.
+    With `keep_amax`, `amax` is used instead. Axes of q in `partial` have entries that are not overwritten.
     """
     if keep_amax and q.amax is None:
         raise ValueError(f"{q.fmt.name} has no tensor scale, so keep_amax does not apply: leave it out")
@@ -324,7 +330,7 @@ def _with_ndim(amax: Any, ndim: int) -> jax.Array:
 
 
 def _full_index(q: QTensor, entries: Any) -> tuple[Any, ...]:
-    """An entry for each axis: slices, integers, integer arrays."""
+    """Return the index as one entry per axis of q: a slice, an integer or an integer array."""
     entries = list(without_ellipsis(q, entries))
     entries += [slice(None)] * (q.ndim - len(entries))
     for axis, entry in enumerate(entries):

@@ -1,4 +1,4 @@
-"""The codec: one encoder and one decoder for every format, and the records that say how values are encoded."""
+"""The codec: one encoder and one decoder for all formats, and records for losses, roundings and searches."""
 
 from ifjax.codec.decode import decode
 from ifjax.codec.encode import Encoding, encode, reference

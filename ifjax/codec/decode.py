@@ -1,4 +1,4 @@
-"""The one decoder, for every format: what codes and headers stand for."""
+"""The decoder for all formats: values from codes and headers."""
 
 from typing import Any
 
@@ -18,16 +18,16 @@ def decode(
     codes: jax.Array, headers: jax.Array, fmt: Format, *, place: Any = 0, amax: jax.Array | None = None,
     headroom: float = 1.0,
 ) -> jax.Array:  # fmt: skip
-    """float32 values of integer codes: ((v * s) * amax) * step / K, each operation rounded once.
+    """Return float32 values of integer codes: ((v * s) * amax) * step / K, each operation rounded once.
 
-    NaN where the header means NaN.
+    Values are NaN where the header is NaN.
 
     Args:
         codes: integers.
         headers: int32, broadcast against the codes.
-        place: of each code in its block: an integer or int32 that broadcasts against the codes. Only scales with
-            several factors a block look at it.
-        amax: float32 of the shape of the leading axes that keep their own; None without a tensor scale.
+        place: position of each code in its block, an integer or int32 that broadcasts against the codes. Only scales
+            with several factors in a block use it.
+        amax: float32 over leading axes; None without a tensor scale.
         headroom: see `Format.tensor_constant`.
     """
     selector, payload = fmt.split(headers)
@@ -39,9 +39,9 @@ def decode(
 
 
 def narrowed(values: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Decoded float32 values in a type, in which those beyond its largest finite value saturate, as they do in grids.
+    """Convert decoded float32 values to `dtype`, saturating at its largest finite value.
 
-    float32 values stay as the published arithmetic has them, which overflows at float32's own end.
+    float32 values are unchanged: like the published arithmetic, they overflow to infinity.
     """
     end = float(jnp.finfo(dtype).max)
     if end < float(jnp.finfo(jnp.float32).max):
@@ -50,21 +50,21 @@ def narrowed(values: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def unscaled(codes: jax.Array, selector: Any, fmt: Format) -> jax.Array:
-    """float32 values of integer codes in units of their decoding's step; the selector broadcasts against them."""
+    """Return float32 values of codes in units of their decoding's step; `selector` broadcasts against the codes."""
     return pick(selector, [grid_values(codes, decoding) for decoding in fmt.decodings])
 
 
 def block_scale(headers: jax.Array, fmt: Format) -> jax.Array:
-    """float32: what the `unscaled` values of blocks with these headers are multiplied by, amax / K aside.
+    """Return the float32 factor of the `unscaled` values of blocks with these headers, without amax / K.
 
-    For scales with one factor a block.
+    For scales with one factor per block.
     """
     selector, payload = fmt.split(headers)
     return fmt.scale.decode(payload) * pick(selector, [jnp.float32(d.step) for d in fmt.decodings])
 
 
 def grid_values(codes: jax.Array, decoding: Decoding) -> jax.Array:
-    """float32 values of integer codes by one decoding, in units of its step."""
+    """Return float32 values of integer codes for one decoding, in units of its step."""
     values = decoding.grid.decode(codes)
     return values + np.float32(decoding.offset) if decoding.offset else values
 
@@ -72,12 +72,12 @@ def grid_values(codes: jax.Array, decoding: Decoding) -> jax.Array:
 def scaled(
     values: jax.Array, scale: jax.Array, step: Any, tensor: TensorScale | None, divisor: Any, *, varies: bool = False
 ) -> jax.Array:
-    """((values * scale) * amax) * step / divisor, each operation rounded once; in units of `tensor`.
+    """Return ((values * scale) * amax) * step / divisor, each operation rounded once, in units of `tensor`.
 
     `varies`: see `ifjax.numerics.xla.divide`.
     """
     d = values * scale
     d = d if tensor is None else d * tensor.amax
-    # A step of 1 is left out, not multiplied by, only where that is known beforehand.
+    # The multiplication is skipped only for a step that is statically 1.
     d = d if isinstance(step, float) and step == 1 else d * step
     return d if tensor is None else divide(d, divisor, varies=varies)

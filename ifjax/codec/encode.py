@@ -1,9 +1,10 @@
-"""The one encoder, for every format.
+"""The encoder for all formats.
 
     blocks -> amax -> for each candidate: header, loss -> selection -> codes
 
-All arithmetic is float32, one rounding an operation, in the order of the published code (arXiv 2603.28765). `reference`
-is the algorithm; the two arrangements below it compute the same bits and are laid out for compilers.
+All arithmetic is float32 with one rounding per operation, in the order of the published code (arXiv 2603.28765).
+`reference` is the algorithm in its simplest form. The two implementations below it compute the same bits and are laid
+out for compilers.
 """
 
 import dataclasses
@@ -42,17 +43,17 @@ from ifjax.numerics.xla import depending_on, divide, materialize
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How values are encoded. Hashable: a static argument of all that is compiled.
+    """How values are encoded. Hashable, so that it can be a static argument of jitted functions.
 
     Attributes:
         fmt: the format.
-        rounding: of elements.
-        loss: by which a block chooses between the ways to encode it.
-        search: the scales to try besides that of the block's maximum; None tries no others.
-        block_2d: whether header and choice are shared by squares of the last two axes.
+        rounding: rounding of elements.
+        loss: the loss by which a block chooses its candidate and searched scale.
+        search: scales to try besides the one given by the block's maximum; None tries no others.
+        block_2d: whether square blocks over the last two axes share a header.
 
     Raises:
-        ValueError: settings that do not go together.
+        ValueError: the settings do not fit together.
     """
 
     fmt: Format
@@ -83,11 +84,11 @@ class Encoding:
         cls, fmt: "str | Format | Encoding", *, rounding: str | Rounding = NEAREST, loss: Loss | None = None,
         search: str | Search | None = None, block_2d: bool = False,
     ) -> "Encoding":  # fmt: skip
-        """Look up what is given by name. An Encoding is returned as it is.
+        """Return an Encoding, with settings looked up by name. An Encoding is returned unchanged.
 
         Raises:
-            ValueError: an unknown name, or settings that do not go together.
-            TypeError: a setting of another type.
+            ValueError: a name is unknown, settings do not fit together, or an Encoding came with other settings.
+            TypeError: a setting has the wrong type.
         """
         if isinstance(fmt, Encoding):
             if (ROUNDINGS.find(rounding), loss, search, block_2d) != (NEAREST, None, None, False):
@@ -100,14 +101,14 @@ class Encoding:
 
     @property
     def headroom(self) -> float:
-        """Factor on the range that is used."""
+        """Fraction of the range that is used."""
         return self.rounding.headroom
 
 
 def reference(x: jax.Array, fmt: Format, amax: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Encode one block x [B], finite numbers, by the least squared error: int32 codes [B] and the int32 header.
+    """Encode one block x [B] of finite numbers by the least squared error; return int32 codes [B] and an int32 header.
 
-    The algorithm, to be read and to test the encoder against. `amax` is that of the tensor; x's own unless given.
+    A readable statement of the algorithm, against which the encoder is tested. `amax` is the tensor's, by default x's.
     """
     peak = jnp.max(jnp.abs(x))
     amax, constant = peak if amax is None else amax, fmt.tensor_constant()
@@ -142,17 +143,17 @@ def encode(
     """Encode blocks [..., m, B, ...] (see `split_blocks`) to codes and headers.
 
     Args:
-        axis: the negative axis of B. With `how.block_2d` the other axis of the squares is -3 - axis, its length a
-            multiple of B.
-        amax: float32, of the shape that `amax_axes` gives it; taken from the finite values if None. Ignored by formats
+        axis: the negative axis of B. With `how.block_2d` the other axis of the 2-D blocks is -3 - axis, and its length
+            must be a multiple of B.
+        amax: float32, in the shape that `amax_axes` implies; None takes it from the finite values. Ignored by formats
             without a tensor scale.
-        amax_axes: axes of what a block has one of, [..., m, ...], that keep an amax of their own.
+        amax_axes: axes of the block grid [..., m, ...] whose entries each keep their own amax.
         noise: for each candidate, float32 in [-1/2, 1/2) of the shape of `blocks`, if `how.rounding` has noise.
-        weights: float32 >= 0 [m, B]: of the squared errors of values along the axis, whatever the other axes.
+        weights: float32 >= 0 [m, B]: weights of the losses of values along the axis, equal for all other axes.
 
     Returns:
-        uint8 codes [..., m, B, ...], uint8 headers [..., m * W, ...] and amax (None without a tensor scale), which
-        reaches to the last of `amax_axes` and has length 1 where they skip an axis.
+        uint8 codes [..., m, B, ...], uint8 headers [..., m * W, ...] and amax. The amax is None without a tensor scale;
+        otherwise its axes reach to the last of `amax_axes`, with length 1 where `amax_axes` skips an axis.
     """
     fmt = how.fmt
     peaks, runs = block_peaks(blocks, axis, how)
@@ -169,7 +170,8 @@ def encode(
         tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim)
     in_stages = _encode_in_stages if own is None else functools.partial(_encode_in_stages, own=own)
     encoded = functools.partial(in_stages, how=how, axis=axis)
-    # With one candidate nothing is chosen, and stages without boundaries are one pass already.
+    # The one-pass form pays off only if there are several candidates: with one, nothing is chosen, and platforms
+    # without stage boundaries already run the stages in one pass.
     plain = isinstance(how.loss, BlockLoss) and not (how.block_2d or how.search or fmt.scale.runs or fmt.ties == "last")
     extras = Extras(None if noise is None else tuple(noise), _unit_weights(weights, blocks.ndim, axis, (1,)))
     if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and plain and fmt.scale.nbytes == 1 and weights is None:
@@ -180,7 +182,10 @@ def encode(
 
 
 def _unit_weights(weights, ndim, axis, over):
-    """Weights [1, ..., m, B, 1, ...], in units of a power of two near the largest `over` these axes of [m, B]."""
+    """Return weights [1, ..., m, B, 1, ...], scaled by a power of two so that the largest over axes `over` is near 1.
+
+    `over` are axes of [m, B].
+    """
     if weights is None:
         return None
     weights = weights * power_near(jnp.max(weights, axis=over, keepdims=True))
@@ -188,19 +193,19 @@ def _unit_weights(weights, ndim, axis, over):
 
 
 def amax_of(magnitudes: jax.Array, amax_axes: tuple[int, ...]) -> jax.Array:
-    """The largest of magnitudes, over all axes but `amax_axes` (from the front), in the shape of an amax."""
+    """Return the maximum of magnitudes over all axes but the nonnegative `amax_axes`, in the shape of an amax."""
     others = tuple(a for a in range(magnitudes.ndim) if a not in amax_axes)
     peak = jnp.max(magnitudes, axis=others, initial=None if magnitudes.size else 0, keepdims=True)
     return peak.reshape(peak.shape[: max(amax_axes, default=-1) + 1])
 
 
-# --- the two arrangements of the encoder -----------------------------------------------------------------------------
+# --- two implementations of the encoder ------------------------------------------------------------------------------
 
 
 def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None):
-    """uint8 codes [..., m, B, ...] and int32 headers [..., m, ...]: the choice, then the codes of what it took.
+    """Choose a trial for each block, then encode; return uint8 codes [..., m, B, ...], int32 headers [..., m, ...].
 
-    `own` has each candidate's payloads, or is None for those that the blocks' maxima ask for.
+    `own` holds each candidate's payloads; None means those given by the blocks' maxima.
     """
     fmt = how.fmt
 
@@ -211,7 +216,7 @@ def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None):
     def chosen(blocks, peaks, runs, tensor, extras, own):
         own = wanted_payloads(peaks, runs, tensor, how) if own is None else own
         word = choose(blocks, peaks, own, tensor, extras, how, axis)
-        # One inverse for each place if the scale has several factors: then as each place is encoded.
+        # A scale with several factors has a different inverse at each place; it is then computed during encoding.
         return word, None if fmt.scale.runs else inverse_of(word, tensor)
 
     word, inverse = materialize(chosen, blocks, peaks, runs, tensor, extras, own)
@@ -232,22 +237,23 @@ def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None):
 
 
 def _encode_in_one_pass(blocks, peaks, runs, tensor, extras, how, axis):
-    """The same bits: the codes of all candidates, then the choice. XLA:GPU compiles it to one pass over the blocks.
+    """Compute the codes of all candidates, then choose: the same bits as in stages, in one pass over blocks on XLA:GPU.
 
-    It makes one kernel of all that leads to arrays of one shape, as long as no result needs another one (so codes come
-    before the choice), it reads at most 96 arrays (so a block is not taken place by place) and computes nothing at
-    more than 15 places (so runs of the block are short). The shape is [..., m, ...]: a thread has a block.
+    XLA:GPU makes one kernel of all outputs of one shape under three conditions. No output depends on another one, so
+    codes are computed before the choice. The kernel reads at most 96 arrays, so a block is not split into single
+    places. No value is computed in more than 15 places, so a block is split into short runs. The outputs have the
+    shape [..., m, ...], so each thread handles a block.
     """
     fmt, term, op, noise = how.fmt, how.loss.term, how.loss.over, extras.noise
-    run = 8 if fmt.bits <= 4 else 4  # a run's codes leave in a word of 32 bits
+    run = 8 if fmt.bits <= 4 else 4  # the codes of a run fit a 32-bit word
     xs = [x.astype(jnp.float32) for x in jnp.split(blocks, fmt.block // run, axis)]
     shifts = fmt.bits * lax.broadcasted_iota(jnp.int32, xs[0].shape, blocks.ndim + axis)
     unit = _loss_unit(peaks, tensor)
     unit = None if unit is None else jnp.expand_dims(unit, axis)
 
     def attempt(i, candidate):
-        """(payload, loss, header, words of codes) of candidate i."""
-        # The NaN payload makes zeros of the codes, and NaN of the losses, so that no other candidate is taken.
+        """Return (payload, loss, header, words of codes) of candidate i."""
+        # The NaN payload gives zero codes and NaN losses, so that no other candidate is chosen.
         payload = jnp.where(peaks < 0, fmt.scale.nan, wanted_payload(candidate, peaks, runs, tensor, fmt, how.headroom))
         scale, inverse = fmt.scale.decode(payload), _inverse(payload, 0, tensor, fmt)
         divisor = fmt.tensor_constant(how.headroom)
@@ -259,20 +265,23 @@ def _encode_in_one_pass(blocks, peaks, runs, tensor, extras, how, axis):
             terms.append(term(_error(x_scaled, decoded, unit)))
             (codes,) = codes_of(x, r, inverse, power, [candidate], fmt)
             words.append(tree(jnp.bitwise_or, unstack(codes << shifts, axis)))
-        # Runs first, then places: in blocks of a power of two the order of `tree` over all places.
+        # Reduce over runs first, then over places. For power-of-two blocks this is the order of `tree` over all places.
         loss = tree(op, unstack(tree(op, terms), axis))
         return payload, loss, fmt.join(fmt.selector_of(candidate), payload), *words
 
     (_, loss, header, *words), *others = [attempt(i, c) for i, c in enumerate(fmt.candidates)]
     header, _, *words = better((header, loss, *words), others, fmt)
-    # Else the pass would be repeated for each byte that is packed from the words.
+    # Without the barrier the pass would be repeated for each byte that is packed from the words.
     header, words = lax.optimization_barrier((header, words))
     codes = [jnp.expand_dims(word, axis) >> shifts & 2**fmt.bits - 1 for word in words]
     return jnp.concatenate(codes, axis).astype(jnp.uint8), header
 
 
 def joint(blocks, peaks, runs, amax, weights, how, axis):
-    """The joint scale (see `Search.rounds`): amax, and each candidate's payloads. Arguments as those of `encode`."""
+    """Run the joint scale search (see `Search.rounds`); return amax and each candidate's payloads.
+
+    Arguments are those of `encode`.
+    """
     fmt, power = how.fmt, power_near(amax)
     extras = Extras(weights=_unit_weights(weights, blocks.ndim, axis, (0, 1)))
     tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim)
@@ -292,7 +301,7 @@ def joint(blocks, peaks, runs, amax, weights, how, axis):
 
 
 def block_peaks(blocks, axis, how):
-    """int32 bits of each block's largest finite magnitude, and lists of those of its runs.
+    """Return int32 bits of each block's largest finite magnitude, and for each length of runs those of the runs.
 
     The sign bit marks a block with a NaN or an infinity. In formats that saturate, infinity counts as a magnitude.
     """
@@ -311,7 +320,7 @@ def block_peaks(blocks, axis, how):
 
 
 def choose(blocks, peaks, own, tensor, extras: "Extras", how, axis):
-    """int32 [..., m, ...]: the word of the best trial (see `ifjax.codec.search`)."""
+    """Return the word of each block's best trial, int32 [..., m, ...] (see `ifjax.codec.search`)."""
     fmt = how.fmt
     if len(own) == 1 and how.search is None:
         return jnp.where(peaks < 0, fmt.scale.nan, own[0])
@@ -320,18 +329,19 @@ def choose(blocks, peaks, own, tensor, extras: "Extras", how, axis):
 
 
 def wanted_payloads(peaks, runs, tensor, how):
-    """For each candidate the payloads that the blocks' maxima ask for."""
+    """Return for each candidate the payloads given by the blocks' maxima."""
     return [wanted_payload(candidate, peaks, runs, tensor, how.fmt, how.headroom) for candidate in how.fmt.candidates]
 
 
 def wanted_payload(candidate: Candidate, peaks, runs, tensor, fmt, headroom):
-    """The int32 payload that maps each block's largest magnitude to the candidate's place for it."""
+    """Return the int32 payload that maps each block's largest magnitude to the candidate's peak."""
     quantum = fmt.block_peak(candidate, headroom)
 
     def wanted(bits):
         peak = as_float(magnitude_bits(bits))
         if tensor is None:
-            # Not below the smallest normal number, which a platform may flush: it has the payload of all smaller ones.
+            # Bounded by the smallest normal number, because platforms may flush smaller scales to zero. All smaller
+            # ones have the same payload.
             scale = jnp.where(peak > 0, jnp.maximum(divide(peak, quantum), np.float32(2.0**-126)), 0)
         else:
             scale = divide(peak * tensor.power, quantum) * tensor.ratio
@@ -342,14 +352,14 @@ def wanted_payload(candidate: Candidate, peaks, runs, tensor, fmt, headroom):
 
 
 def _inverse(payload, place, tensor, fmt):
-    """What takes x, times the tensor's power, to units of the first grid; 0 for blocks whose scale is zero or NaN."""
+    """Return the factor from x * power to units of the first grid; 0 for blocks whose scale is zero or NaN."""
     if tensor is None:
         return fmt.scale.inverse(payload, place)
     return _reciprocal(tensor.unit * fmt.scale.decode(payload, place))
 
 
 def inverse_for(payload, rounding, multiplier, place, tensor, how):
-    """The same, of blocks that may be rounded with a multiple of another scale (see `ifjax.codec.Search`)."""
+    """Return `_inverse`, or the inverse of a multiple of the rounding scale (see `ifjax.codec.Search`)."""
     fmt = how.fmt
     inverse = None if payload is None else _inverse(payload, place, tensor, fmt)
     if multiplier is None or how.search is None or not how.search.is_decoupled:
@@ -361,12 +371,12 @@ def inverse_for(payload, rounding, multiplier, place, tensor, how):
 
 
 def _reciprocal(scale):
-    # Rounded, because the published code multiplies by one; it never divides by the scale.
+    # The published code multiplies by a rounded reciprocal and never divides by the scale.
     return jnp.where(scale > 0, divide(1.0, scale), 0)
 
 
 def codes_of(x, noise, inverse, power, candidates, fmt):
-    """int32 codes of x from each of the candidates."""
+    """Return a list of the int32 codes of x for each candidate."""
     y = x * power * inverse
     if any(c.grid.zero == "negative" for c in candidates):
         y = _keep_negative(y, x, power * inverse)
@@ -375,9 +385,9 @@ def codes_of(x, noise, inverse, power, candidates, fmt):
 
 
 def _keep_negative(y, x, factor):
-    """y = x * factor, but where a negative product was flushed to zero, as platforms do, a tiny negative number.
+    """Return y = x * factor, with negative products that the platform flushed to zero replaced by a tiny negative one.
 
-    IEEE arithmetic rounds it to -0 only from -2^-150 on, and every number between that and zero has the same code.
+    IEEE arithmetic rounds a product to -0 only from -2^-150 on, and all numbers between that and 0 have the same code.
     """
     bits = bits_of(x)
     subnormal = -magnitude_bits(bits).astype(jnp.float32) * np.float32(2.0**-119)
@@ -392,6 +402,7 @@ def _to_grid(y, candidate: Candidate, fmt: Format):
 
 
 def one_for_each_decoding(fmt: Format):
+    """Return the first candidate of each decoding."""
     return [next(c for c in fmt.candidates if c.decoding == decoding) for decoding in fmt.decodings]
 
 
@@ -399,24 +410,28 @@ def one_for_each_decoding(fmt: Format):
 
 
 class Extras(NamedTuple):
-    """What an encoder may be given besides the blocks [..., m, B, ...].
+    """Optional inputs of an encoder besides the blocks [..., m, B, ...].
 
     Attributes:
-        noise: for each candidate, of the shape of the blocks.
-        weights: of squared errors, [1, ..., m, B, 1, ...], their largest in each block near 1.
+        noise: for each candidate, noise of the shape of the blocks.
+        weights: weights of losses, [1, ..., m, B, 1, ...], scaled so that the largest in each block (in the joint
+            search, in the tensor) is near 1.
     """
 
     noise: tuple[jax.Array, ...] | None = None
     weights: jax.Array | None = None
 
     def of(self, i: int) -> "Extras":
-        """Of one candidate."""
+        """Return the inputs for candidate i."""
         return self._replace(noise=self.noise and self.noise[i])
 
 
 class _Trial(NamedTuple):
-    """One way to encode blocks, [..., m, ...]: what decodes (None: 1), what rounds (None: the same), and the power of
-    two that losses are reckoned in (None: that of the tensor)."""
+    """One way to encode blocks; all arrays are [..., m, ...].
+
+    `payload` decodes (None: a scale of 1), and `rounding` rounds (None: the same payload). Values are multiplied by
+    `unit`, a power of two, in losses (None: by the tensor's power).
+    """
 
     payload: jax.Array | None
     rounding: jax.Array | None
@@ -425,7 +440,7 @@ class _Trial(NamedTuple):
 
 @jax.jit(static_argnames=("candidate", "fmt"))  # traced once for all places
 def decoded_place(x, r, inverse, scale, tensor, divisor, candidate, fmt):
-    """x and what it decodes to, in units of `tensor`; `divisor` is K, or from `divisor_of` in the shape of x."""
+    """Return x and its decoded value, in units of `tensor`; `divisor` is K, or that of `divisor_of` in x's shape."""
     x = x if tensor is None else x * tensor.power
     v = candidate.grid.round(_to_grid(x * inverse, candidate, fmt), r)
     v = v + np.float32(candidate.offset) if candidate.offset else v
@@ -434,12 +449,12 @@ def decoded_place(x, r, inverse, scale, tensor, divisor, candidate, fmt):
 
 
 def divisor_of(scale, tensor, fmt, headroom):
-    """K for each of the scales, which no compiler can know beforehand; None without a tensor scale."""
+    """Return K in the shape of the scales, hidden from constant folding; None without a tensor scale."""
     return None if tensor is None else depending_on(scale, np.float32(fmt.tensor_constant(headroom)))
 
 
 def _loss_unit(peaks, tensor):
-    """The power of two that losses are reckoned in; None where numbers are in units of the tensor's already."""
+    """Return the power of two by which losses are scaled; None if values are already scaled by the tensor's power."""
     return None if tensor is not None else power_near(as_float(magnitude_bits(peaks)))
 
 
@@ -448,7 +463,7 @@ def _error(x, decoded, unit):
 
 
 class _BlockTrials:
-    """`ifjax.codec.search.Trials` of blocks."""
+    """An implementation of `ifjax.codec.search.Trials` for blocks."""
 
     def __init__(self, blocks, peaks, tensor, extras, how, axis):
         self.blocks, self.tensor, self.extras, self.how, self.axis = blocks, tensor, extras, how, axis
@@ -464,11 +479,11 @@ class _BlockTrials:
         trial, fmt = _Trial(None, rounding, self.unit), self.how.fmt
         above, below = (self._over_blocks(term, i, trial, multiplier) for term in _SUMS)
         scale = jnp.where(below > 0, divide(above, jnp.where(below > 0, below, 1)), 0)
-        # Values that are all zero, or a scale that would flip signs, say nothing: the scale stays.
+        # If all values are zero, or the least-squares scale is not positive, the scale stays.
         return jnp.where(scale > 0, fmt.scale.encode(scale), rounding)
 
     def fit(self, i, payload):
-        """(loss, sum of x d, sum of d d) of blocks x that candidate i makes d of."""
+        """Return (loss, sum of x d, sum of d d) of blocks x, with d their decoded values from candidate i."""
         trial = _Trial(payload, None, self.unit)
         return self.loss(i, payload, None, None), *(self._over_blocks(term, i, trial, None) for term in _SUMS)
 
@@ -487,7 +502,7 @@ class _BlockTrials:
         return scale.refined(payload, lambda payload: materialize(losses, payload))
 
     def _own_loss(self, loss, i, trial, multiplier):
-        """By a function of [..., values of a block]."""
+        """Return losses by a user's function of [..., values of a block]."""
         how, axis = self.how, self.axis
         square = -3 - axis if how.block_2d else None
         x, d = self._terms(lambda x, d, unit, weight: (x, d), self.blocks, self.extras.of(i), trial, multiplier,
@@ -501,7 +516,7 @@ class _BlockTrials:
         return repeat(loss(x, d), how.fmt.block, square)
 
     def _terms(self, term, blocks, extras, trial, multiplier, tensor, i):
-        """term(x, decoded, unit, weight) of whole blocks [..., m, B, ...]."""
+        """Return term(x, decoded, unit, weight) of whole blocks [..., m, B, ...]."""
         fmt, how, axis = self.how.fmt, self.how, self.axis
         place = 0
         if fmt.scale.runs:
@@ -515,7 +530,7 @@ class _BlockTrials:
         return term(x, decoded, trial.unit, extras.weights)
 
     def _over_blocks(self, term, i, trial, multiplier):
-        """The terms of each block's values, summed (or whatever `term.over` does) in one fixed order."""
+        """Reduce the terms of each block's values by `term.over`, in one fixed order."""
         how, fmt, axis, over = self.how, self.how.fmt, self.axis, term.over
         extras = self.extras.of(i)
         if how.block_2d:
@@ -536,7 +551,7 @@ class _BlockTrials:
                     x, decoded = decoded_place(x, r, inverse, scale, tensor, divisor, fmt.candidates[i], fmt)
                     terms.append(term(x, decoded, trial.unit, weight))
                 return tree(over, terms)
-            # A long block in parts: unrolled as a whole it would take minutes to compile.
+            # A long block is split into parts, because unrolling all of it would take minutes to compile.
             blocks, extras = jax.tree.map(lambda a: split_blocks(a, part, axis), (blocks, extras))
             trial, tensor = insert_axis((trial, tensor), axis)
             parts = materialize(functools.partial(along, axis=axis), blocks, extras, trial, multiplier, tensor)
@@ -548,11 +563,12 @@ class _BlockTrials:
         fmt, axis, over = self.how.fmt, self.axis, term.over
         square = -3 - axis
 
-        # Summed over rows first and over columns first, and both added: transposing the square changes no bit.
+        # Reduce over rows first, and over columns first, and combine both, so that transposing the 2-D block changes
+        # no bit.
         def of_squares(terms):
             over_rows = tree(over, unstack(terms, axis))
             over_rows = tree(over, unstack(split_blocks(over_rows, fmt.block, square), square))
-            other = square - 1 if square < axis else square  # the same axis, where the array has B too
+            other = square - 1 if square < axis else square  # the same axis, in an array that still has the axis B
             over_columns = tree(over, unstack(split_blocks(terms, fmt.block, other), other))
             return over(over_rows, tree(over, unstack(over_columns, axis)))
 
@@ -574,7 +590,7 @@ class _WeightedLoss(NamedTuple):
 
 
 class _Term(NamedTuple):
-    """A sum that the least-squares scale is made of: of products of decoded values with x, or with themselves."""
+    """A term of the least-squares scale: products of decoded values with x, or with themselves."""
 
     with_itself: bool
 
@@ -593,7 +609,7 @@ _SUMS = _Term(False), _Term(True)
 
 
 def _scales(trial, multiplier, place, tensor, how):
-    """What x is multiplied by to be rounded, and what decodes; in units of the grid and of the tensor."""
+    """Return the factor that scales x to the grid for rounding, and the scale that decodes."""
     fmt = how.fmt
     if trial.payload is None:
         scale = jnp.ones(trial.rounding.shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""The encoder with feedback: each row of a block is rounded with what the rows before it left (see `ifjax.gptq`)."""
+"""Block encoder with error feedback: each row is corrected for the errors of the rows before it (see `ifjax.gptq`)."""
 
 from typing import NamedTuple
 
@@ -26,14 +26,14 @@ from ifjax.numerics.xla import divide
 
 
 class FeedbackBlock(NamedTuple):
-    """A block with blocks along axis 0; columns N stand for all other axes.
+    """A block along axis 0. The columns N combine all other axes.
 
     Attributes:
-        x: float32 [B, N]: the block with what earlier blocks left, in units of the tensor's power.
+        x: float32 [B, N]: the block corrected for the errors of earlier blocks, in units of the tensor's power.
         w: float32 [B, N]: the block itself, in the same units.
-        within: float32 [B, B], strictly lower triangular: what a row gets of the errors of the rows before it.
-        weight: float32 [B]: of each row's squared error.
-        unit: float32 []: the power of two that errors are reckoned in.
+        within: float32 [B, B], strictly lower triangular: the feedback of a row's error to later rows.
+        weight: float32 [B]: weight of each row's squared error.
+        unit: float32 []: the power of two that errors are multiplied by in losses.
     """
 
     x: jax.Array
@@ -46,11 +46,11 @@ class FeedbackBlock(NamedTuple):
 def encode_block(
     step: FeedbackBlock, tensor: TensorScale | None, how: Encoding, own_loss: bool, own: list[jax.Array] | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """uint8 codes [B, N], int32 headers [N], and errors w - q [B, N] of what they decode to.
+    """Encode one block; return uint8 codes [B, N], int32 headers [N], and the errors w - q [B, N] after decoding.
 
-    With `own_loss` the header is chosen by the weighted errors of all rows with the feedback between them; else by
-    `how.loss` of the block as it stands when its first row is reached. `own` has the payloads of each candidate that
-    searches start from, or is None for those that the block's maximum asks for.
+    With `own_loss` the header is chosen by the weighted errors of all rows, with the feedback between them; otherwise
+    by `how.loss` of step.x. `own` holds the payloads of each candidate from which a search starts; None means those
+    that follow from the block's maximum.
     """
     fmt = how.fmt
     peaks, runs = block_peaks(step.x, -2, how)
@@ -66,12 +66,12 @@ def encode_block(
 
 
 def with_feedback(w: jax.Array, feedback: jax.Array) -> jax.Array:
-    """w + feedback, and w itself where there is none: adding 0 would flush subnormals and drop the sign of -0."""
+    """Return w + feedback, or w where feedback is 0: adding 0 would flush subnormals and drop the sign of -0."""
     return jnp.where(feedback == 0, w, w + feedback)
 
 
 class _FeedbackTrials(NamedTuple):
-    """`ifjax.codec.search.Trials`, by the weighted squared errors of all rows with the feedback between them."""
+    """An implementation of `ifjax.codec.search.Trials` with the weighted squared errors of all rows under feedback."""
 
     step: FeedbackBlock
     tensor: TensorScale | None
@@ -87,7 +87,8 @@ class _FeedbackTrials(NamedTuple):
         fmt, unit = self.how.fmt, self.step.unit
         own = fmt.scale.decode(rounding)
 
-        # Feedback is of what the rounding payload decodes to; divided by its scale, values are of a scale of 1.
+        # The feedback uses values decoded with the rounding payload. Dividing by its scale gives values for a scale
+        # of 1, from which the least-squares scale follows.
         def over(term):
             def of_row(x, decoded):
                 return term(x * unit, divide(decoded, own) * unit)
@@ -102,7 +103,7 @@ class _FeedbackTrials(NamedTuple):
         return payload
 
     def _over_rows(self, term, i, payload, rounding, multiplier):
-        """The sum of term(x, decoded) over rows, by their weights."""
+        """Return the weighted sum of term(x, decoded) over rows."""
         step, tensor, how = self
         fmt = how.fmt
 
@@ -121,7 +122,7 @@ class _FeedbackTrials(NamedTuple):
 
 
 def _codes(step, header, rounding, multiplier, tensor, how):
-    """uint8 codes [B, N] for the chosen headers, and errors w - q [B, N] of what they decode to."""
+    """Return uint8 codes [B, N] for the chosen headers, and the errors w - q [B, N] after decoding."""
     fmt = how.fmt
     selector, payload = fmt.split(header)
     amax = None if tensor is None else tensor.amax.reshape(())

@@ -1,4 +1,4 @@
-"""Headers of blocks: bytes in arrays, words in arithmetic; and the tensor's own scale."""
+"""Conversion of block headers between bytes and int32 words, and the tensor scale."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from ifjax.numerics.xla import divide
 
 
 def header_words(scales: jax.Array, nbytes: int, axis: int) -> jax.Array:
-    """uint8 [..., m * W, ...] -> int32 [..., m, ...]: the headers of blocks whose bytes follow one another."""
+    """Join header bytes, lowest first, to words: uint8 [..., m * W, ...] -> int32 [..., m, ...]."""
     if nbytes == 1:
         return scales.astype(jnp.int32)
     parts = unstack(split_blocks(scales, nbytes, axis).astype(jnp.int32), axis)
@@ -20,7 +20,10 @@ def header_words(scales: jax.Array, nbytes: int, axis: int) -> jax.Array:
 
 
 def header_bytes(words: jax.Array, nbytes: int, axis: int) -> jax.Array:
-    """int32 [..., m, ...] -> uint8 [..., m * W, ...], lowest byte first; higher bits of the words are dropped."""
+    """Split words into header bytes, lowest first: int32 [..., m, ...] -> uint8 [..., m * W, ...].
+
+    Bits above the W bytes are dropped.
+    """
     if nbytes == 1:
         return words.astype(jnp.uint8)
     parts = [(lax.shift_right_logical(words, np.int32(8 * i)) & 0xFF).astype(jnp.uint8) for i in range(nbytes)]
@@ -28,9 +31,10 @@ def header_bytes(words: jax.Array, nbytes: int, axis: int) -> jax.Array:
 
 
 class TensorScale(NamedTuple):
-    """The tensor-wide scale, in units in which no product of the codec overflows or is flushed to zero.
+    """The tensor scale, in units in which no product of the codec overflows or is flushed to zero.
 
-    x * power has the absolute maximum `amax`. An encoder has `ratio`, K / amax (0 where amax is), and its reciprocal.
+    `amax` is the absolute maximum of x * power. An encoder also has `ratio` = K / amax (0 where amax is 0), and its
+    reciprocal `unit`.
     """
 
     power: jax.Array
@@ -40,17 +44,20 @@ class TensorScale(NamedTuple):
 
 
 def power_near(amax: jax.Array) -> jax.Array:
-    """The power of two that brings float32 amax to [1, 2), 2^127 (without reciprocal) to 2; 1 for zeros."""
+    """Return the power of two that scales float32 amax to [1, 2); 1 for amax 0.
+
+    2^127 and above are scaled to [2, 4), because the reciprocal of 2^127 is not a normal number.
+    """
     exponent = lax.clamp(np.int32(-126), (bits_of(amax) >> 23) - 127, np.int32(126))
     return jnp.where(amax > 0, as_float((127 - exponent) << 23), 1)
 
 
 def normalized(amax: jax.Array, constant: np.float32, ndim: int, power: jax.Array | None = None) -> TensorScale:
-    """The scale of an encoder: its power brings amax to [1, 2), so that losses neither underflow nor overflow, and so
-    that multiplying a tensor by a power of two changes neither codes nor choices.
+    """Return the tensor scale for an encoder, whose power scales amax to [1, 2).
 
-    `amax` is float32, of the shape of leading axes; it broadcasts against `ndim` axes. `constant` is K. `power` is
-    given where a number near amax is to be in its units.
+    Losses then neither underflow nor overflow, and multiplying a tensor by a power of two changes neither codes nor
+    choices. `amax` is float32 over leading axes, and broadcasts against `ndim` axes. `constant` is K. A given `power`
+    replaces that of amax.
     """
     tensor = _scaled(amax, power_near(amax) if power is None else power, ndim)
     ratio = jnp.where(tensor.amax > 0, divide(constant, tensor.amax), 0)
@@ -61,10 +68,11 @@ LARGE_AMAX = np.float32(2.0**113)
 
 
 def safe(amax: jax.Array, ndim: int) -> TensorScale:
-    """The scale of a decoder: `power` is 1 but for tensors near the ends of float32's range.
+    """Return the tensor scale for a decoder, whose power is 1 except for amax near the ends of float32's range.
 
-    From LARGE_AMAX on, amax * 448 * 28 overflows; below 2^-100, a reciprocal does or is flushed. Multiplying by a
-    power of two changes no other bit. Scales of E5M3 overflow from 2^108 on, as in the published vectors.
+    From LARGE_AMAX on, amax * 448 * 28 overflows; below 2^-100, a reciprocal overflows or is flushed to zero.
+    Multiplying by a power of two changes no other bits. With E5M3 scales, values overflow from 2^108 on, as in the
+    published vectors.
     """
     power = jnp.where(amax < np.float32(2.0**-100), np.float32(2.0**64), np.float32(1))
     return _scaled(amax, jnp.where(amax >= LARGE_AMAX, np.float32(2.0**-64), power), ndim)

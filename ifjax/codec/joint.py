@@ -1,8 +1,8 @@
-"""The joint scale: a tensor's amax and its blocks' scales, fitted in turn by least squares to what they round.
+"""The joint scale search: amax and the block scales are fitted alternately, by least squares, to the rounded values.
 
-A block is worth v * scale * amax / K, so that for fixed codes amax is best multiplied by sum(x d) / sum(d d) over the
-tensor, with d what is decoded, and a block's scale by the same over the block. New scales make new codes, and scales
-are rounded to their table: a round may raise the loss, and the best of all rounds is kept.
+A decoded value d is v * scale * amax / K. For fixed codes, the best factor for amax is sum(x d) / sum(d d) over the
+tensor, and the best factor for a block's scale is the same ratio over the block. New scales give new codes, and scales
+are rounded to their table, so a round may raise the loss; the best of all rounds is kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ from ifjax.codec.search import better
 from ifjax.formats import Format
 from ifjax.numerics.xla import divide
 
-# (amax, each candidate's payloads) to each candidate's losses, sums of x d and sums of d d, all [..., m, ...].
+# Maps (amax, payloads of each candidate) to the losses, sums of x d and sums of d d of each candidate, [..., m, ...].
 Fit = Callable[[jax.Array, Sequence[jax.Array]], list[list[jax.Array]]]
 
-_SETTLED = 1e-3  # a round that changes the loss by less is the last
+_SETTLED = 1e-3  # iteration stops when the relative change of the loss is smaller
 
 
 class _State(NamedTuple):
-    """`loss` and `is_done` are of the shape of amax; `best_loss` is that of the last two."""
+    """State of the iteration. `loss`, `is_done` and `best_loss` have the shape of amax; the best fields go together."""
 
     amax: jax.Array
     payloads: list[jax.Array]
@@ -38,19 +38,19 @@ class _State(NamedTuple):
 def joint_scale(
     fit: Fit, amax: jax.Array, payloads: list[jax.Array], fmt: Format, rounds: int
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """amax and each candidate's payloads, of the round with the least loss; the given ones if none has less.
+    """Return amax and each candidate's payloads from the round with the least loss, the starting values included.
 
-    What has an amax of its own has rounds of its own. Sums are taken in one fixed order.
+    Each entry of amax is fitted, and stops, independently. Sums are taken in one fixed order.
 
-    Source: SOAR arXiv 2605.12245, its joint optimization of scales.
+    Source: SOAR arXiv 2605.12245, the joint optimization of scales.
     """
 
     def next_half(step, state: _State) -> _State:
-        """By turns, measures a round and moves amax, and moves the payloads: `fit` is compiled once for both."""
+        """Alternate between measuring a round and updating amax, and updating payloads; `fit` is compiled once."""
         is_measured = step % 2 == 0
         first, *others = zip(state.payloads, fit(state.amax, state.payloads), strict=True)
         refitted = [_refitted(p, above, below, fmt) for p, (_, above, below) in (first, *others)]
-        # The sums over the tensor are of what each block would take.
+        # Sums over the tensor use the candidate that each block would choose.
         best = better((first[0], *first[1]), [(p, loss, p, *sums) for p, (loss, *sums) in others], fmt)
         loss, above, below = (_total(a, amax.shape) for a in best[1:])
         is_best = is_measured & ~state.is_done & (loss < state.best_loss)
@@ -75,24 +75,24 @@ def joint_scale(
 
 
 def _wide(a, like):
-    """a, of the shape of leading axes, against all axes of `like`."""
+    """Append axes of length 1 to `a`, so that its leading axes broadcast against `like`."""
     return a.reshape(a.shape + (1,) * (like.ndim - a.ndim))
 
 
 def _ratio(above, below):
-    """above / below; 1 where nothing is decoded, or with other signs."""
+    """Return above / below, or 1 where either is not positive."""
     is_fit = (above > 0) & (below > 0)
     return jnp.where(is_fit, divide(jnp.where(is_fit, above, 1), jnp.where(is_fit, below, 1)), 1)
 
 
 def _refitted(payload, above, below, fmt):
-    """The payload nearest to the least-squares scale; a block that is all zeros keeps its own."""
+    """Return the payload nearest to the least-squares scale; a block that decodes to zeros keeps its payload."""
     scale = fmt.scale.decode(payload) * _ratio(above, below)
     return jnp.where(below > 0, jnp.clip(fmt.scale.encode(scale), 1, fmt.scale.top), payload)
 
 
 def _total(a, shape):
-    """Sums of a [..., m, ...] over all axes along which an amax of this shape has one entry, in one fixed order."""
+    """Sum a [..., m, ...] to the shape of amax, over the axes where that has one entry, in one fixed order."""
     kept = tuple(i for i, n in enumerate(shape) if n > 1)
     a = a.transpose(*kept, *(i for i in range(a.ndim) if i not in kept))
     a = a.reshape(*a.shape[: len(kept)], -1)

@@ -1,4 +1,4 @@
-"""Losses: by which the encoder chooses between the ways to encode a block, as records."""
+"""Registry of losses by which the encoder chooses how to encode a block."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from ifjax.lookup import Registry
 
 @dataclasses.dataclass(frozen=True)
 class BlockLoss:
-    """A loss that is taken value by value and then over the block.
+    """A loss computed for each value and then reduced over the block.
 
     Attributes:
-        name: of the loss.
-        term: float32 error (decoded - x) of a value to its loss.
-        over: two losses to one: `lax.add` or `lax.max`.
+        name: name of the loss.
+        term: maps the float32 error (decoded - x) of a value to its loss.
+        over: binary reduction over the block: `lax.add` or `lax.max`.
     """
 
     name: str
@@ -25,20 +25,20 @@ class BlockLoss:
     over: Callable[[jax.Array, jax.Array], jax.Array]
 
 
-# A name, a record, or a function of (x, decoded x), both [..., B], to losses [...]. Numbers are in units of a power of
-# two near the tensor's maximum.
+# A name, a record, or a function that maps (x, decoded x), both [..., B], to losses [...]. Its arguments are in units
+# of a power of two near the tensor's maximum.
 Loss = str | BlockLoss | Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def squared(e: jax.Array) -> jax.Array:
-    """e^2 without its last bit."""
+    """Return e^2 with its last bit cleared."""
     return without_last_bit(e * e)
 
 
 def without_last_bit(product: jax.Array) -> jax.Array:
-    """A product that compilers cannot contract with the sum that takes it, to a fused multiply-add.
+    """Clear the last bit of a product, so that no compiler contracts it and a following sum to a fused multiply-add.
 
-    They do so in some programs and not in others, and the choice of a block would depend on what surrounds it.
+    Compilers contract in some programs and not in others, so a block's choice would depend on the surrounding program.
     """
     bits = bits_of(product)
     return as_float(lax.bitwise_and(bits, lax.full_like(bits, ~1)))
@@ -55,11 +55,11 @@ LOSSES: Registry[BlockLoss] = Registry(
 
 
 def get_loss(loss: Loss) -> BlockLoss | Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return the record of a named loss; records and functions are returned as they are.
+    """Return the record of a named loss; records and functions are returned unchanged.
 
     Raises:
-        ValueError: an unknown name.
-        TypeError: none of these.
+        ValueError: the name is unknown.
+        TypeError: the argument is not a name, a record or a function.
     """
     if isinstance(loss, BlockLoss) or not callable(loss):
         if not isinstance(loss, str | BlockLoss):

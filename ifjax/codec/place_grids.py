@@ -1,7 +1,7 @@
-"""Rounding to grids of few values by comparisons and selections, for processors that have neither tables nor FMA.
+"""Rounding to small grids by comparisons and selections, for processors that have neither lookup tables nor FMA.
 
-Values are looked up among `levels`, numbers that the caller has for the codes that a grid lists. A magnitude is rounded
-where the grid is symmetric; its sign is the caller's affair.
+Values are selected from `levels`, numbers that the caller has computed for the codes in a grid's `listed`. If the grid
+is symmetric, it rounds magnitudes, and the caller handles the signs.
 """
 
 import dataclasses
@@ -21,34 +21,36 @@ _EXPONENT = np.int32(0x7F800000)
 
 
 class PlaceGrid(Protocol):
-    """How a grid rounds one number, and what is then known of it."""
+    """Interface for rounding one number to a grid. A `place` is the grid's own representation of a rounded number."""
 
     @property
     def listed(self) -> tuple[int, ...]:
-        """The codes whose values are the levels."""
+        """Codes whose values are the levels."""
         ...
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether it rounds magnitudes to codes without a sign."""
+        """Whether the grid rounds magnitudes to codes without a sign."""
         ...
 
     def rounded(self, y: jax.Array, noise: jax.Array | None) -> Any:
-        """What y is rounded to, in the grid's own terms; noise as for `Grid.round`."""
+        """Round y to a place; noise as for `Grid.round`."""
         ...
 
     def code(self, place: Any, shift: int) -> jax.Array:
-        """Its int32 code, shifted left."""
+        """Return the int32 code of a place, shifted left."""
         ...
 
     def value(self, place: Any, levels: Sequence[jax.Array]) -> jax.Array:
-        """Its value, of which the levels are known."""
+        """Return the value of a place, given the levels."""
         ...
 
 
 def place_grid(c: Candidate) -> PlaceGrid | None:
-    """The way for a candidate's grid; None for those of more than 16 values that are no floats, and where the sign of
-    zero is that of the number."""
+    """Return the PlaceGrid for a candidate's grid, or None if there is none.
+
+    There is none for grids with zero="negative", and for grids of more than 16 values that are not binary floats.
+    """
     grid = c.grid
     if not grid.magnitudes:
         return _Sorted(grid) if len(grid.values) <= 16 else None
@@ -60,7 +62,7 @@ def place_grid(c: Candidate) -> PlaceGrid | None:
 
 
 def payload_of(scale: TableScale, y: jax.Array) -> jax.Array:
-    """scale.encode(y), of an arithmetic scale, by operations that all kernels have: not all know `round`."""
+    """Return scale.encode(y) for an arithmetic scale, without `round`, which not all kernel compilers support."""
     if scale.mantissa_bits == 0 or scale.rounding != "even":
         return scale.encode(y)
     floats = _Floats.of(scale.values, scale.values[scale.top], scale.mantissa_bits)
@@ -75,10 +77,10 @@ def _floats(grid: Grid) -> "_Floats | None":
 
 @dataclasses.dataclass(frozen=True)
 class _Floats:
-    """Magnitudes of a binary float with m >= 1 mantissa bits. The levels are those of the lowest binade; all other
-    values are theirs times a power of two.
+    """Magnitudes of a binary float with m >= 1 mantissa bits.
 
-    `lowest` is the least normal one, `largest` the largest, `count` a power of two from the number of codes on.
+    The levels are the values of the lowest normal binade; all other values are these times a power of two. `lowest` is
+    the least normal value, `largest` the largest value, and `count` the number of codes, rounded up to a power of two.
     """
 
     lowest: np.float32
@@ -89,7 +91,7 @@ class _Floats:
 
     @classmethod
     def of(cls, magnitudes: Sequence[float], largest: float, m: int) -> "_Floats":
-        """For the magnitudes of all codes, ascending."""
+        """Return the grid for the ascending magnitudes of all codes."""
         count = 1 << (len(magnitudes) - 1).bit_length()
         return cls(np.float32(magnitudes[1 << m]), np.float32(largest), count, m)
 
@@ -98,25 +100,25 @@ class _Floats:
         return tuple(range(1 << self.m, 2 << self.m))
 
     def rounded(self, y, noise):
-        """(sum, value): adding so large a number to y rounds it to a step of its binade, half to even.
+        """Return (sum, value): adding a large number to y rounds it to a step of its binade, half to even.
 
-        The sum's lowest bits count steps, its exponent binades.
+        The lowest bits of the sum count steps, and its exponent counts binades.
         """
         top = self.largest
         y = jnp.minimum(y, top) if noise is None else y
         binade = as_float(bits_of(jnp.maximum(y, self.lowest)) & _EXPONENT)
         if noise is not None:
-            # A number beyond the grid is in its last binade. Times a power of two, the sum of y / step and the noise.
+            # A number beyond the grid counts as in the last binade. The sum is y / step plus the noise, times the step.
             binade = jnp.minimum(binade, (top.view(np.int32) & _EXPONENT).view(np.float32))
             y = jnp.minimum(y + noise * (binade * np.float32(2.0**-self.m)), top)
-        # `lift` steps more, so that the sum's bits are the code's.
+        # Adding `_lift` more steps makes the lowest bits of the sum those of the code.
         large = binade * np.float32(2.0 ** (23 - self.m) + self._lift * 2.0**-self.m)
         total = y + large
         return total, total - large
 
     def code(self, place, shift):
         total = bits_of(place[0])
-        # Steps, and 2^m of them for each binade.
+        # The code is the number of steps, with 2^m steps for each binade.
         code = total + lax.shift_right_logical(total, np.int32(23 - self.m)) & np.int32(self.count - 1)
         return code << shift if shift else code
 
@@ -129,9 +131,9 @@ class _Floats:
 
     @property
     def _lift(self):
-        """The steps that make the lowest binade's sum, with its exponent added in, end in zeros; an even number.
+        """Number of steps, even, for which the sum of the lowest binade plus its exponent ends in zero bits.
 
-        At least one pair, so that noise does not bring the sum of zero below the power of two.
+        At least two, so that noise cannot move the sum for 0 below the power of two.
         """
         exponent = int(np.float32(self.lowest * 2.0 ** (23 - self.m)).view(np.int32)) >> 23
         return -(exponent << self.m) % self.count or self.count
@@ -139,7 +141,7 @@ class _Floats:
 
 @dataclasses.dataclass(frozen=True)
 class _Searched:
-    """A place is the bits of an index into an ascending list, found by comparison, highest first."""
+    """A grid rounded by binary search. A place is the bits of an index into an ascending list, highest first."""
 
     grid: Grid
 
@@ -161,7 +163,7 @@ class _Searched:
 
 
 class _Magnitudes(_Searched):
-    """Any eight magnitudes or fewer."""
+    """A symmetric grid of at most eight arbitrary magnitudes."""
 
     is_symmetric = True
 
@@ -172,7 +174,7 @@ class _Magnitudes(_Searched):
     def rounded(self, y, noise):
         if noise is None:
             return self._search(y, self.grid.edges)
-        if self.grid.mantissa_bits and self.grid.ties == "even":  # one binade: equal steps
+        if self.grid.mantissa_bits and self.grid.ties == "even":  # all steps are equal, as the grid has one binade
             return self._search(y + noise * np.float32(self.grid.magnitudes[1]), self.grid.edges)
         return self._search(self.grid.position(y) + noise, _halves(self.grid))
 
@@ -182,7 +184,7 @@ class _Magnitudes(_Searched):
 
 
 class _Signed(_Magnitudes):
-    """Magnitudes whose signs are rounded with them, because an offset makes them other values than their negatives'."""
+    """Magnitudes with signs, for candidates with an offset, whose values are not symmetric about zero."""
 
     is_symmetric = False
 
@@ -204,7 +206,7 @@ class _Signed(_Magnitudes):
 
 
 class _Sorted(_Searched):
-    """Any 16 values or fewer, in whatever order their codes are."""
+    """At most 16 arbitrary values, with codes in any order."""
 
     is_symmetric = False
 
@@ -231,7 +233,7 @@ def _int32(word: int) -> np.int32:
 
 
 def select(masks: Sequence[jax.Array], options: Sequence[Any]) -> Any:
-    """options[index], of whose bits the masks are the truth, highest first."""
+    """Return options[index], where the boolean masks are the bits of the index, highest first."""
     for mask in reversed(masks):
         options = [jnp.where(mask, high, low) for low, high in zip(options[::2], options[1::2], strict=True)]
     return options[0]

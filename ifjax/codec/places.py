@@ -1,8 +1,8 @@
-"""Encode and decode blocks of which each value lies in an array of its own, for kernels that know no format.
+"""Format-independent encoder and decoder for kernels, with one array for each place (position) of a block.
 
-The bits are those of `encode` and `decode`. The arithmetic is laid out for processors without division that look up
-tables: within one tensor, what a code stands for depends on the payload of its block alone, so XLA makes a table of it
-beforehand, by the codec's own functions.
+The results have the bits of `encode` and `decode`. The arithmetic suits processors without division but with table
+lookup. Within one tensor, the value of a code depends only on the payload of its block, so XLA computes a table of the
+values beforehand, with the codec's own functions.
 """
 
 import dataclasses
@@ -26,21 +26,21 @@ from ifjax.codec.search import better
 from ifjax.formats import Candidate, Format, Grid, TableScale
 from ifjax.numerics.xla import correct_quotient, divide
 
-LANES = 128  # entries of a row of a table
+LANES = 128  # entries in a row of a table
 
 
-Lookup = Callable[[int, jax.Array], jax.Array]  # (row of the table, int32 indices below 128) to float32 numbers
+Lookup = Callable[[int, jax.Array], jax.Array]  # maps (row of the table, int32 indices below 128) to float32 numbers
 
 
 class Tensor(NamedTuple):
-    """What a kernel knows of the tensor of its blocks; scalars are float32.
+    """Tensor-wide numbers of a kernel; scalars are float32.
 
     Attributes:
-        power: brings x to the units of losses.
-        amax: in these units.
-        ratio: K / amax, or 0.
+        power: factor from x to the units of losses.
+        amax: amax in these units.
+        ratio: K / amax, or 0 if amax is 0.
         back: 1 / power.
-        lookup: in the table.
+        lookup: reads entries of the tensor's table.
     """
 
     power: Any
@@ -54,9 +54,9 @@ class Block(NamedTuple):
     """An encoded block.
 
     Attributes:
-        words: int32 words that its codes fill; the last one's upper bits may be free. () if not wanted.
+        words: int32 words with the packed codes; upper bits of the last word may be unused. () if not wanted.
         header: int32.
-        values: for each place what its code stands for, float32 numbers of the codec's dtype. () if not wanted.
+        values: decoded value at each place, float32 numbers rounded to the codec's dtype. () if not wanted.
     """
 
     words: Sequence[jax.Array]
@@ -65,7 +65,7 @@ class Block(NamedTuple):
 
 
 def encoder_refusal(how: Encoding) -> str | None:
-    """Why a kernel cannot encode like this place by place; None if it can."""
+    """Return why a kernel cannot encode like this place by place; None if it can."""
     if how.search is not None:
         return "it searches scales"
     if not isinstance(how.loss, BlockLoss):
@@ -81,7 +81,7 @@ def encoder_refusal(how: Encoding) -> str | None:
 
 
 def decoder_refusal(fmt: Format) -> str | None:
-    """Why a kernel cannot decode this format place by place; None if it can."""
+    """Return why a kernel cannot decode this format place by place; None if it can."""
     if fmt.bits > 4:
         return f"codes of {fmt.bits} bits are too many to look up"
     return _refusal(fmt)
@@ -99,11 +99,11 @@ def _refusal(fmt):
 
 @dataclasses.dataclass(frozen=True)
 class PlaceCodec:
-    """The arithmetic of an encoding. Hashable: a static argument of the kernels that call its methods.
+    """The arithmetic of an encoding. Hashable, so that it can be a static argument of kernels.
 
     Attributes:
         how: the encoding.
-        dtype: float32 or bfloat16, to which values are rounded that are given back.
+        dtype: float32 or bfloat16, to which returned values are rounded.
     """
 
     how: Encoding
@@ -111,12 +111,12 @@ class PlaceCodec:
 
     @property
     def fmt(self) -> Format:
-        """The format."""
+        """Record of the format."""
         return self.how.fmt
 
     @property
     def block(self) -> int:
-        """Values of a block."""
+        """Number of values in a block."""
         return self.fmt.block
 
     @property
@@ -126,23 +126,25 @@ class PlaceCodec:
 
     @property
     def is_square(self) -> bool:
-        """Whether as many blocks as a block has values share a header."""
+        """Whether blocks are 2-D: B blocks of B values share a header."""
         return self.how.block_2d
 
     @property
     def noises(self) -> int:
-        """How many numbers of noise an element draws."""
+        """Number of noise values that an element draws."""
         return 0 if self.how.rounding.noise is None else len(self.fmt.candidates)
 
     def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
-        """The noise of elements with these indices, a number for each candidate."""
+        """Return the noise of elements with these indices, one array for each candidate."""
         return noise_of(index, k0, k1, self.noises)
 
-    # --- once a tensor, by XLA ---
+    # --- once per tensor, by XLA ---
 
     def encoder_tables(self, amax: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
-        """The scalars of `Tensor` [count, 4] and a table [count, rows, 128], for the amax [count] of each tensor, or
-        None in formats that have none."""
+        """Return the scalars of `Tensor` [count, 4] and a table [count, rows, 128].
+
+        `amax` [count] has a value for each tensor; it is None in formats without a tensor scale.
+        """
         how, fmt, length = self.how, self.fmt, LANES * self.pages
         payload = np.arange(length, dtype=np.int32)
         if amax is None:
@@ -150,8 +152,8 @@ class PlaceCodec:
             return jnp.ones((count, 4), jnp.float32), _as_table([inverse_for(payload, None, None, 0, None, how)])
         tensor = normalized(amax, fmt.tensor_constant(how.headroom), 3)
         numbers = tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)
-        # Every factor is an array of the full shape: XLA would multiply scalars and constants beforehand. The first row
-        # is for the inverses, which have no code.
+        # Every factor is an array of the full shape, because XLA would reassociate and fold scalars and constants. The
+        # first row holds the inverses, which have no code.
         rows = [(0, 1.0), *((code, c.step) for c in fmt.candidates for code in _listed(c))]
         codes, steps = np.array([code for code, _ in rows], np.int32), np.array([step for _, step in rows], np.float32)
         shape = count, len(rows), length
@@ -165,7 +167,10 @@ class PlaceCodec:
         return jnp.stack([number.reshape(-1) for number in numbers], -1), _as_table(table)
 
     def decoder_table(self, amax: jax.Array | None, count: int) -> jax.Array:
-        """What each code stands for, rounded to the dtype, by decoding: [count, rows, 128]; of codes up to 4 bits."""
+        """Return the value of each code under each decoding, rounded to the dtype: [count, rows, 128].
+
+        For codes of at most 4 bits.
+        """
         fmt, length, rows = self.fmt, LANES * self._decoder_pages, []
         codes, payload = np.arange(2**fmt.bits, dtype=np.int32)[:, None], np.arange(length, dtype=np.int32)
         codes, payload = _full((count, 2**fmt.bits, length), codes, payload)
@@ -180,9 +185,10 @@ class PlaceCodec:
         self, xs: Sequence[jax.Array], noise: Any, scalars: Sequence[Any], lookup: Lookup, *, wants_codes: bool,
         wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None,
     ) -> Block:  # fmt: skip
-        """Encode the float32 places xs. `noise` has a list for each candidate, or is None.
+        """Encode a block, given its float32 places xs. `noise` holds a list for each candidate, or is None.
 
-        `across`, of squares, is (op, a) to op over the a of a square's blocks, in the order of `tree`.
+        For 2-D blocks, `across` maps (op, a) to the reduction of a by op over the rows of a 2-D block, in the order of
+        `tree`.
         """
         power, amax, ratio, back = scalars
         tensor = Tensor(power, amax, ratio, back, lookup)
@@ -209,7 +215,7 @@ class PlaceCodec:
             if chooses:
                 terms = [loss.term(_error(x, v, unit)) for x, v in zip(numbers, values, strict=True)]
                 lost = tree(loss.over, terms)
-                if across is not None:  # summed in both orders, as the encoder does
+                if across is not None:  # reduce in both orders and combine, as the encoder does
                     lost = loss.over(across(loss.over, lost), tree(loss.over, [across(loss.over, t) for t in terms]))
             kept = [trial.sign_mask(), *values] if wants_values else []
             trials.append((payload, lost, fmt.join(fmt.selector_of(c), payload), *words, *kept))
@@ -223,7 +229,7 @@ class PlaceCodec:
         return Block(words, jnp.where(is_poisoned, fmt.scale.nan, header), values)
 
     def decode(self, words: Sequence[jax.Array], header: jax.Array, lookup: Lookup) -> list[jax.Array]:
-        """The values of a block's places, float32 numbers of the dtype."""
+        """Return the values at a block's places, float32 numbers rounded to the dtype."""
         fmt, pages = self.fmt, self._decoder_pages
         selector, payload = fmt.split(header)
         rows = [range(i * 2**fmt.bits, (i + 1) * 2**fmt.bits) for i in range(len(fmt.decodings))]
@@ -236,7 +242,7 @@ class PlaceCodec:
         return values
 
     def given(self, value: jax.Array, tensor: Tensor) -> jax.Array:
-        """A value in units of the loss as it is given back: in the tensor's own, rounded to the dtype."""
+        """Convert a value from units of the loss to the tensor's units, saturated and rounded to the dtype."""
         value = value * tensor.back if self.fmt.has_tensor_scale else value
         end = np.float32(jnp.finfo(self.dtype).max)
         value = lax.clamp(-end, value, end)  # as `narrowed`
@@ -246,7 +252,7 @@ class PlaceCodec:
         return as_float(bits + 0x7FFF + (lax.shift_right_logical(bits, np.int32(16)) & 1) & np.int32(-(2**16)))
 
     def first_row(self, i: int) -> int:
-        """The first row of the encoder's table that is candidate i's."""
+        """Return the first row of candidate i in the encoder's table."""
         return self._first_listed(i) * self.pages
 
     def _first_listed(self, i):
@@ -254,28 +260,28 @@ class PlaceCodec:
 
     @property
     def pages(self) -> int:
-        """Rows of the encoder's table for one number of each payload."""
+        """Number of rows that hold one number for each payload in the encoder's table."""
         return -(-(max(self.fmt.scale.top, self.fmt.scale.nan) + 1) // LANES)
 
     @property
     def _decoder_pages(self) -> int:
-        """The same of the decoder's, which may meet any payload."""
+        """Number of rows that hold one number for each payload in the decoder's table, where any payload may occur."""
         return 1 if self.fmt.has_selector and self.fmt.scale.bits < 8 else 2
 
     @functools.cached_property
     def _on_magnitudes(self) -> bool:
-        """Whether all is done on magnitudes and signs come last: neither grids nor the loss see a difference."""
+        """Whether encoding works on magnitudes and adds signs last, which needs symmetric grids and an even loss."""
         grids = [place_grid(c) for c in self.fmt.candidates]
         even = getattr(self.how.loss, "term", None) in [loss.term for loss in LOSSES.values()]
         return even and all(grid is not None and grid.is_symmetric for grid in grids)
 
     def _payload(self, c, peak, tensor):
-        """The payload that a candidate wants for the bits of a block's largest magnitude."""
+        """Return a candidate's payload for a block whose largest magnitude has the bits `peak`."""
         fmt, quantum, peak = self.fmt, self.fmt.block_peak(c, self.how.headroom), as_float(peak)
         if fmt.has_tensor_scale:
             scale = _over(peak * tensor.power, quantum) * tensor.ratio
         else:
-            # Small ones are enlarged, so that their quotients are normal numbers, whose last bits can be corrected.
+            # Small peaks are scaled up, so that their quotients are normal numbers, whose last bits can be corrected.
             is_small = peak < np.float32(2.0**-60)
             scale = _over(jnp.where(is_small, peak * np.float32(2.0**64), peak), quantum)
             scale = jnp.where(is_small, scale * np.float32(2.0**-64), scale)
@@ -286,7 +292,7 @@ class PlaceCodec:
 
 
 class _Trial:
-    """A block as candidate i encodes it: xs scaled by `inverse` are ys, magnitudes if the codec works on these."""
+    """A block as candidate i encodes it. ys are xs scaled by `inverse`, as magnitudes if the codec works on those."""
 
     def __init__(self, codec: PlaceCodec, i: int, payload, inverse, tensor: Tensor, xs, ys, rs):
         self.codec, self.i, self.c = codec, i, codec.fmt.candidates[i]
@@ -298,7 +304,7 @@ class _Trial:
             self.places = [codes_of(x, r, inverse, power, [self.c], fmt)[0] for x, r in zip(xs, rs, strict=True)]
             return
         factor = fmt.input_factor(self.c)
-        if not self.grid.is_symmetric:  # of others code 0 may not mean 0, and infinity times 0 is none
+        if not self.grid.is_symmetric:  # code 0 may not mean 0, so blocks with a zero scale need zeros; inf * 0 is NaN
             ys = [jnp.where(inverse == 0, 0, y) for y in ys]
         ys = [jnp.abs(y) for y in ys] if self.is_signed_last else ys
         ys = ys if factor == 1 else [y * factor for y in ys]
@@ -307,11 +313,11 @@ class _Trial:
 
     @property
     def is_signed_last(self) -> bool:
-        """Whether this grid is rounded to by magnitudes though not all of the format's are."""
+        """Whether this grid rounds magnitudes although the codec as a whole works on signed numbers."""
         return self.grid is not None and self.grid.is_symmetric and not self.codec._on_magnitudes
 
     def words(self) -> list[jax.Array]:
-        """The words of the block's codes."""
+        """Return the int32 words of the block's packed codes."""
         bits = self.codec.fmt.bits
         if self.grid is None:
             return _packed([functools.partial(jnp.left_shift, code) for code in self.places], bits)
@@ -327,7 +333,7 @@ class _Trial:
         return [jnp.where(self.inverse == 0, 0, word) for word in words]
 
     def values(self, given: bool) -> list[jax.Array]:
-        """What the codes stand for, in units of the loss, or as it is given back."""
+        """Return the decoded values, in units of the loss, or with `given` as they are returned to the caller."""
         codec, fmt, c, tensor = self.codec, self.codec.fmt, self.c, self.tensor
         finish = functools.partial(codec.given, tensor=tensor) if given else lambda value: value
         if self.grid is None:
@@ -346,9 +352,9 @@ class _Trial:
         return values
 
     def sign_mask(self) -> jax.Array:
-        """What `_signed` adds to a magnitude so that its highest bit says whether it has a sign.
+        """Return the int32 that `_signed` adds to a magnitude's bits, so that the top bit tells if it may have a sign.
 
-        Zeros have none if their grid has none, nor in blocks whose scale is zero.
+        Zeros have no sign if the grid has no -0, or if the block's scale is zero.
         """
         never = np.int32(2**31 - 1)
         if self.c.grid.zero == "unsigned":
@@ -356,7 +362,7 @@ class _Trial:
         return jnp.where(self.inverse == 0, never, np.int32(-(2**31)))
 
     def _decoded(self, value):
-        """A grid's value times the block's scale, and so on, in units of the loss (see `decode.scaled`)."""
+        """Return a grid value multiplied by its scales, in units of the loss (see `decode.scaled`)."""
         fmt, c, scale = self.codec.fmt, self.c, self.codec.fmt.scale.decode(self.payload)
         d = value * scale
         d = d * self.tensor.amax if fmt.has_tensor_scale else d
@@ -367,27 +373,30 @@ class _Trial:
 
 
 def _listed(c: Candidate) -> tuple[int, ...]:
-    """The codes of which the encoder's table has values."""
+    """Return the codes whose values are in the encoder's table."""
     grid = place_grid(c)
     return () if grid is None else grid.listed
 
 
 def _full(shape, *arrays):
-    """Arrays of int32 and float32 broadcast to a shape, as XLA does not see it. In one array: a GPU has one launch."""
+    """Broadcast int32 and float32 arrays to a shape, hidden from XLA's simplification.
+
+    They pass the barrier as one array, so that a GPU needs one kernel launch.
+    """
     arrays = [jnp.asarray(a) for a in arrays]
     words = lax.optimization_barrier(jnp.stack([jnp.broadcast_to(bits_of(a), shape) for a in arrays]))
     return [as_float(word) if a.dtype == jnp.float32 else word for a, word in zip(arrays, words, strict=True)]
 
 
 def _as_table(rows):
-    """[count, n, length] arrays, one below the other, as rows of 128 lanes, a multiple of 8 of them."""
+    """Concatenate [count, n, length] arrays to a table of rows of 128 lanes, padded to a multiple of 8 rows."""
     table = jnp.concatenate(rows, 1)
     table = table.reshape(len(table), -1, LANES)
     return jnp.pad(table, ((0, 0), (0, -table.shape[1] % 8), (0, 0)))
 
 
 def _look_up(lookup: Lookup, row, index, pages):
-    """Entry `index` of a row of a table that is `pages` times 128 long."""
+    """Return entry `index` of a table entry that spans `pages` rows of 128, beginning at `row`."""
     if pages == 1:
         return lookup(row, index)
     low = index & (LANES - 1)
@@ -395,7 +404,7 @@ def _look_up(lookup: Lookup, row, index, pages):
 
 
 def _over(a: jax.Array, b: np.float32) -> jax.Array:
-    """a / b, correctly rounded. The product with the reciprocal is within 1.5 units, which are corrected."""
+    """Return a / b, correctly rounded. The product with the reciprocal is within 1.5 units and is then corrected."""
     return correct_quotient(a, jnp.full_like(a, b), a * np.float32(1 / np.float64(b)))
 
 
@@ -408,7 +417,7 @@ def _bit(i: int) -> np.int32:
 
 
 def _packed(codes, bits: int) -> list[jax.Array]:
-    """int32 words of codes, the first in the lowest bits; each code is a function of how far it is to be shifted."""
+    """Pack codes into int32 words, the first in the lowest bits; each code is a function of its left shift."""
     words: list[list] = [[] for _ in range(-(-len(codes) * bits // 32))]
     for place, code in enumerate(codes):
         at, shift = divmod(place * bits, 32)
@@ -419,7 +428,7 @@ def _packed(codes, bits: int) -> list[jax.Array]:
 
 
 def _with_signs(word, xs, grid: Grid):
-    """Codes of eight magnitudes in the nibbles of a word, and of the signs of eight numbers."""
+    """Combine a word of eight 4-bit magnitude codes with the signs of the eight numbers xs."""
     signs = [lax.shift_right_logical(bits_of(x), np.int32(28 - 4 * i)) & _bit(4 * i + 3) for i, x in enumerate(xs)]
     signs = tree(jnp.bitwise_or, signs)
     if grid.zero == "unsigned":

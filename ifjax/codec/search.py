@@ -1,4 +1,4 @@
-"""Searches: which scales a block tries besides the one that its maximum asks for, as records."""
+"""Registry of searches, which list the scales that a block tries besides the one given by its maximum."""
 
 import dataclasses
 from typing import Any, Protocol
@@ -14,27 +14,27 @@ from ifjax.lookup import Registry
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Scales to try; the block keeps the one with the least loss. The format of the result is the same.
+    """Scales to try for a block, which keeps the one with the least loss. The format of the result is the same.
 
-    A trial rounds the elements with one scale and decodes them with another or the same. The first trial is always
-    the candidate's own scale for both, so that no block's loss rises.
+    A trial rounds the elements with one scale and decodes them with the same or another one. The first trial uses the
+    candidate's own scale for both, so no block's loss rises. The own scale is the one given by the block's maximum.
 
     Attributes:
-        name: of the search.
+        name: name of the search.
         offsets: payloads to decode with, relative to that of the candidate's own scale; None tries all payloads.
-        multipliers: what the candidate's own scale is multiplied by for rounding elements, each with each of the
-            offsets. None rounds with the scale that decodes.
-        refit: whether offsets count from the payload nearest to the least-squares scale of the rounded elements,
-            sum(x v) / sum(v v), instead of from the candidate's own. Without multipliers elements are rounded with the
+        multipliers: factors on the candidate's own scale for rounding elements; each is tried with each offset. None
+            rounds with the scale that decodes.
+        refit: whether offsets are relative to the payload nearest to the least-squares scale of the rounded elements,
+            sum(x v) / sum(v v), instead of the candidate's own. Without multipliers, elements are rounded with the
             candidate's own scale.
-        descends: whether each trial rounds with the scale that the one before decoded with: coordinate descent between
+        descends: whether each trial rounds with the decoding scale of the trial before: coordinate descent between
             scales and codes. Needs `refit`.
-        rounds: at most so many times, before any trial, the tensor's amax and the blocks' scales are fitted in turn by
-            least squares to what they round, and the round with the least loss of the tensor is kept: the joint scale.
-            A block's own scale, from which offsets count, is then that one. 0 leaves both to the maxima.
+        rounds: maximum number of rounds of the joint scale search, which precedes the trials. A round fits the tensor's
+            amax and the block scales alternately, by least squares, to the rounded values; the round with the least
+            loss of the tensor is kept, and its scales become the blocks' own scales. 0 skips this.
 
     Raises:
-        ValueError: nothing to try, more than 255 multipliers, or fields that do not go together.
+        ValueError: there is nothing to try, there are more than 255 multipliers, or fields do not fit together.
     """
 
     name: str
@@ -61,13 +61,13 @@ class Search:
 
     @property
     def is_decoupled(self) -> bool:
-        """Whether elements may be rounded with another scale than the one that decodes them."""
+        """Whether elements may be rounded with a different scale than the one that decodes them."""
         return self.multipliers is not None
 
     def trials(self, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
-        """int32 [t] payloads or offsets, and int32 [t] 1 + the index of the multiplier (0: none)."""
+        """Return int32 [t] payloads or offsets, and int32 [t] 1 + the index of the multiplier (0: none)."""
         tries = range(1, fmt.scale.top + 1) if self.offsets is None else self.offsets
-        if fmt.scale.runs and self.offsets is not None:  # the own scale with other factors for its runs
+        if fmt.scale.runs and self.offsets is not None:  # also try the own scale with other factors for its runs
             tries = (0, *(offset for offset in self.offsets if offset))
         which = (0,) if self.multipliers is None else range(1, len(self.multipliers) + 1)
         pairs = [(offset, j) for j in which for offset in tries]
@@ -76,7 +76,7 @@ class Search:
 
 
 def _both_ways(n: int) -> tuple[int, ...]:
-    """-1, 1, -2, 2, ... -n, n."""
+    """Return -1, 1, -2, 2, ... -n, n."""
     return tuple(sign * i for i in range(1, n + 1) for sign in (-1, 1))
 
 
@@ -84,33 +84,33 @@ _HALF_TO_THREE_HALVES = tuple(j / 100 for j in range(50, 151))
 SEARCHES: Registry[Search] = Registry(
     "search", Search, "ifjax.codec.SEARCHES",
     (
-        # Measured on normal data, blocks of 16: -3..+6 finds all that the exhaustive search does for IF4 and NVFP4,
-        # -2..+2 does not. Smaller scales clip the maximum, larger ones trade its error for the others'.
+        # Measured on normal data in blocks of 16: for IF4 and NVFP4, -3..+6 finds the same scales as the exhaustive
+        # search, and -2..+2 does not. Smaller scales clip the maximum; larger ones trade its error for the others'.
         Search("fast", (-3, -2, -1, 1, 2, 3, 4, 5, 6)),
         # ScaleSearch, arXiv 2605.12464.
         Search("wide", _both_ways(8)),
         Search("exhaustive", None),
-        # SOAR's decoupled search, arXiv 2605.12245; with the least-squares scale it does better (ours).
+        # SOAR's decoupled search, arXiv 2605.12245. It does better with the least-squares scale, which is our addition.
         Search("decoupled", (0, -1, 1), _HALF_TO_THREE_HALVES),
         Search("least_squares", (0,), _HALF_TO_THREE_HALVES, refit=True),
         Search("descent", (0,), (1.0,) * 12, refit=True, descends=True),
-        # SOAR's joint scale alone, with its decoupled search, and with the least-squares scale in that.
+        # SOAR's joint scale: alone, with its decoupled search, and with the least-squares variant of that search.
         Search("joint", (0,), rounds=15),
         Search("soar", (0, -1, 1), _HALF_TO_THREE_HALVES, rounds=15),
         Search("soar_least_squares", (0,), _HALF_TO_THREE_HALVES, refit=True, rounds=15),
     ),
 )  # fmt: skip
 
-# The word of a trial: what the encoder has to know of it to make its codes.
+# The word of a trial holds what the encoder needs to compute the trial's codes:
 #   bits 0..8W-1       the header
 #   the next 4         the candidate
-#   the next 8 (W = 1) the payload that elements were rounded with a multiple of
-#   the next 8 (W = 1) 1 + the index of the multiplier; 0 if they were rounded with the scale that decodes
+#   the next 8 (W = 1) the payload of the scale whose multiple rounded the elements
+#   the next 8 (W = 1) 1 + the index of the multiplier; 0 if the elements were rounded with the scale that decodes
 _CANDIDATE_BITS = 4
 
 
 def word_parts(word: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(header, candidate, payload to round with, 1 + index of the multiplier or 0) of a trial's word."""
+    """Return (header, candidate, payload to round with, 1 + index of the multiplier or 0) of a trial's word."""
     width = 8 * fmt.scale.nbytes
     if width == 32:
         return word, jnp.zeros_like(word), word, jnp.zeros_like(word)
@@ -119,24 +119,26 @@ def word_parts(word: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array, jax.
 
 
 class Trials(Protocol):
-    """What an encoder offers a search: losses of blocks, and least-squares scales."""
+    """Interface of an encoder for a search: losses of blocks, and least-squares scales."""
 
     def loss(self, i: int, payload: jax.Array, rounding: Any, multiplier: Any) -> jax.Array:
-        """Losses if candidate i decodes with `payload` what it rounded with a multiple of `rounding`, or with `payload`
-        too if that is None; `multiplier` is 1 + its index."""
+        """Return losses of blocks that candidate i rounds with a multiple of `rounding` and decodes with `payload`.
+
+        `multiplier` is 1 + the multiplier's index. If `rounding` is None, `payload` also rounds.
+        """
         ...
 
     def refitted(self, i: int, rounding: jax.Array, multiplier: Any) -> jax.Array:
-        """The payload nearest to the least-squares scale of what candidate i rounded."""
+        """Return the payload nearest to the least-squares scale of the values that candidate i rounded."""
         ...
 
     def refined(self, payload: jax.Array) -> jax.Array:
-        """The payload with the best factors for its runs; the same for scales without any."""
+        """Return the payload with the best factors for its runs; unchanged for scales without runs."""
         ...
 
 
 def best_trial(own: list[jax.Array], trials: Trials, fmt: Format, search: Search | None) -> jax.Array:
-    """int32 word of the trial with the least loss; `own` has for each candidate the payloads that blocks ask for."""
+    """Return the int32 word of the trial with the least loss. `own` holds each candidate's own payloads."""
     if search is not None and search.is_decoupled and (fmt.scale.nbytes > 1 or fmt.scale.runs):
         raise ValueError(f"{search.name!r} rounds with multiples of scales, which needs headers of one byte")
 
@@ -153,7 +155,8 @@ def best_trial(own: list[jax.Array], trials: Trials, fmt: Format, search: Search
         pending = [first[1:], *pending]
 
         def try_next(state, trial):
-            # Compares what the last step computed: XLA would compute a loss again for each of its two readers here.
+            # Compare the trials of the previous step: comparing this step's trials would give each loss two readers,
+            # and XLA would compute it twice.
             best, pending, rounding = state
             best = better(best, pending, fmt)
             offset, multiplier = trial
@@ -172,15 +175,15 @@ def best_trial(own: list[jax.Array], trials: Trials, fmt: Format, search: Search
 
 
 def _clipped(payload, fmt):
-    """Of a payload with bits for runs above its scale, the scale alone is moved: they are chosen anew."""
+    """Clip payloads to valid scales. Bits for runs above the scale are dropped, because they are chosen anew."""
     return jnp.clip(payload & (2**8 - 1) if fmt.scale.runs else payload, 1, fmt.scale.top)
 
 
 def better(best: tuple, trials: list[tuple], fmt: Format) -> tuple:
-    """The best of (word, loss, ...) and of trials (payload, loss, word, ...).
+    """Return the best of `best`, (word, loss, ...), and of trials (payload, loss, word, ...).
 
-    A tie keeps the earlier candidate, or takes the later one in formats that say so; so does a NaN keep. A zero scale
-    never takes another.
+    A tie keeps the earlier candidate, or takes the later one in formats with ties="last". If either loss is NaN, the
+    earlier one is kept. A trial with a zero scale never wins.
     """
     for payload, loss, word, *rest in trials:
         wins = (loss <= best[1] if fmt.ties == "last" else loss < best[1]) & (payload != 0)

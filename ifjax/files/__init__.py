@@ -1,4 +1,4 @@
-"""Files of packed arrays: checkpoints and Orbax's folders."""
+"""Files of packed arrays: safetensors checkpoints and Orbax checkpoints."""
 
 from ifjax.files.checkpoint import Checkpoint, open_file, save_file
 from ifjax.files.load import load_file

@@ -1,8 +1,9 @@
-"""Packed checkpoints: trees of QTensors and arrays in safetensors files, single or in shards, and in Orbax's folders.
+"""Packed checkpoints: trees of QTensors and arrays in safetensors files, single or in shards.
 
-The layout is in BUILD.md. A packed tensor w is three arrays, `w.codes` and `w.scales` (uint8) and `w.amax` (float32,
-not in MX formats). The metadata hold the rest, the format's record by content among it, so that a reader needs no table
-of formats, and checksums of every array and of the header. Nothing is ever unpickled.
+BUILD.md describes the layout. A packed tensor w is stored as three companion tensors: `w.codes` and `w.scales` (uint8)
+and `w.amax` (float32, absent for formats without a tensor scale). The metadata hold everything else: the format's full
+record, so that a reader needs no table of formats, and checksums of every array and of the header. Files hold no
+pickles.
 
     tree -> names -> items -> file          file -> header, checked -> arrays, mapped and checked one by one -> tree
 """
@@ -43,29 +44,29 @@ from ifjax.models.leaves import is_leaf, value_of
 from ifjax.models.sites import join_path
 from ifjax.products import Prepacked
 
-LAYOUT = 2  # that is written; layout 1 is read, too
+LAYOUT = 2  # the layout that is written; layout 1 can be read too
 
 
-SHARD_BYTES = 5_000_000_000  # where a path asks for an index and nothing says how long its files may be
+SHARD_BYTES = 5_000_000_000  # the shard size for paths of an index without `max_shard_bytes`
 
 
 META, _SEAL = "ifjax", safetensors.SEAL
 
 
 class Packed(NamedTuple):
-    """What a file says of a packed tensor besides its arrays: how its blocks lie, and its shape."""
+    """The stored description of a packed tensor: its blocking and its shape."""
 
     blocking: Blocking
     shape: tuple[int, ...]
 
     @property
     def fmt(self) -> Format:
-        """The format."""
+        """The format's record."""
         return self.blocking.fmt
 
 
 class Item(NamedTuple):
-    """A tensor to be written: its arrays, and what hands their bytes to a `Write`, some at a time and in order."""
+    """A tensor to be written: its arrays' slots, and a function that passes their bytes to a `Write`, in order."""
 
     name: str
     slots: tuple[Slot | Foreign, ...]
@@ -74,26 +75,26 @@ class Item(NamedTuple):
 
 
 def save_file(params: Any, path: str | os.PathLike, *, max_shard_bytes: int | None = None) -> Path:
-    """Write a tree of QTensors and arrays as a safetensors file, which appears whole or not at all.
+    """Write a tree of QTensors and arrays atomically to a safetensors file, or to shards and an index file.
 
-    Tensors are named by their '/'-joined path in the tree. Arrays of devices come to the host in their turn.
-    Where `path` exists it is replaced, and so is an older checkpoint of this name that `save_file` wrote in another
-    number of files: what was saved last is what loads. A crash at any moment leaves the old checkpoint or the new one.
+    Tensors are named by their '/'-joined path in the tree. Device arrays are copied to the host one after the other. An
+    existing file at `path` is replaced, and so is an older checkpoint of this name that `save_file` wrote in another
+    number of files: the last save is what loads. A crash at any moment leaves the old checkpoint or the new one.
 
     Args:
-        params: nested dictionaries, lists, an NNX state, Flax's boxes; any pytree whose leaves have names.
-        path: of the file, `*.safetensors`; or of an index, `*.safetensors.index.json`, which asks for shards.
-        max_shard_bytes: of more than these several files are made, and an index beside them, `path` + ".index.json".
-            A tensor is never divided.
+        params: nested dictionaries or lists, an NNX state, Flax boxes, or any pytree whose leaves have names.
+        path: the path of the file, `*.safetensors`, or of an index file, `*.safetensors.index.json`, to write shards.
+        max_shard_bytes: the largest size of a file's arrays. A larger checkpoint is written in shards, with an index
+            file `path` + ".index.json". A tensor is never split.
 
     Returns:
-        The path to load from: the file's, or the index's.
+        The path to load: that of the file or of the index file.
 
     Raises:
-        ValueError: names that cannot be told apart, or a path of another kind.
-        TypeError: a leaf that is no array.
-        FileExistsError: files that `save_file` did not write are in the way; nothing of them is removed.
-        OSError: it cannot be written. What was there is as it was.
+        ValueError: names are not unique or nested in one another, `path` has another suffix, or an array spans hosts.
+        TypeError: a leaf is not an array, or has a dtype that files cannot hold.
+        FileExistsError: files that `save_file` did not write are in the way; none of them is removed.
+        OSError: the files cannot be written; the old checkpoint is unchanged.
 
     Example:
         >>> import tempfile
@@ -113,9 +114,9 @@ def save_file(params: Any, path: str | os.PathLike, *, max_shard_bytes: int | No
 
 
 def open_file(path: str | os.PathLike, *, check: bool = True) -> "Checkpoint":
-    """A checkpoint as a read-only mapping from names to tensors, each of which is read when it is asked for.
+    """Return a checkpoint as a read-only mapping from names to tensors, each of which is read when it is accessed.
 
-    Arguments and errors as for `load_file`; headers are read and checked at once.
+    Headers are read and checked immediately. Arguments and errors are those of `load_file`.
 
     Example:
         >>> import tempfile
@@ -131,17 +132,17 @@ def open_file(path: str | os.PathLike, *, check: bool = True) -> "Checkpoint":
 
 
 class Checkpoint(Mapping[str, Any]):
-    """An open checkpoint, made by `open_file`: QTensors and arrays by name, whose bytes are the file's, mapped.
+    """An open checkpoint, returned by `open_file`: QTensors and memory-mapped arrays by name.
 
     Attributes:
-        path: of the file or the index.
+        path: the path of the file or index file.
         files: all files, in order.
-        entries: of each array in the files, by its name there.
-        packed: of each packed tensor.
-        layout: the files' number of it, the newest if they differ; None for files that ifjax did not write.
-        metadata: what else the files say of themselves, as text.
-        sums: CRC-32 of each array, by its name in the file; {} for files without checksums.
-        says_dtype: that packed tensors have a dtype, which a tree has to agree with.
+        entries: the stored arrays, by their name in the files.
+        packed: the descriptions of packed tensors, by name.
+        layout: the layout's number, the newest if the files differ; None for files that ifjax did not write.
+        metadata: the files' other metadata, as text.
+        sums: CRC-32 of each array, by its name in the files; {} for files without checksums.
+        says_dtype: True: packed tensors have a dtype, with which a tree must agree.
     """
 
     says_dtype = True
@@ -156,13 +157,13 @@ class Checkpoint(Mapping[str, Any]):
             if not safetensors.is_of_several(path):
                 raise
             whole = False
-        if not whole:  # unless it is a fault of what is there, a writer put another checkpoint there meanwhile
+        if not whole:  # the checkpoint is broken, or a writer replaced it meanwhile: read again, without writers
             folder = Path(path) if os.path.isdir(path) else Path(path).parent
             with locked(folder):
                 self._read(path)
 
     def _read(self, path: str | os.PathLike) -> bool:
-        """Read and check all headers; return whether the index was the same one before and after."""
+        """Read and check all headers; return whether the index file stayed the same meanwhile."""
         index, files, weight_map = safetensors.resolve(path)
         before = None if index is None else Identity.of(index.stat())
         self.path = files[0] if index is None else index
@@ -209,11 +210,11 @@ class Checkpoint(Mapping[str, Any]):
             return self.array(name)
         p = self.packed[name]
         arrays = {part: self.array(stored) for part, stored in self.parts(name).items()}
-        parts: Any = arrays  # as numpy has them: no device is started
+        parts: Any = arrays  # numpy arrays, so that no JAX backend is started
         return QTensor(parts["codes"], parts["scales"], parts.get("amax"), p.blocking)
 
     def parts(self, name: str) -> dict[str, str]:
-        """The names in the files of a packed tensor's arrays, by "codes", "scales" and "amax"; {"": name} of others."""
+        """Return the stored names of a packed tensor's "codes", "scales" and "amax"; {"": name} for other tensors."""
         if name not in self.packed:
             return {"": name}
         return {part.rpartition(".")[2]: part for part in _parts(name, self.packed[name].fmt)}
@@ -223,10 +224,10 @@ class Checkpoint(Mapping[str, Any]):
         return self.mapped(self.parts(name)[part])
 
     def abstract(self, name: str) -> Any:
-        """The tensor without its bytes: a QTensor of `jax.ShapeDtypeStruct`, or one of these. Reads nothing.
+        """Return the tensor's shapes and dtypes, a QTensor of `jax.ShapeDtypeStruct` or one of these; reads nothing.
 
         Raises:
-            FileError: its dtype is none that numpy has.
+            FileError: numpy lacks the tensor's dtype.
         """
         if name not in self.packed:
             return jax.ShapeDtypeStruct(self.entries[name].shape, self._dtype(name))
@@ -239,10 +240,10 @@ class Checkpoint(Mapping[str, Any]):
         return QTensor(codes, scales, amax, p.blocking)  # pyright: ignore[reportArgumentType]
 
     def array(self, stored: str) -> np.ndarray:
-        """An array by its name in the file: read-only, and read from the disk where it is looked at.
+        """Return a stored array by its name in the files: read-only and memory-mapped.
 
         Raises:
-            FileError: its checksum is another one, or its dtype none that numpy has.
+            FileError: the checksum differs, or numpy lacks the dtype.
         """
         entry, dtype = self.entries[stored], self._dtype(stored)
         if self._check:
@@ -253,9 +254,9 @@ class Checkpoint(Mapping[str, Any]):
             raise FileError(f"{self._file_of[stored]}: {stored!r} cannot be of shape {entry.shape}: {error}") from None
 
     def mapped(self, stored: str) -> np.ndarray:
-        """An array by its name in the file, mapped by itself: memory that was read is given back with it.
+        """Return a stored array as a memory map of its own; deleting the array frees the pages that were read.
 
-        Errors as for `array`.
+        The errors are those of `array`.
         """
         entry, dtype = self.entries[stored], self._dtype(stored)
         if self._check:
@@ -268,15 +269,15 @@ class Checkpoint(Mapping[str, Any]):
             return np.asarray(np.memmap(opened, dtype, "r", entry.start, entry.shape))
 
     def reader(self, stored: str) -> Reader:
-        """What reads an array by parts, and does not check it."""
+        """Return a `Reader` of parts of a stored array; it does not compare the checksum."""
         file = self._file_of[stored]
         return Reader(file, self.entries[stored], self._identities[file])
 
     def check(self, stored: str) -> None:
-        """Compare an array's bytes with its checksum, once; what has no checksum passes.
+        """Compare an array's bytes with its checksum, once; arrays without a checksum pass.
 
         Raises:
-            FileError: they do not agree.
+            FileError: the checksums differ.
         """
         if stored in self._checked or stored not in self.sums:
             return
@@ -321,10 +322,14 @@ def write_items(
     max_shard_bytes: int | None = None,
     own: bool = True,
 ) -> Path:
-    """Write a checkpoint of tensors that need not be in memory; see `save_file`, whose `path` this takes.
+    """Write a checkpoint of tensors that need not be in memory; `path`, result and errors are those of `save_file`.
 
-    `metadata` is added to the file's own, which are left out unless `own`: for files in other tools' layouts. Items are
-    filled in their order.
+    Args:
+        path: as for `save_file`.
+        items: the tensors, written in this order.
+        metadata: added to ifjax's own metadata.
+        max_shard_bytes: as for `save_file`.
+        own: whether to write ifjax's own metadata; false for files in other tools' layouts.
     """
     path = Path(path)
     if path.name.endswith(safetensors.INDEX):
@@ -347,10 +352,10 @@ def write_items(
         with locked(path.parent):
             old = in_the_way()
             yield old
-            safetensors.remove(old)  # else a reader of the folder would find the old index
+            safetensors.remove(old)  # otherwise a reader of the folder would find the old index file
 
     with locked(path.parent):
-        in_the_way()  # what is not ours to remove is found out before the work
+        in_the_way()  # raises an error for other writers' files before any work is done
     if not sharded:
         _write_one(path, items, metadata or {}, own, taking_the_place)
         return path
@@ -365,7 +370,7 @@ def write_items(
 
 
 def _put(path: Path, made: Sequence[Path], groups: Sequence[Sequence[Item]], old: Sequence[Path]) -> None:
-    """Give written shards their names, and then write the index for `path` that names them, and not the old files."""
+    """Rename the written shards to their final names, then write the index file for `path`, which lists them only."""
     shards, index = safetensors.shard_paths(path, len(made)), path.with_name(path.name + safetensors.INDEX)
     files = dict(zip(made, (shard.name for shard in shards), strict=True)) | {file: file.name for file in old}
     note_doubtful(made[0].parent, {file: name for file, name in files.items() if file != index}, index)
@@ -378,18 +383,18 @@ def _put(path: Path, made: Sequence[Path], groups: Sequence[Sequence[Item]], old
         places = {slot.name: shard for shard, group in pairs for item in group for slot in item.slots}
         safetensors.write_index(path, places, sum(map(file_bytes, groups)), made[0].parent)
     except BaseException:
-        for shard in placed:  # no index names them
+        for shard in placed:  # no index file lists them
             shard.unlink(missing_ok=True)
         raise
 
 
 def file_bytes(items: Iterable[Item]) -> int:
-    """Of all arrays, headers aside."""
+    """Return the total bytes of all arrays, without headers."""
     return sum(slot.nbytes for item in items for slot in item.slots)
 
 
 def packed_slots(name: str, fmt: Format, codes, scales, amax) -> tuple[Slot, ...]:
-    """A packed tensor's arrays, by their shapes; `amax` is ignored by formats without one."""
+    """Return the slots of a packed tensor's arrays from their shapes; formats without a tensor scale ignore `amax`."""
     shapes = {"codes": ("U8", codes), "scales": ("U8", scales), "amax": ("F32", amax)}
     return tuple(Slot(part, *shapes[part.rpartition(".")[2]]) for part in _parts(name, fmt))
 
@@ -432,28 +437,29 @@ def _metadata_of(items, slots, metadata) -> Callable[[Mapping[str, str]], dict[s
 
 
 def description(packed: Mapping[str, Packed]) -> dict[str, Any]:
-    """The records of packed tensors as plain JSON values; a format that several share is written once."""
+    """Return the descriptions of packed tensors as JSON values; a format shared by several tensors is listed once."""
     formats: dict[Format, str] = {}
     tensors = {}
     for name, (blocking, shape) in packed.items():
-        if blocking.fmt not in formats:  # records of one name may differ
+        if blocking.fmt not in formats:  # different records may have the same name
             taken = sum(fmt.name == blocking.fmt.name for fmt in formats)
             formats[blocking.fmt] = f"{blocking.fmt.name}#{taken + 1}" if taken else blocking.fmt.name
         fields = blocking.to_dict() | {"fmt": formats[blocking.fmt], "shape": shape}
-        del fields["length"]  # that of the shape
+        del fields["length"]  # the shape holds it
         tensors[name] = {key: value for key, value in fields.items() if key != "names" or value is not None}
     return {"layout": LAYOUT, "formats": {key: fmt.to_dict() for fmt, key in formats.items()}, "tensors": tensors}
 
 
 def _seal(shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> str:
-    """A checksum of what the header says, however it is written down."""
+    """Return a checksum of the header's contents that does not depend on their order or JSON formatting."""
     arrays = [[name, dtype, list(shape)] for name, (dtype, shape) in sorted(shapes.items())]
     text = json.dumps([arrays, sorted(metadata.items())], separators=(",", ":"))
     return f"crc32:{zlib.crc32(text.encode()):08x}"
 
 
 def is_whole(leaf: Any) -> bool:
-    # What is beside a packed weight (a basis, an adapter) is stored beside it, and read with `like`.
+    # An Adapted weight is not stored as a whole: its packed weight and its adapter or basis are separate tensors, which
+    # are read with `like`.
     return isinstance(leaf, QTensor | Prepacked) or (is_leaf(leaf) and not isinstance(leaf, Adapted))
 
 
@@ -475,7 +481,7 @@ def _item(name: str, value: Any) -> Item:
     slots = packed_slots(name, q.fmt, q.codes.shape, q.scales.shape, None if q.amax is None else q.amax.shape)
     check_types(name, q)
     packed = Packed(q.blocking, q.shape)
-    q.fmt.to_dict()  # refuses a scale that is code, before anything is written
+    q.fmt.to_dict()  # raises for a scale that is a function, before anything is written
     if (fault := _fault_of(packed, *(slot.shape for slot in slots))) is not None:
         raise ValueError(f"{name!r}: {fault}")
 
@@ -487,10 +493,10 @@ def _item(name: str, value: Any) -> Item:
 
 
 def check_types(name: str, q: QTensor) -> None:
-    """Raise if something has changed the types of the arrays: their bytes would mean other numbers, or none.
+    """Raise an error if the dtypes of q's arrays were changed, so that their bytes would mean other values.
 
     Raises:
-        TypeError: the message has the name.
+        TypeError: a dtype was changed; the message contains `name`.
     """
     try:
         check_arrays(q)
@@ -530,7 +536,7 @@ def _check_shard(index: Path, contents: Contents, weight_map: Mapping[str, str])
 
 
 def _read_metadata(contents: Contents) -> tuple[int | None, dict[str, Packed], dict[str, int]]:
-    """The layout, packed tensors and checksums of a file; none, if it is an ordinary one. Everything is checked."""
+    """Return the checked layout, packed tensors and checksums of a file; None, {}, {} for files of other writers."""
     path, entries, metadata, _ = contents
     if META not in metadata and _SEAL not in metadata:
         return None, {}, {}
@@ -568,7 +574,12 @@ MALFORMED = (ValueError, TypeError, KeyError, AttributeError, IndexError, Overfl
 
 
 def described(description: Any, source: str) -> dict[str, Packed]:
-    """The inverse of `description`. Raises one of MALFORMED for anything else, FileError for a newer layout."""
+    """Invert `description`.
+
+    Raises:
+        MALFORMED: `description` is not a result of that function.
+        FileError: the layout is newer.
+    """
     layout = description["layout"]
     if layout not in (1, LAYOUT):
         raise FileError(f"{source} is of layout {layout!r}, and this ifjax reads 1 to {LAYOUT}: install what wrote it")
@@ -593,12 +604,12 @@ def _packed_of(fields: Mapping[str, Any], formats: Mapping[str, Format]) -> Pack
     names = None if names is None else tuple(tuple(n) if isinstance(n, list) else n for n in names)
     fmt = formats[fields["fmt"]]
     blocking = Blocking(fmt, axis, shape[axis], jnp.dtype(dtype), float(headroom), block_2d, names)
-    hash(blocking)  # fails if lists and the like are where numbers or names should be
+    hash(blocking)  # raises TypeError if a field holds a list or another unhashable value
     return Packed(blocking, shape)
 
 
 def _fault_of(p: Packed, codes, scales, amax=()) -> str | None:
-    """Why arrays of these shapes do not make a tensor; None if they do."""
+    """Return the reason why arrays of these shapes cannot form the packed tensor; None if they can."""
     axis = p.blocking.axis
     wanted = packed_shapes(p.shape, p.fmt, axis)
     for what, shape, needed in zip(("codes", "scales"), (codes, scales), wanted, strict=True):

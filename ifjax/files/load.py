@@ -1,4 +1,4 @@
-"""Checkpoints into trees of parameters, with the names that are saved or by rules for others' names."""
+"""Loading of checkpoints into trees of parameters, by stored names or by rules that rename them."""
 
 import dataclasses
 import os
@@ -21,33 +21,34 @@ from ifjax.models.sites import join_path
 def load_file(
     path: str | os.PathLike, like: Any = None, *, names: Iterable[NameRule] | None = None, check: bool = True
 ) -> Any:
-    """Read a checkpoint that `save_file` or `ifjax quantize` has written, or any other safetensors file.
+    """Read a checkpoint written by `save_file` or `ifjax quantize`, or any other safetensors file.
 
-    Files are mapped to memory and read one tensor after the other, straight to where it is to be. `open_file` reads
-    single tensors.
+    Files are memory-mapped. Tensors are read one after the other, directly to their devices. To read single tensors,
+    use `open_file`.
 
-    With `names` the checkpoint may be of another model: its tensors are renamed, transposed and stacked as the tree
-    wants them. Where the tree has a QTensor (abstract ones come of `jax.eval_shape` around `ifjax.quantize_params`) and
-    the checkpoint floats, they are quantized while they are read, to the bytes of `ifjax.quantize`: one matrix, or a
-    device's part of one, is in floats at a time. Each process reads what its own devices hold.
+    With `names` the checkpoint may have another model's names: its tensors are renamed, transposed and stacked to fit
+    the tree. If the tree has a QTensor (for an abstract one, use `jax.eval_shape` of `ifjax.quantize_params`) and the
+    checkpoint has floats, they are quantized while they are read, to the bytes of `ifjax.quantize`. Only one matrix, or
+    a device's part of it, is in memory in floats at a time. Each process reads only the parts of its own devices.
 
     Args:
-        path: of a file, an index, the file that an index stands for, or a folder with one checkpoint.
-        like: a tree of the structure that is wanted, of arrays, QTensors or `jax.ShapeDtypeStruct`, such as
-            `jax.eval_shape` gives. Names, shapes, dtypes and formats must agree; a packed tensor may stand where an
-            array of its shape and dtype was. What has a sharding in it is put there: each device reads its own part.
-        names: rules for the checkpoint's names, of which the first that matches decides. Every tensor needs one, and
-            every parameter a tensor. Floats become of the tree's dtype.
-        check: compare checksums, and not only sizes. A file that has them is read whole for it.
+        path: the path of a file, an index file, the single file that an index file replaces, or a folder that contains
+            one checkpoint.
+        like: a tree of arrays, QTensors or `jax.ShapeDtypeStruct`, such as `jax.eval_shape` returns, with the structure
+            of the result. Names, shapes, dtypes and formats must agree, except that a packed tensor may replace an
+            array of its shape and dtype. Leaves with a sharding are placed by it: each device reads its own part.
+        names: rules for the checkpoint's names; the first rule that matches a name applies. Each tensor needs a rule,
+            and each parameter a tensor. Floats are cast to the tree's dtype.
+        check: whether to compare checksums, not only sizes. Arrays with a checksum are then read completely.
 
     Returns:
-        A tree as `like`; without it nested dictionaries, by the '/' in names. Leaves are QTensors and arrays of JAX;
-        numpy arrays where JAX has no such dtype (64 bits, unless `jax_enable_x64` is set).
+        A tree of `like`'s structure, or without `like` nested dictionaries, with names split at '/'. Leaves are
+        QTensors and JAX arrays, or numpy arrays if JAX lacks the dtype (64 bits, unless `jax_enable_x64` is set).
 
     Raises:
-        FileError: (a ValueError) broken files, or such as a newer layout.
-        ValueError: the checkpoint is not like `like`; the message lists what differs.
-        OSError: it cannot be read.
+        FileError: (a ValueError) a file is broken or has a newer layout.
+        ValueError: the checkpoint does not agree with `like`; the message lists the differences.
+        OSError: a file cannot be read.
 
     Example:
         >>> import tempfile
@@ -60,7 +61,7 @@ def load_file(
         ...     ifjax.load_file(path, like=jax.eval_shape(lambda: params))["w"]
         QTensor(if4, 4x32 float32, axis=-1, 4.750 bits a value)
 
-        A checkpoint of PyTorch's names, two layers of which are stacked for `nn.scan`:
+        Load a checkpoint with PyTorch's names, and stack its two layers for `nn.scan`:
 
         >>> theirs = {f"layers.{i}.up.weight": jnp.ones((64, 32)) for i in range(2)}
         >>> abstract = jax.eval_shape(lambda: ifjax.quantize(jnp.ones((2, 32, 64)), "nvfp4", axis=1, amax_axes=(0,)))
@@ -145,7 +146,7 @@ def _like(leaf: Any, tensor: Any) -> Any:
 
 
 def _in_place_of(leaf: Any, tensor: Any) -> Any:
-    """A tensor in the box or variable of what it stands for, with its names of axes."""
+    """Return a tensor in the box or variable of the leaf that it replaces, with the leaf's axis names."""
     if isinstance(tensor, QTensor):
         value = value_of(leaf)
         names = value.names if isinstance(value, QTensor) else getattr(leaf, "names", None)
@@ -154,7 +155,7 @@ def _in_place_of(leaf: Any, tensor: Any) -> Any:
 
 
 def _placed(tensor: Any, place: Any) -> Any:
-    """On a device, or on those of a sharding (of a QTensor, one of them for each array)."""
+    """Copy a tensor to a device or to a sharding's devices; `place` of a QTensor holds a sharding for each array."""
     if isinstance(tensor, QTensor):
         arrays = {f: None if place is None else getattr(place, f) for f in ("codes", "scales", "amax")}
         placed = {f: None if getattr(tensor, f) is None else _placed(getattr(tensor, f), s) for f, s in arrays.items()}

@@ -1,4 +1,4 @@
-"""From a checkpoint's names to the paths of a tree of parameters: rules of regular expressions, stacks of layers."""
+"""Rules that map a checkpoint's names to the paths of a parameter tree, by regular expressions, with stacked layers."""
 
 import dataclasses
 import itertools
@@ -10,31 +10,31 @@ import numpy as np
 
 from ifjax.models.patterns import UnsupportedPattern, check_pattern, groups_of
 
-_SHOWN = 20  # faults in a message
+_SHOWN = 20  # the largest number of faults in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class NameRule:
-    """Where tensors of a checkpoint belong in a tree of parameters; see `ifjax.load_file`.
+    """A rule that maps tensors of a checkpoint to parameters of a tree; see `ifjax.load_file`.
 
     Args:
-        name: a regular expression of whole names in the checkpoint, without backreferences; names of more than 2000
-            characters match none.
-        path: of the parameter, '/'-joined; "\\1" stands for the name's first group. Several paths share the tensor, as
-            tied embeddings and heads do. None: the tensors are left out.
-        transpose: whether the last two axes change places: a PyTorch weight [out, in] is a Flax kernel [in, out].
-        stack: the groups of `name` that count what is stacked along leading axes, in their order: (1,) for the layers
-            of `nn.scan`, (1, 2) for layers of experts. They count from 0.
-        reshape: whether the tensor, transposed and split if it is to be, is laid in the parameter's shape, such as [in,
-            heads, size] for [in, heads * size].
-        split: -1 or -2, an axis of the transposed tensor along which the paths share it: each gets as many entries as
-            its parameter has, in the order of the paths. Query, key and value in one are split so, and gate and up.
-        groups: in how many runs of equal length the split axis lies, each with a share of every path: the number of
-            heads where query, key and value alternate head by head, that of columns where they alternate column by
-            column.
+        name: a regular expression that matches whole names in the checkpoint, without backreferences. Names of more
+            than 2000 characters do not match.
+        path: the '/'-joined path of the parameter; "\\1" is replaced by the name's first group. With several paths,
+            parameters share the tensor, as tied embeddings and heads do. None leaves the tensors out.
+        transpose: whether the last two axes are swapped: a PyTorch weight [out, in] is a Flax kernel [in, out].
+        stack: the groups of `name` that hold the indices, from 0, along leading axes, in order: (1,) for the layers of
+            `nn.scan`, (1, 2) for layers of experts.
+        reshape: whether the tensor, after transposition and splitting, is reshaped to the parameter's shape, for
+            example [in, heads * size] to [in, heads, size].
+        split: an axis of the transposed tensor, -1 or -2, that is divided among the paths, in their order: each gets as
+            many entries as its parameter has. So are fused query, key and value, or gate and up.
+        groups: the number of equal sections of the split axis, if every path has a share of each: the number of heads
+            if query, key and value alternate by heads, or the number of columns of gate if gate and up alternate.
 
     Raises:
-        ValueError: no regular expression; groups that it has not; a split without several paths.
+        ValueError: `name` is not a supported regular expression, or lacks a group that `stack` or `path` uses; `split`
+            with one path, or `groups` without `split`.
 
     Example:
         >>> import ifjax
@@ -70,7 +70,7 @@ class NameRule:
         if self.groups < 1 or (self.groups > 1 and self.split is None):
             raise ValueError(f"NameRule({self.name!r}): groups counts runs of the split axis, got {self.groups} with "
                              f"split={self.split}")  # fmt: skip
-        try:  # a template with a group that is not there is found out now
+        try:  # raises now if a template uses a group that `name` lacks
             for path in self._templates:
                 _expanded(path, self.name, ("",) * (groups + 1))
         except (re.error, IndexError) as error:
@@ -81,15 +81,15 @@ class NameRule:
         return () if self.path is None else (self.path,) if isinstance(self.path, str) else tuple(self.path)
 
     def paths_of(self, name: str) -> tuple[str, ...] | None:
-        """Return where a tensor of this name belongs; None if the rule is not for it."""
+        """Return the paths of the parameters that get the tensor of this name; None if the rule does not match it."""
         groups = groups_of(self.name, name)
         return None if groups is None else tuple(_expanded(path, self.name, groups) for path in self._templates)
 
     def place_of(self, name: str) -> tuple[int, ...]:
-        """Return the place in the stack of a tensor whose name the rule matches.
+        """Return the index in the stack of a tensor whose name the rule matches.
 
         Raises:
-            ValueError: a group that is no number.
+            ValueError: a group of `stack` is not a number.
         """
         groups = groups_of(self.name, name)
         assert groups is not None
@@ -123,7 +123,10 @@ def renamed(names: Iterable[str], rules: Iterable[tuple[str, str]]) -> dict[str,
 
 
 def _expanded(template: str, pattern: str, groups: Sequence[str]) -> str:
-    """A template with groups put in, by `re` itself: the same text in groups of fixed lengths."""
+    """Return a template with the groups inserted.
+
+    To use the syntax of `re.Match.expand`, the groups' text is matched again by groups of fixed lengths.
+    """
     names = {i: f"?P<{name}>" for name, i in re.compile(pattern).groupindex.items()}
     plain = "".join(f"({names.get(i, '')}.{{{len(group)}}})" for i, group in enumerate(groups[1:], 1))
     match = re.fullmatch(plain, "".join(groups[1:]), re.DOTALL)
@@ -132,12 +135,12 @@ def _expanded(template: str, pattern: str, groups: Sequence[str]) -> str:
 
 
 class Origin(NamedTuple):
-    """What a parameter is made of.
+    """The stored tensors from which a parameter is assembled.
 
     Attributes:
-        rule: that says how.
-        names: of the tensors in the checkpoint: an array of strings, of the shape of the stack.
-        paths: the parameters that the first of them goes to, in the rule's order.
+        rule: the rule that matches them.
+        names: their names in the checkpoint, an array of strings with the shape of the stack.
+        paths: the paths of the parameters that get the first of them, in the rule's order.
     """
 
     rule: NameRule
@@ -146,11 +149,12 @@ class Origin(NamedTuple):
 
 
 def origins(names: Iterable[str], rules: Iterable[NameRule], paths: Iterable[str]) -> dict[str, Origin]:
-    """Return what each parameter is made of; the first rule that matches a name decides.
+    """Return the origin of each parameter, by path; the first rule that matches a name applies.
 
     Raises:
-        TypeError: `rules` are none.
-        ValueError: a tensor that no rule takes, a parameter that gets none or two, a stack with gaps; all of them.
+        TypeError: `rules` are not NameRules.
+        ValueError: a tensor matches no rule, a parameter gets no tensor or conflicting ones, or a stack has gaps; the
+            message lists the faults.
     """
     rules = (rules,) if isinstance(rules, NameRule) else tuple(rules)
     for rule in rules:
@@ -186,7 +190,7 @@ def origins(names: Iterable[str], rules: Iterable[NameRule], paths: Iterable[str
 
 
 def refuse(faults: Sequence[str], what: str) -> None:
-    """Raise a ValueError that lists the faults, if there are some."""
+    """Raise a ValueError that lists the faults, if there are any."""
     if faults:
         more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ValueError(f"{what}:\n  " + "\n  ".join(faults[:_SHOWN]) + more)

@@ -1,4 +1,4 @@
-"""Packed checkpoints in Orbax's folders."""
+"""Orbax checkpoints of trees with QTensors."""
 
 import dataclasses
 import json
@@ -20,14 +20,15 @@ from ifjax.products import Prepacked
 
 
 def save_orbax(params: Any, folder: str | os.PathLike) -> None:
-    """Write a tree as an Orbax checkpoint, which several hosts may share; wait until it is there.
+    """Write a tree as an Orbax checkpoint, from one host or several, and wait until it is complete.
 
-    Orbax saves QTensors by itself, but restores them only into a tree that says what they are. This adds `describe`, as
-    the checkpoint's custom metadata; for a CheckpointManager pass these yourself. Needs orbax-checkpoint.
+    Orbax can save QTensors without help, but restores them only into a tree that describes them. This function stores
+    the result of `describe` as the checkpoint's custom metadata. With a CheckpointManager, pass it yourself. The
+    function needs orbax-checkpoint.
 
     Raises:
         ValueError: the folder exists.
-        TypeError: what is arranged for one kernel; save what its `unpack()` gives.
+        TypeError: a leaf is Prepacked; save the result of its `unpack()`.
 
     Example:
         >>> import tempfile
@@ -45,15 +46,18 @@ def save_orbax(params: Any, folder: str | os.PathLike) -> None:
 
 
 def load_orbax(folder: str | os.PathLike, like: Any = None) -> Any:
-    """Read what `save_orbax` has written.
+    """Read a checkpoint written by `save_orbax`.
 
     Args:
-        folder: of the checkpoint.
-        like: a tree of arrays, QTensors or `jax.ShapeDtypeStruct` of the same structure; what has a sharding in it is
-            put there, the rest on the first device. Without it nested dictionaries and lists come back.
+        folder: the checkpoint's folder.
+        like: a tree of arrays, QTensors or `jax.ShapeDtypeStruct` with the checkpoint's structure. Leaves with a
+            sharding are placed by it, others on the first device. Without `like` all are placed on the first device.
+
+    Returns:
+        A tree of `like`'s structure; without `like` nested dictionaries and lists.
 
     Raises:
-        ValueError: the checkpoint is not like `like`, or has no description of its QTensors.
+        ValueError: the checkpoint does not agree with `like`, or has no description of its QTensors.
     """
     ocp = _orbax()
     folder = Path(folder).resolve()
@@ -71,7 +75,7 @@ def load_orbax(folder: str | os.PathLike, like: Any = None) -> Any:
             stored = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), metadata.item_metadata.tree)
             return rebuild(checkpointer.restore(folder, jax.tree.map(wanted, stored)), stated)
 
-        # Orbax looks at arrays alone: the bytes of one format would pass for those of another.
+        # Orbax compares arrays only, so the bytes of one format would be accepted for another.
         def without_names(stated):
             packed = described(stated, str(folder))
             return {name: (dataclasses.replace(p.blocking, names=None), p.shape) for name, p in packed.items()}
@@ -83,7 +87,7 @@ def load_orbax(folder: str | os.PathLike, like: Any = None) -> Any:
                 f"{folder} is not like the given tree: {', '.join(map(repr, faults[:10]))} differ in format, shape, "
                 "axis or dtype, or are packed in one of them only"
             )
-        if stated["layout"] == 1:  # scales were stored as floats of eight bits, whose bits they are
+        if stated["layout"] == 1:  # layout 1 stored scales as 8-bit floats with the same bits
             like = _with_scales(like, lambda q: jax.ShapeDtypeStruct(
                 q.scales.shape, q.fmt.scale.dtype, sharding=getattr(q.scales, "sharding", None)
             ))  # fmt: skip
@@ -102,7 +106,11 @@ def _bytes(scales):
 
 
 def describe(params: Any) -> dict[str, Any]:
-    """What makes QTensors of the arrays of a tree, as plain JSON values, by '/'-joined names. `rebuild` reads it."""
+    """Return the description of a tree's QTensors as JSON values, by '/'-joined names, for `rebuild`.
+
+    Raises:
+        TypeError: a leaf is Prepacked, or the dtypes of a QTensor's arrays were changed.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_whole)
     values = {join_path(keys): value_of(leaf) for keys, leaf in leaves}
     for name, value in values.items():
@@ -110,16 +118,16 @@ def describe(params: Any) -> dict[str, Any]:
             raise TypeError(f"{name!r} is arranged for one kernel: save {name}.unpack(), in the plain layout")
         if isinstance(value, QTensor):
             check_types(name, value)
-    # Through JSON, so that it equals what was read from a file.
+    # The round trip through JSON makes it equal to a description that was read from a file.
     packed = {name: Packed(q.blocking, q.shape) for name, q in values.items() if isinstance(q, QTensor)}
     return json.loads(json.dumps(description(packed)))
 
 
 def rebuild(tree: Any, stated: Mapping[str, Any]) -> Any:
-    """The tree with QTensors where it has dictionaries of their arrays, as Orbax restores them without a target.
+    """Return the tree with QTensors in place of dictionaries of their arrays, which Orbax restores without a target.
 
     Raises:
-        ValueError: the description is none, or is of another tree.
+        ValueError: `stated` is not a description, or the tree lacks tensors that it describes.
     """
     try:
         packed = described(stated, "the description")

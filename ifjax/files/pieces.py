@@ -1,8 +1,8 @@
-"""Matrices of any size, encoded and decoded in pieces of one size by one compiled program for each format.
+"""Encoding and decoding of matrices of any size in pieces of one size, by one compiled program per format.
 
-Blocks do not know one another but for amax, so rows of whole blocks can be laid end to end and cut anywhere between
-blocks. A matrix with blocks down its columns is turned, some rows at a time; what comes out is turned back. The bytes
-are those of `ifjax.quantize` on the whole matrix, and memory does not grow with it.
+Blocks depend on one another only through amax. So rows of whole blocks can be concatenated and split anywhere between
+blocks. A matrix with blocks along its columns is transposed, some rows at a time, and the results are transposed back.
+The bytes equal those of `ifjax.quantize` on the whole matrix, and memory use does not grow with its size.
 
     read -> slab [rows, whole blocks] -> pieces -> device -> slab of bytes, or of values
 """
@@ -20,19 +20,19 @@ from ifjax.codec import Encoding
 from ifjax.formats import Format
 from ifjax.numerics.packing import packed_length
 
-# Values that the device sees at a time: a piece and what is made of it stay in a CPU's cache.
+# The number of values that the device processes at a time. A piece and its results fit in a CPU's cache.
 PIECE = 2**18
 
-# (start, count) -> these elements of a flat array, in its own dtype.
+# (start, count) -> elements [start, start + count) of a flat array, in its own dtype.
 Read = Callable[[int, int], np.ndarray]
 
 
 class Encoded(NamedTuple):
-    """The next bytes of a matrix's codes and scales, in their order in memory.
+    """The next bytes of a matrix's codes and scales, in memory order.
 
     Attributes:
-        codes, scales: uint8.
-        signal, noise: sums of x^2 and of the error's squares; 0 unless measured.
+        codes, scales: uint8 arrays.
+        signal, noise: the sums of squares of x and of the error; 0 unless measured.
     """
 
     codes: np.ndarray
@@ -42,12 +42,12 @@ class Encoded(NamedTuple):
 
 
 def amax_of(read: Read, size: int) -> np.float32:
-    """The largest finite magnitude in float32, as `ifjax.quantize` takes it."""
+    """Return the largest finite magnitude in float32, equal to the amax of `ifjax.quantize`."""
     top = np.float32(0)
     for start in range(0, size, PIECE):
         x = read(start, min(PIECE, size - start))
         x = as_float32(x) if x.dtype == np.float64 else x
-        # Bit patterns of magnitudes are ordered as the magnitudes are.
+        # The bit patterns of nonnegative floats have the order of their values.
         word = np.dtype(f"u{x.dtype.itemsize}").type
         bits = x.view(word) & word(np.iinfo(word).max >> 1)
         infinity = np.asarray(np.inf, x.dtype).view(word)
@@ -61,13 +61,15 @@ def amax_of(read: Read, size: int) -> np.float32:
 def encode(
     read: Read, shape: tuple[int, int], amax: np.float32, how: Encoding, axis: int, *, measured: bool = False
 ) -> Iterator[Encoded]:
-    """The bytes of the matrix's QTensor, some whole rows or runs of blocks at a time.
+    """Yield the bytes of a matrix's QTensor, some whole rows or runs of blocks at a time.
 
     Args:
-        read: reads the matrix [r, c].
-        amax: the matrix's own. In formats without a tensor scale it is only what sums are reckoned in units of.
-        axis: of the blocks, -1 or -2.
-        measured: whether the sums of `Encoded` are wanted.
+        read: reads elements of the matrix.
+        shape: the shape [r, c] of the matrix.
+        amax: the matrix's amax. For formats without a tensor scale it only determines the unit of the sums.
+        how: the encoding.
+        axis: the blocked axis, -1 or -2.
+        measured: whether to compute the sums of `Encoded`.
     """
     slabs = _squares if how.block_2d else _rows if axis == -1 else _columns
     unit, fmt = unit_of(float(amax)), how.fmt
@@ -94,9 +96,9 @@ def encode(
 def decode(
     codes: Read, scales: Read, shape: tuple[int, int], amax: Any, blocking: Blocking, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-    """Values of a matrix in order, some whole rows or runs of blocks at a time, from its codes and scales.
+    """Yield a matrix's values from its codes and scales, in order, some whole rows or runs of blocks at a time.
 
-    Of `blocking` the format, headroom and axis (-1 or -2) are used; `amax` is the matrix's own, or None.
+    `blocking` provides the format, the headroom and the axis (-1 or -2). `amax` is the matrix's amax, or None.
     """
     fmt = blocking.fmt
     slabs = _coded_rows if blocking.axis == -1 else _coded_columns
@@ -114,7 +116,7 @@ def decode(
 
 
 def chosen(scales: np.ndarray, fmt: Format, axis: int = -1) -> np.ndarray:
-    """Counts of the blocks with each of the format's selectors, from scales [..., m * W, ...]."""
+    """Count the blocks with each of the format's selectors, from scales [..., m * W, ...]."""
     if not fmt.has_selector:
         return np.array([scales.size // fmt.scale.nbytes])
     width, last = fmt.scale.nbytes, np.moveaxis(scales, axis, -1)
@@ -123,8 +125,8 @@ def chosen(scales: np.ndarray, fmt: Format, axis: int = -1) -> np.ndarray:
 
 
 def as_float32(x: np.ndarray) -> np.ndarray:
-    """x rounded to float32; beyond its range infinite."""
-    if x.dtype == ml_dtypes.bfloat16:  # its bits are a float32's upper half
+    """Return x rounded to float32; values beyond its range become infinite."""
+    if x.dtype == ml_dtypes.bfloat16:  # its bits are the upper half of a float32
         return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):
         return x.astype(np.float32, copy=False)
@@ -134,7 +136,7 @@ def as_float32(x: np.ndarray) -> np.ndarray:
 
 
 def _whole(fmt: Format) -> int:
-    """Values of the fewest blocks whose codes fill whole bytes."""
+    """Return the number of values in the fewest blocks whose codes fill whole bytes."""
     return fmt.block * 8 // math.gcd(8, fmt.block * fmt.bits)
 
 
@@ -143,13 +145,13 @@ def _piece(fmt: Format) -> int:
 
 
 def _sizes(values: int, fmt: Format) -> tuple[int, int]:
-    """Bytes of codes and of scales of a row of values, its last block filled up."""
+    """Return the bytes of codes and of scales for a row of values, with the last block padded."""
     blocks = -(-values // fmt.block)
     return packed_length(blocks * fmt.block, fmt.bits), blocks * fmt.scale.nbytes
 
 
 def _filled(x: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """x [r, c] with zeros below and to the right."""
+    """Return x [r, c], padded with zeros below and to the right."""
     if x.shape == (rows, columns):
         return x
     filled = np.zeros((rows, columns), x.dtype)
@@ -158,11 +160,11 @@ def _filled(x: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def _rows(read: Read, shape: tuple[int, int], fmt: Format, axis: int) -> Iterator[tuple[np.ndarray, Any]]:
-    """Slabs [rows, whole blocks] of float32, and what cuts from their codes and scales what was filled up."""
+    """Yield float32 slabs [rows, whole blocks], and functions that crop the padding from their codes and scales."""
     del axis
     r, c = shape
     length = -(-c // _whole(fmt)) * _whole(fmt)
-    if length == c:  # rows follow one another without a gap: they can be cut anywhere
+    if length == c:  # rows need no padding, so that they can be split anywhere between blocks
         for start in range(0, r * c, _piece(fmt)):
             yield as_float32(read(start, min(_piece(fmt), r * c - start)))[None], lambda codes, scales: (codes, scales)
         return
@@ -174,7 +176,7 @@ def _rows(read: Read, shape: tuple[int, int], fmt: Format, axis: int) -> Iterato
 
 
 def _columns(read: Read, shape: tuple[int, int], fmt: Format, axis: int) -> Iterator[tuple[np.ndarray, Any]]:
-    """The same for blocks down the columns: some rows of the matrix, turned."""
+    """Yield the slabs of `_rows` for blocks along columns: some rows of the matrix, transposed."""
     del axis
     _, c = shape
     for start, rows, at_once in _bands(shape, fmt):
@@ -187,7 +189,7 @@ def _columns(read: Read, shape: tuple[int, int], fmt: Format, axis: int) -> Iter
 
 
 def _squares(read: Read, shape: tuple[int, int], fmt: Format, axis: int) -> Iterator[tuple[np.ndarray, Any]]:
-    """For blocks of two dimensions, which are not cut: some rows of the matrix."""
+    """Yield the slabs of `_rows` for square blocks, which are not split into pieces: some rows of the matrix."""
     _, c = shape
     for start, rows, at_once in _bands(shape, fmt):
         x = as_float32(read(start * c, rows * c)).reshape(rows, c)
@@ -200,7 +202,7 @@ def _squares(read: Read, shape: tuple[int, int], fmt: Format, axis: int) -> Iter
 
 
 def _bands(shape: tuple[int, int], fmt: Format) -> Iterator[tuple[int, int, int]]:
-    """(first row, how many rows, how many with those that fill up the last block)."""
+    """Yield (first row, number of rows, number of rows with the last block padded) of each slab."""
     r, c = shape
     whole = _whole(fmt)
     at_once = min(max(_piece(fmt) // (whole * c), 1), -(-r // whole)) * whole
@@ -209,7 +211,7 @@ def _bands(shape: tuple[int, int], fmt: Format) -> Iterator[tuple[int, int, int]
 
 
 def _coded_rows(codes: Read, scales: Read, shape: tuple[int, int], fmt: Format):
-    """Slabs [rows, bytes] of codes and of scales, and what cuts the filling from their values."""
+    """Yield slabs [rows, bytes] of codes and of scales, and functions that crop the padding from their values."""
     r, c = shape
     packed, high = _sizes(c, fmt)
     if c % _whole(fmt) == 0:
@@ -243,7 +245,7 @@ def _coded_columns(codes: Read, scales: Read, shape: tuple[int, int], fmt: Forma
 
 
 def _cut(x: np.ndarray, size: int) -> list[np.ndarray]:
-    """Pieces of one size of x laid flat; the last one is filled up with zeros."""
+    """Split x, flattened, into pieces of one size; the last one is padded with zeros."""
     flat = x.reshape(-1)
     pieces = [flat[start : start + size] for start in range(0, flat.size, size)]
     if pieces and pieces[-1].size < size:
@@ -257,7 +259,7 @@ def _joined(pieces: Iterable[Any]) -> np.ndarray:
 
 
 def _one_ahead(started: Iterator[Any]) -> Iterator[Any]:
-    """The next one is read and handed to the device before the one before it is waited for."""
+    """Yield the items one behind: the next one is read and sent to the device before the current one is awaited."""
     before = next(started, None)
     for now in started:
         yield before
@@ -267,10 +269,10 @@ def _one_ahead(started: Iterator[Any]) -> Iterator[Any]:
 
 
 def _start(x, amax, how: Encoding, axis: int, measured: bool):
-    """x, its codes and scales, and the values they decode to, if these are wanted."""
+    """Return x, its codes and scales, and their decoded values if `measured`, else None."""
     codes, scales = _encode(x, amax, how=how, axis=axis)
     decoded = None
-    if measured:  # in a program of its own: within one, XLA:CPU would encode again for each value that it decodes
+    if measured:  # a separate program: in one program XLA:CPU would repeat the encoding for each decoded value
         blocking = Blocking(how.fmt, axis, x.shape[axis], np.dtype(np.float32))
         decoded = _decode(codes, scales, amax, blocking=blocking, dtype=np.dtype(np.float32))
     return x, codes, scales, decoded
@@ -288,19 +290,19 @@ def _decode(codes, scales, amax, *, blocking, dtype):
 
 
 def energies(x: np.ndarray, decoded: Any, unit: float) -> tuple[float, float]:
-    """Sums of the squares of x and of the error, reckoned in units of `unit`."""
+    """Return the sums of squares of x and of the error, computed in units of `unit` to avoid overflow."""
 
-    def energy(v):  # in float32 over runs that are short enough, then in float64
+    def energy(v):  # sums short runs in float32, then the runs' sums in float64
         v = v.reshape(-1) * np.float32(1 / unit)
         runs = np.concatenate([v, np.zeros(-v.size % 256, v.dtype)]).reshape(-1, 256) if v.size % 256 else v
         return float(np.einsum("ij,ij->i", *[runs.reshape(-1, 256)] * 2).sum(dtype=np.float64)) * unit**2
 
-    with np.errstate(invalid="ignore"):  # of infinities
+    with np.errstate(invalid="ignore"):  # differences of infinities are NaN
         return energy(x), energy(np.asarray(decoded) - x)
 
 
 def unit_of(amax: float) -> float:
-    """A power of two near amax, in whose units squares neither overflow nor vanish."""
+    """Return a power of two near amax, in units of which squares neither overflow nor underflow."""
     if not 0 < amax < math.inf:
         return 1.0
     return 2.0 ** min(max(math.frexp(amax)[1], -100), 100)

@@ -1,8 +1,9 @@
-"""Parameters of a model out of a checkpoint with names of its own, shard by shard: each device gets its part.
+"""Assembly of a model's parameters from a checkpoint with other names, part by part for each device.
 
     names -> origins -> parameter -> parts of tensors, mapped -> (amax, encoded) -> devices
 
-A part is read where it is asked for, and its map is closed again: what is in memory besides the model is one part.
+Each part is read when it is needed, and its memory map is closed afterwards. Apart from the model, only one part is in
+memory at a time.
 """
 
 import dataclasses
@@ -50,10 +51,10 @@ class Tensors(Protocol):
 
 
 def placed_tree(file: Tensors, wanted: Mapping[str, Any], rules: Iterable[NameRule]) -> dict[str, Any]:
-    """Return the parameters that a tree wants, by path, each on its devices; arguments as for `load_file`.
+    """Return the parameters of a tree, by path, each on its devices; `rules` are the `names` of `load_file`.
 
     Raises:
-        ValueError: names, shapes, types or formats that do not fit; the message lists them.
+        ValueError: names, shapes, dtypes or formats do not fit; the message lists the faults.
     """
     found = origins(file, rules, wanted)
     values = {path: value_of(leaf) for path, leaf in wanted.items()}
@@ -101,12 +102,12 @@ def _parameter(source: _Source, value: Any) -> Any:
 
 
 class _Stack(NamedTuple):
-    """One array of each tensor of a stack, as the parameter wants them.
+    """One array of each tensor of a stack, transposed, split and reshaped to fit the parameter.
 
     Attributes:
-        source: where they are.
-        part: which array of packed tensors; "" of others.
-        shape: of the whole stack.
+        source: the checkpoint, and how its tensors become the parameter.
+        part: "codes", "scales" or "amax" of packed tensors; "" for arrays.
+        shape: the shape of the whole stack.
     """
 
     source: _Source
@@ -115,11 +116,11 @@ class _Stack(NamedTuple):
 
     @property
     def lead(self) -> int:
-        """How many axes were stacked."""
+        """The number of stacked axes."""
         return self.source.origin.names.ndim
 
     def read(self, index: Index) -> np.ndarray:
-        """Return a part of it, in memory of its own."""
+        """Return a copy of the part at `index`."""
         ahead, inner = index[: self.lead], index[self.lead :]
         file, origin, window, _ = self.source
         names = origin.names[(*ahead, ...)]
@@ -131,7 +132,7 @@ class _Stack(NamedTuple):
 
 
 def _put(shape: tuple[int, ...], sharding: Any, read: Read) -> Any:
-    """An array on its devices, of which each gets its part before the next one is read."""
+    """Return an array on its devices; each part is transferred before the next one is read."""
     if sharding is None:
         a = read(tuple(slice(0, n) for n in shape))
         return jnp.asarray(a) if jax.dtypes.canonicalize_dtype(a.dtype) == a.dtype else a
@@ -151,12 +152,12 @@ def _ends(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
 
 
 def _shardings(value: Any) -> dict[str, Any]:
-    """Those of a wanted QTensor's arrays."""
+    """Return the shardings of the arrays of a QTensor in the tree, by field; None where there is none."""
     return {name: getattr(getattr(value, name), "sharding", None) for name in ("codes", "scales", "amax")}
 
 
 def _packed(source: _Source, blocking: Blocking, value: Any) -> QTensor:
-    """A tensor that the checkpoint holds packed: its bytes."""
+    """Return a QTensor from the bytes of tensors that are packed in the checkpoint."""
     amax = None
     if blocking.fmt.has_tensor_scale:
         wanted = value.amax.shape if isinstance(value, QTensor) and value.amax is not None else None
@@ -209,7 +210,7 @@ def _amax(source: _Source, wanted: tuple[int, ...] | None) -> np.ndarray:
 
 
 def _encoded(source: _Stack, value: QTensor) -> QTensor:
-    """A float tensor of the checkpoint as the QTensor that the tree wants: the bytes of `ifjax.quantize`."""
+    """Quantize a float tensor of the checkpoint to the tree's QTensor, with the bytes of `ifjax.quantize`."""
     places, parts = _shardings(value), _Encoder(source, value)
     shapes = {"codes": tuple(value.codes.shape), "scales": tuple(value.scales.shape)}
     if value.amax is not None:
@@ -222,7 +223,7 @@ def _encoded(source: _Stack, value: QTensor) -> QTensor:
 
 
 def _indices(shape: tuple[int, ...], sharding: Any) -> list[Index]:
-    """What the devices of this process hold of an array."""
+    """Return the distinct parts of an array that the devices of this process hold."""
     whole = tuple(slice(0, n) for n in shape)
     if sharding is None:
         return [whole]
@@ -231,7 +232,7 @@ def _indices(shape: tuple[int, ...], sharding: Any) -> list[Index]:
 
 
 def _over_processes(amax: np.ndarray, sharding: Any) -> np.ndarray:
-    """The largest of all processes that hold parts of the tensor."""
+    """Return the maximum of amax over all processes that hold parts of the tensor."""
     if sharding is None or sharding.is_fully_addressable:
         return amax
     from jax.experimental import multihost_utils
@@ -240,25 +241,25 @@ def _over_processes(amax: np.ndarray, sharding: Any) -> np.ndarray:
 
 
 class _Encoder:
-    """Encodes whole blocks of a stack of matrices, some at a time, and keeps bytes until they are asked for."""
+    """An encoder of regions of whole blocks of a stack of matrices; it keeps codes or scales until they are read."""
 
     def __init__(self, source: _Stack, value: QTensor):
         self.stack, self.blocking, self.shape = source, value.blocking, source.shape
         fmt = value.fmt
         self.how = Encoding.of(fmt, block_2d=value.block_2d)
         self.at = len(self.shape) + value.axis
-        # What is encoded at once: nothing stacked, and nothing with several amax.
+        # Leading axes, of the stack or with several amax values, are encoded one index at a time.
         kept = 0 if value.amax is None else max((i + 1 for i, n in enumerate(value.amax.shape) if n > 1), default=0)
         self.lead = max(source.lead, kept, len(self.shape) - 2 if value.block_2d else 0)
         self.amax: np.ndarray | None = None
         self._amax_shape = None if value.amax is None else tuple(value.amax.shape)
-        # Bytes of codes and of scales that lie in so many values: these begin on whole bytes and whole blocks.
+        # The smallest number of values that fills whole bytes and blocks, and its bytes of codes and of scales.
         self.whole = fmt.block * 8 // math.gcd(8, fmt.block * fmt.bits)
         self.nbytes = {"codes": self.whole * fmt.bits // 8, "scales": self.whole // fmt.block * fmt.scale.nbytes}
         self._done: dict[tuple[tuple[int, int], ...], dict[str, np.ndarray]] = {}
 
     def region(self, index: Index, part: str) -> tuple[tuple[int, int], ...]:
-        """The values that bytes of a part come from: whole blocks."""
+        """Return the ranges of values, in whole blocks, from which the bytes of a part at `index` are encoded."""
         ends = [(i.start, i.stop) for i in index]
         ends[self.at] = self._values(ends[self.at], self.nbytes[part], self.shape[self.at])
         if self.how.block_2d:
@@ -271,7 +272,7 @@ class _Encoder:
         return first * self.whole, min(last * self.whole, length)
 
     def largest(self, regions) -> np.ndarray:
-        """The amax of what these regions hold, of the shape in which the QTensor has it."""
+        """Return the amax of these regions, in the shape of the QTensor's amax."""
         assert self._amax_shape is not None
         amax = np.zeros(self._amax_shape, np.float32)
         for region in regions:
@@ -282,7 +283,7 @@ class _Encoder:
         return amax
 
     def read(self, index: Index, part: str) -> np.ndarray:
-        """Bytes of a part."""
+        """Return the bytes of "codes" or "scales" at `index`; the first of the two encodes both."""
         region = self.region(index, part)
         if part not in self._done.get(region, ()):
             self._done[region] = self._encode(region)
@@ -304,7 +305,7 @@ class _Encoder:
 
     def _matrix_bytes(self, place, region, amax) -> dict[str, np.ndarray]:
         x, axis = self._matrix(place, region), self.blocking.axis
-        if not self.how.block_2d:  # in rows, whatever their order: only blocks matter
+        if not self.how.block_2d:  # the order of the rows does not matter, since blocks are independent
             x = np.ascontiguousarray(np.moveaxis(x, axis, -1))
         rows, kept = math.prod(x.shape[:-1]), x.shape
         flat = x.reshape(-1)

@@ -1,8 +1,8 @@
-"""A streaming writer and a validating reader for safetensors files, and checkpoints of several of them.
+"""A streaming writer and a validating reader of safetensors files, and checkpoints of several shards.
 
-A safetensors file is a length (8 bytes), a header (JSON: a place for each array, and metadata, which is text) and the
-arrays' bytes. Here the header is known beforehand but for checksums of a fixed width, so arrays can be written piece by
-piece, in any order, and none needs to be in memory.
+A safetensors file holds a length (8 bytes), a header (JSON with each array's offsets, and text metadata) and the
+arrays' bytes. The writer knows the header in advance, except for checksums of a fixed width. So arrays can be written
+in parts and in any order, and none has to be in memory as a whole.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import numpy as np
 
 from ifjax.atomic import Around, replacing, sync_folder, write_all, write_text
 
-# The names of dtypes in safetensors files.
+# The names of numpy and ml_dtypes dtypes in safetensors files.
 CODES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
@@ -34,18 +34,18 @@ NAMES = {code: name for name, code in CODES.items()}
 
 INDEX = ".index.json"
 SEAL = "ifjax.checksum"  # in the metadata of every checkpoint file that this library writes
-_HEADER_LIMIT = 100_000_000  # safetensors reads no longer one; an index is held to it, too
-_TRIES = 20  # to read a header of a file that is replaced meanwhile
+_HEADER_LIMIT = 100_000_000  # bytes; safetensors reads no longer header, and the limit applies to index files here too
+_TRIES = 20  # the number of tries to read a header while the file is replaced
 
 Write = Callable[[str, Any], None]
 
 
 class FileError(ValueError):
-    """A file that is broken or holds nothing to measure; the message says which and why."""
+    """Raised if a file is broken or contains nothing to measure; the message states the file and the reason."""
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file: `dtype` is the file's name for it, `start` its first byte."""
+    """A tensor in a file: `dtype` is its name in safetensors files, `start` the offset of its first byte."""
 
     name: str
     dtype: str
@@ -55,28 +55,28 @@ class StoredTensor(NamedTuple):
 
 
 def natural_order(name: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts layer 2 before layer 10."""
+    """Return a sort key of a name that orders numbers by value: layer 2 before layer 10."""
     parts = [part for part in re.split(r"(\d+)", name) if part]
     return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def numpy_dtype(code: str) -> np.dtype | None:
-    """The dtype of that name in a file; None for those that numpy and ml_dtypes lack."""
+    """Return the dtype with this name in safetensors files; None if numpy and ml_dtypes lack it."""
     name = NAMES.get(code)
     return None if name is None else np.dtype(getattr(ml_dtypes, name, None) or name)
 
 
 def as_bytes(a: np.ndarray) -> np.ndarray:
-    """uint8 [nbytes]: what a holds, in C order and little-endian, as files have it.
+    """Return the bytes of a as uint8 [nbytes], in C order and little-endian, as in files.
 
-    Buffers know neither bfloat16 nor arrays without elements.
+    Python's buffer protocol supports neither bfloat16 nor empty arrays.
     """
     a = a if a.dtype.byteorder in "|=<" and a.dtype.isnative else a.astype(a.dtype.newbyteorder("<"))
     return np.ascontiguousarray(a).reshape(-1).view(np.uint8)
 
 
 class Slot(NamedTuple):
-    """An array of a file to be written: `dtype` is safetensors' name for it."""
+    """An array of a file to be written: `dtype` is its name in safetensors files."""
 
     name: str
     dtype: str
@@ -84,14 +84,14 @@ class Slot(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of the whole array."""
+        """The bytes of the whole array."""
         dtype = numpy_dtype(self.dtype)
         assert dtype is not None
         return math.prod(self.shape) * dtype.itemsize
 
 
 class Foreign(NamedTuple):
-    """A slot of a dtype that numpy lacks: it is only copied."""
+    """A slot whose dtype numpy lacks; its bytes are only copied."""
 
     name: str
     dtype: str
@@ -106,18 +106,20 @@ def safetensors_writer(
     metadata: Callable[[Mapping[str, str]], dict[str, str]],
     around: Around = contextlib.nullcontext,
 ) -> Iterator[Write]:
-    """What takes (name, bytes) of the slots, each slot's bytes in order; the file appears when the block has ended.
+    """Yield a function that writes (name, bytes), each slot's bytes in order; the file appears when the block ends.
 
-    Wider elements come first, so that all are aligned, and else the slots' own order is kept.
+    Slots with wider elements are stored first, so that all are aligned. Otherwise the order of `slots` is kept.
 
     Args:
-        metadata: makes the file's metadata from checksums by name, eight hexadecimal digits each. It is called with
-            zeros first, and the length of what it gives must not depend on the digits.
+        path: the file to write.
+        slots: the arrays of the file.
+        metadata: returns the file's metadata from checksums by name, of eight hexadecimal digits each. It is first
+            called with zeros; the length of its result must not depend on the digits.
         around: as for `ifjax.atomic.replacing`.
 
     Raises:
-        ValueError: names or a header that safetensors cannot hold.
-        OSError: it cannot be written; there is room for all of it or the error comes at once.
+        ValueError: names are not unique, or safetensors cannot hold a name or the header.
+        OSError: the file cannot be written. A lack of disk space is found at the start.
     """
     slots = sorted(slots, key=lambda slot: -_item_bytes(slot))
     sums = {slot.name: 0 for slot in slots}
@@ -161,7 +163,7 @@ def _digits(sums: Mapping[str, int]) -> dict[str, str]:
 
 
 def _header(slots, metadata) -> bytes:
-    """The length and the JSON, filled up with spaces to whole words of 8 bytes."""
+    """Return the header: its length and its JSON, padded with spaces to a multiple of 8 bytes."""
     fields: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     start = 0
     for slot in slots:
@@ -183,7 +185,7 @@ def _header(slots, metadata) -> bytes:
 
 
 def _reserve(file, size: int) -> None:
-    """Room for all of it, so that a full disk is found out before the work."""
+    """Reserve disk space for the whole file, so that a full disk raises an error before any work is done."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file.fileno(), 0, size)
@@ -199,11 +201,11 @@ def _reserve(file, size: int) -> None:
 
 
 def read_header(path: str | os.PathLike) -> tuple[StoredTensor, ...]:
-    """What a safetensors file holds, sorted by name with numbers as numbers; reads no tensor.
+    """Return the tensors of a safetensors file, sorted by name with numbers by value; reads the header only.
 
     Raises:
-        FileError: not a whole safetensors file.
-        OSError: cannot be opened.
+        FileError: the file is not a complete safetensors file.
+        OSError: the file cannot be opened.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -211,7 +213,7 @@ def read_header(path: str | os.PathLike) -> tuple[StoredTensor, ...]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            with safe_open(path, framework="numpy"):  # checks lengths, offsets and that no byte is left over
+            with safe_open(path, framework="numpy"):  # checks lengths and offsets, and that they cover the file
                 header = json.loads(file.read(length))
         except SafetensorError as error:
             raise FileError(f"{path} is not a whole safetensors file: {error}") from error
@@ -224,7 +226,7 @@ def read_header(path: str | os.PathLike) -> tuple[StoredTensor, ...]:
 
 
 class Identity(NamedTuple):
-    """Which file is at a path: another one, or another version, has another identity."""
+    """The identity of a file's version: another file, or another version of the file, has another identity."""
 
     device: int
     inode: int
@@ -233,12 +235,12 @@ class Identity(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> "Identity":
-        """Return that of a file, from what `os.stat` or `os.fstat` says."""
+        """Return the identity of a file from the result of `os.stat` or `os.fstat`."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 class Contents(NamedTuple):
-    """What a safetensors file holds, and the identity of the file that held it."""
+    """The header of a safetensors file, and the identity of the file from which it was read."""
 
     path: Path
     entries: dict[str, StoredTensor]
@@ -247,13 +249,13 @@ class Contents(NamedTuple):
 
 
 def check_identity(file: Any, path: Path, identity: Identity | None) -> None:
-    """Raise a FileError if an open file is not the one whose header was read."""
+    """Raise a FileError if an open file is not the file whose header was read."""
     if identity is not None and Identity.of(os.fstat(file.fileno())) != identity:
         raise FileError(f"{path} has been changed since it was opened: open it again")
 
 
 def check_written(path: Path, identity: Identity) -> None:
-    """Raise a FileError if a file that is mapped was written to; that another took its place does no harm."""
+    """Raise a FileError if a mapped file was modified in place; it may be replaced or deleted, which is harmless."""
     with contextlib.suppress(FileNotFoundError):
         now = Identity.of(path.stat())
         if (now.device, now.inode) == (identity.device, identity.inode) and now != identity:
@@ -261,14 +263,15 @@ def check_written(path: Path, identity: Identity) -> None:
 
 
 def read_contents(path: str | os.PathLike) -> Contents:
-    """Names, places and metadata; reads no array.
+    """Return the stored tensors and metadata of a safetensors file; reads the header only.
 
     Raises:
-        FileError: not a whole safetensors file.
-        OSError: it cannot be opened.
+        FileError: the file is not a complete safetensors file, or is replaced repeatedly meanwhile.
+        OSError: the file cannot be opened.
     """
     path = Path(path)
-    # A writer may put another file there while the header is read, of which the parts would not agree.
+    # A writer may replace the file between the reads of its header. The identities before and after then differ, and
+    # the header is read again.
     for _ in range(_TRIES):
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -303,14 +306,14 @@ def _header_of(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def resolve(path: str | os.PathLike) -> tuple[Path | None, list[Path], dict[str, str]]:
-    """(index, files, file name by array name) of a checkpoint; without an index None, the file and {}.
+    """Return (index file, files, file name by array name) of a checkpoint; (None, [file], {}) without an index file.
 
-    `path` is a safetensors file, an index (`*.index.json`), the file that the index would stand for, or a folder that
-    holds one checkpoint.
+    `path` is a safetensors file, an index file (`*.index.json`), the single file that an index file replaces, or a
+    folder that contains one checkpoint.
 
     Raises:
-        FileError: a broken index, or a folder that does not tell which checkpoint is meant.
-        OSError: nothing is there.
+        FileError: the index file is broken, or the folder contains no checkpoint or several.
+        OSError: the index file cannot be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -325,18 +328,21 @@ def resolve(path: str | os.PathLike) -> tuple[Path | None, list[Path], dict[str,
 
 
 def is_of_several(path: str | os.PathLike) -> bool:
-    """Whether other files than `path` tell where the checkpoint is: a folder's, or an index."""
+    """Return whether the checkpoint's files are found through an index file or a folder, not `path` alone."""
     path = Path(path)
     return path.suffix == ".json" or not path.is_file()
 
 
 def _in_folder(folder: Path) -> Path:
-    """The one checkpoint of a folder: the standard name before others of other writers, an index before its shards."""
+    """Return the path of the only checkpoint in a folder.
+
+    An index file stands for its shards. If a checkpoint has the standard name, other writers' files are ignored.
+    """
     found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
     indices = {path.name: path for path in sorted(folder.glob("*.safetensors" + INDEX))}
     listed: set[str] = set()
     for index in indices.values():
-        with contextlib.suppress(FileError):  # a broken one is told if it is the one
+        with contextlib.suppress(FileError):  # if it is the checkpoint, reading it raises the error
             listed |= set(read_index(index).values())
     whole = [path for name, path in found.items() if name not in listed]
     parts = [path for path in whole if re.search(r"-\d{5,}-of-(?!0*1\.)\d{5,}\.safetensors$", path.name)]
@@ -349,7 +355,7 @@ def _in_folder(folder: Path) -> Path:
     if not candidates:
         raise FileError(f"{folder} holds no safetensors file: name the file")
     standard = [path for path in candidates if path.name in ("model.safetensors", "model.safetensors" + INDEX)]
-    # Beside the standard name other tools keep something else; what ifjax wrote is another answer.
+    # Other tools keep unrelated files next to the standard name. A file of ifjax is a second checkpoint.
     others = [path for path in candidates if path not in standard and (not standard or _is_own(path))]
     if len(standard) + len(others) > 1:
         names = [path.name for path in (*standard, *others)]
@@ -361,7 +367,7 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether this library wrote a file, or the first one of an index."""
+    """Return whether this library wrote a file, or the first shard of an index file."""
     try:
         file = path.with_name(next(iter(read_index(path).values()))) if path.name.endswith(INDEX) else path
         return SEAL in read_contents(file).metadata
@@ -370,11 +376,11 @@ def _is_own(path: Path) -> bool:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """File names by array names. All are plain names, in the index's own folder.
+    """Return an index file's file names, by array name; all are plain names in the index file's folder.
 
     Raises:
-        FileError: a broken index.
-        OSError: it cannot be read.
+        FileError: the index file is broken.
+        OSError: the index file cannot be read.
     """
     if path.stat().st_size > _HEADER_LIMIT:
         raise FileError(f"{path} is too long for an index: {path.stat().st_size} bytes")
@@ -399,10 +405,10 @@ def _is_plain_name(name: str) -> bool:
 
 
 class Reader:
-    """Reads elements of one array of a file, without mapping it: what was read does not count as memory in use."""
+    """A reader of one stored array that does not map the file, so that read pages do not count as used memory."""
 
     def __init__(self, path: Path, entry: StoredTensor, identity: Identity | None = None):
-        """Open the file; a FileError if `identity` is given and the file at `path` has another one."""
+        """Open the file; raise a FileError if `identity` is given and the file's identity differs."""
         self.path, self.entry = path, entry
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         try:
@@ -418,13 +424,13 @@ class Reader:
         self._file.close()
 
     def values(self, start: int, count: int) -> np.ndarray:
-        """Elements [start, start + count) of the array laid flat, in its dtype, in memory of their own."""
+        """Return a copy of elements [start, start + count) of the flattened array, in its dtype."""
         dtype = numpy_dtype(self.entry.dtype)
         assert dtype is not None
         return self.bytes(start * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
     def bytes(self, start: int, count: int) -> np.ndarray:
-        """uint8 [count], from byte `start` of the array on."""
+        """Return `count` bytes of the array from byte `start` on, as uint8."""
         data = np.empty(count, np.uint8)
         self._file.seek(self.entry.start + start)
         done = 0
@@ -436,7 +442,7 @@ class Reader:
         return data
 
     def chunks(self, size: int = 2**22) -> Iterator[np.ndarray]:
-        """All of the array's bytes, some at a time."""
+        """Yield all bytes of the array, `size` at a time."""
         for start in range(0, self.entry.nbytes, size):
             yield self.bytes(start, min(size, self.entry.nbytes - start))
 
@@ -445,7 +451,7 @@ class Reader:
 
 
 def shard_paths(path: Path, count: int) -> list[Path]:
-    """Names for the files of a checkpoint that are not taken, so that an old one stays whole while they are written."""
+    """Return unused names for a checkpoint's shards, so that an old checkpoint stays intact while they are written."""
     stem = path.name.removesuffix(".safetensors")
     for mark in ("", f"-{secrets.token_hex(4)}"):
         paths = [path.with_name(f"{stem}{mark}-{i + 1:05}-of-{count:05}.safetensors") for i in range(count)]
@@ -455,18 +461,19 @@ def shard_paths(path: Path, count: int) -> list[Path]:
 
 
 def replaced_by_file(path: Path) -> list[Path]:
-    """The index of an older checkpoint and its shards, which a single file at `path` takes the place of.
+    """Return the shards and index file of an older checkpoint that a single file at `path` replaces.
 
-    Only files that this library wrote; [] where there is no index. They are for `remove`, once the new file is there.
+    All were written by this library. The list is empty if there is no index file. Pass it to `remove` after the new
+    file is in place.
 
     Raises:
-        FileExistsError: the index is broken, or of another writer, so that it cannot be removed.
+        FileExistsError: the index file is broken or of another writer, so that it must not be removed.
     """
     index = path.with_name(path.name + INDEX)
     if not os.path.lexists(index):
         return []
     try:
-        return [*_own_shards(index), index]  # last: a writer that dies before leaves what tells the rest
+        return [*_own_shards(index), index]  # the index comes last, so that an interrupted removal can be resumed
     except FileError as error:
         raise FileExistsError(
             errno.EEXIST, f"would stand beside another checkpoint, whose index is broken ({error}): remove the index",
@@ -475,13 +482,15 @@ def replaced_by_file(path: Path) -> list[Path]:
 
 
 def replaced_by_index(path: Path, *, named: bool) -> list[Path]:
-    """Files of an older checkpoint that an index for `path` takes the place of: shards, and `path` itself.
+    """Return the files of an older checkpoint that an index file for `path` replaces: its shards, and `path` itself.
 
     Args:
-        named: whether `path` is the file that was asked for; else (its index was) a file there is not ours to remove.
+        path: the path of a single-file checkpoint.
+        named: whether the caller asked for `path`. If it asked for the index file, a file at `path` must not be
+            removed.
 
     Raises:
-        FileExistsError: files of another writer are in the way.
+        FileExistsError: a file at `path` must not be removed, or the shards are of another writer.
     """
     index = path.with_name(path.name + INDEX)
     if path.is_file() and not named:
@@ -491,13 +500,13 @@ def replaced_by_index(path: Path, *, named: bool) -> list[Path]:
         )  # fmt: skip
     old = []
     if os.path.lexists(index):
-        with contextlib.suppress(FileError):  # a broken index lists nothing, and is replaced
+        with contextlib.suppress(FileError):  # a broken index lists no shards and is itself replaced
             old = _own_shards(index)
     return old + [path] * path.is_file()
 
 
 def remove(files: Iterable[Path]) -> None:
-    """Remove files, in this order, which nothing refers to any longer."""
+    """Remove files that are no longer referenced, in this order."""
     folders = {file.parent for file in files}
     for file in files:
         file.unlink(missing_ok=True)
@@ -506,7 +515,11 @@ def remove(files: Iterable[Path]) -> None:
 
 
 def _own_shards(index: Path) -> list[Path]:
-    """The shards beside an index, if this library wrote all of them: by their names and by their metadata."""
+    """Return the existing shards of an index file, after checking by names and metadata that this library wrote them.
+
+    Raises:
+        FileExistsError: another writer wrote a shard.
+    """
     stem = re.escape(index.name.removesuffix(".safetensors" + INDEX))
     shards = [index.with_name(name) for name in dict.fromkeys(read_index(index).values())]
     shards = [shard for shard in shards if os.path.lexists(shard)]
@@ -526,9 +539,13 @@ def _own_shards(index: Path) -> list[Path]:
 
 
 def write_index(path: Path, shards: Mapping[str, Path], total: int, folder: Path) -> None:
-    """`path` is that of the file that the index stands for. From here on readers find the new checkpoint.
+    """Write the index file for `path` atomically; from then on readers find the new checkpoint.
 
-    It is made in `folder`, on the same file system, which is gone with the writer.
+    Args:
+        path: the path of the single file that the index file replaces.
+        shards: the shard of each array, by the array's name.
+        total: the total bytes of all arrays.
+        folder: a temporary folder on the same file system, in which the index file is first written.
     """
     index, made = path.with_name(path.name + INDEX), folder / "index"
     weight_map = {name: file.name for name, file in shards.items()}
@@ -536,5 +553,5 @@ def write_index(path: Path, shards: Mapping[str, Path], total: int, folder: Path
     write_text(made, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
     if index.is_file():
         shutil.copymode(index, made)
-    os.replace(made, index)  # not through a link: the files that it names are beside it
+    os.replace(made, index)  # a link is replaced, not followed, because the shards are in this folder
     sync_folder(path.parent)

@@ -1,4 +1,4 @@
-"""Number formats as records: element grids, block scales, candidates, and every named format."""
+"""Number formats as records: element grids, block scales, candidates, and the registry of named formats."""
 
 from ifjax.formats.grids import E2M0, E2M1, E2M3, E3M2, INT3, INT4, INT6, Grid
 from ifjax.formats.named import FORMATS, get_format, with_block

@@ -1,8 +1,7 @@
-"""Element grids: the values that a code can stand for, as records.
+"""Element grids: records that list the value of each code.
 
-A `Grid` lists the value of each code and states its tie-breaking rule and its signed-zero convention. The number of
-bits, the encoder and the decoder follow from these. Grids that are symmetric about zero have faster arithmetic; which
-ones are is read off their values.
+A `Grid` also states its tie-breaking rule and its signed-zero convention. The number of bits, the encoder and the
+decoder follow from these. Grids that are symmetric about zero, as detected from their values, use faster arithmetic.
 """
 
 import dataclasses
@@ -25,24 +24,24 @@ _CHOICES = {"ties": ("even", "down", "away", "lower"), "zero": ("signed", "negat
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A set of values: code i stands for `values[i]`. Hashable; equal by content.
+    """The values of an element type: code i decodes to `values[i]`. Hashable; equal by content.
 
-    `Grid.sign_magnitude` and `Grid.twos_complement` make the symmetric ones. Values beyond the ends saturate.
+    `Grid.sign_magnitude` and `Grid.twos_complement` build symmetric grids. Inputs beyond the ends saturate.
 
     Attributes:
-        name: used in reports and error messages.
-        values: a power of two of them, in code order; rounded to float32. One must be 0, because blocks are filled up
-            with zeros. No two may be equal, except 0 and -0.
-        ties: what a value halfway between two neighbours takes: the "even" code (the lower value, if neither or both
-            are even), the one nearer to zero ("down") or farther from it ("away"), or the "lower" value. "lower"
-            compares with the middle rounded to float32; the others with the true middle.
-        zero: the sign of a zero result where the grid has codes for 0 and -0: "signed" copies the input's sign bit
-            (so -0.0 and small negative values give -0), "negative" gives -0 for inputs < 0 only, "unsigned" never.
+        name: name used in reports and error messages.
+        values: the values in code order, rounded to float32; their number is a power of two. One must be 0, because
+            blocks are padded with zeros. No two may be equal, except 0 and -0.
+        ties: which neighbour an input halfway between two takes: the one with the "even" code (the lower value, if
+            neither or both codes are even), the one nearer to zero ("down") or farther from it ("away"), or the "lower"
+            value. "lower" compares with the midpoint rounded to float32; the others with the exact midpoint.
+        zero: the sign of a zero result in grids with codes for 0 and -0: "signed" copies the input's sign bit (so -0.0
+            and small negative values give -0), "negative" gives -0 only for inputs < 0, "unsigned" never gives -0.
         preferred: codes that win every tie.
         unused: codes that are never written. They decode to their value.
 
     Raises:
-        ValueError: a field that cannot be; the message says what is needed.
+        ValueError: a field is invalid; the message says what is needed.
     """
 
     name: str
@@ -83,13 +82,13 @@ class Grid:
     def sign_magnitude(
         cls, name: str, magnitudes: Sequence[float], ties: Ties = "even", zero: Zero = "signed"
     ) -> "Grid":
-        """Return the grid whose code is a sign bit above the index of the magnitude.
+        """Return the grid whose codes have a sign bit above the index of the magnitude.
 
         Args:
-            magnitudes: ascending from 0; a power of two of them.
+            magnitudes: magnitudes in ascending order, from 0; their number is a power of two.
 
         Raises:
-            ValueError: the magnitudes do not ascend from 0, or their number is no power of two.
+            ValueError: the magnitudes do not ascend strictly from 0, or their number is not a power of two.
         """
         m = [float(np.float32(v)) for v in magnitudes]
         if len(m) < 2 or len(m) & (len(m) - 1):
@@ -100,90 +99,90 @@ class Grid:
 
     @classmethod
     def twos_complement(cls, name: str, bits: int, ties: Ties = "even") -> "Grid":
-        """Return the integers -(2^(bits-1) - 1) .. 2^(bits-1) - 1; the code left over is never written."""
+        """Return the grid of integers from -(2^(bits-1) - 1) to 2^(bits-1) - 1. The code of -2^(bits-1) is unused."""
         half = 2 ** (bits - 1)
         return cls(name, tuple(float(v) for v in [*range(half), *range(-half, 0)]), ties, unused=(half,))
 
     @functools.cached_property
     def max(self) -> float:
-        """The largest magnitude that is written."""
+        """Largest magnitude that is written."""
         return max(abs(self.values[c]) for c in self.order)
 
     @property
     def bits(self) -> int:
-        """Bits of a code, sign included."""
+        """Number of bits of a code, sign included."""
         return (len(self.values) - 1).bit_length()
 
     @functools.cached_property
     def magnitudes(self) -> tuple[float, ...]:
-        """The magnitudes in the order of their codes, if the grid is symmetric about zero; () for others."""
+        """Magnitudes in code order if the grid is symmetric about zero; () for other grids."""
         return self.values[: len(self.values) // 2] if self._form != "any" else ()
 
     def mirrored(self) -> "Grid":
-        """Return the grid whose code i stands for minus the value of the last code but i, with the same ties."""
+        """Return the grid of n codes whose value at code i is minus that of code n - 1 - i, with the same ties."""
         values, last = tuple(-v for v in reversed(self.values)), len(self.values) - 1
         fields = {name: tuple(last - c for c in getattr(self, name)) for name in ("preferred", "unused")}
         return dataclasses.replace(self, name=f"{self.name} mirrored", values=values, **fields)
 
     def replaced(self, code: int, value: float) -> "Grid":
-        """Return a grid in which a code has another value, which takes ties."""
+        """Return a grid in which `code` has another value, which wins ties."""
         values = (*self.values[:code], value, *self.values[code + 1 :])
         return Grid(f"{self.name} with {value:g}", values, self.ties, preferred=(*self.preferred, code))
 
     @property
     def is_twos_complement(self) -> bool:
-        """Whether negative values are the two's complements of positive ones."""
+        """Whether codes of negative values are two's complements of those of positive ones."""
         return self._form == "twos_complement"
 
     @functools.cached_property
     def order(self) -> tuple[int, ...]:
-        """Codes that are written, by ascending value; of two zeros the first code."""
+        """Codes that are written, by ascending value; for 0 and -0, only the first code."""
         codes = {self.values[c]: c for c in reversed(range(len(self.values))) if c not in self.unused}
         return tuple(codes[v] for v in sorted(codes))
 
     @functools.cached_property
     def ends(self) -> tuple[int, int]:
-        """The codes of the least and of the largest value that are written."""
+        """Codes of the smallest and the largest value that are written."""
         return self.order[0], self.order[-1]
 
     @functools.cached_property
     def least_positive(self) -> int:
-        """The code of the smallest value above zero that is written."""
+        """Code of the smallest positive value that is written."""
         return next(code for code in self.order if self.values[code] > 0)
 
     @functools.cached_property
     def mantissa_bits(self) -> int | None:
-        """m if the magnitudes are those of a binary float with m mantissa bits and subnormals; None for others.
+        """Mantissa bits m if the magnitudes are those of a binary float with subnormals; None for other grids.
 
-        Integers are such a float of which only the subnormals are used.
+        Integers count as such a float with only subnormals.
         """
         return float_mantissa_bits(self.magnitudes) if self.magnitudes else None
 
     def round(self, y: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """Return the grid's value for each y, saturating, the sign of zero aside: `decode(encode(y))`, but faster.
+        """Round y to the grid, saturating. Equal to `decode(encode(y))`, except for the sign of zero, but faster.
 
-        `noise` in [-1/2, 1/2), of y's shape, is added to y's position between the two adjacent values before it is
-        rounded: uniform noise makes rounding stochastic, with probability by distance.
+        `noise` in [-1/2, 1/2), of y's shape, is added to y's position between the two adjacent values before rounding.
+        Uniform noise makes rounding stochastic, with probabilities given by the distances.
         """
         if self._form == "any":
             return _select(self._is_above(y, noise), [self.values[c] for c in self.order])
         if m := self._mantissa_to_round:
-            # Rounding is symmetric, but noise moves magnitudes.
+            # Rounding to nearest is symmetric, so y may keep its sign, but noise is added to magnitudes.
             step, _, n = nearest_multiple(y if noise is None else lax.abs(y), m, self.magnitudes[1], self.max, noise)
             rounded = lax.clamp(np.float32(-self.max), n * step, np.float32(self.max))
             return rounded if noise is None else jnp.copysign(rounded, y)
         return jnp.copysign(_select(self._is_above(lax.abs(y), noise), self.magnitudes), y)
 
     def encode(self, y: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """Return int32 codes of y (finite float32), saturating; `noise` as in `round`."""
+        """Return the int32 codes of y (finite float32), saturating; `noise` as in `round`."""
         if self._form == "any":
             return _select(self._is_above(y, noise), [np.int32(c) for c in self.order])
         a = lax.abs(y)
         count = len(self.magnitudes)
         if m := self._mantissa_to_round:
             _, binade, n = nearest_multiple(a, m, self.magnitudes[1], self.max, noise)
-            # Rounding up out of a binade carries into the next one by itself. The float is bounded before its
-            # conversion, which is undefined for large values.
+            # Rounding up beyond a binade carries into the next one in the addition. The float is bounded before its
+            # conversion to an integer, which is undefined for large values.
             n = lax.min(n, np.float32(2 ** (m + 1))).astype(jnp.int32)
             index = jnp.minimum(n + (binade << m), count - 1)
         else:
@@ -197,9 +196,9 @@ class Grid:
         return index | (negative.astype(jnp.int32) << (self.bits - 1))
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """Return float32 values of integer codes, by element-wise arithmetic alone: a Pallas kernel can call it.
+        """Return the float32 values of integer codes. Bits above those of the code are ignored.
 
-        Bits above the code's own are ignored.
+        Uses element-wise arithmetic only, so that Pallas kernels can call it.
         """
         codes = codes.astype(jnp.int32)
         if self._form == "any":
@@ -212,7 +211,7 @@ class Grid:
             index = jnp.where(negative, count - index, index)
         if m is None:
             magnitude = _select([index >= i for i in range(1, count)], self.magnitudes)
-        elif count <= 2 << m:  # one binade: an integer grid
+        elif count <= 2 << m:  # all steps are equal: an integer grid
             magnitude = index.astype(jnp.float32) * np.float32(self.magnitudes[1])
         else:
             magnitude = decode_float(index, m, self.magnitudes[1])
@@ -231,9 +230,9 @@ class Grid:
 
     @functools.cached_property
     def edges(self) -> tuple[np.float32, ...]:
-        """For each two neighbours in ascending order, the largest float32 that is rounded to the lower one.
+        """For each pair of neighbours, in ascending order, the largest float32 that is rounded to the lower one.
 
-        Neighbours are magnitudes if the grid is symmetric, else the values that are written (see `order`).
+        Neighbours are magnitudes if the grid is symmetric, otherwise the values that are written (see `order`).
         """
         edges = []
         for lower, upper in itertools.pairwise(self._neighbours):
@@ -241,24 +240,25 @@ class Grid:
             middle = np.float32(exact)
             goes_up = self._tie_goes_up(lower, upper)
             if float(middle) != exact and self.ties != "lower":
-                goes_up = float(middle) > exact  # no float32 is a tie: on which side of the true middle does it lie?
+                goes_up = float(middle) > exact  # the exact midpoint is not a float32, so there are no ties
             edges.append(np.nextafter(middle, np.float32(-np.inf)) if goes_up else middle)
         return tuple(edges)
 
     @property
     def _mantissa_to_round(self) -> int:
-        """Mantissa bits, if rounding to them rounds to this grid; else 0."""
-        # Half-to-even on a multiple is half-to-even on the code only if each binade starts at an even code (m >= 1).
+        """Number of mantissa bits if rounding to that many bits rounds to this grid; 0 otherwise."""
+        # Half-to-even on multiples of the step is half-to-even on codes only if each binade starts at an even code,
+        # that is, for m >= 1.
         return (self.mantissa_bits or 0) if self.ties == "even" else 0
 
     def position(self, y: jax.Array) -> jax.Array:
-        """How many steps y lies above the least value, a fraction between two neighbours (see `edges`)."""
+        """Return how many steps y lies above the smallest value, fractional between two neighbours (see `edges`)."""
         steps = [(self.values[a], self.values[b]) for a, b in itertools.pairwise(self._neighbours)]
         gaps = [(lower, np.float32(1 / (upper - lower))) for lower, upper in steps]
         return sum((jnp.clip((y - np.float32(lower)) * inverse, 0, 1) for lower, inverse in gaps), jnp.zeros_like(y))
 
     def _is_above(self, y, noise):
-        """For each value but the last, in ascending order: is y's value larger? Of magnitudes, if the grid has them."""
+        """Return for each neighbour but the last (see `edges`), in ascending order, whether y rounds above it."""
         if noise is None:
             return [y > edge for edge in self.edges]
         position = self.position(y) + noise
@@ -269,7 +269,7 @@ class Grid:
         return tuple(range(len(self.magnitudes))) or self.order
 
     def _tie_goes_up(self, lower: int, upper: int) -> bool:
-        """Whether a tie between two codes takes the one of the larger value."""
+        """Return whether a tie between two codes takes the one with the larger value."""
         for code, answer in ((lower, False), (upper, True)):
             if code in self.preferred:
                 return answer
@@ -284,14 +284,14 @@ class Grid:
 def nearest_multiple(y, mantissa_bits: int, unit: float, largest: float, noise=None):
     """Round y to `mantissa_bits` after the leading one, or to multiples of `unit` where that is coarser.
 
-    Returns (step, binade, n): the result is n * step, where step = unit * 2^binade (binade 0 holds the subnormals
-    too, that of `largest` all that is larger) and n is a float. Half to even; `noise` is added before rounding.
-    Every operation but the rounding itself is exact. Without noise y may have either sign, and n has it too.
+    Returns (step, binade, n). The result is n * step, where step = unit * 2^binade and n is a float. Binade 0 includes
+    the subnormals, and the last binade includes all values beyond `largest`. Ties go to even; `noise` is added before
+    rounding. Every operation except the rounding is exact. Without noise y may be negative; n then has its sign.
     """
     binades = np.int32(0xFF << 23)
     lowest = np.float32(unit * 2**mantissa_bits).view(np.int32)
     highest = np.float32(largest).view(np.int32)
-    if lowest & binades == highest & binades:  # integers: all steps are the same
+    if lowest & binades == highest & binades:  # an integer grid: all steps are equal
         step, binade, n = np.float32(unit), np.int32(0), y if unit == 1 else y * np.float32(1 / unit)
     else:
         shift = np.int32(mantissa_bits << 23)
@@ -305,8 +305,8 @@ def nearest_multiple(y, mantissa_bits: int, unit: float, largest: float, noise=N
 
 
 def decode_float(index, mantissa_bits: int, unit: float):
-    """Return the float with this code, of a binary float with subnormals of which `unit` is the smallest."""
-    # The code's bits as those of a float32; where the code is subnormal, its leading one is taken off again.
+    """Return the value of a code of a binary float whose smallest subnormal is `unit`."""
+    # Place the code in the bits of a float32. For subnormal codes, subtract the implicit leading one.
     one = np.float32(unit * 2**mantissa_bits)
     exponent = one.view(np.int32) - np.int32(1 << 23)
     normal = lax.bitcast_convert_type((index << (23 - mantissa_bits)) + exponent, jnp.float32)
@@ -314,7 +314,10 @@ def decode_float(index, mantissa_bits: int, unit: float):
 
 
 def float_mantissa_bits(magnitudes: Sequence[float]) -> int | None:
-    """m if these are the non-negative values of a binary float with m mantissa bits and subnormals, in code order."""
+    """Return m if these are the values >= 0, in code order, of a binary float with m mantissa bits; None otherwise.
+
+    The float has subnormals.
+    """
     unit = magnitudes[1]
     if magnitudes[0] != 0 or math.frexp(unit)[0] != 0.5:  # the arithmetic works on exponent bits
         return None
@@ -325,14 +328,14 @@ def float_mantissa_bits(magnitudes: Sequence[float]) -> int | None:
 
 
 def _float_units(index: int, mantissa_bits: int) -> int:
-    """The magnitude with this code of a float with subnormals, in units of the smallest."""
+    """Return the magnitude of a code of a binary float, in units of the smallest subnormal."""
     if index < 1 << mantissa_bits:
         return index
     return (1 << mantissa_bits | index & ((1 << mantissa_bits) - 1)) << ((index >> mantissa_bits) - 1)
 
 
 def _select(above, values):
-    """values[i + 1] of the last i that is above, else values[0]."""
+    """Return values[i + 1] for the last i where `above[i]` is true, or values[0] if there is none."""
     kind = jnp.int32 if isinstance(values[0], np.integer) else jnp.float32
     picked = jnp.full(above[0].shape, values[0], kind)
     for is_above, value in zip(above, values[1:], strict=True):
@@ -348,8 +351,8 @@ def _ml_dtypes_magnitudes(dtype, count: int) -> tuple[float, ...]:
     return tuple(np.arange(count, dtype=np.uint8).view(dtype).astype(np.float64).tolist())
 
 
-# Formats that look alike differ here: E2M0 breaks ties towards zero; INT4 is two's complement, INT3 and INT6 are
-# sign-magnitude; float grids keep -0, integer grids do not (arXiv 2603.28765, reference code).
+# Conventions of the reference code of arXiv 2603.28765: E2M0 breaks ties towards zero; INT4 is two's complement, INT3
+# and INT6 are sign-magnitude; float grids have -0, integer grids do not.
 E2M0 = Grid.sign_magnitude("E2M0", (0.0, 1.0, 2.0, 4.0), ties="down", zero="negative")
 E2M1 = Grid.sign_magnitude("E2M1", _ml_dtypes_magnitudes(ml_dtypes.float4_e2m1fn, 8))
 E2M3 = Grid.sign_magnitude("E2M3", _ml_dtypes_magnitudes(ml_dtypes.float6_e2m3fn, 32))
@@ -358,7 +361,7 @@ INT3 = Grid.sign_magnitude("INT3", range(4), zero="unsigned")
 INT4 = Grid.twos_complement("INT4", 4)
 INT6 = Grid.sign_magnitude("INT6", range(32), zero="unsigned")
 INT4_SIGNED = Grid.sign_magnitude("INT4 sign-magnitude", range(8), zero="unsigned")
-# Quarters: HiFloat4's elements.
+# HiFloat4's elements: multiples of 1/4.
 S1P2 = Grid.sign_magnitude("S1P2", [c / 4 for c in range(8)], ties="away")
 # Quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E).
 NF4 = Grid(
@@ -369,7 +372,7 @@ NF4 = Grid(
         0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ), "lower",
 )  # fmt: skip
-# Learned on normal numbers, zero held fast at code 8 (see `ifjax.learn_format`). Each is used with its mirror image.
+# Learned on normal numbers with zero fixed at code 8 (see `ifjax.learn_format`). Each is used with its mirror image.
 SPLIT87 = Grid(
     "Split87",
     (

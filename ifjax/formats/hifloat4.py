@@ -1,4 +1,4 @@
-"""The scale of HiFloat4: one for 64 values, a bit for each 8 of them and one for each 4 that double it.
+"""The block scale of HiFloat4: a scale for 64 values, and bits that double it for each run of 8 and of 4 values.
 
 Source: arXiv 2602.11287, section 3, and the authors' code.
 """
@@ -11,7 +11,7 @@ from jax import lax
 
 from ifjax.formats.scales import Scale
 
-# 1 / (1 + m / 4) in bfloat16: the authors multiply by this and never divide by the scale.
+# 1 / (1 + m / 4) in bfloat16. The authors' code multiplies by this and never divides by the scale.
 _RECIPROCALS = tuple(map(np.float32, (1.0, 0.80078125, 0.66796875, 0.5703125)))
 
 
@@ -19,8 +19,8 @@ _RECIPROCALS = tuple(map(np.float32, (1.0, 0.80078125, 0.66796875, 0.5703125)))
 class HiFloat4Scale(Scale):
     """A header of 32 bits, lowest first: E6M2 scale, 8 bits for runs of 8 values, 16 bits for runs of 4.
 
-    E6M2 is (1 + m / 4) * 2^(e - 48) with six exponent bits and neither zero nor subnormals; 0xFF means NaN. The order
-    of the bits is ours: none is published.
+    E6M2 is (1 + m / 4) * 2^(e - 48) with six exponent bits, without zero and subnormals; 0xFF means NaN. The order of
+    the bits is ours, because none is published.
     """
 
     name: str = "hifloat4"
@@ -28,7 +28,8 @@ class HiFloat4Scale(Scale):
 
     def encode(self, scale, *parts):
         eights, fours = parts
-        # Grid and shifts reach 7 = 1.75 * 2 * 2; 0.142578125 is 1/7 in bfloat16, and so is the product.
+        # With both doublings the grid reaches 7 = 1.75 * 2 * 2. The factor is 1/7 in bfloat16, and the product is
+        # rounded to bfloat16 too.
         wanted = lax.reduce_precision(scale * np.float32(0.142578125), exponent_bits=8, mantissa_bits=7)
         bits = lax.bitcast_convert_type(lax.clamp(np.float32(2.0**-48), wanted, np.float32(49152)), jnp.int32)
         header = ((bits + ((1 << 20) - 1) + (bits >> 21 & 1)) >> 21) - (127 - 48 << 2)  # half to even
@@ -51,11 +52,14 @@ class HiFloat4Scale(Scale):
 
 
     def refined(self, payload, losses):
-        """The bits that err least: each 8 values take a doubling or none, then so does each 4 of them."""
+        """Return the payload with the doubling bits that give the least loss.
+
+        Each run of 8 values is doubled or not, and then each run of 4 in it.
+        """
         code = payload & 0xFF
         none, once, twice = (losses(code | bits) for bits in (0, np.int32(0xFF << 8), np.int32(-256)))
         for i in range(8):
-            pairs = []  # without and with the doubling of all 8: the bits of both runs, and the loss
+            pairs = []  # without and with the doubling of all 8: the bits of both runs of 4, and the loss
             for low, high in ((none, once), (once, twice)):
                 doubled = [high[r] < low[r] for r in (2 * i, 2 * i + 1)]
                 loss = [jnp.where(d, high[r], low[r]) for d, r in zip(doubled, (2 * i, 2 * i + 1), strict=True)]
@@ -67,7 +71,7 @@ class HiFloat4Scale(Scale):
 
 
 def _reciprocal(code):
-    """Of the E6M2 scale."""
+    """Return the bfloat16 reciprocal of an E6M2 scale, as float32."""
     mantissa = code & 3
     picked = jnp.full(code.shape, _RECIPROCALS[0])
     for i, value in enumerate(_RECIPROCALS[1:], 1):
@@ -80,5 +84,5 @@ def _doublings(payload, place):
 
 
 def _power(exponent):
-    """2^exponent, float32."""
+    """Return 2^exponent as float32."""
     return lax.bitcast_convert_type(127 + exponent << 23, jnp.float32)

@@ -1,6 +1,6 @@
-"""Every named format, with its source. To add one, register a record; nothing else asks which format it is.
+"""Registry of the named formats, with their sources. To add a format, register a record; no other code changes.
 
-Conventions are those of the code of the IF paper (arXiv 2603.28765) unless a source says otherwise.
+Conventions follow the code of the IF paper (arXiv 2603.28765), unless a format's source states otherwise.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from ifjax.lookup import Registry
 
 
 class FormatTable(Registry[Format]):
-    """Formats by name. NAME_bsBLOCK names a format with blocks of another length; these are not listed."""
+    """Formats by name. NAME_bsBLOCK is format NAME with blocks of length BLOCK; iteration does not list such names."""
 
     def __getitem__(self, name: str) -> Format:
         base, _, block = name.rpartition("_bs")
@@ -39,7 +39,7 @@ class FormatTable(Registry[Format]):
 
 
 def with_block(fmt: Format, block: int) -> Format:
-    """Return the format with blocks of another length, and a name that says so."""
+    """Return the format with blocks of length `block`, and a name that states it."""
     if block == fmt.block:
         return fmt
     name = re.sub(r"_bs\d+$", "", fmt.name)
@@ -54,11 +54,11 @@ FORMATS = FormatTable("format", Format, "ifjax.FORMATS")
 
 
 def get_format(fmt: str | Format) -> Format:
-    """Return the record itself, or the one of this name; "if4_bs8" is if4 with blocks of 8.
+    """Return the format with this name; a Format is returned unchanged. "if4_bs8" is if4 with blocks of 8.
 
     Raises:
-        ValueError: unknown name; the message lists the nearest ones.
-        TypeError: neither a name nor a Format.
+        ValueError: the name is unknown; the message lists similar names.
+        TypeError: the argument is neither a name nor a Format.
     """
     return FORMATS.find(fmt)
 
@@ -70,8 +70,8 @@ def _named(name: str, candidates: tuple[Candidate, ...], block: int, doc: str, *
 _FP4, _FP3, _E2M3, _E3M2 = (Candidate(grid) for grid in (E2M1, E2M0, E2M3, E3M2))
 _MX = {"scale": E8M0, "tensor_peak": None}
 
-# Integer steps make both grids end at the same value, so that they share one scale. 0.2419355 is two float32 steps
-# above 7.5/31: the published code types it with seven digits, and the bits follow the code.
+# The steps of the integer grids make both grids end at the same value, so that they share one scale. 0.2419355 is two
+# float32 steps above 7.5/31: the published code has it with seven digits, and our bits follow that code.
 _IF = "whichever err less in a block; bit 7 of its E4M3 scale marks integers. Source: arXiv 2603.28765."
 IF4 = _named("if4", (_FP4, Candidate(INT4, step=6 / 7)), 16, f"FP4 (E2M1) or INT4 times 6/7, {_IF}")
 IF3 = _named("if3", (_FP3, Candidate(INT3, step=4 / 3)), 16, f"FP3 (E2M0) or INT3 times 4/3, {_IF}")
@@ -90,7 +90,7 @@ NVINT6 = _named("nvint6", (Candidate(INT6),), 16, f"INT6 {_NV}. Source: arXiv 26
 NVFP4_STATIC4 = _named(
     "nvfp4_static4", (_FP4,), 16, "NVFP4 with the block's maximum at 4, not 6. Source: arXiv 2512.02010.", peak=4.0
 )
-# 1.5 * 256 = 384 is an E4M3 number; 448 would leave no room for a block's scale to grow by half.
+# With tensor_peak 256, a block scale times 1.5 is at most 384, which is an E4M3 number; 448 would leave no room.
 FOUROVERSIX = _named(
     "fouroversix", (_FP4, Candidate(E2M1, scale_multiplier=1.5)), 16,
     "Four Over Six: NVFP4 with the block's maximum at 6 or at 4, whichever errs less. Any NVFP4 reader decodes it. "
@@ -169,7 +169,7 @@ SFP4 = _named(
     "Games, arXiv 2605.12327; the constant is ours.", scale=E3M3, tensor_peak=28.0,
 )  # fmt: skip
 
-# Code 8, -0 of E2M1, stands for another value.
+# Code 8, which is -0 in E2M1, gets a special value.
 _SPECIAL = {value: E2M1.replaced(8, value) for value in (5.0, -5.0, 8.0, -8.0)}
 _RAZER = "Redundant zero remapping: the code of -0 stands for a special value that each block chooses"
 RAZER = _named(

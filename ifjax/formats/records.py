@@ -1,4 +1,4 @@
-"""The records of a format: candidates, decodings, and what shares a scale. Nothing branches on which format it is."""
+"""Records that define a format: candidates, decodings and block structure. No code branches on a format's identity."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from ifjax.formats.scales import E4M3, E8M0, Scale, scale_from_dict
 
 
 class Decoding(NamedTuple):
-    """How codes become numbers: (grid value + offset) * step, in units of the first candidate's grid."""
+    """How codes decode: to (grid value + offset) * step, in units of the first candidate's grid."""
 
     grid: Grid
     step: float
@@ -24,19 +24,19 @@ class Decoding(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to encode a block, of which the encoder keeps the one with the least loss.
+    """One way to encode a block. For each block the encoder keeps the candidate with the least loss.
 
     Attributes:
         grid: the element grid.
-        step: what one unit of the grid is worth, in units of the first candidate's grid: 6/7 for IF4's integers.
+        step: size of the grid's unit, in units of the first candidate's grid; 6/7 for IF4's integers.
         scale_multiplier: factor on the block scale; 1.5 maps the maximum of an E2M1 block to 4 instead of 6.
-        peak: where the block's maximum lands, in units of the first candidate's grid; the format's unless stated. With
-            another peak the candidate has a scale of its own.
-        offset: added to the grid's values: elements are rounded less it, and decoded plus it.
+        peak: the value that the block's maximum maps to, in units of the first candidate's grid; by default that of the
+            format. With a different peak the candidate has its own scale.
+        offset: added to the grid's values: it is subtracted before rounding and added after decoding.
 
     Raises:
-        TypeError: `grid` is no Grid.
-        ValueError: a number that is not positive, or an offset that is not finite.
+        TypeError: `grid` is not a Grid.
+        ValueError: step, scale_multiplier or peak is not a positive number, or the offset is not finite.
     """
 
     grid: Grid
@@ -49,7 +49,7 @@ class Candidate:
         if not isinstance(self.grid, Grid):
             raise TypeError(f"a candidate needs an ifjax.Grid, got {type(self.grid).__name__}")
         for number in (self.step, self.scale_multiplier, 1.0 if self.peak is None else self.peak):
-            # YAML reads 1e-5 as a string.
+            # YAML reads 1e-5 as a string, so the message suggests 1.0e-5.
             if not _is_number(number) or not 0 < number < math.inf:
                 raise ValueError(f"step, scale_multiplier and peak must be numbers > 0, such as 1.0e-5, got {number!r}")
         if not _is_number(self.offset) or not math.isfinite(self.offset):
@@ -57,7 +57,7 @@ class Candidate:
 
     @property
     def decoding(self) -> Decoding:
-        """What a decoder has to know of it."""
+        """The part of the candidate that a decoder needs."""
         return Decoding(self.grid, self.step, self.offset)
 
 
@@ -66,21 +66,21 @@ class Format:
     """A block-scaled number format. Hashable; usable as a static jit argument.
 
     Attributes:
-        name: used in reports and error messages.
+        name: name used in reports and error messages.
         candidates: the ways to encode a block, in the order of their selectors.
-        block: values that share a header.
-        scale: what the header means.
-        peak: where the block's maximum lands on the first grid: its largest magnitude unless stated.
-        tensor_peak: the block scale that the tensor's maximum is mapped to by a float32 factor for the tensor, such as
-            448 for NVFP4; None for formats without such a factor, whose block scales are absolute.
-        ties: which candidate a tie of losses keeps, the "first" or the "last".
-        prevent_zero: whether the smallest positive scale takes the place of 0, for blocks of zeros too.
-        saturates: whether an infinity becomes the block's largest value. Else it makes NaN of its block, as NaN does.
-        doc: what the format is and where it comes from, for `help`; no part of the record's identity.
+        block: number of values that share a header.
+        scale: the type of the block scale.
+        peak: the value on the first grid that the block's maximum maps to; by default the grid's largest magnitude.
+        tensor_peak: the block scale of the block that has the tensor's maximum, set through a float32 tensor scale; 448
+            for NVFP4. None for formats without a tensor scale, whose block scales are absolute.
+        ties: which candidate is kept if losses are equal, the "first" or the "last".
+        prevent_zero: whether the smallest positive scale replaces 0, also for blocks of zeros.
+        saturates: whether an infinity becomes the block's largest value. If False, it turns its block into NaN.
+        doc: description and source of the format, shown by `help`; not part of the record's identity.
 
     Raises:
-        TypeError: `candidates` or `scale` of another type.
-        ValueError: fields that do not fit together; the message says why.
+        TypeError: `candidates`, `scale`, `prevent_zero` or `saturates` has the wrong type.
+        ValueError: a field is invalid, or fields do not fit together; the message says why.
     """
 
     name: str
@@ -150,54 +150,54 @@ class Format:
 
     @property
     def grid(self) -> Grid:
-        """The first candidate's grid, in whose units scales are reckoned."""
+        """The first candidate's grid, whose units block scales refer to."""
         return self.candidates[0].grid
 
     @functools.cached_property
     def decodings(self) -> tuple[Decoding, ...]:
-        """The distinct decodings of the candidates, in the order of the selector that tells them apart."""
+        """Distinct decodings of the candidates, in the order of their selectors."""
         return tuple(dict.fromkeys(c.decoding for c in self.candidates))
 
     @property
     def has_selector(self) -> bool:
-        """Whether a header says which of several decodings its block took."""
+        """Whether headers hold a selector, because the format has several decodings."""
         return len(self.decodings) > 1
 
     @property
     def has_tensor_scale(self) -> bool:
-        """Whether a tensor has a factor of its own, found from its absolute maximum."""
+        """Whether the format has a tensor scale, derived from the tensor's absolute maximum."""
         return self.tensor_peak is not None
 
     @property
     def bits(self) -> int:
-        """Bits of one code."""
+        """Number of bits of a code."""
         return self.grid.bits
 
     @property
     def bits_per_value(self) -> float:
-        """Bits of one code plus its share of the block's header."""
+        """Bits of a code plus its share of the block header."""
         return self.bits + 8 * self.scale.nbytes / self.block
 
     def selector_of(self, candidate: Candidate) -> int:
-        """The selector of the blocks that take this candidate."""
+        """Return the selector of blocks that use this candidate."""
         return self.decodings.index(candidate.decoding)
 
     def split(self, header: jax.Array) -> tuple[Any, jax.Array]:
-        """Return (selector, payload) of int32 headers. With one decoding the selector is the number 0."""
+        """Return (selector, payload) of int32 headers. With one decoding the selector is the Python integer 0."""
         if not self.has_selector:
             return 0, header
         width, bits = 8 * self.scale.nbytes, self.scale.bits
         return header >> bits & (2 ** (width - bits) - 1), header & (2**bits - 1)
 
     def join(self, selector: Any, payload: jax.Array) -> jax.Array:
-        """Return int32 headers, the inverse of `split`."""
+        """Return int32 headers of selectors and payloads: the inverse of `split`."""
         return payload | (selector << self.scale.bits) if self.has_selector else payload
 
     def input_factor(self, candidate: Candidate) -> np.float32:
-        """Return what takes y from units of the first grid to units of the candidate's: 1 / step, but for rounding.
+        """Return the factor from units of the first grid to units of the candidate's grid: 1 / step up to rounding.
 
-        Where both grids end at the same value the factor is the ratio of their largest codes, as in the published
-        code: 7/6 for IF4, and 62/15 for IF6, whose step is not its reciprocal to the last bit.
+        If both grids end at the same value, the factor is the ratio of their largest magnitudes, as in the published
+        code: 7/6 for IF4, and 62/15 for IF6, whose step differs from the reciprocal in the last bits.
         """
         if candidate.step == 1:
             return np.float32(1)
@@ -205,15 +205,15 @@ class Format:
         return np.float32(ratio if abs(ratio * candidate.step - 1) < 1e-6 else 1 / candidate.step)
 
     def block_peak(self, candidate: Candidate | None = None, headroom: float = 1.0) -> np.float32:
-        """Return Q, what a candidate maps the block's maximum to: evaluated in double precision and rounded once.
+        """Return Q, the value to which a candidate maps the block's maximum.
 
-        `headroom` (16/17 for unbiased stochastic rounding) shrinks it.
+        It is multiplied by `headroom` (16/17 for unbiased stochastic rounding), in double precision, and rounded once.
         """
         own = None if candidate is None else candidate.peak
         return np.float32((self._peak if own is None else own) * headroom)
 
     def tensor_constant(self, headroom: float = 1.0) -> np.float32:
-        """Return K, what the tensor's maximum is mapped to: Q times `tensor_peak`, rounded once. 1 without one."""
+        """Return K, to which the tensor's maximum maps: Q * `tensor_peak`, rounded once; 1 without a tensor scale."""
         return np.float32(1 if self.tensor_peak is None else self._peak * self.tensor_peak * headroom)
 
     @property
@@ -221,10 +221,10 @@ class Format:
         return self.grid.max if self.peak is None else self.peak
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain JSON values, by content: `Format.from_dict` needs no table of formats.
+        """Return the record as JSON-serializable values. `Format.from_dict` inverts this without a registry of formats.
 
         Raises:
-            ValueError: the scale is code, and not registered.
+            ValueError: the scale is defined by code and not registered.
         """
         record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
         candidates = [dataclasses.asdict(c) for c in self.candidates]
@@ -232,10 +232,10 @@ class Format:
 
     @classmethod
     def from_dict(cls, record: Any) -> "Format":
-        """Return the inverse of `to_dict`. Records of layout 1 are read, too.
+        """Return the format that `to_dict` gave `record` for. Records of layout 1 are supported too.
 
         Raises:
-            ValueError: the record is not one.
+            ValueError: the record is invalid.
         """
         try:
             if "grid" in record["candidates"][0] and "magnitudes" in record["candidates"][0]["grid"]:
@@ -254,7 +254,7 @@ def _grid_of(record: Mapping[str, Any]) -> Grid:
 
 
 def _from_layout_1(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as layout 1 had them: grids by their magnitudes, and the tensor's peak as part of the scale's name."""
+    """Convert a record of layout 1, which has magnitudes of grids and the tensor peak in the scale's name."""
     unknown = set(record) - {"name", "candidates", "block", "scale", "peak"}
     if unknown:
         raise TypeError(f"unknown keys {sorted(map(str, unknown))}")

@@ -1,7 +1,7 @@
-"""Block scales: how a block's header encodes what its elements are multiplied by, as records.
+"""Block scales: records that define how a block header encodes the scale of its elements.
 
-Most headers are one number from a table (`TableScale`). A scale of another kind, such as one with a factor for each
-part of a block, is a subclass of `Scale` with functions of its own.
+Most scales are numbers from a table (`TableScale`). Other kinds, such as a scale with a factor for each part of a
+block, are subclasses of `Scale` with their own functions.
 """
 
 import abc
@@ -23,19 +23,19 @@ from ifjax.numerics.xla import divide
 
 
 class Scale(abc.ABC):
-    """What a block's header means. Subclasses are frozen dataclasses: hashable, and equal by content.
+    """Base class of block scales. Subclasses are frozen dataclasses: hashable, and equal by content.
 
-    A header is an integer of `nbytes` bytes, stored lowest byte first. Its lower `bits` are the payload, which the
-    methods take and give as int32; the bits above are left to the format's selector.
+    A header is an integer of `nbytes` bytes, stored lowest byte first. Its lowest `bits` bits are the payload, which
+    the methods take and return as int32; the bits above hold the format's selector.
 
     Attributes:
-        name: used in reports and error messages, and by files for scales that are no tables.
-        bits: of the payload.
-        nbytes: of a header, 1 to 4.
-        runs: lengths of the parts of a block that have factors of their own, longest first; () for one factor a block.
+        name: name used in reports and error messages, and in files for scales that are not tables.
+        bits: number of bits of the payload.
+        nbytes: number of bytes of a header, 1 to 4.
+        runs: lengths of the parts of a block that have their own factors, longest first; () for one factor per block.
         nan: the payload that means NaN.
         top: the payload of the largest scale that is written.
-        dtype: the ml_dtypes type whose bit patterns the headers are; None if there is none.
+        dtype: the ml_dtypes type that has the same bit patterns as the headers; None if there is none.
     """
 
     name: str
@@ -48,39 +48,39 @@ class Scale(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, scale: jax.Array, *parts: Sequence[jax.Array]) -> jax.Array:
-        """Return int32 payloads of wanted scales, float32 >= 0 (infinity allowed): saturating, never NaN.
+        """Return int32 payloads for wanted scales, float32 >= 0 (infinity allowed). Saturates; never returns NaN.
 
-        `parts` has a list for each of `runs`: the scales that the runs of this length would want alone, in order.
+        `parts` has a list for each length in `runs`: the scales wanted by each run of this length on its own, in order.
         """
 
     @abc.abstractmethod
     def decode(self, payload: jax.Array, place: Any = 0) -> jax.Array:
-        """Return what the values at a place of the block are multiplied by, float32, by element-wise arithmetic.
+        """Return the float32 factor of the values at a place (position) in the block, by element-wise arithmetic.
 
         `place` is an integer, or int32 that broadcasts against `payload`.
         """
 
     def inverse(self, payload: jax.Array, place: Any = 0) -> jax.Array:
-        """Return what numbers are multiplied by to be in units of the grid: 0 where the scale is 0 or NaN.
+        """Return the factor that converts numbers to units of the grid; 0 where the scale is 0 or NaN.
 
-        A rounded reciprocal, because the published encoders multiply by one; they never divide by the scale.
+        It is a rounded reciprocal, because the published encoders multiply by one and never divide by the scale.
         """
         scale = self.decode(payload, place)
         return jnp.where(scale > 0, divide(1.0, scale), 0)
 
     def refined(self, payload: jax.Array, losses: Callable[[jax.Array], list[jax.Array]]) -> jax.Array:
-        """Return the payload of the same main scale with the factors of its runs that err least.
+        """Return the payload with the same main scale and the factors of its runs that give the least loss.
 
-        `losses` gives, for a payload, those of the shortest runs, in order. Scales with one factor have no choice.
+        `losses` maps a payload to the losses of the shortest runs, in order. Scales with one factor are unchanged.
         """
         del losses
         return payload
 
     def to_dict(self) -> dict[str, Any] | str:
-        """Return plain JSON values from which `scale_from_dict` makes an equal record.
+        """Return the record as JSON-serializable values; `scale_from_dict` inverts this.
 
         Raises:
-            ValueError: the scale is code, and not registered in `ifjax.formats.SCALES`.
+            ValueError: the scale is defined by code and not registered in `ifjax.formats.SCALES`.
         """
         if SCALES.get(self.name) != self:
             raise ValueError(
@@ -92,20 +92,19 @@ class Scale(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class TableScale(Scale):
-    """A scale that is one of a table of numbers.
+    """A scale whose payload is an index into a table of numbers.
 
     Attributes:
-        name: used in reports and error messages.
-        values: payload i stands for values[i], float32, ascending; up to 256 of them. The largest is `top` unless
-            stated.
-        rounding: to the nearest value, half to the "even" payload, or to the next value "up", so that no element
-            saturates.
-        nan: the payload that means NaN, one without a value.
-        last: the largest payload that is written; that of the largest value unless stated.
+        name: name used in reports and error messages.
+        values: payload i decodes to values[i]: 2 to 256 ascending float32 numbers >= 0.
+        rounding: "even" rounds to the nearest value, ties to the even payload; "up" rounds to the next value up, so
+            that no element saturates.
+        nan: the payload that means NaN; it must not have a value.
+        last: the largest payload that is written; by default that of the largest value.
         dtype: as for `Scale`.
 
     Raises:
-        ValueError: a field that cannot be; the message says what is needed.
+        ValueError: a field is invalid; the message says what is needed.
     """
 
     name: str
@@ -134,10 +133,11 @@ class TableScale(Scale):
     def minifloat(
         cls, name: str, exponent_bits: int, mantissa_bits: int, bias: int, *, count: int | None = None, **fields: Any
     ) -> "TableScale":
-        """Return an unsigned float with subnormals: 2^(1 - bias - mantissa_bits) is its least positive value.
+        """Return a scale of unsigned floats with subnormals; the smallest is 2^(1 - bias - mantissa_bits).
 
         Args:
-            count: how many payloads have a value; all but the last unless given. The first without one means NaN.
+            count: number of payloads that have a value; by default all but the last. The first payload without a value
+                means NaN.
         """
         size = 2 ** (exponent_bits + mantissa_bits)
         number = size - 1 if count is None else count
@@ -159,12 +159,12 @@ class TableScale(Scale):
 
     @property
     def is_arithmetic(self) -> bool:
-        """Whether `encode` and `decode` compute bits, as for a binary float, and look nothing up in a table."""
+        """Whether `encode` and `decode` use arithmetic on the bits of a binary float instead of a table lookup."""
         return self._mantissa_bits is not None and (self.rounding == "even" or self._is_exponent)
 
     @property
     def mantissa_bits(self) -> int:
-        """Of an arithmetic scale."""
+        """Number of mantissa bits of an arithmetic scale."""
         return self._mantissa_bits or 0
 
     @functools.cached_property
@@ -173,14 +173,14 @@ class TableScale(Scale):
 
     @property
     def _is_exponent(self) -> bool:
-        """Whether payloads are the exponents of float32."""
+        """Whether payloads are exponents of float32."""
         return self._mantissa_bits == 0 and self.values[1] == 2.0**-126
 
     def encode(self, scale, *parts):
         del parts
         m = self._mantissa_bits
         if self.rounding == "up":
-            if self._is_exponent:  # rounded up
+            if self._is_exponent:  # a nonzero mantissa rounds up to the next exponent
                 bits = lax.bitcast_convert_type(scale, jnp.int32)
                 return jnp.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(jnp.int32), self.top)
             table = jnp.asarray(self.values[: self.top], jnp.float32)
@@ -194,7 +194,7 @@ class TableScale(Scale):
     def decode(self, payload, place=0):
         del place
         payload = payload.astype(jnp.int32)
-        if self.dtype is not None and self.bits == 7:  # a byte of that type with its sign bit set is a negative number
+        if self.dtype is not None and self.bits == 7:  # bit 7 is the sign bit of the dtype
             value = self._value(payload & 0x7F)
             return jnp.where(payload & 0x80, -value, value)
         return self._value(payload)
@@ -219,7 +219,7 @@ class TableScale(Scale):
 
     def _nearest(self, scale):
         table = self.values[: self.top + 1]
-        first = []  # for each value but the first, the least float32 that is nearer to it than to the one before
+        first = []  # for each value but the first, the smallest float32 that rounds to it
         for i, (a, b) in enumerate(itertools.pairwise(table)):
             middle = np.float32((a + b) / 2)
             is_tie, above = float(middle) == (a + b) / 2, float(middle) > (a + b) / 2
@@ -229,10 +229,10 @@ class TableScale(Scale):
 
 
 def scale_from_dict(record: Any) -> Scale:
-    """Return the inverse of `Scale.to_dict`.
+    """Return the scale that `Scale.to_dict` gave `record` for.
 
     Raises:
-        ValueError: a name that is not registered, or a record that is none.
+        ValueError: the name is not registered, or the record is invalid.
     """
     if isinstance(record, str):
         return SCALES.find(record)
@@ -243,17 +243,16 @@ def scale_from_dict(record: Any) -> Scale:
 
 
 E4M3 = TableScale.minifloat("e4m3", 4, 3, 7, dtype=np.dtype(ml_dtypes.float8_e4m3fn))
-# The exponent is rounded up, so that no element saturates (not the OCP rule, which rounds down). Payload 0 means that
-# the block is zero, not 2^-127. 2^126 is the largest scale whose reciprocal is a normal number; no named format
-# reaches it.
+# The exponent is rounded up, so that no element saturates; the OCP rule rounds it down. Payload 0 means a block of
+# zeros, not 2^-127. 2^126 is the largest scale whose reciprocal is a normal number; no named format reaches it.
 E8M0 = TableScale(
     "e8m0", (0.0, *(2.0 ** (i - 127) for i in range(1, 255))), "up", last=253,
     dtype=np.dtype(ml_dtypes.float8_e8m0fnu),
 )  # fmt: skip
-# Unsigned, as PTX ISA 9.4 and AMD have it: an exponent bit more in place of the sign. No bit is left for a selector.
+# Unsigned, as in PTX ISA 9.4 and AMD: the sign bit becomes an exponent bit. No bit is left for a selector.
 UE5M3 = TableScale.minifloat("ue5m3", 5, 3, 15)
-# Six bits, which leave two for a selector; from 2^-5 to 28.
+# Six bits, which leaves two for a selector; values from 2^-5 to 28.
 E3M3 = TableScale.minifloat("e3m3", 3, 3, 3)
-# Five bits, which leave three; from 2^-3 to 7.
+# Five bits, which leaves three for a selector; values from 2^-3 to 7.
 UE2M3 = TableScale.minifloat("ue2m3", 2, 3, 1)
 SCALES: Registry[Scale] = Registry("scale", Scale, "ifjax.formats.SCALES", (E4M3, E8M0, UE5M3, E3M3, UE2M3))

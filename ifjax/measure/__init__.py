@@ -1,4 +1,4 @@
-"""Errors of arrays, files and random samples beside published figures; pictures (`plots`); hardware units (`mac`)."""
+"""Quantization errors of arrays, files, models and random samples; plots (`plots`); hardware units (`mac`)."""
 
 from ifjax.measure.errors import (
     DEFAULT_FORMATS,

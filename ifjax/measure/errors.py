@@ -1,8 +1,8 @@
-"""What a format costs: errors of arrays, of safetensors files and of random samples, beside the published numbers.
+"""Quantization errors of arrays and of safetensors files.
 
-Every figure follows from sums that can be added up (`ErrorStats`): a model's total is the sum over its tensors. Files
-are read tensor by tensor, and a tensor is quantized in pieces of one size: memory is bounded by the largest tensor,
-and one compiled program for each format serves tensors of every shape.
+All figures derive from additive sums (`ErrorStats`), so a model's total is the sum over its tensors. Files are read one
+tensor at a time, and a tensor is quantized in pieces of equal size. Memory is bounded by the largest tensor, and one
+compiled program per format handles tensors of all shapes.
 
     file -> header -> tensor -> amax -> pieces -> ErrorStats by format -> TensorReport -> Report
 """
@@ -34,16 +34,16 @@ DEFAULT_FORMATS = ("if4", "if3", "if6", "nvfp4", "fouroversix", "nvint4", "mxfp4
 
 @dataclasses.dataclass(frozen=True)
 class ErrorStats:
-    """What quantization did to one tensor or to many: `a + b` is the error of both together.
+    """Quantization error of one or more tensors: `a + b` is the error of both together.
 
     Attributes:
-        values: how many.
+        values: number of values.
         signal: sum of x^2.
         noise: sum of (decoded - x)^2.
-        nbytes: of codes, scales and amax.
-        blocks: how many.
-        others: how many of them took another decoding than the first (the integers of an IF format); None for formats
-            that have one decoding.
+        nbytes: bytes of codes, scales and amax.
+        blocks: number of blocks.
+        others: number of blocks with another decoding than the first (the integers in an IF format); None for formats
+            with one decoding.
     """
 
     values: int
@@ -62,46 +62,46 @@ class ErrorStats:
 
     @property
     def mse(self) -> float:
-        """Mean squared error, in x's own units squared."""
+        """Mean squared error, in squared units of x."""
         return self.noise / self.values if self.values else math.nan
 
     @property
     def normalized_mse(self) -> float:
-        """Squared error over squared signal; 0 for zeros that stay zero."""
+        """Squared error divided by squared signal; 0 if all values are zero and stay zero."""
         if self.signal == 0:
             return 0.0 if self.noise == 0 else math.inf
         return self.noise / self.signal
 
     @property
     def relative_error(self) -> float:
-        """Frobenius norm of the error over that of x."""
+        """Frobenius norm of the error divided by that of x."""
         return math.sqrt(self.normalized_mse)
 
     @property
     def sqnr_db(self) -> float:
-        """Signal to quantization noise, 10 log10(signal / noise) in dB; infinite where nothing was lost."""
+        """Signal-to-quantization-noise ratio in dB, 10 log10(signal / noise); infinite if there is no error."""
         return math.inf if self.normalized_mse == 0 else -10 * math.log10(self.normalized_mse)
 
     @property
     def bits_per_value(self) -> float:
-        """Bits of all arrays, filled-up last blocks included, for each value."""
+        """Bits per value of codes, scales and amax together, padding included. NaN for an empty array."""
         return 8 * self.nbytes / self.values if self.values else math.nan
 
     @property
     def choice_share(self) -> float | None:
-        """Share of blocks with another decoding than the first; None for formats that have one decoding."""
+        """Share of blocks with another decoding than the first; None for formats with one decoding."""
         return self.others / self.blocks if self.others is not None and self.blocks else None
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """The figures, by name."""
+        """Return the figures by name."""
         names = ("values", "nbytes", "bits_per_value", "mse", "relative_error", "sqnr_db", "choice_share")
         return {name: getattr(self, name) for name in names}
 
 
 def error(x: Float[ArrayLike, "..."], fmt: str | Format = "if4", *, axis: int = -1, **settings: Any) -> ErrorStats:
-    """Measure the error of `ifjax.quantize(x, fmt, axis=axis, **settings)`, against x in float32.
+    """Measure the error of `ifjax.quantize(x, fmt, axis=axis, **settings)` against x in float32.
 
-    NaN or infinite x gives NaN. Not for use inside jit. With `block_2d` a square counts once for each of its rows.
+    NaN or infinite x gives NaN. Not for use inside jit. With `block_2d`, a 2-D block counts once for each of its rows.
 
     Example:
         >>> import jax
@@ -119,19 +119,19 @@ def error(x: Float[ArrayLike, "..."], fmt: str | Format = "if4", *, axis: int = 
 
 
 def _counts(scales: np.ndarray, fmt: Format, axis: int) -> tuple[int, int | None]:
-    """(blocks, how many of them took another decoding than the first)."""
+    """Return (number of blocks, number of those with another decoding than the first)."""
     counts = chosen(scales, fmt, axis)
     return int(counts.sum()), int(counts[1:].sum()) if fmt.has_selector else None
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorReport:
-    """One tensor and what each format does to it.
+    """Quantization errors of one tensor by format.
 
     Attributes:
-        name, shape, dtype, nbytes: of the tensor as it is.
-        errors: by the format's name; empty for a tensor that was not quantized.
-        status: "quantized"; "kept": not a matmul's weight; "skipped": cannot be quantized.
+        name, shape, dtype, nbytes: those of the original tensor.
+        errors: errors by format name; empty for a tensor that was not quantized.
+        status: "quantized"; "kept" if a rule or the caller excludes it; "skipped" if it cannot be quantized.
         reason: why it was kept or skipped.
     """
 
@@ -144,7 +144,7 @@ class TensorReport:
     reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the report as JSON-serializable values."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         errors = {name: error.to_dict() for name, error in self.errors.items()}
         return fields | {"shape": list(self.shape), "errors": errors}
@@ -159,11 +159,14 @@ def tensor_report(
     loss: Loss | None = None,
     search: str | Search | None = None,
 ) -> TensorReport:
-    """The error of each format on x, quantized as one tensor with blocks along `axis`, one piece after the other.
+    """Measure the error of each format on x, quantized as one tensor with blocks along `axis`, piece by piece.
 
-    What `error` measures, for arrays of any size: the device sees one piece at a time, and a numpy array is copied as
-    a whole only where `axis` is not the last or its length no multiple of the block. Integers, empty arrays and arrays
-    with values that are not finite in float32 come back as skipped, with the reason.
+    This is the measurement of `error` for arrays of any size: the device holds one piece at a time. A numpy array is
+    copied as a whole only if `axis` is not the last one or its length is not a multiple of the block. Integers, empty
+    arrays, a missing axis, and values that are not finite in float32 give a report with status "skipped" and a reason.
+
+    Returns:
+        A TensorReport, with errors by format name.
     """
     x = np.asarray(x)
     report = TensorReport(name, x.shape, x.dtype.name, x.nbytes, {})
@@ -188,9 +191,10 @@ def tensor_report(
 
 
 def _measure(flat: np.ndarray, shape: tuple[int, int], how: Encoding) -> ErrorStats:
-    """The error on a matrix with blocks along its rows, of which `flat` has all values."""
+    """Return the error of a matrix with blocks along its rows; `flat` holds its values in C order."""
 
-    def read(start, count):  # a copy: of a part of `flat` JAX would keep the whole, until something else is computed
+    # The piece is copied, because for a view JAX would keep all of `flat` alive until its next computation.
+    def read(start, count):
         return flat[start : start + count].copy()
 
     signal = noise = 0.0
@@ -212,8 +216,12 @@ _READABLE = {
 
 
 def read_tensor(path: str | os.PathLike, entry: StoredTensor) -> np.ndarray:
-    """One tensor of a safetensors file: F32, BF16, F16 or F64."""
-    # Not by safetensors' numpy reader: which of its versions know bfloat16 differs.
+    """Read one tensor of a safetensors file: F32, BF16, F16 or F64.
+
+    Raises:
+        FileError: the file ends within the tensor.
+    """
+    # safetensors' numpy reader is not used, because not all of its versions support bfloat16.
     data = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
     if data.size != entry.nbytes:
         raise FileError(f"{path} ends within {entry.name}")
@@ -231,12 +239,13 @@ def file_reports(
     search: str | Search | None = None,
     kept: Mapping[str, str] | None = None,
 ) -> Iterator[TensorReport]:
-    """A report for each of the `entries` (see `read_header`), with one tensor in memory at a time.
+    """Yield a report for each of the `entries` (see `read_header`), with one tensor in memory at a time.
 
-    A weight that is stored [out, in], as PyTorch does, has its contraction along the last axis, where blocks lie by
-    default; for [in, out] (flax kernels, GPT-2's Conv1D) pass axis=-2. What one of the formats' default rules leaves
-    as it is (see `ifjax.default_rules`) is kept unless `everything`: biases, norms, embeddings, the head. What `kept`
-    gives a reason for, by name, always is.
+    Blocks lie along the last axis by default, which is the contraction axis of weights stored [out, in], as in PyTorch.
+    For weights stored [in, out] (Flax kernels, GPT-2's Conv1D) pass axis=-2. Tensors that the default rules of any of
+    the formats exclude (see `ifjax.default_rules`), such as biases, norms, embeddings and the head, are kept
+    unquantized unless `everything` is true. Tensors named in `kept`, which maps names to reasons, are always kept, and
+    so are scalars. Tensors of other dtypes than F32, BF16, F16 and F64 are skipped.
     """
     formats, kept = tuple(formats), kept or {}
     rules = [default_rules(fmt) for fmt in formats]
@@ -254,17 +263,17 @@ def file_reports(
         else:
             x = read_tensor(path, entry)
             measured = tensor_report(entry.name, x, formats, axis=axis, loss=loss, search=search)
-            del x  # before the next one is read
+            del x  # free it before the next tensor is read
             yield dataclasses.replace(measured, dtype=entry.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All tensors of a model, in order.
+    """Quantization errors of all tensors of a model, in order.
 
     Attributes:
-        source: where they come from, for titles.
-        tensors: one report each.
+        source: origin of the tensors, used in titles.
+        tensors: a report for each tensor.
     """
 
     source: str
@@ -272,18 +281,18 @@ class Report:
 
     @property
     def quantized(self) -> tuple[TensorReport, ...]:
-        """Those that were quantized."""
+        """Reports of the tensors that were quantized."""
         return tuple(t for t in self.tensors if t.status == "quantized")
 
     @property
     def total(self) -> dict[str, ErrorStats]:
-        """By format, the error of all quantized tensors together."""
+        """Error of all quantized tensors together, by format name."""
         tensors = self.quantized
         names = tensors[0].errors if tensors else ()
         return {name: sum((t.errors[name] for t in tensors[1:]), tensors[0].errors[name]) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the report as JSON-serializable values."""
         left = [t for t in self.tensors if t.status != "quantized"]
         return {
             "source": self.source,
@@ -296,11 +305,11 @@ class Report:
         }
 
 
-# A few rows of each weight matrix of a pretrained BERT, shipped so that real weights are at hand everywhere; see
-# data/README.md.
+# A few rows of each weight matrix of a pretrained BERT, shipped so that real weights are available without a download;
+# see data/README.md.
 SAMPLE_SOURCE = "all-MiniLM-L6-v2, a few rows of each weight matrix, bfloat16"
 
 
 def sample_path() -> Path:
-    """The safetensors file of pretrained weights that comes with the package."""
+    """Return the path of the safetensors file of pretrained weights that is shipped with the package."""
     return Path(str(resources.files("ifjax") / "data" / "minilm_sample.safetensors"))

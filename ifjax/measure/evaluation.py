@@ -1,4 +1,4 @@
-"""What quantization does to a model's outputs: loss or perplexity, divergence, agreement, each with its error bar."""
+"""Effect of quantization on a model's outputs: loss, perplexity, divergence and agreement, with standard errors."""
 
 import dataclasses
 import math
@@ -20,7 +20,8 @@ from ifjax.models.shown import as_text, bar_on_stderr
 class Estimate(NamedTuple):
     """A mean over tokens and its standard error.
 
-    Rows (sequences) are what is independent: the error comes from how much they differ, with their tokens together.
+    Rows (sequences) are treated as independent, and the tokens of a row as one unit, so the standard error comes from
+    the variation between rows.
     """
 
     mean: float
@@ -32,14 +33,17 @@ class Estimate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured. As text it is a table.
+    """Result of `evaluate`. `str` gives a table.
 
     Attributes:
-        rows, tokens: how many were counted.
-        loss, packed_loss: of the two functions: nats a token, or what the loss of one's own says. None without targets.
-        difference: packed_loss - loss. Its error is that of the pairs, far smaller than those of the two.
-        divergence: KL(float, packed) in nats a token. None where outputs are no logits.
-        agreement: how often both have their largest logit in the same place. None where outputs are no logits.
+        rows, tokens: number of rows and tokens that were counted.
+        loss, packed_loss: loss of each function, in nats per token or in the units of a custom loss. None without
+            targets.
+        difference: packed_loss - loss. Its standard error is computed from pairs and is far smaller than those of the
+            two losses.
+        divergence: KL(float, packed) in nats per token. None if outputs are not logits.
+        agreement: share of tokens for which both functions have the same largest logit. None if outputs are not logits.
+        is_nats: whether losses are in nats, so that perplexities are defined.
     """
 
     rows: int
@@ -53,16 +57,16 @@ class Evaluation:
 
     @property
     def perplexity(self) -> Estimate | None:
-        """exp(loss), where the loss is in nats."""
+        """exp(loss); None if the loss is not in nats or there are no targets."""
         return _exponential(self.loss) if self.is_nats else None
 
     @property
     def packed_perplexity(self) -> Estimate | None:
-        """exp(packed_loss), where the loss is in nats."""
+        """exp(packed_loss); None if the loss is not in nats or there are no targets."""
         return _exponential(self.packed_loss) if self.is_nats else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: {"rows", "tokens", and for each measure {"mean", "error"} or None}."""
+        """Return JSON-serializable values: "rows", "tokens", and each measure as {"mean", "error"} or None."""
         names = ("loss", "packed_loss", "difference", "perplexity", "packed_perplexity", "divergence", "agreement")
         measures = {name: getattr(self, name) for name in names}
         return {"rows": self.rows, "tokens": self.tokens} | {
@@ -93,20 +97,24 @@ def evaluate(
     logits: bool = True,
     progress: bool | None = None,
 ) -> Evaluation:
-    """Compare a function with its quantized twin over batches.
+    """Compare a function with its quantized version over batches.
 
     Args:
-        fn_float, fn_packed: the two, of a batch's arguments alone: parameters are bound, as by functools.partial. They
-            return logits [..., classes] of which the first axis is that of rows, or what `loss` takes.
-        batches: pairs of (arguments, targets). Arguments are a tuple of positional ones, a mapping of keyword ones, or
-            the only one. Targets are integers of the shape of the logits without the last axis; negative ones are left
-            out; None for divergence and agreement only.
-        loss: called with (outputs, targets), gives losses [rows, ...]; cross entropy in nats unless given.
-        logits: whether outputs are logits, of which divergence and agreement are taken.
-        progress: whether to show a bar on stderr; where it is a terminal unless given.
+        fn_float, fn_packed: the two functions. They take only a batch's arguments; bind parameters with
+            functools.partial. They return logits [rows, ..., classes], or the outputs that `loss` takes.
+        batches: pairs of (arguments, targets). Arguments are a tuple of positional arguments, a mapping of keyword
+            arguments, or a single argument. Targets are integers of the logits' shape without the last axis; negative
+            targets are ignored. Targets None means that only divergence and agreement are measured.
+        loss: maps (outputs, targets) to losses [rows, ...]; by default cross entropy in nats.
+        logits: whether outputs are logits, for which divergence and agreement are measured.
+        progress: whether to show a progress bar on stderr; by default only if stderr is a terminal.
+
+    Returns:
+        An Evaluation.
 
     Raises:
-        ValueError: there is no batch; outputs or targets of other shapes; nothing is measured.
+        ValueError: there are no batches, shapes of outputs or targets do not fit, only some batches have targets, all
+            targets are negative, or there is nothing to measure.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp
@@ -160,7 +168,7 @@ def evaluate(
 
 @jax.jit(static_argnames=("logits", "loss"))
 def _rows(one, other, targets, *, logits, loss):
-    """[rows, 6]: positions, those that count, sums of both losses, of divergences, of agreements."""
+    """Return [rows, 6]: number of positions, number counted, sums of both losses, of divergences, of agreements."""
 
     def by_row(a):
         return a.astype(jnp.float32).reshape(a.shape[0], -1).sum(-1)

@@ -1,16 +1,16 @@
-"""The multiply-accumulate units of the IF4 paper's hardware, bit for bit, and how far off they are.
+"""Bit-exact models of the multiply-accumulate units of the IF4 paper's hardware, and their error.
 
-A beat is 16 pairs of codes, one for each of 16 lanes, with one scale byte for each operand. A segment is a number of
-beats whose products add up to one float32:
+A beat is 16 pairs of codes, one for each of 16 lanes, with one scale byte for each operand. A segment is a sequence of
+beats whose products are summed to one float32:
 
     scale   = (a_scale * w_scale) * step      6/7 if one operand is integers, 36/49 if both are; one rounding
     product = (a * w) * scale                 a * w is exact; one rounding
     lane    = product[0], then += product[1], += product[2], ...       16 sums, each beat rounded
     result  = ((lane 0 + lane 1) + (lane 2 + lane 3)) + ...            a tree of adjacent pairs
 
-The tensors' own factors (amax / K) are left to the caller, as the units do. Source: the RTL of arXiv 2603.28765 and
-the generator of its test vectors. The two differ in the sign of zero, and we follow the RTL: the first beat is loaded,
-not added to +0, so that a segment of nothing but -0 gives -0.
+The tensor scales (amax / K) are left to the caller, as in the units. Source: the RTL of arXiv 2603.28765 and the
+generator of its test vectors. The two differ in the sign of zero, and we follow the RTL: the first beat is loaded, not
+added to +0, so a segment with only -0 gives -0.
 """
 
 import functools
@@ -35,16 +35,16 @@ def if4_mac(
     w_codes: UInt8[Array, "*b beats 16"],
     w_scales: UInt8[Array, "*b beats"],
 ) -> Float32[Array, "*b"]:
-    """The dot product of a segment as the IF4 unit computes it. Leading axes are further segments; vmap works too.
+    """Compute the dot product of a segment as the IF4 unit does, float32. Leading axes enumerate segments; vmap works.
 
-    Codes are one a byte, as `QTensor.unpacked_codes` gives them; bit 7 of a scale byte says that its 16 codes are
-    integers. The scale payload 0x7F, elsewhere NaN, is clamped to 448: the unit knows no NaN. The FP code 0x8 is -0.
-    No beats give +0.
+    Codes are one per byte, as from `QTensor.unpacked_codes`. Bit 7 of a scale byte marks its 16 codes as integers. The
+    scale payload 0x7F, which is NaN elsewhere, is clamped to 448, because the unit has no NaN. The FP code 0x8 is -0.
+    A segment without beats gives +0.
 
     Raises:
-        ValueError: shapes other than these; a code above 15; the integer code 0x8 (-8), which the unit does not have.
-            Where the arrays are traced, by jit or vmap, such codes cannot be seen: they make the result NaN.
-        TypeError: an array that is not uint8.
+        ValueError: shapes do not fit, a code is above 15, or an integer code is 0x8 (-8), which the unit does not have.
+            If the arrays are traced, by jit or vmap, such codes cause no error but make the result NaN.
+        TypeError: an array is not uint8.
 
     Example:
         Two beats of 1.5 * 1.5, and two of 3 * 1.5 in which bit 7 makes the 3 an integer, worth 3 * 6/7.
@@ -66,11 +66,11 @@ def nvfp4_mac(
     w_codes: UInt8[Array, "*b beats 16"],
     w_scales: UInt8[Array, "*b beats"],
 ) -> Float32[Array, "*b"]:
-    """`if4_mac` for NVFP4: all codes are E2M1, and bit 7 of the scale bytes is ignored.
+    """Compute the dot product as the NVFP4 unit does: `if4_mac` with all codes E2M1 and bit 7 of scale bytes ignored.
 
     Raises:
-        ValueError: as `if4_mac`, but that the code 0x8 is always -0.
-        TypeError: an array that is not uint8.
+        ValueError: as for `if4_mac`, except that the code 0x8 is always valid and means -0.
+        TypeError: an array is not uint8.
     """
     return _checked_mac(a_codes, a_scales, w_codes, w_scales, get_format("nvfp4"))
 
@@ -79,12 +79,12 @@ class MacError(NamedTuple):
     """A unit's result and the exact dot product, as numpy arrays.
 
     Attributes:
-        mac: float32, what the unit gives.
-        exact: the dot product of the numbers that codes and scales stand for.
+        mac: result of the unit, float32.
+        exact: dot product of the decoded values, float64.
         error: mac - exact.
-        relative: |error| over the sum of the absolute terms, 0 where that is 0. Not over |exact|, which cancellation
-            makes as small as it likes. At most (1 + 2^-24)^(beats + 6) - 1: three roundings a product, the constant's
-            included, beats - 1 in a lane and four in the tree.
+        relative: |error| divided by the sum of the absolute terms; 0 if that sum is 0. (Cancellation can make |exact|
+            arbitrarily small, so it is not the divisor.) At most (1 + 2^-24)^(beats + 6) - 1, from three roundings in a
+            product, that of the constant included, beats - 1 in a lane, and four in the tree.
     """
 
     mac: Float32[np.ndarray, "*b"]
@@ -101,18 +101,18 @@ def mac_error(
     *,
     fmt: str | Format = "if4",
 ) -> MacError:
-    """Compare what a unit gives with the exact dot product, on the host: not for use under jit.
+    """Compare a unit's result with the exact dot product, on the host. Not for use under jit.
 
     Args:
-        fmt: what the unit decodes, any format of 4-bit codes in blocks of 16 with E4M3 scales. "if4" and "nvfp4" are
-            the published units.
+        fmt: the format that the unit decodes: any format with 4-bit codes in blocks of 16, E4M3 scales and no offsets.
+            "if4" and "nvfp4" are the published units.
 
-    "Exact" is float64: a beat's dot product takes at most 48 bits and so is exact; the factor 6/7 or 36/49 and the sum
-    over beats are rounded, each to 2^-53, where the unit rounds to 2^-24.
+    "Exact" means float64. A beat's dot product needs at most 48 bits, so it is exact; the factor 6/7 or 36/49 and the
+    sum over beats are rounded, each to 2^-53, where the unit rounds to 2^-24.
 
     Raises:
-        ValueError: as `if4_mac`; a format that such a unit cannot decode.
-        TypeError: an array that is not uint8.
+        ValueError: as for `if4_mac`, or the unit cannot decode the format.
+        TypeError: an array is not uint8.
 
     Example:
         >>> import jax.numpy as jnp
@@ -159,12 +159,12 @@ def _mac(a_codes, a_scales, w_codes, w_scales, fmt):
 
 
 def _signed_product(x, scale):
-    """x * scale for scale >= 0, rounded once whatever is added to it.
+    """Return x * scale for scale >= 0, rounded once, even if the result is then added to something.
 
-    The sign is put on as a bit, as in the unit. That changes no result, and compilers do not form a fused multiply-add
-    of a product and a sum with an integer operation between them. Measured on XLA:CPU without it: 57 % of random
-    segments of 40 beats differ if the loop over beats forms the products. Forming them before the loop helps, until a
-    loop of one beat is inlined: 10 % of segments of two beats. `lax.optimization_barrier` changes none of this.
+    The sign is set as a bit, as in the unit. This changes no result, and its integer operation keeps compilers from
+    contracting the product and the sum to a fused multiply-add. Measured on XLA:CPU without it: 57 % of random segments
+    of 40 beats differ if the products are formed in the loop over beats. Forming them before the loop helps, except
+    that a loop of one beat is inlined: 10 % of segments of two beats differ. `lax.optimization_barrier` does not help.
     """
     sign = lax.bitcast_convert_type(x, jnp.int32) & np.int32(-(2**31))
     magnitude = lax.bitcast_convert_type(jnp.abs(x) * scale, jnp.int32)
@@ -173,8 +173,11 @@ def _signed_product(x, scale):
 
 @functools.partial(jax.jit, static_argnames="fmt")
 def _decode(codes, scales, fmt):
-    """float32 values [*b, beats, 16], NaN for codes that do not exist; float32 scales and int32 flags [*b, beats]."""
-    # The unit without a choice ignores bit 7.
+    """Decode codes and scales.
+
+    Returns float32 values [*b, beats, 16], NaN for invalid codes, and float32 scales and int32 flags [*b, beats].
+    """
+    # A unit for a format with one decoding ignores bit 7.
     flag, _ = fmt.split(scales.astype(jnp.int32))
     flag = jnp.broadcast_to(jnp.asarray(flag, jnp.int32), scales.shape)
     values = jnp.stack([_values(codes, decoding.grid) for decoding in fmt.decodings])
@@ -191,7 +194,7 @@ def _values(codes, grid):
 
 
 def _steps(fmt):
-    """float64 [flag of a, flag of w]: what the product of two units is worth."""
+    """Return the product of both operands' steps, float64 [flag of a, flag of w]."""
     steps = [decoding.step for decoding in fmt.decodings]
     return np.multiply.outer(steps, steps)
 
@@ -212,7 +215,7 @@ def _checked_mac(a_codes, a_scales, w_codes, w_scales, fmt):
             f"codes.reshape(-1, {LANES}) for a row of codes, and jax.vmap to pair one operand with many"
         )
     result = _mac(*arrays.values(), fmt)
-    # All values are finite: a NaN comes from a code that does not exist.
+    # Values of valid codes are finite, so a NaN comes from an invalid code.
     if not isinstance(result, Tracer) and bool(jnp.isnan(result).any()):
         raise ValueError(_first_unknown_code(arrays, fmt))
     return result

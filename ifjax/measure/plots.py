@@ -1,12 +1,12 @@
-"""Pictures of formats, of what they do to arrays, and of reports. Needs matplotlib (the extra `viz`).
+"""Plots of formats, of quantization errors of arrays, and of reports. Needs matplotlib (the extra `viz`).
 
 Formats: plot_grid, plot_block, plot_bytes. Arrays: plot_error_by_magnitude, plot_choices_by_peak. Reports:
-plot_errors, plot_choices and plot_pareto of an `ifjax.analysis.Report`, plot_report of `ifjax.Report`s. Anything:
+plot_errors, plot_choices and plot_pareto for an `ifjax.analysis.Report`, plot_report for `ifjax.Report`s. Any data:
 plot_curves.
 
-What differs, differs in shape and in grey value, so that pictures survive a printer. Figures are made without pyplot:
-nothing global changes, no display is needed, and `figure.savefig` works anywhere. A notebook shows the figure that a
-cell ends with, after `%matplotlib inline`.
+Series differ in shape and in grey value, so that plots remain readable in grey. Each function returns a matplotlib
+Figure. Figures are made without pyplot: no global state changes, no display is needed, and `figure.savefig` works
+everywhere. A notebook shows the figure that a cell ends with, after `%matplotlib inline`.
 """
 
 import math
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vPX*<>hd"
-# From dark to light; neighbours differ in grey value.
+# Adjacent colours differ in grey value.
 _COLOURS = ("black", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "0.6")
 _DASHES = ("-", "--", "-.", ":")
-_MOST_KINDS = 100  # rows of the map: a name a line is all that a page can hold
+_MOST_KINDS = 100  # maximum number of rows of the map, one name each, that fit on a page
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
 
 
 def plot_grid(*formats: str | Format) -> "Figure":
-    """The values that a block can hold, in units of its maximum, and how far from them a number in between can lie.
+    """Plot the values that a block can represent, in units of its maximum, and the distance to the nearest value.
 
-    A line for each candidate of each format: marks are its values, the area above them the distance to the nearest
-    one, all to one scale; on the right the largest such distance. Scales are taken as exact. Values beyond the block's
-    maximum, such as 1.5 for a candidate that puts the maximum at 4 of 6, are not drawn.
+    Each candidate of each format has a line. Marks are its values; the area above is the distance to the nearest value,
+    on the same scale for all candidates; the largest distance is on the right. Scales are taken as exact. Values beyond
+    the block's maximum, such as 1.5 for a candidate that maps the maximum to 4 of 6, are not drawn.
 
     Raises:
         ValueError: no format is given, or one is unknown.
@@ -85,18 +85,18 @@ def plot_grid(*formats: str | Format) -> "Figure":
 def plot_block(
     x: Float[ArrayLike, "n"], fmt: str | Format = "if4", *, amax: float | None = None, loss: str = "mse"
 ) -> "Figure":
-    """One block: its numbers, what each candidate makes of them, and which candidate is kept.
+    """Plot the values of one block as each candidate encodes them, and mark the candidate that is kept.
 
-    Lines are the values that a candidate offers at the block's scale; the kept one's title says so. Its numbers are
-    those of `ifjax.quantize(x, fmt, amax=amax, loss=loss)`.
+    Horizontal lines are the values that a candidate can represent at the block's scale. The title of the kept candidate
+    says so; its decoded values are those of `ifjax.quantize(x, fmt, amax=amax, loss=loss)`.
 
     Args:
-        x: at most a block of finite numbers; a shorter one is filled up with zeros, which are not drawn.
-        amax: the maximum of the tensor that the block is from; x's own unless given.
+        x: finite numbers, at most one block. A partial block is padded with zeros, which are not drawn.
+        amax: the maximum of the tensor that contains the block; by default that of x.
         loss: "mse", "mae" or "abs_max".
 
     Raises:
-        ValueError: x is not one block, or is not finite.
+        ValueError: x does not fit into one block or is not finite, or the loss is unknown.
     """
     fmt = get_format(fmt)
     x = np.asarray(x, np.float32)
@@ -129,18 +129,18 @@ def plot_block(
 
 
 def plot_bytes(q: QTensor, block: int = 0) -> "Figure":
-    """The bits of one block of a QTensor as they are stored: the bytes of its header, then those of its codes.
+    """Plot the stored bits of one block of a QTensor: the bytes of its header, then those of its codes.
 
-    Bytes in memory order, each with its highest bit on the left; cells of codes that follow one another have different
-    greys, and each byte says which numbers its codes stand for, lowest bits first.
+    Bytes are in memory order, each with its highest bit on the left. Adjacent codes have different greys. Below each
+    byte are the values of its codes, in the order of the drawn bits.
 
     Args:
-        q: of one axis. Index a larger one first, as in `q[0]`.
-        block: which block.
+        q: a QTensor with one axis. Index a larger one first, as in `q[0]`.
+        block: index of the block.
 
     Raises:
-        ValueError: q has more axes, or its codes of one block do not fill whole bytes.
-        IndexError: there is no such block.
+        ValueError: q has more than one axis, or the codes of a block do not fill whole bytes.
+        IndexError: the block index is out of range.
     """
     if q.ndim != 1:
         raise ValueError(f"plot_bytes draws a QTensor of one axis, got shape {q.shape}: index it first, as in q[0]")
@@ -197,17 +197,17 @@ def plot_bytes(q: QTensor, block: int = 0) -> "Figure":
 def plot_error_by_magnitude(
     x: Float[ArrayLike, "... n"], formats: Sequence[str | Format] = ("nvfp4", "nvint4", "if4"), *, bins: int = 24
 ) -> "Figure":
-    """Where in a block errors are made: above, error of numbers by their size; below, what they add to the whole.
+    """Plot the error of values by their magnitude (above), and its share of the total error (below).
 
-    Both against |x| over the maximum of x's own block, whose size is the format's. Above is the root mean squared
-    error, in percent of the block's maximum; below the squared error of a bin's numbers over the square of all
-    numbers, whose sum over the bins, the normalized error, stands in the legend.
+    The abscissa of both is |x| divided by the maximum of x's block. The upper plot shows the root mean squared error in
+    percent of the block's maximum. The lower plot shows the squared error of the values in a bin, divided by the sum of
+    squares of all values. Its sum over the bins, which is the normalized error, is in the legend.
 
     Args:
-        x: finite numbers with blocks along the last axis, whose length every block size divides.
+        x: finite numbers with blocks along the last axis, whose length must be a multiple of every block size.
 
     Raises:
-        ValueError: there is no format, no number, or blocks do not fit.
+        ValueError: there are no formats or no numbers, or blocks do not fit.
     """
     formats = _formats_for(x, formats, "plot_error_by_magnitude")
     x = jnp.asarray(x, jnp.float32)
@@ -246,17 +246,17 @@ def plot_error_by_magnitude(
 def plot_choices_by_peak(
     x: Float[ArrayLike, "... n"] | Mapping[str, ArrayLike], fmt: str | Format = "if4", *, bins: int = 32
 ) -> "Figure":
-    """Share of blocks that take the second decoding (in IF formats: integers), by how far their maximum stands out.
+    """Plot the share of blocks with another decoding than the first (IF: integers), by the block's peak ratio.
 
-    The abscissa is a block's maximum over its root mean square: 1 where all magnitudes are equal, and the root of the
-    block size where one number holds everything. Below, how many blocks there are. The legend gives where the share
-    falls through a half, for the first time after its largest value, by linear interpolation.
+    The abscissa is a block's maximum divided by its root mean square: 1 if all magnitudes are equal, and the square
+    root of the block size if one value is nonzero. The lower plot shows the number of blocks. The legend gives the
+    ratio at which the share first falls below one half after its largest value, by linear interpolation.
 
     Args:
-        x: an array, or arrays by the names that the legend gives them, with blocks along their last axis.
+        x: an array with blocks along the last axis, or a mapping of legend names to such arrays.
 
     Raises:
-        ValueError: the format has no choice to plot, or blocks do not fit.
+        ValueError: the format has only one decoding, or blocks do not fit.
     """
     fmt = get_format(fmt)
     if not fmt.has_selector:
@@ -270,7 +270,7 @@ def plot_choices_by_peak(
         _formats_for(array, [fmt], "plot_choices_by_peak")
         ratio, second = _peaks_and_choices(array, fmt)
         count, _ = np.histogram(ratio, edges)
-        # Fewer than 30 blocks say little about a share.
+        # Bins with fewer than 30 blocks are left out, because their share is too noisy.
         share = 100 * np.histogram(ratio[second], edges)[0] / np.where(count >= 30, count, np.nan)
         half = _falls_through(middles, share, 50.0)
         label = name if half is None else f"{name}: half at {half:.2f}"
@@ -294,7 +294,7 @@ def plot_choices_by_peak(
 
 
 def plot_errors(report: Any) -> "Figure":
-    """Relative error by format: a dot for each quantized tensor, a black line with the figure for the total."""
+    """Plot relative errors by format: a dot for each quantized tensor, and a black bar for the total."""
     figure = _figure(7.5, 1.3 + 0.42 * len(report.total))
     axes = figure.subplots()
     total = report.total
@@ -318,17 +318,18 @@ def plot_errors(report: Any) -> "Figure":
 
 
 def plot_pareto(errors: Mapping[str, ErrorStats], title: str = "") -> "Figure":
-    """Error against bits: what each format costs, and which formats no other beats in both.
+    """Plot error against bits per value, and mark the formats on the Pareto front.
 
-    Left, all formats: squared error over squared signal (lower is better) against bits a value; the line joins those
-    that no format with as few bits betters. Right, by name, the formats of the number of bits that most of them take.
+    The left plot has all formats: squared error divided by squared signal (lower is better) against bits per value. Its
+    line joins the formats for which no other format is at least as good in both and better in one. The right plot lists
+    by name the formats with the most common number of bits.
 
     Args:
-        errors: by the format's name, such as the `total` of an `ifjax.analysis.Report`.
-        title: what was quantized.
+        errors: errors by format name, such as the `total` of an `ifjax.analysis.Report`.
+        title: title of the figure, such as the name of what was quantized.
 
     Raises:
-        ValueError: there are no errors, or one is not a positive number.
+        ValueError: there are no errors, or one is not a positive finite number.
 
     Example:
         >>> from ifjax import analysis, plots
@@ -337,7 +338,7 @@ def plot_pareto(errors: Mapping[str, ErrorStats], title: str = "") -> "Figure":
     """
     if not errors or not all(0 < e.normalized_mse < math.inf for e in errors.values()):
         raise ValueError("plot_pareto needs an error above 0 for each format: {name: ErrorStats}")
-    # Bits without the tensor's amax and filled-up blocks, which differ from array to array.
+    # For named formats, bits exclude the tensor's amax and padding, which differ between arrays.
     bits = {n: get_format(n).bits_per_value if n in FORMATS else e.bits_per_value for n, e in errors.items()}
     value = {name: errors[name].normalized_mse for name in errors}
     front = [name for name in bits if not any(_betters(bits, value, other, name) for other in bits)]
@@ -385,20 +386,20 @@ def plot_pareto(errors: Mapping[str, ErrorStats], title: str = "") -> "Figure":
 
 
 def _betters(bits, value, other: str, name: str) -> bool:
-    """Whether `other` is as good in both, and better in one."""
+    """Return whether `other` is at least as good in bits and error, and better in one of them."""
     as_good = bits[other] <= bits[name] and value[other] <= value[name]
     return as_good and (bits[other] < bits[name] or value[other] < value[name])
 
 
 def plot_choices(report: Any) -> "Figure":
-    """Share of blocks that took the second decoding (for IF formats: integers), by layer.
+    """Plot the share of blocks with another decoding than the first (IF: integers), by layer.
 
-    One line for each format that has a choice, with all weights of a layer together; below, for the first of them, a
-    map of kind of weight by layer. The layer is the first number in a tensor's name; tensors without one stand under
-    "other".
+    The upper plot has a line for each format with several decodings, with all weights of a layer together. The lower
+    plot is a map for the first of these formats, with a row for each kind of weight. The layer is the first number in a
+    tensor's name; tensors without a number are under "other".
 
     Raises:
-        ValueError: none of the formats has a choice.
+        ValueError: no format of the report has several decodings.
     """
     names = [name for name, error in report.total.items() if error.choice_share is not None]
     if not names:
@@ -431,7 +432,7 @@ def plot_choices(report: Any) -> "Figure":
     values = [[share(names[0], lambda *part, at=(layer, kind): part == at) for layer in layers] for kind in kinds]
     there = [value for row in values for value in row if value == value]
     span = max(max(there) - min(there), 1)
-    # Light greys only, so that black numbers can be read; darker is more.
+    # Only light greys, so that black numbers are readable; darker means more.
     grid.imshow(values, cmap="Greys", vmin=min(there) - 0.2 * span, vmax=max(there) + span, aspect="auto")
     if len(layers) <= 40:
         for y, row in enumerate(values):
@@ -451,17 +452,18 @@ def plot_choices(report: Any) -> "Figure":
 
 
 def plot_report(reports: Any) -> "Figure":
-    """Models that `ifjax.quantize_params` has packed: how well their weights are kept, by layer, and what they take.
+    """Plot the SQNR of quantized weights by layer, and the size of the parameters, for `ifjax.quantize_params` reports.
 
-    Above, SQNR in dB against the layer, the first number in a parameter's path ("other" where there is none): the mean
-    over the layer's quantized parameters, and a thin line from the least to the largest. Below, bytes of all
-    parameters before and after. `Report.plot` shows the parameters of one report one by one.
+    The upper plot shows SQNR in dB against the layer, which is the first number in a parameter's path ("other" if there
+    is none): the mean over the layer's quantized parameters, and a thin line from the smallest to the largest. The
+    lower plot shows the size of all parameters, in MB, before and after. `Report.plot` shows the single parameters of
+    one report.
 
     Args:
-        reports: an `ifjax.Report`, or several by name (a mapping) to compare them.
+        reports: an `ifjax.Report`, or a mapping of names to reports, to compare them.
 
     Raises:
-        ValueError: there is nothing to plot: no report, nothing quantized, or no SQNR measured.
+        ValueError: there is no report, or a report has no quantized parameters with a measured SQNR.
     """
     named = reports if isinstance(reports, Mapping) else {"": reports}
     layers_of = {name: _sqnr_by_layer(report) for name, report in named.items()}
@@ -508,7 +510,9 @@ def plot_report(reports: Any) -> "Figure":
 def plot_curves(
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, xlabel: str, ylabel: str, title: str = ""
 ) -> "Figure":
-    """Lines by name, each an (x, y) of equal lengths, told apart by marker, dash and grey. Labels state units.
+    """Plot named lines, each given as (x, y) of equal lengths, with distinct markers, dashes and colours.
+
+    `xlabel` and `ylabel` should state units.
 
     Raises:
         ValueError: there are no curves.
@@ -535,7 +539,11 @@ _LOSSES = {"mse": "squared error", "mae": "absolute error", "abs_max": "largest 
 
 
 class _Trial(NamedTuple):
-    """A block as one candidate encodes it: its numbers, all that the scale offers, the scale in x's units, the loss."""
+    """A block as one candidate encodes it.
+
+    Holds the decoded values, all values that it can represent (at the first place, if scales differ within a block),
+    the scale in x's units, and the loss.
+    """
 
     decoded: np.ndarray
     offered: np.ndarray
@@ -571,22 +579,26 @@ def _trials_of(x: np.ndarray, fmt: Format, amax: float | None, loss: str) -> lis
 
 
 def _kept(trials: Sequence[_Trial], fmt: Format) -> int:
-    """The trial with the least loss; among equals the one that the format takes."""
+    """Return the index of the trial with the least loss; ties follow the format's `ties`."""
     order = range(len(trials)) if fmt.ties == "first" else range(len(trials) - 1, -1, -1)
     return min(order, key=lambda i: trials[i].loss)
 
 
 def _written(candidate: Candidate) -> np.ndarray:
-    """The values that codes of a candidate stand for, in units of its step, ascending."""
+    """Return the values of a candidate's codes in ascending order, in units of its step."""
     grid = candidate.grid
     values = [v for code, v in enumerate(grid.values) if code not in grid.unused]
     return np.unique(np.asarray(values, np.float32) + np.float32(candidate.offset))
 
 
 def _values_in_block(fmt: Format, candidate: Candidate) -> np.ndarray:
-    """What a candidate offers, over the block's maximum; at the first place, if scales differ in a block."""
-    peak = float(fmt.block_peak(candidate))
-    return _written(candidate) * candidate.step * candidate.scale_multiplier / peak
+    """Return the values that a candidate can represent, divided by the block's maximum.
+
+    Where runs within a block have factors, the values are those of the run that holds the maximum: its factor is the
+    largest, and its largest value is the maximum.
+    """
+    values = _written(candidate) * candidate.step * candidate.scale_multiplier
+    return values / (values.max() if fmt.scale.runs else float(fmt.block_peak(candidate)))
 
 
 def _candidate_name(fmt: Format, candidate: Candidate) -> str:
@@ -616,7 +628,7 @@ def _formats_for(x, formats, caller) -> list[Format]:
 
 
 def _peaks_and_choices(x, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
-    """Maximum over root mean square, and whether the second decoding was taken, of blocks that are not zero."""
+    """Return, for nonzero blocks, maximum / root mean square, and whether the decoding is not the first."""
     blocks = np.asarray(x, np.float64).reshape(-1, fmt.block)
     second = np.asarray(quantize(jnp.asarray(x, jnp.float32), fmt).choices()).reshape(-1) > 0
     peak = np.abs(blocks).max(axis=1)
@@ -626,7 +638,7 @@ def _peaks_and_choices(x, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _falls_through(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
-    """Where y first falls below the level after its largest value; None if it does not."""
+    """Return the x at which y first falls below the level after its largest value; None if it does not."""
     x, y = x[~np.isnan(y)], y[~np.isnan(y)]
     start = int(np.argmax(y)) if y.size else 0
     for i in range(start, y.size - 1):
@@ -685,10 +697,10 @@ def _plain_ticks(axis):
 
 
 def _layer_and_kind(name):
-    """"encoder.layer.3.attention.query.weight" -> (3, "attention.query"): what all layers have in common is cut."""
+    """Split a name into layer and kind: "encoder.layer.3.attention.query.weight" -> (3, "attention.query")."""
     found = re.search(r"(?:^|[._/])(\d+)(?=[._/]|$)", name)
     layer = int(found.group(1)) if found else None
     kind = name[found.end() :] if found else name
-    # Further numbers, experts say, are taken together.
+    # Further numbers, such as those of experts, are combined.
     kind = re.sub(r"(?<=[._/])\d+(?=[._/]|$)", "*", kind.strip("._/"))
     return layer, re.sub(r"[._/](weight|kernel)$", "", kind) or name

@@ -1,4 +1,4 @@
-"""Errors of random samples, beside the published numbers."""
+"""Quantization errors of random samples, with published numbers for comparison."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -10,8 +10,8 @@ from ifjax.codec import Loss, Search
 from ifjax.formats import Format, get_format
 from ifjax.measure.errors import DEFAULT_FORMATS, ErrorStats, tensor_report
 
-# All of variance 1. With power-of-two scales (MX) the absolute scale matters: uniform on [-1, 1] gives mxfp4 9.8e-3,
-# with variance 1 11.4e-3.
+# All have variance 1. With power-of-two scales (MX) the absolute scale matters: mxfp4 has an error of 9.8e-3 on uniform
+# numbers in [-1, 1], and 11.4e-3 on uniform numbers of variance 1.
 DISTRIBUTIONS = {
     "normal": lambda rng, n: rng.standard_normal(n),
     "uniform": lambda rng, n: rng.uniform(-math.sqrt(3), math.sqrt(3), n),
@@ -22,7 +22,7 @@ DISTRIBUTIONS = {
 
 
 class Published(NamedTuple):
-    """A number from elsewhere: the normalized MSE, the share of INT blocks where stated, and where it stands."""
+    """A published number: the normalized MSE, the share of INT blocks (None if not stated), and the source."""
 
     normalized_mse: float
     choice_share: float | None
@@ -30,7 +30,7 @@ class Published(NamedTuple):
 
 
 class SyntheticError(NamedTuple):
-    """The error of a format on a random sample, beside the numbers of others."""
+    """The error of a format on a random sample, with the published numbers."""
 
     distribution: str
     fmt: str
@@ -39,7 +39,11 @@ class SyntheticError(NamedTuple):
 
 
 def sample(distribution: str, n: int, seed: int = 0) -> np.ndarray:
-    """float32 [n], independently drawn from one of `DISTRIBUTIONS`, with mean 0 and variance 1."""
+    """Draw a sample, float32 [n], from one of `DISTRIBUTIONS`, which have mean 0 and variance 1.
+
+    Raises:
+        ValueError: the distribution is unknown.
+    """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     return DISTRIBUTIONS[distribution](np.random.default_rng(seed), n).astype(np.float32)
@@ -54,10 +58,10 @@ def synthetic_table(
     loss: Loss | None = None,
     search: str | Search | None = None,
 ) -> Iterator[SyntheticError]:
-    """The error of each format on each distribution, with the published numbers where there are any.
+    """Yield the error of each format on each distribution, with published numbers if there are any.
 
-    A sample of n values is one tensor, so its maximum grows with n: with heavy tails (t3) so does the error, and
-    another seed gives other numbers. Published numbers are attached for the default loss without search.
+    A sample of n values is one tensor, so its maximum grows with n. With heavy tails (t3) the error grows too, and
+    depends on the seed. Published numbers are attached only for the default loss without search.
     """
     formats = tuple(map(get_format, formats))
     for distribution in distributions:
@@ -69,11 +73,11 @@ def synthetic_table(
 
 def _published():
     paper = "arXiv 2603.28765, Table 1"
-    # Rounded to one decimal there. Its MXFP4 is that of the OCP rule, which rounds scales down (13.23); up, as in its
-    # code and here, it is 13.32. Its 4/6 comes out as 7.56 for large n.
+    # The paper rounds to one decimal. Its MXFP4 figure follows the OCP rule, which rounds scales down (13.23); with
+    # scales rounded up, as in its code and here, the error is 13.32. For Four Over Six we get 7.56 for large n.
     for fmt, mse in {"mxfp4": 13.2, "nvfp4": 9.0, "fouroversix": 7.5, "nvint4": 7.4, "if4": 6.2}.items():
         yield "normal", fmt, Published(mse * 1e-3, None, paper)
-    # Computed for this project from the papers alone, by numpy code that shares nothing with it.
+    # Computed for this project from the papers alone, by numpy code that shares nothing with the library.
     independent = "independent numpy implementation, n = 4.2e6"
     formats = ("nvfp4", "fouroversix", "nvint4", "if4")
     for distribution, block, *mses, share in (
@@ -120,7 +124,7 @@ def _published():
         yield distribution, fmt, Published(mse * 1e-3, share, independent)
 
 
-# By (distribution, format): the numbers of others, the papers' own first.
+# Published numbers by (distribution, format), those of the papers first.
 PUBLISHED: dict[tuple[str, str], tuple[Published, ...]] = {}
 
 

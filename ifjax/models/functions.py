@@ -96,8 +96,11 @@ def quantized(
 class Quantized:
     """A function with products quantized according to rules. Equal instances are the same key in JAX's caches."""
 
-    def __init__(self, fn: Any, rules: tuple[Rule, ...], calibration: Any, key: Any, params: Any):
+    def __init__(
+        self, fn: Any, rules: tuple[Rule, ...], calibration: Any, key: Any, params: Any, statistics: Any = None
+    ):
         self.fn, self.rules, self.calibration, self.key, self.params = fn, rules, calibration, key, params
+        self.statistics = statistics  # collects the inputs of products, which then stay as they are
         self._tracing = jax.jit(self._traced, static_argnums=0)
         self._programs: dict[Any, _Program] = {}
         if not jax.tree_util.all_leaves([fn]):  # a module
@@ -115,7 +118,7 @@ class Quantized:
     def _identity(self):
         key = id(self.key) if self.key is not None else None
         fn = self.fn if self._target is self.fn else id(self.fn)
-        return fn, self.rules, id(self.calibration), key, self.params
+        return fn, self.rules, id(self.calibration), key, self.params, id(self.statistics)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -197,7 +200,11 @@ class _Program:
             site = site._replace(packed=_is_packed(value))
             site = site.in_training() if trains else site
             sites.append(site)
-            self._decide(i, value, site, decide(rules, site), trains)
+            decision = decide(rules, site)
+            if owner.statistics is not None:
+                self.hows[i] = owner.statistics.expect(site.path, decision)
+            else:
+                self._decide(i, value, site, decision, trains)
         for i, value in enumerate(call.arrays):
             if isinstance(value, QTensor | Adapted) and self.hows[i] is None:
                 self.hows[i] = How(is_state=i not in call.parameters.values())
@@ -206,7 +213,7 @@ class _Program:
         # Linen's attention was intercepted during tracing: its quantized products are already in the program.
         self.attends = any(decide(rules, site).operands for site in walk.sites.values() if site.operands)
         amax = None if owner.calibration is None else owner.calibration.amax
-        self.rewriter = Rewriter(amax)
+        self.rewriter = Rewriter(amax, None if owner.statistics is None else owner.statistics.note)
         self._jitted = jax.jit(self._run, inline=True)
 
     @property

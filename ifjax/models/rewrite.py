@@ -257,9 +257,9 @@ class Rewriter:
             return self._as_it_is(eqn, ins)
         x, how, recipe = _array(x), w.how, w.recipe
         if recipe is not None:
-            params = {k: v for k, v in eqn.params.items() if k not in ("preferred_element_type", "precision")}
-            y = quantized_conv(x, w.array(), recipe, key, precision=eqn.params["precision"], **params)
-            return [y.astype(eqn.outvars[0].aval.dtype)]
+            params = {k: v for k, v in eqn.params.items() if k != "out_sharding"}
+            params["preferred_element_type"] = eqn.outvars[0].aval.dtype
+            return [quantized_conv(x, w.array(), recipe, key, **params)]
         features = eqn.params["dimension_numbers"].lhs_spec[1]
         x = rounded(x, self._activation(how, x, (features - x.ndim,)))
         return bind(eqn, [x, w.array()])

@@ -1,4 +1,4 @@
-"""Arithmetic below formats: exact division, packing of codes, Hadamard rotation, the setting of kernels."""
+"""Format-independent arithmetic: exact division, packing of codes, Hadamard rotation, and the kernel policy."""
 
 from ifjax.numerics.hadamard import hadamard, inverse_hadamard, random_signs
 from ifjax.numerics.kernels import kernels

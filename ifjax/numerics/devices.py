@@ -1,12 +1,13 @@
-"""Which device a program is compiled for."""
+"""Properties of the device that a program is compiled for."""
 
 import jax
 
 
 def device_kind(target: str | None = None, platform: str | None = None) -> str:
-    """The device kind to compile for: the target, that of the abstract mesh in use, or the first device's.
+    """Return the device kind to compile for: `target`, that of the current abstract mesh, or the first device's.
 
-    A platform without a target stands for devices of no particular kind.
+    If `platform` is given without a target, the abstract mesh is ignored, and the platform's name is returned if the
+    first device has another platform.
     """
     if target is not None:
         return target
@@ -19,6 +20,6 @@ def device_kind(target: str | None = None, platform: str | None = None) -> str:
 
 
 def may_be_partitioned() -> bool:
-    """Whether there are several accelerators and XLA, not shard_map, decides which computes what."""
+    """Return whether XLA may partition the program: there are several accelerators, outside `jax.shard_map`."""
     several = jax.device_count() > 1 and jax.devices()[0].platform != "cpu"
     return several and not jax.sharding.get_abstract_mesh().manual_axes

@@ -1,7 +1,7 @@
 """Random Hadamard transform: a rotation of short runs of an axis that spreads outliers before quantization.
 
-The matrix is M = diag(signs) H, H the Sylvester-Hadamard matrix over sqrt(size). M M^T = I, so rotating both
-operands of a product along the contraction axis leaves the product unchanged: nothing is un-rotated after it.
+The matrix is M = diag(signs) H, with H the Sylvester-Hadamard matrix divided by sqrt(size). M M^T = I, so rotating both
+operands of a product along the contraction axis leaves the product unchanged, and no inverse rotation is needed.
 Source: NVFP4 pretraining (arXiv 2509.25149), which rotates both operands of the weight gradient with size 16;
 IF4 (arXiv 2603.28765) does the same with the sixteen signs below.
 """
@@ -22,32 +22,35 @@ from ifjax.numerics.xla import materialize
 
 SIZES = (16, 32, 64, 128)
 
-# Of the IF4 reference code, and the same as Transformer Engine's.
+# The signs of the IF4 reference code, which are those of Transformer Engine.
 FIXED_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 
 def hadamard(
     x: ArrayLike, *, axis: int = -1, size: int = 16, signs: Literal["fixed"] | ArrayLike | None = "fixed"
 ) -> jax.Array:
-    """x with each run of `size` along `axis` replaced by run @ (diag(signs) H): signs first, then Hadamard.
+    """Rotate each run of `size` values along `axis`: replace it by run @ (diag(signs) H).
 
-    Linear and orthonormal; shape and dtype stay. Sums are taken in float32 (float64 for float64) and rounded
-    once to x's dtype: a bfloat16 result has the bits of the IF4 reference. The `size` terms are summed, then
-    divided by sqrt(size): the sum of a run's magnitudes has to be finite.
+    The transform is linear and orthonormal, and keeps shape and dtype. Sums are computed in float32 (float64 for
+    float64) and rounded once to x's dtype; a bfloat16 result has the bits of the IF4 reference. The `size` terms are
+    summed and then divided by sqrt(size), so the sum of a run's magnitudes must be finite.
 
     Args:
-        x: floats, [..., n, ...], n a multiple of `size`.
-        axis: the axis of n; for both operands of a product, the one that is contracted.
-        size: 16, 32, 64 or 128. The papers' is 16; H128 mixes eight runs of 16.
-        signs: "fixed", the papers' sixteen signs, repeated for larger sizes (for which they state none); None
-            for no signs; or an array [size] of +-1, such as `random_signs` draws (unchecked where traced).
+        x: floats [..., n, ...], n a multiple of `size`.
+        axis: the axis of n; for operands of a product, the contraction axis.
+        size: 16, 32, 64 or 128. The papers use 16; 128 mixes eight runs of 16.
+        signs: "fixed" for the papers' sixteen signs, repeated for larger sizes (for which the papers state none); None
+            for no signs; or an array [size] of +-1, such as from `random_signs` (not checked if traced).
+
+    Returns:
+        The rotated array, in x's shape and dtype.
 
     Raises:
         TypeError: x is not floating-point.
-        ValueError: no such axis or size; a length that `size` does not divide; signs not [size] or not +-1.
+        ValueError: the axis or size is invalid, `size` does not divide n, or signs are not [size] or not +-1.
 
     Example:
-        An outlier spreads over its run, and a product of rotated operands is the product of the operands.
+        An outlier spreads over its run, and the product of rotated operands equals that of the operands.
 
         >>> import jax.numpy as jnp
         >>> from ifjax.numerics.hadamard import hadamard, inverse_hadamard
@@ -66,15 +69,17 @@ def hadamard(
 def inverse_hadamard(
     x: ArrayLike, *, axis: int = -1, size: int = 16, signs: Literal["fixed"] | ArrayLike | None = "fixed"
 ) -> jax.Array:
-    """x with each run of `size` along `axis` replaced by run @ (H diag(signs)), the transpose of `hadamard`.
+    """Invert `hadamard`: replace each run of `size` values along `axis` by run @ (H diag(signs)).
 
-    Undoes `hadamard` of the same settings up to rounding. Arguments and errors are those of `hadamard`.
+    Inverts `hadamard` with the same settings up to rounding. Arguments, result and errors are those of `hadamard`.
     """
     return _rotate(x, axis, size, signs, inverse=True)
 
 
 def random_signs(key: jax.Array, size: int = 16) -> jax.Array:
-    """int8 [size], +1 or -1 with even odds, for `hadamard`; both operands of a product need the same.
+    """Return random signs for `hadamard`, int8 [size]: +1 or -1 with equal probability.
+
+    Both operands of a product need the same signs.
 
     Example:
         >>> import jax
@@ -104,10 +109,9 @@ def _rotate(x, axis, size, signs, *, inverse):
             f"axis {axis} must be a multiple of size={size} long, got {x.shape[axis]} in shape {x.shape}: "
             f"append {size - rest} zeros with jnp.pad (to both operands of a product), or choose another size"
         )
-    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     signs = _signs(signs, size)
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    # The axis is split, never merged with another, so an array sharded along any axis stays where it is.
+    # The axis is split and never merged with another, so arrays keep their sharding.
     split = x.reshape(*x.shape[:axis], runs, size, *x.shape[axis + 1 :]).astype(wide)
     if isinstance(signs, Tracer):
         by_place = signs.astype(wide).reshape(*[1] * (axis + 1), size, *[1] * (x.ndim - axis - 1))
@@ -117,26 +121,26 @@ def _rotate(x, axis, size, signs, *, inverse):
         sums = sums if after is None else sums * after
     else:
         sums = _sums.bind(split, axis=axis + 1, signs=tuple(int(sign) for sign in signs), inverse=inverse)
-    # 1/sqrt(size) comes last: exact for sizes 16 and 64.
+    # The factor 1/sqrt(size) is applied last; it is exact for sizes 16 and 64.
     return (sums * np.asarray(size**-0.5, wide)).reshape(x.shape).astype(x.dtype)
 
 
-# x [..., size, ...] times diag(signs) H, or times H diag(signs) with `inverse`, unscaled. A primitive, because its
-# transpose is its inverse: the one that JAX would find adds up in another order.
+# The unscaled product of x [..., size, ...] with diag(signs) H, or with H diag(signs) if `inverse`. It is a primitive
+# so that its transpose is the inverse transform; JAX's automatic transpose would sum in another order.
 _sums = jax.extend.core.Primitive("hadamard")
 _sums.def_abstract_eval(lambda x, **_: x)
 
 
 def _add_up(x, *, axis, signs, inverse):
-    """Sums in the order of the fast transform (neighbours first, then pairs of them, ...): the same bits everywhere.
+    """Compute the sums in the order of the fast transform (neighbours first, then pairs, ...): same bits everywhere.
 
-    Every result is a tree of its own: more additions than the fast transform has, and less time on a CPU, because
-    nothing moves. Products with +-1 are exact, so that contraction to FMA changes nothing.
+    Each result is a separate summation tree. This needs more additions than the fast transform but less time on a CPU,
+    because no data moves. Products with +-1 are exact, so contraction to FMA changes no bits.
     """
     size, first = x.shape[axis], min(x.shape[axis], 16)
     rows = size // first
     x = x.reshape(*x.shape[:axis], rows, first, *x.shape[axis + 1 :])
-    # [from, to] of both levels; signs stand on the side where x comes in, or out.
+    # Coefficients of both levels are indexed [from, to]. Signs apply to the input, or with `inverse` to the output.
     within = np.broadcast_to(_sylvester(first)[:, None, :], (first, rows, first))
     across = np.broadcast_to(_sylvester(rows)[:, :, None], (rows, rows, first))
     s = np.asarray(signs, np.int8).reshape(rows, first)
@@ -148,7 +152,7 @@ def _add_up(x, *, axis, signs, inverse):
         across = across * s
 
     def level(x, at, coefficients):
-        """The sum over i of x[i] * coefficients[i] along the axis, in a balanced tree."""
+        """Return the sum over i of x[i] * coefficients[i] along axis `at`, as a balanced tree."""
         shape = (1,) * axis + coefficients.shape[1:] + (1,) * (x.ndim - axis - 2)
         coefficients = coefficients.astype(x.dtype).reshape(len(coefficients), *shape)
         parts = [lax.slice_in_dim(x, i, i + 1, axis=at) * c for i, c in enumerate(coefficients)]
@@ -201,6 +205,9 @@ def _signs(signs, size):
 
 
 def _sylvester(size):
-    """H_2n = [[H_n, H_n], [H_n, -H_n]]: entry (i, j) is -1 where i and j share an odd number of one bits."""
+    """Return the int8 Sylvester-Hadamard matrix, H_2n = [[H_n, H_n], [H_n, -H_n]].
+
+    Entry (i, j) is -1 where i and j share an odd number of one bits.
+    """
     i = np.arange(size)
     return 1 - 2 * (np.bitwise_count(i[:, None] & i) & 1).astype(np.int8)

@@ -1,4 +1,4 @@
-"""Whether kernels are taken, as the user says: a setting that is part of the key of jax.jit's caches."""
+"""The kernel policy: a user setting, part of jax.jit's cache key, that says whether kernels are used."""
 
 import os
 import re
@@ -12,11 +12,11 @@ POLICIES = ("auto", "always", "never")
 
 
 class ForDevices(Protocol):
-    """A record of kernels."""
+    """A record of kernels for certain devices."""
 
     @property
     def devices(self) -> str:
-        """A regular expression, found in the device kinds that they are for."""
+        """A regular expression that is searched for in the device kind."""
         ...
 
 
@@ -33,20 +33,23 @@ _policy = jax.make_user_context(_checked(os.environ.get("IFJAX_KERNELS", "auto")
 
 
 def kernels(policy: Literal["auto", "always", "never"]) -> AbstractContextManager[None]:
-    """Say whether kernels are taken, for what this thread traces within `with`. Results keep their meaning.
+    """Return a context manager that sets whether kernels are used in code that this thread traces.
 
-    A compiled program belongs to the setting that it was traced in: jax.jit compiles anew for another one. The
-    environment's IFJAX_KERNELS, read when ifjax is imported, says what holds elsewhere. A product's `impl=` goes before
-    either.
+    jax.jit recompiles a program if the policy differs. Outside of the context manager the environment variable
+    IFJAX_KERNELS holds, which is read when ifjax is imported. A product's `impl=` argument overrides both.
 
     Args:
-        policy: "auto", as it is unless set, takes a kernel where there is one for the device and it has proven itself:
-            before its first use there it does a small case, which XLA does too, and their results are compared. What
-            was found is kept in the folder IFJAX_CACHE (~/.cache/ifjax; none if it is empty) for these versions;
-            `ifjax doctor` shows it. "always" takes kernels unproven; "never" leaves all to XLA.
+        policy: "auto" (the default) uses a kernel if there is one for the device and it has passed its check. The check
+            runs before the kernel's first use on a device: a small case is computed by the kernel and by XLA, and the
+            results are compared. The outcome is stored for these versions in the folder IFJAX_CACHE (by default
+            ~/.cache/ifjax; not stored if IFJAX_CACHE is empty), and `ifjax doctor` shows it. "always" uses kernels
+            without a check; "never" leaves everything to XLA.
+
+    Returns:
+        A context manager for a `with` statement.
 
     Raises:
-        ValueError: another word.
+        ValueError: the policy is unknown.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -59,22 +62,22 @@ def kernels(policy: Literal["auto", "always", "never"]) -> AbstractContextManage
 
 
 def kernel_policy() -> str:
-    """The setting that holds here."""
+    """Return the policy in effect."""
     return _policy.value
 
 
 def kernels_for(records: Iterable[R], device: str) -> R | None:
-    """The record for a device kind, unless kernels are left to XLA."""
+    """Return the record for a device kind; None if there is none or the policy is "never"."""
     return None if kernel_policy() == "never" else made_for(records, device)
 
 
 def made_for(records: Iterable[R], device: str) -> R | None:
-    """The record for a device kind, whatever the setting."""
+    """Return the record for a device kind, regardless of the policy; None if there is none."""
     return next((record for record in records if re.search(record.devices, device)), None)
 
 
 def why_none(device: str) -> str:
-    """Why `kernels_for` has none."""
+    """Return the reason why `kernels_for` returned None."""
     if kernel_policy() == "never":
         return "kernels are set to 'never', by ifjax.kernels or IFJAX_KERNELS"
     return f"there is no kernel for {device}"

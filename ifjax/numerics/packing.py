@@ -1,7 +1,7 @@
-"""Codes and bytes: 4-bit codes two a byte, 3-bit eight in three bytes, 6-bit four in three bytes, low bits first.
+"""Packing of codes of 1 to 8 bits into bytes, low bits first.
 
-Any width from 1 to 8 works by one rule: a group of codes fills the fewest whole bytes. The first code of a group is
-in its lowest bits, and the group is stored lowest byte first.
+A group of codes fills the fewest whole bytes: 4-bit codes two in a byte, 3-bit codes eight in three bytes, 6-bit codes
+four in three bytes. The first code of a group is in its lowest bits, and the group is stored lowest byte first.
 """
 
 import functools
@@ -14,20 +14,20 @@ from jax import lax
 
 
 def group_of(bits: int) -> tuple[int, int]:
-    """(codes, bytes) of the smallest group of codes that fills whole bytes: (2, 1), (8, 3) and (4, 3) for 4, 3, 6."""
+    """Return (codes, bytes) of the smallest group that fills whole bytes: (2, 1), (8, 3), (4, 3) for 4, 3, 6 bits."""
     return 8 // math.gcd(8, bits), bits // math.gcd(8, bits)
 
 
 def packed_length(length: int, bits: int) -> int:
-    """Bytes that hold `length` codes."""
+    """Return the number of bytes that hold `length` codes."""
     codes, width = group_of(bits)
     return -(-length // codes) * width
 
 
 def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
-    """uint8 bytes of integer codes [..., n, ...], packed along `axis`; the last group is filled up with zeros.
+    """Pack integer codes [..., n, ...] along `axis` into uint8 bytes; the last group is padded with zeros.
 
-    Codes must fit `bits`; they are not masked.
+    Codes must fit into `bits` bits; they are not masked.
     """
     axis = axis - codes.ndim if axis >= 0 else axis
     group, width = group_of(bits)
@@ -47,28 +47,28 @@ def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
 
 
 def _byte(codes, bits, j):
-    """Byte j of a group: the codes that overlap bits [8j, 8j + 8)."""
+    """Return byte j of a group, made of the codes that overlap bits [8j, 8j + 8)."""
     starts = {i: i * bits - 8 * j for i in range(len(codes))}
     parts = [codes[i] << at if at >= 0 else codes[i] >> -at for i, at in starts.items() if -bits < at < 8]
     return functools.reduce(operator.or_, parts) & 0xFF
 
 
 def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
-    """int32 codes [..., groups, codes of a group, ...] of bytes packed along `axis` by `pack`, filling zeros included.
+    """Unpack bytes from `pack` to int32 codes [..., groups, codes of a group, ...], padding included.
 
-    Merging the two axes gives the codes in order; consumers that can work on groups are faster without that.
+    Merging the two axes gives the codes in order. Consumers that can work on groups are faster without merging.
     """
     axis = axis - packed.ndim if axis >= 0 else axis
     group, width = group_of(bits)
     before, after = packed.shape[: packed.ndim + axis], packed.shape[packed.ndim + axis + 1 :]
     packed = packed.reshape(*before, packed.shape[axis] // width, width, *after)
-    if width > 4:  # 5- and 7-bit codes: a group is wider than a word, but a code lies in two neighbouring bytes
+    if width > 4:  # a group of 5- or 7-bit codes is wider than a word, but each code lies in two adjacent bytes
         members = [lax.index_in_dim(packed, j, axis, keepdims=False).astype(jnp.int32) for j in range(width)]
         members.append(jnp.zeros_like(members[0]))
         starts = [divmod(i * bits, 8) for i in range(group)]
         codes = jnp.stack([(members[j] | members[j + 1] << 8) >> shift for j, shift in starts], axis)
         return codes & (2**bits - 1)
     word = sum(lax.index_in_dim(packed, j, axis, keepdims=True).astype(jnp.int32) << (8 * j) for j in range(width))
-    # A shift by a small constant array; interleaving `group` arrays instead would cost a pass over memory.
+    # Shift by a small constant array: interleaving `group` arrays instead would cost another pass over memory.
     shifts = (jnp.arange(group, dtype=jnp.int32) * bits).reshape(*(1 for _ in before), 1, group, *(1 for _ in after))
     return (word >> shifts) & (2**bits - 1)

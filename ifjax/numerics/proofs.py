@@ -1,8 +1,8 @@
-"""Kernels prove themselves on a device before they are taken there: once, in this process or an earlier one.
+"""Checks of kernels against XLA on a device, made once before a kernel's first use, with results stored in a file.
 
-    what a kernel is to do -> known? -> a small case on the device, by the kernel and by XLA -> a fault, or none -> kept
+    work -> result known? -> small case on the device, by the kernel and by XLA -> fault or none -> stored
 
-A fault sends the work to XLA, with one warning. Nothing of this happens for devices that are not there.
+If a check finds a fault, XLA does the work, and one warning is given. Devices that are absent are not checked.
 """
 
 import importlib.metadata
@@ -22,18 +22,19 @@ from ifjax.atomic import write_text
 from ifjax.numerics.kernels import ForDevices, kernel_policy, kernels, made_for
 from ifjax.version import __version__
 
-_verdicts: dict[str, dict[str, str | None]] = {}  # device kind -> work -> what is wrong; None if nothing is
+_verdicts: dict[str, dict[str, str | None]] = {}  # device kind -> work -> fault, or None if the check passed
 _lock = threading.Lock()
 _warned = threading.Event()
 
 
 def fault_of(work: str, record: ForDevices, prove: Callable[[], str | None]) -> str | None:
-    """What is wrong with how a kernel does this work on the device here; None if nothing is, or if it is not asked for.
+    """Return the fault of a kernel at this work on this machine's device; None if it has none or needs no check.
 
     Args:
-        work: the kernel and all that it is compiled for, in words: what verdicts are kept under.
-        record: of the kernel, which says what devices it is for.
-        prove: does a small case and tells how the kernel's result differs from XLA's. What it raises is a fault.
+        work: text that names the kernel and all that it is compiled for; results are stored under it.
+        record: the kernel's record, with the devices that it supports.
+        prove: computes a small case and returns how the kernel's result differs from XLA's, or None. An exception
+            counts as a fault.
     """
     device = _device_of(record)
     if device is None:
@@ -55,7 +56,7 @@ def fault_of(work: str, record: ForDevices, prove: Callable[[], str | None]) -> 
 
 
 def known_fault(work: str, record: ForDevices) -> str | None:
-    """What `fault_of` is known to say; nothing is computed."""
+    """Return the fault that `fault_of` has already found; None if it found none or has not run. Computes nothing."""
     device = _device_of(record)
     if device is None:
         return None
@@ -64,7 +65,7 @@ def known_fault(work: str, record: ForDevices) -> str | None:
 
 
 def _device_of(record):
-    """The device that a kernel is proven on: None if it is for others, or not to be proven."""
+    """Return the kind of the device on which to check a kernel; None if it supports other devices or needs no check."""
     if kernel_policy() != "auto" or jax.sharding.get_abstract_mesh().abstract_device is not None:
         return None
     kind = jax.local_devices()[0].device_kind
@@ -72,20 +73,20 @@ def _device_of(record):
 
 
 def verdicts(device: str) -> dict[str, str | None]:
-    """For each work that was proven on a device kind what is wrong, None if nothing is."""
+    """Return, for each work that was checked on a device kind, its fault or None."""
     with _lock:
         return dict(_known(device))
 
 
 def forget(device: str) -> None:
-    """Have all be proven anew."""
+    """Forget the results for a device kind, so that its kernels are checked again."""
     with _lock:
         _verdicts[device] = {}
         _keep(device)
 
 
 def difference(of_kernel: Any, of_xla: Any) -> str | None:
-    """How two trees of arrays differ, in a sentence; None if they have the same bits, NaN being one number."""
+    """Return a sentence on how two trees of arrays differ; None if all bits are equal (all NaNs count as equal)."""
     for i, (a, b) in enumerate(zip(jax.tree.leaves(of_kernel), jax.tree.leaves(of_xla), strict=True)):
         a, b = np.asarray(a), np.asarray(b)
         if a.dtype.kind not in "iu":
@@ -103,7 +104,7 @@ def difference(of_kernel: Any, of_xla: Any) -> str | None:
 
 
 def inexact(of_kernel: Any, of_xla: Any, size: Any) -> str | None:
-    """How two products differ by more than roundings of bfloat16 do, in a sentence; `size` is |a| @ |b|."""
+    """Return a sentence on how two products differ beyond bfloat16 rounding, or None; `size` is |a| @ |b|."""
     of_kernel, of_xla, size = (np.asarray(v, np.float32) for v in (of_kernel, of_xla, size))
     excess = np.abs(of_kernel - of_xla) > size * 2.0**-7
     excess |= ~np.isfinite(of_kernel)
@@ -114,7 +115,7 @@ def inexact(of_kernel: Any, of_xla: Any, size: Any) -> str | None:
 
 
 def by_both(run: Callable[[], Any]) -> tuple[Any, Any]:
-    """(run() by the kernel on the first device, run() by XLA: on a CPU if there is one, which compiles fast)."""
+    """Return run() by the kernel on the first device, and run() by XLA, on a CPU if there is one, for fast compiles."""
     with kernels("always"):
         of_kernel = jax.block_until_ready(run())
     try:
@@ -126,7 +127,7 @@ def by_both(run: Callable[[], Any]) -> tuple[Any, Any]:
 
 
 def numbers_to_check(shape: tuple[int, ...]) -> np.ndarray:
-    """float32 numbers of many sizes: zeros of either sign, ties, and some that are none."""
+    """Return float32 test numbers of many magnitudes, with zeros of both signs, ties, infinities and NaN."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape) * np.exp2(rng.integers(-12, 4, shape))
     x.flat[::7] = rng.integers(-24, 25, x.flat[::7].shape) / 4
@@ -136,19 +137,19 @@ def numbers_to_check(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _proved(prove):
-    # A thread of its own has none of the caller's contexts: traces, meshes, default devices, settings of jax.
+    # A new thread has none of the caller's contexts: traces, meshes, default devices, jax settings.
     with ThreadPoolExecutor(1) as thread:
         try:
             return thread.submit(prove).result()
-        except Exception as error:  # compilers raise all kinds; a kernel that raises is one that fails
+        except Exception as error:  # compilers raise many types; any exception means that the kernel fails
             return f"{type(error).__name__}: {str(error).strip()[:400] or 'no message'}"
 
 
-# --- from one process to the next ------------------------------------------------------------------------------------
+# --- results stored between processes --------------------------------------------------------------------------------
 
 
 def cache_file(device: str) -> Path | None:
-    """Where verdicts of these versions are kept; None if the environment's IFJAX_CACHE is empty."""
+    """Return the file with results for these versions; None if the environment variable IFJAX_CACHE is empty."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.environ.get("IFJAX_CACHE", os.path.join(base, "ifjax"))
     versions = f"{device}, jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}, ifjax {__version__}"
@@ -160,7 +161,7 @@ def _known(device):
         _verdicts[device], file = {}, cache_file(device)
         try:
             found = json.loads(file.read_text()) if file is not None else {}
-        except (OSError, ValueError):  # none yet, or none that can be read: all is proven anew
+        except (OSError, ValueError):  # missing or unreadable: all kernels are checked again
             found = {}
         if isinstance(found, dict) and all(fault is None or isinstance(fault, str) for fault in found.values()):
             _verdicts[device] |= found
@@ -174,5 +175,5 @@ def _keep(device):
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(_verdicts[device], indent=1) + "\n")
-    except OSError:  # a home that cannot be written: what was found holds for this process
+    except OSError:  # the folder is not writable: results hold for this process only
         pass

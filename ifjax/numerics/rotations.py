@@ -1,6 +1,6 @@
-"""Rotations of blocks that are made for the data: DuQuant++'s greedy one (arXiv 2604.17789).
+"""Data-dependent block rotations: the greedy rotation of DuQuant++ (arXiv 2604.17789).
 
-Each step spreads the largest magnitude of the rows over its block by one fixed orthogonal matrix.
+Each step spreads the column with the largest magnitude over its block by a fixed orthogonal matrix.
 """
 
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from numpy.typing import ArrayLike
 
 
 class Greedy(NamedTuple):
-    """What `greedy_rotation` found.
+    """Result of `greedy_rotation`.
 
     Attributes:
-        rotation: float64 [n, n], orthogonal: rows are multiplied by it from the right.
-        columns: of the steps that were kept, the column of the largest magnitude.
-        peaks: the range of the rows before each step that was tried, and after the last.
+        rotation: orthogonal matrix, float64 [n, n]; rows are multiplied by it from the right.
+        columns: for each step that was kept, the column of the largest magnitude.
+        peaks: the range (maximum minus minimum) of the rows before each step that was tried, and after the last.
     """
 
     rotation: np.ndarray
@@ -24,7 +24,7 @@ class Greedy(NamedTuple):
 
 
 def base_rotation(n: int) -> np.ndarray:
-    """The orthogonal matrix float64 [n, n] whose first row is 1 / sqrt(n) throughout: it spreads the first column."""
+    """Return an orthogonal matrix, float64 [n, n], that spreads the first column: its first row is all 1 / sqrt(n)."""
     if n < 2:
         raise ValueError(f"a rotation needs at least two columns, got {n}")
     rotation = np.eye(n)
@@ -37,18 +37,17 @@ def base_rotation(n: int) -> np.ndarray:
 
 
 def greedy_rotation(rows: ArrayLike, n: int, steps: int = 128) -> Greedy:
-    """Find a rotation of blocks of n that lowers the largest magnitudes of the rows.
+    """Find a rotation of blocks of n values that lowers the largest magnitudes of the rows.
 
-    A step rotates so that the column of the largest magnitude is spread evenly; the steps up to the least range of
-    values are kept.
+    Each step spreads the column of the largest magnitude evenly. The steps up to the smallest range of values are kept.
 
     Args:
-        rows: activations [..., k], k a multiple of n; smoothed before, where they are.
-        n: of a block: 16 for NVFP4 and its relatives, 32 for MX formats.
-        steps: at most.
+        rows: activations [..., k], k a multiple of n; already smoothed, if smoothing is used.
+        n: length of a block: 16 for NVFP4 and its relatives, 32 for MX formats.
+        steps: maximum number of steps.
 
     Raises:
-        ValueError: n does not divide k.
+        ValueError: n does not divide k, or there are no rows.
 
     Example:
         >>> import numpy as np
@@ -79,7 +78,7 @@ def greedy_rotation(rows: ArrayLike, n: int, steps: int = 128) -> Greedy:
 
 
 def _exchanged(base: np.ndarray, column: int) -> np.ndarray:
-    """The base rotation with row and column 0 and `column` exchanged."""
+    """Return the base rotation with rows, and columns, 0 and `column` exchanged."""
     order = np.arange(len(base))
     order[[0, column]] = order[[column, 0]]
     return base[order][:, order]

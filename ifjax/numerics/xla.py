@@ -1,10 +1,9 @@
 """Exactly rounded division, a fusion barrier for XLA:CPU, and a wrapper that hides a function from transformations.
 
-XLA is free to rewrite floating-point programs, and does. `x / c` with a scalar c becomes `x * (1 / c)`, which
-differs in the last bit for almost half of all x; `1 / (c / a)` becomes `a * (1 / c)`; XLA:GPU's own float32
-division is up to one unit off (openxla/xla#37181). A quantizer that has to agree with others bit for bit, and with
-itself between jit, vmap and eager mode, can afford none of that. Every division of the library goes through
-`divide`.
+XLA rewrites floating-point programs. `x / c` with a scalar c becomes `x * (1 / c)`, which differs in the last bit for
+almost half of all x; `1 / (c / a)` becomes `a * (1 / c)`; XLA:GPU's float32 division is off by up to one unit in the
+last place (openxla/xla#37181). A quantizer must agree bit for bit with other implementations, and with itself between
+jit, vmap and eager mode. So every division in the library goes through `divide`.
 """
 
 import functools
@@ -16,12 +15,12 @@ from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
 
-@jax.jit(static_argnames="varies")  # not for speed: the hundreds of divisions of a codec are traced once for each shape
+@jax.jit(static_argnames="varies")  # so that the hundreds of divisions in a codec are traced only once for each shape
 def divide(a: ArrayLike, b: ArrayLike, *, varies: bool = False) -> jax.Array:
-    """float32 a / b, correctly rounded on every platform, jitted or not, batched or not.
+    """Return float32 a / b, correctly rounded on every platform, jitted or not, batched or not.
 
-    Subnormal quotients are exempt (XLA:CPU flushes subnormals to zero; so do TPUs). With `varies`, b is an array of a's
-    shape that came from `depending_on`, so that nothing need be done to keep XLA from rewriting the division.
+    Subnormal quotients are exempt, because XLA:CPU and TPUs flush them to zero. `varies` states that b is an array of
+    a's shape from `depending_on`, so that no further protection from XLA's rewrites is needed.
     """
     a, b = jnp.broadcast_arrays(jnp.float32(a), jnp.float32(b))
     if varies:
@@ -30,31 +29,31 @@ def divide(a: ArrayLike, b: ArrayLike, *, varies: bool = False) -> jax.Array:
 
 
 def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-    # The barrier, which XLA:CPU drops before it fuses, keeps a from being seen as a broadcast, and with it the divisor.
+    # The barrier hides from XLA:CPU that a, and so the divisor, may be a broadcast. XLA:CPU drops it before fusion.
     a = lax.optimization_barrier(a)
     return a / depending_on(a, b)
 
 
 def _corrected_quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-    # No barrier: it would cut XLA:GPU's kernels. So here a must not be a broadcast of computed values.
+    # There is no barrier, because it would split XLA:GPU's kernels. So a must not be a broadcast of computed values.
     return correct_quotient(a, b, a / depending_on(a, b))
 
 
 def depending_on(a: jax.Array, b: ArrayLike) -> jax.Array:
-    """b in the shape of a, wherever both are numbers.
+    """Return b in the shape of a, and NaN where a or b is NaN.
 
-    What XLA rewrites is a division by a scalar, by a broadcast or by another division. This divisor is none of them,
-    because it depends on every element of a. It fuses away.
+    XLA rewrites divisions by a scalar, by a broadcast and by another division. The result is none of these, because it
+    depends on every element of a. It costs nothing after fusion.
     """
     return jnp.where((a == a) & (b == b), b, jnp.float32(jnp.nan))
 
 
 def correct_quotient(a: jax.Array, b: jax.Array, q: jax.Array) -> jax.Array:
-    """The float32 nearest to a / b, given q within one unit of it. Normal numbers only; others pass unchanged.
+    """Return the float32 nearest to a / b, given q within one unit of it. Only normal numbers are corrected.
 
     With 24-bit mantissas A, B, Q the remainder is R = A * 2^s - Q * B (s = 23 or 24 aligns the exponents).
-    |R| < 2^26, so it comes out exactly in arithmetic modulo 2^32: no fused multiply-add is needed, and none that the
-    compiler forms can do harm. A quotient of two 24-bit numbers never lies halfway between two floats.
+    |R| < 2^26, so integer arithmetic modulo 2^32 gives it exactly. No fused multiply-add is needed, and none that the
+    compiler forms changes the result. A quotient of two 24-bit numbers never lies halfway between two floats.
     """
     def split(v):
         bits = lax.bitcast_convert_type(v, jnp.int32)
@@ -64,7 +63,7 @@ def correct_quotient(a: jax.Array, b: jax.Array, q: jax.Array) -> jax.Array:
     shift = ea - (eq + eb - 127) + 23
     normal = (ea > 0) & (ea < 255) & (eb > 0) & (eb < 255) & (eq > 1) & (eq < 254) & (shift >= 22) & (shift <= 25)
     remainder = (ma << jnp.clip(shift, 0, 31)) - mq * mb
-    # Below a power of two the floats lie twice as close, so the way down is half as long.
+    # Below a power of two floats are twice as dense, so a step down is half as long.
     down = jnp.where(mq == 0x800000, mb, 2 * mb)
     step = jnp.where(2 * remainder > mb, 1, jnp.where(4 * remainder < -down, -1, 0))
     bits = lax.bitcast_convert_type(q, jnp.int32) + jnp.where(normal, step, 0)
@@ -72,15 +71,15 @@ def correct_quotient(a: jax.Array, b: jax.Array, q: jax.Array) -> jax.Array:
 
 
 def in_axes(in_batched):
-    """For jax.vmap, of what a rule of custom_vmap is told about its arguments."""
+    """Return `in_axes` for jax.vmap from the `in_batched` argument of a custom_vmap rule."""
     return jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(in_batched))
 
 
 def opaque(f, *args):
-    """f(*args) as one operation for whatever transforms the program around it; vmap still reaches f.
+    """Return f(*args), as one opaque operation for transformations of the surrounding program; vmap still reaches f.
 
-    Partial evaluation, which Flax's scan does beforehand and JAX's reverse mode inside of any, goes through all of a
-    program in Python, and twice through each branch of a conditional. The codec nests conditionals, and two layers
+    Partial evaluation, in Flax's scan and in JAX's reverse mode inside any scan, walks through the whole program in
+    Python, and twice through each branch of a conditional. The codec nests conditionals, and without this two layers
     took half a minute.
     """
     call = custom_vmap(f)
@@ -117,12 +116,12 @@ def _zero_of_first(axis_size, in_batched, bits):
 
 
 def materialize(f, *args):
-    """f(*args); on CPU, computed once and kept, instead of being fused into whatever reads it.
+    """Return f(*args), computed once on XLA:CPU instead of being fused into its consumers.
 
-    XLA:CPU fuses the reduction of a block into its consumers and recomputes it for every byte they write;
-    `lax.optimization_barrier` does not stop it, a conditional does. Other platforms see f(*args) alone.
+    XLA:CPU fuses the reduction of a block into its consumers and recomputes it for every byte that they write.
+    `lax.optimization_barrier` does not prevent this; a conditional does. On other platforms this is just f(*args).
     """
-    f = jax.jit(f)  # traced once for all of its uses below
+    f = jax.jit(f)  # traced once for all uses below
     return lax.platform_dependent(*args, cpu=functools.partial(_materialize_on_cpu, f), default=f)
 
 
@@ -131,13 +130,13 @@ def _materialize_on_cpu(f, *args):
     if not all(result.size for result in jax.tree.leaves(results)):
         return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)
 
-    # vmap would turn the conditional into a select, and those fuse: the batched stage is a stage of the batched f.
+    # vmap would turn the conditional into a select, which fuses. So the batched stage materializes the batched f.
     @custom_vmap
     def kept(*args):
-        # From the smallest argument, and by a reduction: picking an element would gather a sharded array.
+        # The witness is a reduction of the smallest argument: picking an element would gather a sharded array.
         witness = jnp.max(min(jax.tree.leaves(args), key=jnp.size).astype(jnp.float32))
         always = (witness == witness) | (witness != witness)  # XLA does not fold this, as NaN differs from itself
-        # Zeros made from the result: of its sharding, and inside shard_map varying where it does.
+        # The zeros derive from the result, to have its sharding, and inside shard_map to vary over the same axes.
         return lax.cond(always, f, lambda *args: jax.tree.map(jnp.zeros_like, f(*args)), *args)
 
     @kept.def_vmap

@@ -1,4 +1,4 @@
-"""Products with packed operands, and the kernels that multiply them."""
+"""Matrix products with packed operands, and the kernels that compute them."""
 
 from ifjax.products.backends import BACKENDS, Backend, Prepacked, prepack
 from ifjax.products.cache import PackedCache

@@ -1,6 +1,6 @@
-"""Backends of products with packed weights: which device has which, as records, and the layouts that they read.
+"""Kernel backends for products with packed weights, as records, and the weight layouts that they read.
 
-`pallas_kernels` is imported only when a kernel is asked for.
+`pallas_kernels` is imported only when a kernel is used.
 """
 
 import dataclasses
@@ -27,55 +27,55 @@ from ifjax.numerics.xla import divide
 
 
 class Kernel(Protocol):
-    """What a backend's module offers: products of float rows with one packed matrix W [N, K].
+    """Interface of a backend module that multiplies float rows by one packed matrix W [N, K].
 
-    Weights are sign-magnitude nibbles uint8 [N, K] and scale bytes uint8 [N, K / block]; a `decoding` says what they
-    mean (see `pallas_kernels.decoding.Decoding`).
+    Weights are sign-magnitude nibbles, uint8 [N, K], and scale bytes, uint8 [N, K / block]. A `decoding` defines their
+    values (see `pallas_kernels.decoding.Decoding`).
     """
 
     def supports(self, decoding: Any, dtype: Any, *, m: int) -> str | None:
-        """Why `matmul` cannot take m rows of this dtype; None if it can."""
+        """Return the reason why `matmul` cannot take m rows of this dtype; None if it can."""
 
     def pack(self, nibbles: jax.Array, scales: jax.Array, decoding: Any) -> tuple[jax.Array, jax.Array]:
-        """The arrays that `matmul` reads."""
+        """Return the words and scales that `matmul` reads."""
         ...
 
     def unpack(
         self, words: jax.Array, scales: jax.Array, n: int, k: int, decoding: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """The inverse of `pack`."""
+        """Invert `pack`: return nibbles and scale bytes."""
         ...
 
     def matmul(
         self, x: jax.Array, words: jax.Array, scales: jax.Array, factor: jax.Array, *, n: int, k: int, decoding: Any,
         out_dtype: Any,
     ) -> jax.Array:  # fmt: skip
-        """x [M, k] @ W.T * factor."""
+        """Return x [M, k] @ W.T * factor."""
         ...
 
 
 class PairKernel(Protocol):
-    """What a backend's module offers for products of two QTensors."""
+    """Interface of a backend module that multiplies two QTensors."""
 
     def supports(self, a: QTensor, b: QTensor, dims: Any) -> str | None:
-        """Why `matmul` cannot take this product; None if it can."""
+        """Return the reason why `matmul` cannot compute this product; None if it can."""
 
     def matmul(self, a: QTensor, b: QTensor, dtype: Any) -> jax.Array:
-        """The product of the matrices along their blocks."""
+        """Return the product of two matrices, contracted along their blocked axes."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """A kernel for products with packed operands, and the devices that it is for.
+    """A kernel for products with packed operands, and the devices that it supports.
 
     Attributes:
-        name: as `impl=` takes it.
-        platform: JAX's name of the platform that it compiles for: "cuda", "tpu", "cpu".
-        devices: a regular expression, found in the device kinds that it is for, as JAX spells them and as people do.
-        load: gives the module, a `Kernel`; or a `PairKernel`, if `pairs`.
-        pairs: whether it multiplies two QTensors instead of an array with one.
-        measured: where times on hardware are stated, if anywhere.
+        name: the value of `impl=` that selects it.
+        platform: JAX's name of the platform that it compiles for: "cuda", "tpu" or "cpu".
+        devices: a regular expression that matches the supported device kinds, in JAX's spelling and in common ones.
+        load: returns the module: a `Kernel`, or a `PairKernel` if `pairs` is true.
+        pairs: whether it multiplies two QTensors, not an array and a QTensor.
+        measured: where its times on hardware are published; None if nowhere.
     """
 
     name: str
@@ -99,7 +99,7 @@ def _tpu():
 
 
 class _ScaledMatmul:
-    """`jax.nn.scaled_matmul` of two NVFP4 matrices."""
+    """A `PairKernel` that multiplies two NVFP4 matrices by `jax.nn.scaled_matmul`."""
 
     @staticmethod
     def supports(a, b, dims):
@@ -132,7 +132,7 @@ BACKENDS: Registry[Backend] = Registry(
 
 
 def backend_for(device: str) -> Backend | None:
-    """The backend for a device kind, unless the setting leaves all to XLA."""
+    """Return the backend for a device kind; None if there is none or `kernels` disables kernels."""
     return kernels_for(BACKENDS.values(), device)
 
 
@@ -141,14 +141,14 @@ def backend_for(device: str) -> Backend | None:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Prepacked:
-    """A QTensor in the layout that a kernel reads. Made by `prepack`, for products; a pytree like QTensor.
+    """A QTensor in the layout that a kernel reads, returned by `prepack`; an operand of products and a pytree.
 
     Attributes:
-        words, scales: the kernel's arrays, after any leading axes (layers of `lax.scan`).
+        words, scales: the kernel's arrays, preceded by any leading axes (layers of `lax.scan`).
         amax: as in QTensor.
         backend: the name of the backend.
         blocking: as in QTensor.
-        matrix: shape of the array, leading axes aside.
+        matrix: shape of the array without leading axes.
         rank: number of axes of `words` for one matrix.
     """
 
@@ -167,36 +167,36 @@ class Prepacked:
 
     @property
     def axis(self) -> int:
-        """The blocked axis, negative."""
+        """The blocked axis, as a negative index."""
         return self.blocking.axis
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the original array."""
+        """The dtype of the original array."""
         return self.blocking.dtype
 
     @property
     def headroom(self) -> float:
-        """As in QTensor."""
+        """The tensor scale's headroom, as in QTensor."""
         return self.blocking.headroom
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array that this stands for."""
+        """The shape of the original array."""
         return self.words.shape[: self.words.ndim - self.rank] + self.matrix
 
     @property
     def ndim(self) -> int:
-        """Number of axes."""
+        """The number of axes of the original array."""
         return len(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays together."""
+        """The total bytes of all arrays."""
         return sum(a.nbytes for a in jax.tree.leaves(self))
 
     def unpack(self) -> QTensor:
-        """Return the QTensor that this was made of."""
+        """Return the QTensor from which `prepack` made this one."""
         unpack = functools.partial(_unpack, like=self)
         for _ in range(self.words.ndim - self.rank):
             unpack = jax.vmap(unpack)
@@ -204,7 +204,7 @@ class Prepacked:
         return QTensor(codes, scales, self.amax, self.blocking)
 
     def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
-        """Return the values, as `QTensor.dequantize` gives them."""
+        """Return the values, equal to those of `QTensor.dequantize`."""
         return self.unpack().dequantize(dtype)
 
     def __repr__(self) -> str:
@@ -217,18 +217,18 @@ jax.tree_util.register_dataclass(
 
 
 def prepack(q: QTensor, target: str | None = None) -> Prepacked:
-    """Arrange q in the layout of the kernel for a device kind, still packed: once, when weights are loaded.
+    """Rearrange the bytes of q into the layout of a device kind's kernel, once, when weights are loaded.
 
-    `Prepacked.unpack` is the exact inverse for everything that `quantize` writes. Products take the result directly;
-    without it they arrange the weights anew at each call. Leading axes with an amax of their own (layers) stay.
+    Products take the result directly. Given q itself, they rearrange its bytes at each call. Leading axes with an amax
+    of their own (layers) are kept. `Prepacked.unpack` is the exact inverse for every QTensor that `quantize` returns.
 
     Args:
-        q: blocked along the axis that products will contract, in a 4-bit format.
-        target: the device kind, such as "H200" or "TPU v6e"; the first device's unless given.
+        q: a QTensor in a 4-bit format, blocked along the contraction axis of later products.
+        target: the device kind, such as "H200" or "TPU v6e"; by default that of the first device.
 
     Raises:
-        TypeError: q is no QTensor.
-        ValueError: there is no kernel for the device kind, or it cannot hold the format.
+        TypeError: q is not a QTensor.
+        ValueError: the device kind has no kernel with a layout, or its kernel does not support the format.
 
     Example:
         >>> import jax.numpy as jnp
@@ -250,16 +250,16 @@ def prepack(q: QTensor, target: str | None = None) -> Prepacked:
     return _prepack(q, backend.name)
 
 
-# Kernels' names of scales, and the scales.
+# The scales of a `Decoding`, and the kernels' names for them.
 _KERNEL_SCALES = {E4M3: "e4m3", E8M0: "e8m0"}
 
 
 @functools.lru_cache
 def decoding_of(fmt: Format) -> Any:
-    """The format as kernels know formats, a `Decoding` or `TableDecoding`; None where they cannot."""
+    """Return the kernels' description of fmt, a `Decoding` or `TableDecoding`; None if kernels cannot decode it."""
     from pallas_kernels import decoding
 
-    # Multipliers are the smallest integers in proportion to the steps: 7 and 6 for 1 and 6/7.
+    # Multipliers are the smallest integers in the ratio of the steps: 7 and 6 for steps of 1 and 6/7.
     steps = _fractions(fmt)
     common = math.lcm(*(step.denominator for step in steps))
     exact = all(np.float32(float(a)) == np.float32(d.step) for a, d in zip(steps, fmt.decodings, strict=True))
@@ -277,7 +277,7 @@ def decoding_of(fmt: Format) -> Any:
 
 
 def _table_of(fmt: Format) -> Any:
-    """The format as tables of sixteen values; None if its scale is no binary float with subnormal numbers."""
+    """Return the format as tables of 16 values; None if its scale is not a binary float with subnormals."""
     from pallas_kernels.decoding import TableDecoding
 
     scale = fmt.scale
@@ -290,21 +290,21 @@ def _table_of(fmt: Format) -> Any:
         codes = np.where(nibbles > 8, 24 - nibbles, nibbles) if decoding.grid.is_twos_complement else nibbles
         values = np.asarray(decoding.grid.values, np.float32)[codes] + np.float32(decoding.offset)
         rows.append(tuple((values * np.float32(decoding.step)).tolist()))
-    if scale.dtype is not None and scale.bits == 7 and len(rows) == 1:  # its sign bit is free, and is a sign
+    if scale.dtype is not None and scale.bits == 7 and len(rows) == 1:  # bit 7 of the scale byte is a sign
         rows.append(tuple(-value for value in rows[0]))
     bias = 1 - mantissa - round(math.log2(scale.values[1]))  # payload 1 is 2^(1 - bias - mantissa)
     return TableDecoding(tuple(rows), scale.bits - mantissa, mantissa, bias, scale.nan, fmt.block)
 
 
 def common_multiple(fmt: Format) -> int:
-    """What the multipliers of `decoding_of` have to be divided by: tables have steps in their values."""
+    """Return the divisor that turns the multipliers of `decoding_of` into steps; 1 for tables, which hold the steps."""
     if not hasattr(decoding_of(fmt), "multipliers"):
         return 1
     return math.lcm(*(step.denominator for step in _fractions(fmt)))
 
 
 def _fractions(fmt: Format) -> list[Fraction]:
-    """The steps as the simple fractions that they stand for."""
+    """Return the decodings' steps as exact fractions, with denominators up to 16."""
     return [Fraction(d.step).limit_denominator(16) for d in fmt.decodings]
 
 
@@ -319,29 +319,32 @@ def _prepack(q, backend):
 
     for _ in range(lead):
         of_matrix = jax.vmap(of_matrix)
-    # Whole blocks: the last one's filling zeros too.
+    # Kernels read whole blocks, so the zeros that pad the last block are kept.
     words, scales = of_matrix(q.replaced(length=_filled(q)).unpacked_codes(), q.scales)
     return Prepacked(words, scales, q.amax, backend, q.blocking, q.shape[lead:], words.ndim - lead)
 
 
 def _filled(q):
-    """The length of the blocked axis with the last block's filling zeros."""
+    """Return the length of the blocked axis, rounded up to whole blocks."""
     return -(-q.shape[q.axis] // q.fmt.block) * q.fmt.block
 
 
 def _unblocked_lengths(q: Prepacked) -> tuple[int, ...]:
-    """The lengths of the matrix's other axes, whose product is N."""
+    """Return the lengths of the matrix's unblocked axes, whose product is N."""
     return tuple(n for i, n in enumerate(q.matrix) if i != len(q.matrix) + q.axis)
 
 
 def _rows(a, axis):
-    """[..., K, ...] -> [N, K]"""
+    """Reshape [..., K, ...], with K at `axis`, to [N, K]."""
     a = jnp.moveaxis(a, axis, -1)
     return a.reshape(-1, a.shape[-1])
 
 
 def _flip(codes, scales, fmt: Format):
-    """Between two's complement and sign-magnitude, its own inverse: negative codes of integer grids are negated."""
+    """Convert codes between two's complement and sign-magnitude by negating the negative codes of integer grids.
+
+    The function is its own inverse.
+    """
     selector, _ = fmt.split(scales.astype(jnp.int32))
     if isinstance(selector, int):
         applies = fmt.grid.is_twos_complement
@@ -355,7 +358,7 @@ def _flip(codes, scales, fmt: Format):
 
 
 def _unpack(words, scales, like: Prepacked):
-    """One matrix's canonical packed codes and scales."""
+    """Return the packed codes and scales of one matrix in QTensor's layout."""
     rest, kernel = _unblocked_lengths(like), BACKENDS[like.backend].load()
     codes, scales = kernel.unpack(words, scales, math.prod(rest), _filled(like), decoding_of(like.fmt))
     codes = pack(_flip(codes, scales, like.fmt), like.fmt.bits)
@@ -363,13 +366,13 @@ def _unpack(words, scales, like: Prepacked):
 
 
 def kernel_product(rows: jax.Array, q: QTensor | Prepacked, backend: str, dtype: Any, out_dtype: Any) -> jax.Array:
-    """rows [..., K], multiplied as `dtype`, times q along its blocked axis: [..., q's other axes]."""
+    """Return rows [..., K], cast to `dtype`, times q along its blocked axis: [..., q's other axes]."""
     q = _prepack(q, backend) if isinstance(q, QTensor) else q
     k = _filled(q)
     rest = _unblocked_lengths(q)
     rows_of_k = pad_axis(rows, k, -1).reshape(-1, k).astype(dtype)
     factor = divide(np.float32(1) if q.amax is None else factor_of(q), np.float32(common_multiple(q.fmt)))
-    # All kernels write these two types.
+    # All kernels can write bfloat16 and float32. Other dtypes are cast from float32.
     written = np.dtype(jnp.bfloat16 if out_dtype == jnp.bfloat16 else np.float32)
     y = BACKENDS[backend].load().matmul(
         rows_of_k, q.words, q.scales, factor, n=math.prod(rest), k=k, decoding=decoding_of(q.fmt), out_dtype=written
@@ -378,5 +381,5 @@ def kernel_product(rows: jax.Array, q: QTensor | Prepacked, backend: str, dtype:
 
 
 def factor_of(q: Any) -> jax.Array:
-    """amax / K of a QTensor or a prepacked one: what its unscaled values are to be multiplied by."""
+    """Return the tensor scale, amax / K, of a QTensor or Prepacked, where K is the format's tensor constant."""
     return divide(q.amax, q.fmt.tensor_constant(q.headroom))

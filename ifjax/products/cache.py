@@ -1,4 +1,4 @@
-"""A cache of keys and values that stays packed, and the two products of attention that read it."""
+"""A packed key-value cache, and attention that reads it."""
 
 import dataclasses
 import operator
@@ -21,19 +21,19 @@ from ifjax.products.einsum import einsum
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedCache:
-    """Keys and values of the tokens so far, packed in blocks along the head size. A pytree; made by `zeros`.
+    """The keys and values of past tokens, packed in blocks along the head size; a pytree, created by `zeros`.
 
-    Formats with a tensor scale keep an amax for each token and head, so that a token is quantized once, when it is
-    written, whatever comes after it. The last `window` tokens are kept in floats beside that, and attention reads
-    those. All methods work inside jit, scan and vmap, and return new caches. A function that takes one may go through
-    `ifjax.quantized`, for its weights.
+    With formats that have a tensor scale, each token and head has its own amax, so that a token is quantized once, when
+    it is written, independently of later tokens. The last `window` tokens are also kept in floats, and attention reads
+    those instead of their packed copies. All methods return new caches and work inside jit, scan and vmap. A function
+    with a cache among its arguments may be passed to `ifjax.quantized`, which quantizes its weights.
 
     Attributes:
-        keys: [batch, length, heads, head size]; an array where the format is None, for comparison.
+        keys: QTensor [batch, length, heads, head size]; a float array if the format is None, for comparison.
         values: the same; the head size may differ.
-        recent: floats [batch, window, heads, head size] of keys and of values, token i in place i % window; () without
-            a window.
-        count: int32 [], how many tokens have been written.
+        recent: float arrays [batch, window, heads, head size] of keys and of values, with token i at index i % window;
+            () without a window.
+        count: int32 [], the number of tokens written.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -64,14 +64,15 @@ class PackedCache:
         """Return an empty cache.
 
         Args:
-            shape: batch, length, heads (of keys, where several query heads share one), head size.
-            fmt: of keys, and of values unless `value_fmt` is given; None for floats.
-            value_size: head size of values, where it differs.
-            window: how many of the last tokens are kept in floats, too.
-            dtype: of the arrays that the cache stands for, and of the window.
+            shape: batch, length, heads (key heads, if several query heads share one), head size.
+            fmt: the format of keys, and of values unless `value_fmt` is given; None keeps both in floats.
+            value_fmt: the format of values, if it differs.
+            value_size: the head size of values, if it differs.
+            window: the number of last tokens that are also kept in floats.
+            dtype: the dtype of the dequantized arrays and of the window.
 
         Raises:
-            ValueError: a shape of other than four axes; a window that is negative or longer than the cache.
+            ValueError: `shape` does not have four positive lengths; `window` is negative or longer than the cache.
         """
         shape = tuple(operator.index(n) for n in shape)  # pyright: ignore[reportAssignmentType]
         if len(shape) != 4 or min(shape) < 1:
@@ -86,22 +87,22 @@ class PackedCache:
 
     @property
     def window(self) -> int:
-        """How many of the last tokens are in floats, too."""
+        """The number of last tokens that are also kept in floats."""
         return self.recent[0].shape[1] if self.recent else 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
+        """The total bytes of all arrays."""
         return self.keys.nbytes + self.values.nbytes + sum(a.nbytes for a in self.recent) + 4
 
     def append(self, key: Float[ArrayLike, "b s h d"], value: Float[ArrayLike, "b s h v"]) -> "PackedCache":
         """Return the cache with s more tokens.
 
-        A token beyond the cache's length is an error where `count` is known, and NaN where it is traced: attention
-        gives NaN from there on.
+        Tokens beyond the cache's length raise an error if `count` is concrete. If `count` is traced, they are written
+        as NaN, and attention returns NaN from then on.
 
         Raises:
-            ValueError: other shapes than the cache's; the cache is full.
+            ValueError: the shapes do not fit the cache's; the cache is full.
         """
         new = [jnp.asarray(a) for a in (key, value)]
         for a, q, name in zip(new, (self.keys, self.values), ("key", "value"), strict=True):
@@ -135,17 +136,18 @@ class PackedCache:
         scale: float | None = None,
         mask: Bool[ArrayLike, "..."] | None = None,
     ) -> Float[Array, "b s n v"]:
-        """Return the attention of the last s tokens, causal: to themselves and to those before them.
+        """Return the causal attention of the last s tokens to themselves and to all earlier tokens.
 
-        The products with keys and values read the packed bytes; softmax is in float32.
+        The products with keys and values read the packed bytes. Softmax is in float32.
 
         Args:
-            query: of the s tokens that were appended last. n is a multiple of the cache's heads; neighbours share one.
-            scale: of the logits; 1 / sqrt(d) unless given.
-            mask: bool, broadcasts to [b, n, s, length]: where False, a token (of padding, say) is left out, too.
+            query: the queries of the s tokens that were appended last. n is a multiple of the cache's heads;
+                neighbouring query heads share a key head.
+            scale: the factor of the logits; 1 / sqrt(d) by default.
+            mask: bool, broadcast to [b, n, s, length]. Tokens where it is False, such as padding, are masked out too.
 
         Raises:
-            ValueError: a query of another shape than the cache's.
+            ValueError: the query's shape does not fit the cache's; `mask` is not bool or has more than 4 axes.
         """
         query = jnp.asarray(query)
         batch, length, heads, size = self.keys.shape
@@ -175,21 +177,21 @@ class PackedCache:
         return out.reshape(batch, tokens, heads * groups, -1).astype(query.dtype)
 
     def dequantize(self) -> tuple[Float[Array, "b t h d"], Float[Array, "b t h v"]]:
-        """Return keys and values as attention reads them: packed ones decoded, the last ones as they were."""
+        """Return keys and values as attention reads them: decoded, with the window's tokens in full precision."""
         out = [q.dequantize() if isinstance(q, QTensor) else q for q in (self.keys, self.values)]
         if self.window:
             place = self._recent_places()
-            place = jnp.where(place < 0, self.keys.shape[1], place)  # not written yet: dropped
+            place = jnp.where(place < 0, self.keys.shape[1], place)  # out of range: `set` drops them
             out = [a.at[:, place].set(r.astype(a.dtype)) for a, r in zip(out, self.recent, strict=True)]
         return out[0], out[1]
 
     def _recent_places(self):
-        """The position of the token in each place of the window; negative where none is yet."""
+        """Return the position of the token at each index of the window; negative where there is none yet."""
         slots = jnp.arange(self.window, dtype=jnp.int32)
         return self.count - 1 - (self.count - 1 - slots) % self.window
 
     def _masked(self, mask, place, tokens, heads, groups):
-        """The mask at these positions, [b, h, g, s, positions]."""
+        """Return the mask at the positions `place`: [b, h, g, s, positions]."""
         batch, length = self.keys.shape[:2]
         if mask.dtype != jnp.bool_ or mask.ndim > 4:
             raise ValueError(f"mask must be bool of at most 4 axes, got {mask.dtype} {mask.shape}")
@@ -199,14 +201,14 @@ class PackedCache:
 
 
 def _written(q: Any, a: jax.Array, start: tuple[Any, ...]) -> Any:
-    """q with other values. It is an array in a cache of floats, and while `ifjax.quantized` traces."""
+    """Return q with a written at `start`; q is an array in a float cache, and while `ifjax.quantized` traces."""
     if isinstance(q, QTensor):
         return dynamic_update_slice(q, a, start)
     return lax.dynamic_update_slice(q, a.astype(q.dtype), start)
 
 
 def _zeros(shape: tuple[int, ...], fmt: str | Format | Encoding | None, dtype: DTypeLike) -> Any:
-    """Zeros in blocks along the last axis, with an amax of 0 for each vector along it. No array of floats is made."""
+    """Return packed zeros, blocked along the last axis, with an amax of 0 per vector; no float array is allocated."""
     if fmt is None:
         return jnp.zeros(shape, dtype)
     lead = len(shape) - 1

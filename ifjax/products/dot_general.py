@@ -2,8 +2,8 @@
 
     product -> one packed operand, one array -> plan (a kernel, or XLA) -> accumulate in float32 -> times amax / K
 
-A product is linear in its array, so its gradient needs the packed bytes and nothing else: it is the product with the
-other axes contracted.
+A product is linear in its array operand. Its gradient is the product of the cotangent with the same packed operand,
+contracted along the other axes, so the backward pass saves the packed bytes and nothing else.
 """
 
 import dataclasses
@@ -49,16 +49,16 @@ from ifjax.products.plan import (
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """What the product of an array with a packed operand is compiled for; hashable."""
+    """The static arguments of the product of an array with a packed operand; hashable."""
 
     dims: Dims
     precision: Any
     x_dtype: np.dtype
-    dtype: np.dtype  # that operands are multiplied in
+    dtype: np.dtype  # the dtype in which operands are multiplied
     out_dtype: np.dtype
     out_sharding: Any = None
-    impl: Impl | None = None  # None: the plan of each platform
-    device: str = "cpu"  # the device kind that accelerators are planned for
+    impl: Impl | None = None  # None: planned for each platform
+    device: str = "cpu"  # the device kind assumed when planning for accelerators
 
 
 def dot_general(
@@ -72,28 +72,31 @@ def dot_general(
     impl: Impl | None = None,
     target: str | None = None,
 ) -> jax.Array:
-    """`jax.lax.dot_general`, of which either operand, or both, may be a QTensor or a prepacked one.
+    """Multiply as `jax.lax.dot_general` does; either operand or both may be a QTensor or Prepacked.
 
-    Weights are decoded to the type of the product (that of both operands' dtypes, by jax's promotion) without the
-    tensor's factor, multiplied and added up in float32, and multiplied by amax / K once: in float32 that differs from
-    dequantizing first by rounding alone; in bfloat16 a weight is rounded once, in float16 those of 4-bit formats are
-    exact. A tensor whose amax is under 3e-35 may read as zero.
+    Packed operands are decoded, without their tensor scale, to the promoted dtype of both operands. Products are
+    accumulated in float32, and the result is multiplied once by the tensor scale amax / K (K: the format's tensor
+    constant). In float32 the result differs from dequantizing first by rounding alone. In bfloat16 each weight is
+    rounded once. In float16 weights of 4-bit formats are exact. A tensor whose amax is below 3e-35 may decode to zeros.
 
-    Contracting the axis that blocks lie along is the fast path. Contracting another one, or an axis with amax values
-    of its own, dequantizes.
+    The fast path contracts the blocked axis. Contracting another axis, or an axis with several amax values, dequantizes
+    first.
 
-    The gradient reaches arrays only: a QTensor gets none (as `jax.grad` of integers has none). Reverse mode only.
+    Only arrays have gradients; a QTensor has none, as integers have none in `jax.grad`. Only reverse mode is supported.
 
     Args:
-        lhs, rhs: arrays or QTensors of any rank.
+        lhs, rhs: arrays, QTensors or Prepacked, of any rank.
         dimension_numbers, precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`.
-        impl: None takes a kernel where there is one for the device and the operands, else XLA; "xla", "hopper" and
-            "tpu" (v5e, v6e) force one, and so does "scaled_matmul", by which two NVFP4 matrices multiply on Blackwell
-            (`jax.nn.scaled_matmul`). `explain_matmul` tells which and why.
-        target: the device kind to compile for, such as "H200" or "TPU v6e"; the first device's unless given.
+        impl: None selects a kernel if one supports the device and the operands, and XLA otherwise. "xla", "hopper",
+            "tpu" (v5e, v6e) and "scaled_matmul" (`jax.nn.scaled_matmul` of two NVFP4 matrices, for Blackwell) force
+            one. `explain_matmul` returns the choice and its reason.
+        target: the device kind to compile for, such as "H200" or "TPU v6e"; by default that of the first device.
+
+    Returns:
+        An array with axes [batch, lhs free, rhs free] and dtype `preferred_element_type`, or the promoted dtype.
 
     Raises:
-        ValueError: the axes do not match, or the forced `impl` cannot take this product; the message says why.
+        ValueError: the axes do not match, or the forced `impl` cannot compute this product; the message says why.
 
     Example:
         >>> import jax.numpy as jnp
@@ -127,7 +130,7 @@ def dot_general(
         return _two_packed(lhs if isinstance(lhs, QTensor) else lhs.unpack(), rhs, how)
     if is_packed(rhs):
         return _one_packed(lhs, rhs, how)
-    # The packed operand goes to the right; the free axes come out in the other order.
+    # The packed operand becomes the right one. The result then has rhs's free axes before lhs's, and they are swapped.
     x, q, swapped = rhs, lhs, dims.swapped
     y = _one_packed(x, q, dataclasses.replace(how, dims=swapped, out_sharding=None))
     batch, count = len(dims.x_batch), len(swapped.x_free(x.ndim))
@@ -136,9 +139,10 @@ def dot_general(
 
 
 def explicit_sharding(lhs: Any, rhs: Any, dimension_numbers: DimensionNumbers, out_sharding: Any = None) -> Any:
-    """How a product comes out on a mesh with explicit axes, by the rules of `jax.lax.dot_general`; None elsewhere.
+    """Return the sharding of a product on a mesh with explicit axes, by `jax.lax.dot_general`'s rules; None elsewhere.
 
-    Inside, axes are automatic: blocks and packed bytes may be cut anywhere, and gradients come back as operands are.
+    Within the product all mesh axes are automatic, so that blocks and packed bytes may be split anywhere. Gradients
+    have the shardings of their operands.
     """
     if not jax.sharding.get_abstract_mesh().explicit_axes:
         return None
@@ -154,18 +158,17 @@ def explicit_sharding(lhs: Any, rhs: Any, dimension_numbers: DimensionNumbers, o
 
 
 def multiples(q: QTensor, dtype: Any) -> tuple[jax.Array, Any]:
-    """(q's values as `dtype` without their factor, the factor): the product is to be multiplied by the latter.
+    """Return q's values as `dtype`, without a factor that the caller applies to the product, and that factor.
 
-    IF4's values are multiples of 1/7, which no float holds, but float16 holds seven times them exactly.
-
-    For tensors with one amax or none.
+    IF4's values are multiples of 1/7, which no float represents exactly; float16 represents seven times the values
+    exactly. q has one amax or none.
     """
     values, units = _in_units(q, dtype)
     return values, divide(1 if q.amax is None else factor_of(q), units)
 
 
 def _two_packed(lhs, rhs, how):
-    """The left one's factor, if it is one number, joins the right one's in the end."""
+    """Return the product of two packed operands; a scalar tensor scale of lhs is applied to the result."""
 
     def by_xla(lhs, rhs):
         if lhs.amax is not None and lhs.amax.ndim:
@@ -191,7 +194,7 @@ def _one_packed(x, q, how) -> Any:
 
 
 def as_varying(x: jax.Array, q: Any) -> jax.Array:
-    """x, inside shard_map of the type that says that it varies where q does, so that its gradient is summed there."""
+    """Return x, cast inside shard_map to vary over q's mesh axes too, so that its gradient is summed over them."""
     axes = [jax.typeof(a).manual_axis_type.varying for a in (x, *jax.tree.leaves(q))]
     missing = frozenset().union(*axes) - axes[0]
     return lax.pcast(x, tuple(missing), to="varying") if missing else x
@@ -199,7 +202,7 @@ def as_varying(x: jax.Array, q: Any) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x, q, how: _Product):
-    """[batch, x's free axes, q's free axes] in how.out_dtype."""
+    """Return x times q, [batch, x's free axes, q's free axes], in how.out_dtype."""
     dims = how.dims
     if dims.q_contracted != (q.ndim + q.axis,) or dims.q_batch:
         return _by_xla(x, q, how)
@@ -225,7 +228,7 @@ def _product_bwd(how, q, g):
         how, dims=back, x_dtype=how.dtype, out_dtype=how.x_dtype, out_sharding=None, impl="xla"
     )
     dx: Any = _product(g.astype(how.dtype), q, how)
-    # dx has x's batch axes, its free ones, and what was contracted in q's order.
+    # dx has x's batch axes, then its free axes, then its contracted axes in q's order.
     order = [x_axis for _, x_axis in sorted(zip(dims.q_contracted, dims.x_contracted, strict=True))]
     return jnp.transpose(dx, np.argsort([*dims.x_batch, *x_free, *order]).tolist()), no_gradient(q)
 
@@ -234,7 +237,7 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 def no_gradient(q: Any) -> Any:
-    """Cotangents of a packed operand's arrays: none for the integers, zero for the others."""
+    """Return the cotangents of a packed operand's arrays: float0 for integers, zeros for floats."""
 
     def zero(a):
         if jnp.issubdtype(a.dtype, jnp.floating):
@@ -245,9 +248,9 @@ def no_gradient(q: Any) -> Any:
 
 
 def _rows_product(rows, q, how):
-    """rows [..., K] times q, of which only the blocked axis is contracted: [..., q's free axes].
+    """Return rows [..., K] times q, contracted along q's blocked axis: [..., q's free axes].
 
-    vmap over the rows alone makes more rows, so that the way is chosen by how many there are in the end.
+    vmap over the rows alone adds rows, so that the plan depends on their total number.
     """
 
     @jax.custom_batching.custom_vmap
@@ -264,7 +267,7 @@ def _rows_product(rows, q, how):
             take = functools.partial(jax.tree.map, lambda a, is_batched: a[i] if is_batched else a)
             return take(rows, rows_batched), take(q, q_batched)
 
-        # Planned for one of the matrices, as a kernel takes no more.
+        # The plan is made for one matrix, because a kernel multiplies by one matrix per call.
         one_rows, one_q = jax.eval_shape(one, 0)
         if _kernel_of(one_rows, one_q, how) is not None:
             return lax.map(lambda i: product(*one(i)), jnp.arange(axis_size)), True
@@ -286,7 +289,7 @@ def _rows_by_plan(rows, q, how):
 
 
 def _kernel_of(rows, q, how):
-    """The backend that multiplies rows [..., K] by q; None for XLA."""
+    """Return the backend that multiplies rows [..., K] by q; None for XLA."""
     if how.impl is not None:
         return BACKENDS.get(how.impl)
     backend = backend_for(how.device)
@@ -297,10 +300,13 @@ def _kernel_of(rows, q, how):
 
 
 def _fault(backend, x, q, how):
-    """What is wrong with a kernel on a device that is here; None if nothing is. x is rows [..., K], or packed too."""
+    """Return what is wrong with a kernel on a local device, found by a test product; None if nothing is.
+
+    x is rows [..., K], or packed too.
+    """
     x_packed = isinstance(x, QTensor)
     m = 128 if x_packed else math.prod(x.shape[:-1])
-    m = 1 << m.bit_length() - 1  # tiles go by the number of rows; its powers of two stand for all
+    m = 1 << m.bit_length() - 1  # kernels choose tiles by the row count; powers of two represent all counts
 
     def prove():
         rng = np.random.default_rng(0)
@@ -347,16 +353,16 @@ def _by_xla(x, q, how):
 
 
 def _few_rows(rows, q):
-    """rows [..., K] times q without q's factor, float32; the decoded weights are never written to memory.
+    """Return rows [..., K] times q in float32, without q's tensor scale or any write of decoded weights to memory.
 
-    A block's 16 products are added up in registers, then multiplied by its scale.
+    A block's products (16 for the usual formats) are summed in registers, then multiplied by the block scale.
     """
     axis, fmt = q.axis, q.fmt
     blocks = split_blocks(rows.astype(jnp.float32).reshape(-1, rows.shape[-1]), fmt.block, -1)
     first = (len(blocks), *[1] * (q.ndim + axis), blocks.shape[1], *[1] * (-axis - 1))
 
     def sums(blocks, codes, headers):
-        """[rows, ..., m, ...]: for each block the sum of its values times x."""
+        """Return for each block the sum of its values times x: [rows, ..., blocks, ...]."""
         pairs, (selector, _) = split_blocks(codes, fmt.block // 2, axis), fmt.split(headers)
         total = np.float32(0)
         for j in range(fmt.block):
@@ -365,15 +371,15 @@ def _few_rows(rows, q):
             total = total + values[None] * blocks[:, :, j].reshape(first)
         return total * block_scale(headers, fmt)[None]
 
-    # Materialized, because XLA:CPU would hand the addition to a library for which it writes every product to memory.
+    # Without the fusion barrier, XLA:CPU computes the sum by a library call and writes every product to memory for it.
     y = materialize(sums, blocks, q.codes, q.headers())
     return y.sum(axis).reshape(*rows.shape[:-1], *y.shape[1 : y.ndim + axis], *y.shape[y.ndim + axis + 1 :])
 
 
 def _in_units(q, dtype):
-    """(q's values without its factor, times an integer; the integer): in float16 the one that makes them exact.
+    """Return q's values without tensor scale, times an integer, and the integer, which makes float16 values exact.
 
-    The two roundings to float32 that the values took before do not show.
+    The values were rounded twice to float32 before; these roundings do not change the float16 result.
     """
     units = common_multiple(q.fmt) if dtype == np.float16 and decoding_of(q.fmt) else 1
     if units == 1:
@@ -382,7 +388,7 @@ def _in_units(q, dtype):
 
 
 def _spread(factor, ndim, dims, x_ndim, q_ndim):
-    """The factor [leading axes of q], with those axes where the product [batch, x free, q free] has them."""
+    """Move the axes of a tensor scale [leading axes of q] to their places in the product [batch, x free, q free]."""
     q_free = dims.q_free(q_ndim)
     first = len(dims.x_batch) + len(dims.x_free(x_ndim))
     place = [dims.q_batch.index(a) if a in dims.q_batch else first + q_free.index(a) for a in range(factor.ndim)]
@@ -394,12 +400,12 @@ def _spread(factor, ndim, dims, x_ndim, q_ndim):
 
 
 def accumulator(dtype: np.dtype) -> np.dtype:
-    """The type that products of this one are added up in."""
+    """Return the accumulator dtype for products of `dtype`: float64 for float64, else float32."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def _with_one_amax(q):
-    """A part of what nn.scan or nn.vmap had stacked may have an amax of one value and several axes."""
+    """Reshape an amax of one value to a scalar; slices of stacks of nn.scan or nn.vmap may have one with axes."""
     if q.amax is None or q.amax.ndim == 0 or q.amax.size != 1:
         return q
     return dataclasses.replace(q, amax=q.amax.reshape(()))

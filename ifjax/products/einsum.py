@@ -23,9 +23,13 @@ def matmul(
     impl: Impl | None = None,
     target: str | None = None,
 ) -> jax.Array:
-    """`jax.numpy.matmul`, of which either operand, or both, may be a QTensor; `x @ q` and `q @ x`. See `dot_general`.
+    """Multiply as `jax.numpy.matmul` does; either operand or both may be packed. See `dot_general`.
 
-    For [K, N] weights quantize along axis=-2, the contracted one; [N, K] weights multiply as `einsum("...k,nk->...n")`.
+    `x @ q` and `q @ x` call this function. Quantize [K, N] weights along axis=-2, the contraction axis. Multiply by
+    [N, K] weights with `einsum("...k,nk->...n", x, w)`.
+
+    Raises:
+        ValueError: an operand is a scalar.
 
     Example:
         >>> import jax.numpy as jnp
@@ -54,13 +58,20 @@ def einsum(
     impl: Impl | None = None,
     target: str | None = None,
 ) -> jax.Array:
-    """`jax.numpy.einsum`, any of whose operands may be QTensors. See `dot_general`.
+    """Contract as `jax.numpy.einsum` does; any operand may be packed. See `dot_general`.
 
-    Sums along one operand alone, diagonals and outer dimensions of length 1 that would broadcast a QTensor dequantize
-    it. More than two operands are contracted pair by pair in opt_einsum's order.
+    A QTensor is dequantized if the specification sums over an axis of it alone, takes its diagonal, or broadcasts its
+    axis of length 1. More than two operands are contracted pair by pair in opt_einsum's order.
 
     Raises:
         ValueError: the specification does not fit the operands.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import ifjax
+        >>> w = ifjax.quantize(jnp.ones((8, 32)))  # [out, in]
+        >>> ifjax.einsum("...k,nk->...n", jnp.ones((2, 3, 32)), w).shape
+        (2, 3, 8)
     """
     rest = {"precision": precision, "preferred_element_type": preferred_element_type}
     if not any(map(is_packed, operands)):
@@ -79,7 +90,7 @@ def einsum(
 
 
 def einsum_of_two(spec: str, a: Any, b: Any, product: Any) -> jax.Array:
-    """einsum of two operands, of which product(a, b, dimension numbers) makes one: a on the left."""
+    """Return the einsum of two operands, multiplied by product(a, b, dimension numbers) with a on the left."""
     inputs, out, _ = parse_einsum_input((spec, a.shape, b.shape), shapes=True)
     left, right = inputs.split(",")
     (left, a), (right, b) = _without_ones(left, a, right, b), _without_ones(right, b, left, a)
@@ -93,7 +104,7 @@ def einsum_of_two(spec: str, a: Any, b: Any, product: Any) -> jax.Array:
 
 
 def _without_ones(labels, a, other_labels, other):
-    """a without the axes of length 1 that broadcast against longer ones of the other operand."""
+    """Return labels and a without axes of length 1 that broadcast against longer axes of the other operand."""
     ones = [
         i for i, c in enumerate(labels)
         if a.shape[i] == 1 and c in other_labels and other.shape[other_labels.index(c)] != 1
@@ -104,7 +115,7 @@ def _without_ones(labels, a, other_labels, other):
 
 
 def _summed(labels, a, others):
-    """a without the axes that nothing else names, which are summed, and without repeated ones: its diagonal."""
+    """Return labels and a, summed over axes that `others` do not name, with repeated labels reduced to the diagonal."""
     kept = "".join(dict.fromkeys(c for c in labels if c in others))
     return (labels, a) if kept == labels else (kept, jnp.einsum(f"{labels}->{kept}", _dense(a)))
 
@@ -113,6 +124,6 @@ def _dense(a):
     return a.dequantize() if is_packed(a) else a
 
 
-# The operators of QTensor, which is in a room below.
+# QTensor is defined in a lower room, which must not import this one, so its `@` operators are set here.
 QTensor.__matmul__ = lambda self, other: matmul(self, other)  # pyright: ignore[reportAttributeAccessIssue]
 QTensor.__rmatmul__ = lambda self, other: matmul(other, self)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Which way a product goes, and why: a plan for each kind of device, made from shapes alone."""
+"""The choice of a kernel or XLA for a product on a device kind, made from shapes and dtypes alone."""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -13,12 +13,12 @@ from ifjax.numerics.kernels import why_none
 from ifjax.products.backends import BACKENDS, Backend, Prepacked, backend_for, decoding_of
 
 Impl = str  # "xla", or a name in BACKENDS
-Operand = Any  # an array (or what jnp.asarray takes), a QTensor or a Prepacked
-DimensionNumbers = Any  # ((contracted axes of lhs, of rhs), (batch axes of lhs, of rhs)), as lax.dot_general has them
+Operand = Any  # an array (or an argument of jnp.asarray), a QTensor or a Prepacked
+DimensionNumbers = Any  # ((contracted axes of lhs, of rhs), (batch axes of lhs, of rhs)), as in lax.dot_general
 
 
 class Dims(NamedTuple):
-    """The dimension numbers of a product of an array x (left) with a packed q (right), as tuples from the front."""
+    """The dimension numbers of a product of x (left) with a packed q (right), as tuples of nonnegative axes."""
 
     x_contracted: tuple[int, ...]
     q_contracted: tuple[int, ...]
@@ -27,20 +27,20 @@ class Dims(NamedTuple):
 
     @property
     def numbers(self):
-        """As `lax.dot_general` takes them."""
+        """The dimension numbers in the form that `lax.dot_general` takes."""
         return (self.x_contracted, self.q_contracted), (self.x_batch, self.q_batch)
 
     @property
     def swapped(self) -> "Dims":
-        """The same product with its operands exchanged."""
+        """The dimension numbers of the product with its operands exchanged."""
         return Dims(self.q_contracted, self.x_contracted, self.q_batch, self.x_batch)
 
     def x_free(self, ndim: int) -> tuple[int, ...]:
-        """The axes of x that the product keeps and no batch has."""
+        """Return the free axes of x, which are neither contracted nor batch axes."""
         return tuple(i for i in range(ndim) if i not in self.x_contracted + self.x_batch)
 
     def q_free(self, ndim: int) -> tuple[int, ...]:
-        """The axes of q that the product keeps and no batch has."""
+        """Return the free axes of q, which are neither contracted nor batch axes."""
         return tuple(i for i in range(ndim) if i not in self.q_contracted + self.q_batch)
 
 
@@ -52,16 +52,19 @@ def explain_matmul(
     platform: Literal["cpu", "cuda", "tpu"] | None = None,
     target: str | None = None,
 ) -> Explanation:
-    """Tell which way the product of a and b goes on a platform, and why. Nothing is computed; shapes suffice.
+    """Return how the product of a and b is computed on a platform, and why. Nothing is computed; shapes suffice.
 
     Args:
-        a, b: as in `matmul`, or in `dot_general` if dimension_numbers are given. `jax.ShapeDtypeStruct` will do, and
-            QTensors of them (from `jax.eval_shape`).
-        platform: "cpu", "cuda" or "tpu"; that of `target`, or of the first device.
+        a, b: as in `matmul`, or as in `dot_general` if `dimension_numbers` is given. `jax.ShapeDtypeStruct` and
+            QTensors of it (from `jax.eval_shape`) suffice.
+        platform: "cpu", "cuda" or "tpu"; by default that of `target`, else that of the first device.
         target: the device kind; see `dot_general`.
 
+    Returns:
+        An `Explanation`: `path` is the value of `impl=` or a path of XLA on CPUs, and `reason` says why.
+
     Raises:
-        ValueError: the axes do not match, or batch axes are ambiguous.
+        ValueError: the axes do not match, or the batch axes are ambiguous.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -86,7 +89,7 @@ def explain_matmul(
 
 
 def plan(x: Any, q: Any, dims: Dims, dtype: Any, device: str) -> Explanation:
-    """The way of the product of x, an array or packed too, with a packed q on a device kind."""
+    """Return how x (an array, or packed too) is multiplied by a packed q on a device kind, and why."""
     backend = backend_for(device)
     if isinstance(q, Prepacked) and q.backend != getattr(backend, "name", None):
         return Explanation("xla", f"prepacked for {q.backend}, unpacked and dequantized for {device}")
@@ -102,7 +105,7 @@ def plan(x: Any, q: Any, dims: Dims, dtype: Any, device: str) -> Explanation:
 
 
 def refusal(backend: Backend, x: Any, q: Any, dims: Dims, dtype: Any) -> str | None:
-    """Why a backend cannot take this product; None if it can."""
+    """Return the reason why a backend cannot compute this product; None if it can."""
     if backend.pairs:
         return backend.load().supports(x, q, dims)
     if 0 in (*x.shape, *q.shape):
@@ -118,10 +121,10 @@ def refusal(backend: Backend, x: Any, q: Any, dims: Dims, dtype: Any) -> str | N
 
 
 def checked_impl(impl: Impl | None, x: Any, q: Any, dims: Dims, dtype: Any) -> None:
-    """Raise if a product cannot go the way that was asked for.
+    """Raise an error if `impl` is unknown or cannot compute this product.
 
     Raises:
-        ValueError: an unknown way, or one that cannot take this product.
+        ValueError: `impl` is not a backend's name, or the backend cannot compute this product.
     """
     if impl is None or impl == "xla":
         return
@@ -138,10 +141,11 @@ def _plan_on_cpu(x, q, dims, dtype):
     rows, fmt = _rows(x, dims), q.fmt
     is_matrix = dims.q_contracted == (q.ndim + q.axis,) and dims.x_contracted == (x.ndim - 1,) and not dims.q_batch
     pairs = fmt.bits == 4 and fmt.block % 2 == 0 and not fmt.scale.runs
-    # Measured on two cores: one row takes a quarter of the time of decoding the matrix first, four rows two thirds.
+    # Measured on two cores: this takes a quarter of the time of decoding the matrix first for one row, and two thirds
+    # for four rows.
     if rows <= 4 and is_matrix and math.prod(q.shape) >= 2**16 and pairs and dtype != np.float64:
         return Explanation("xla_few_rows", f"{rows} rows: weights are decoded while they are multiplied")
-    # XLA:CPU adds up 16-bit products in float32 slowly; from 64 rows on a float32 product is faster (measured).
+    # XLA:CPU accumulates 16-bit products in float32 slowly. From 64 rows on, a float32 product is faster (measured).
     if rows >= 64 and dtype.itemsize == 2:
         return Explanation("xla_float32", f"{rows} rows of {dtype.name}: on a CPU products in float32 are faster")
     return None
@@ -155,15 +159,15 @@ def _rows(x, dims):
 
 
 def is_packed(a: Any) -> bool:
-    """Whether an operand is a QTensor or a prepacked one."""
+    """Return whether an operand is a QTensor or a Prepacked."""
     return isinstance(a, QTensor | Prepacked)
 
 
 def checked_dims(lhs: Any, rhs: Any, dimension_numbers: DimensionNumbers) -> Dims:
-    """The dimension numbers, counted from the front.
+    """Return the dimension numbers with nonnegative axes.
 
     Raises:
-        ValueError: they do not pair equal axes.
+        ValueError: they do not pair axes of equal length.
     """
     (a, b), (c, d) = dimension_numbers
     ndims = len(lhs.shape), len(rhs.shape)
@@ -184,9 +188,9 @@ def checked_dims(lhs: Any, rhs: Any, dimension_numbers: DimensionNumbers) -> Dim
 
 
 def as_one_axis(lhs: Any, rhs: Any, dims: Dims) -> tuple[Any, Any, Dims]:
-    """The same product with neighbouring contracted axes merged, such as [heads, head size], where blocks allow it.
+    """Merge adjacent contracted axes, such as [heads, head size], into one where the blocks allow it.
 
-    A kernel, and the fast path of XLA, contract the blocked axis and no other.
+    Kernels and the fast path of XLA contract the blocked axis only. Returns the operands and their dimension numbers.
     """
     (a, b), count = dims.numbers[0], len(dims.x_contracted)
     in_a_row = all(axes == tuple(range(axes[0], axes[0] + count)) for axes in (a, b) if axes)

@@ -25,14 +25,22 @@ def ragged_dot(
     *,
     group_offset: jax.Array | None = None,
 ) -> jax.Array:
-    """`jax.lax.ragged_dot` with packed experts: each group of rows of lhs [m, k] times its own matrix of rhs [g, k, n].
+    """Multiply each group of rows of lhs [m, k] by its own matrix of rhs [g, k, n], as `jax.lax.ragged_dot` does.
 
-    Either may be a QTensor, quantized along any axis; rhs with one amax or (amax_axes=(0,)) one for each group. Both
-    are dequantized. The gradient reaches an lhs that is an array. On meshes with explicit axes, which JAX's own does
-    not take, rows come out as those of lhs are sharded, and columns as those of rhs.
+    Either operand may be packed, along any axis; rhs has one amax, or one per group (amax_axes=(0,)). Packed operands
+    are dequantized. Only an lhs that is an array has a gradient when rhs is packed. Meshes with explicit axes, which
+    `jax.lax.ragged_dot` does not support, are supported: the result's rows are sharded as those of lhs, and its columns
+    as those of rhs.
+
+    Args:
+        group_sizes: integers [g], the number of rows of each group.
+        precision, preferred_element_type, group_offset: as in `jax.lax.ragged_dot`.
+
+    Returns:
+        An array [m, n].
 
     Raises:
-        TypeError: as `jax.lax.ragged_dot`, where shapes do not fit.
+        TypeError: the shapes do not fit, as in `jax.lax.ragged_dot`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -61,9 +69,9 @@ def ragged_dot(
 
 
 def ragged_sharding(lhs: Any, rhs: Any) -> Any:
-    """How lhs [m, k] times one of rhs [g, k, n] comes out on a mesh with explicit axes; None elsewhere.
+    """Return the sharding of ragged_dot's result [m, n] on a mesh with explicit axes; None elsewhere.
 
-    A mesh's axis that both are sharded over is that of the rows.
+    A mesh axis over which both rows and columns are sharded shards the result's rows only.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.explicit_axes:
@@ -95,7 +103,7 @@ def _ragged_fwd(x, q, group_sizes, group_offset, settings):
 def _ragged_bwd(settings, kept, g):
     q, group_sizes, group_offset = kept
     q = q.replaced(codes=after(g, q.codes))
-    x = jnp.zeros((g.shape[0], q.shape[-2]), settings[1])  # linear in x: any will do
+    x = jnp.zeros((g.shape[0], q.shape[-2]), settings[1])  # the product is linear in x, so any x does
     _, pull = jax.vjp(lambda x: _ragged_values(x, q, group_sizes, group_offset, settings), x)
     return *pull(g), no_gradient(q), *no_gradient((group_sizes, group_offset))
 

@@ -1,4 +1,4 @@
-"""Quantized training: recipes as records, the products that they describe, packed optimizer moments (`optim`)."""
+"""Quantized training: recipes as records, products quantized by a recipe, and packed optimizer moments (`optim`)."""
 
 from ifjax.training.convolution import quantized_conv
 from ifjax.training.product import quantized_dot_general

@@ -1,4 +1,4 @@
-"""A convolution with a quantized backward pass: the product of its windows with its kernel."""
+"""Convolution with a quantized forward and backward pass, as a product of windows with the kernel."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from ifjax.training.product import quantized_dot_general
 from ifjax.training.recipes import Recipe
@@ -26,22 +27,25 @@ def quantized_conv(
     feature_group_count: int = 1,
     batch_group_count: int = 1,
     precision: Any = None,
-    **layout: Any,
+    preferred_element_type: DTypeLike | None = None,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` of activations x and kernel w, quantized as the recipe says.
+    """Convolve activations x with kernel w as `jax.lax.conv_general_dilated` does, quantized by a recipe.
 
-    A convolution is the product of x's windows, laid out as rows of [input features, window], with the kernel as a
-    matrix, and `quantized_dot_general` is that product: blocks, rotations and noise are its own. The rows take as many
-    times x's memory as a window has places (over strides).
+    x's windows are laid out as rows of [input features, window] and multiplied by the kernel as a matrix, by
+    `quantized_dot_general`. Blocks, rotations and noise are those of that product. The rows take x's memory times the
+    window size, divided by the strides.
 
     Args:
-        x, w: of the layout that `dimension_numbers` tells.
+        x, w: activations and kernel in the layout of `dimension_numbers`.
         recipe, key: as for `quantized_dot_general`.
-        window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, precision: as in
-            `jax.lax.conv_general_dilated`.
+        window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, precision,
+            preferred_element_type: as in `jax.lax.conv_general_dilated`.
+
+    Returns:
+        The convolution, in the layout of `dimension_numbers`.
 
     Raises:
-        ValueError: `batch_group_count` is not 1; as `quantized_dot_general`.
+        ValueError: `batch_group_count` is not 1; or as in `quantized_dot_general`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -50,7 +54,6 @@ def quantized_conv(
         >>> quantized_conv(x, w, "w4a4_qat", window_strides=(1, 1), padding="SAME").shape
         (2, 16, 8, 8)
     """
-    del layout  # out_sharding and the like, of products without recipes
     if batch_group_count != 1:
         raise ValueError("a convolution with batch_group_count has no recipe: leave it out by a rule, Rule(path, None)")
     numbers = lax.conv_dimension_numbers(x.shape, w.shape, dimension_numbers)
@@ -59,17 +62,19 @@ def quantized_conv(
     groups, (out, features, *window) = feature_group_count, w.shape
     windows = lax.conv_general_dilated_patches(
         x, tuple(window), tuple(window_strides), padding, lhs_dilation, rhs_dilation, precision=precision
-    )  # [batch, features * window, *space], a feature's window together
+    )  # [batch, features * window, *space], features outermost
     batch, _, *space = windows.shape
     rows = jnp.moveaxis(windows, 1, -1).reshape(math.prod([batch, *space]), groups, features * math.prod(window))
     columns = jnp.moveaxis(w.reshape(groups, out // groups, features * math.prod(window)), 1, 2)
     if groups == 1:
         y = quantized_dot_general(
-            rows[:, 0], columns[0], (((1,), (0,)), ((), ())), recipe, key, precision=precision
+            rows[:, 0], columns[0], (((1,), (0,)), ((), ())), recipe, key, precision=precision,
+            preferred_element_type=preferred_element_type,
         )
     else:
         y = quantized_dot_general(
-            jnp.moveaxis(rows, 1, 0), columns, (((2,), (1,)), ((0,), (0,))), recipe, key, precision=precision
+            jnp.moveaxis(rows, 1, 0), columns, (((2,), (1,)), ((0,), (0,))), recipe, key, precision=precision,
+            preferred_element_type=preferred_element_type,
         )
         y = jnp.moveaxis(y, 0, 1)
     y = jnp.moveaxis(y.reshape(batch, *space, out), -1, 1)

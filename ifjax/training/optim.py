@@ -1,20 +1,20 @@
-"""Optimizer moments in block-scaled formats: 6.5 bits each instead of 32.
+"""Optimizer moments in block-scaled formats, at 6.5 bits each instead of 32.
 
     packed state -> decode -> the inner optimizer's step in float -> encode with fresh noise -> packed state
 
-A moment is an average over many steps, and each step changes it by less than the format can resolve (a thousandth, for
-Adam's second one). Rounding to nearest would lose such steps, so rounding is stochastic and unbiased. Noise then adds
-up over the steps that the average remembers, and three things keep it small and harmless:
+A moment is an average over many steps, and each step changes it by less than the format's resolution (by a thousandth,
+for Adam's second moment). Rounding to nearest would lose such steps, so rounding is stochastic and unbiased. The noise
+adds up over the steps that the average covers. Three measures keep it small and harmless:
 
-* The tensor's scale is a power of two. Else every step moves the whole grid a little under values that lie on it, and
-  all of them are rounded anew.
-* A second moment is stored as its square root: half the orders of magnitude, and what Adam divides by.
-* A root never decodes to zero next to others: its least value is its block's smallest step. Else m / (sqrt(0) + eps)
-  is a million times too large.
+* The tensor scale is a power of two. Otherwise each step shifts the grid slightly under values that lie on it, and all
+  of them are rounded again.
+* A second moment is stored as its square root, which spans half the orders of magnitude and is what Adam divides by.
+* A root never decodes to zero unless the whole tensor is zero. Its least value is its block's smallest step. Otherwise
+  m / (sqrt(0) + eps) is a million times too large.
 
-Measured for Adam (b2 = 0.999, if6, gradients whose scales differ by a factor e^1.5 within a tensor, one standard
-deviation): the largest update is 1.3 in float32; 1e7 with second moments stored as they are, 2e6 with their roots, 8.5
-with roots that are never zero, 3.9 with all three. The scale's power of two halves the error of sqrt(nu).
+Measured for Adam (b2 = 0.999, if6, gradients whose scales differ within a tensor by a factor e^1.5, one standard
+deviation): the largest update is 1.3 in float32; 1e7 with unchanged second moments, 2e6 with their roots, 8.5 with
+roots that are never zero, and 3.9 with all three measures. The power-of-two scale halves the error of sqrt(nu).
 """
 
 import functools
@@ -32,13 +32,13 @@ from ifjax.codec.blocks import crop, merge_blocks, pick
 from ifjax.codec.decode import decode
 from ifjax.formats import Format, get_format
 
-# Fields of optax's states that are averages or sums of squares. A name alone means the field of any state.
+# Fields of optax's states that hold averages or sums of squares. A name without a type matches any state.
 SECOND_MOMENTS = (
     "nu", "nu_max", "exp_avg_sq", "sum_of_squares", "grad_sum_sq",
     "FactoredState.v", "FactoredState.v_row", "FactoredState.v_col",
     "ScaleByAdanState.n", "ScaleByAdaDeltaState.e_g", "ScaleByAdaDeltaState.e_x",
 )  # fmt: skip
-# Fields that are shaped like parameters but are parameters or step sizes: rounding them would change the model.
+# Fields that have the parameters' shapes but hold parameters or step sizes. Rounding them would change the model.
 NOT_MOMENTS = (
     "x0", "params0", "init_params", "init_particles",
     "ScheduleFreeState.z", "SAMState.cache", "ScaleByRpropState.step_sizes",
@@ -46,24 +46,24 @@ NOT_MOMENTS = (
 
 
 class PackedMoment(NamedTuple):
-    """A moment in a state, quantized."""
+    """A quantized moment in an optimizer state."""
 
     values: QTensor
 
 
 class PackedRoot(NamedTuple):
-    """A second moment in a state: the QTensor is its square root."""
+    """A quantized second moment in an optimizer state, stored as its square root."""
 
     values: QTensor
 
 
 class QuantizedMomentsState(NamedTuple):
-    """A plain pytree of arrays.
+    """The state of `quantized_moments`; a pytree of arrays.
 
     Attributes:
-        count: steps so far.
-        key: raw data of the key that each step's noise is derived from, with `count`. It never changes.
-        inner_state: the inner transformation's, with PackedMoment and PackedRoot in the place of large moments.
+        count: number of steps so far.
+        key: raw data of the key from which, with `count`, each step's noise is derived. It never changes.
+        inner_state: the inner transformation's state, with PackedMoment and PackedRoot in place of large moments.
     """
 
     count: jax.Array
@@ -81,43 +81,44 @@ def quantized_moments(
     second: Collection[str] = SECOND_MOMENTS,
     keep: Collection[str] = NOT_MOMENTS,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, with the moments in its state stored as packed QTensors.
+    """Return `inner` with the moments in its state stored as packed QTensors.
 
-    Moments are the float arrays that the state holds for each parameter, found as `optax.tree_map_params` finds them.
-    Each step decodes them, runs `inner` in their own dtype and encodes them again, with noise derived from the state's
-    key and count: the same state and gradients give the same step, from a checkpoint as well. Blocks lie along the last
-    axis, or along the one that fills its blocks best where the last would waste more than an eighth. Works under jit,
-    with donated or sharded states (see `QTensor`), and inside `optax.chain`, `masked`, `partition`,
-    `inject_hyperparams` and `MultiSteps`.
+    Moments are the float arrays that the state holds for each parameter, as found by `optax.tree_map_params`. Each step
+    decodes them, runs `inner` in their own dtype and encodes them again. The noise is derived from the state's key and
+    count, so the same state and gradients give the same step, also after restoring a checkpoint. Blocks lie along the
+    last axis; if padding would add more than an eighth to it, they lie along the axis with the least padding. The
+    transformation works under jit, with donated or sharded states (see `QTensor`), and inside `optax.chain`, `masked`,
+    `partition`, `inject_hyperparams` and `MultiSteps`.
 
-    It does not save memory within the step: under jit all moments may be decoded at once. It does not touch gradients
-    and parameters. A parameter that is a packed QTensor itself has no gradient: `optax.masked` with
-    `ifjax.trainable_mask` leaves it out. A step that `inner` skips is still rounded: put `MultiSteps` and
-    `apply_if_finite` outside. A NaN or infinity makes NaN of its block's moments.
+    It saves no memory within a step: under jit all moments may be decoded at once. It leaves gradients and parameters
+    unchanged. A parameter that is itself a packed QTensor has no gradient: exclude it by `optax.masked` with
+    `ifjax.trainable_mask`. A step that `inner` skips still rounds the moments, so apply `MultiSteps` and
+    `apply_if_finite` outside of this transformation. A NaN or infinity turns all moments of its block into NaN.
 
     Args:
-        inner: any transformation that `optax.tree_map_params` takes.
-        fmt: the format of moments. Of those that choose between two decodings, if6 has a bias of 0.01%, if4 of 0.6%.
-        second_fmt: the format of second moments, `fmt` unless given. Noise enlarges small ones, so that their
+        inner: any transformation that `optax.tree_map_params` supports.
+        fmt: the format of moments. Of formats that choose between two decodings, if6 has a bias of 0.01%, if4 of 0.6%.
+        second_fmt: the format of second moments; by default `fmt`. Noise enlarges small second moments, so that their
             parameters learn more slowly: in the module's example sqrt(nu) is 1.1 times too large with if6 (geometric
-            mean over values), 5 times with if4.
-        seed: where the noise comes from: a number, or a typed key of `jax.random.key`.
-        min_size: smaller moments (biases, norms, scalars) stay as they are.
-        second: fields of the state that are never negative and are divided by. They are stored as square roots and
-            decode to more than zero, unless all of the tensor is zero. "nu" means that field of any NamedTuple,
-            "ScaleByAdanState.n" that of one.
-        keep: fields that stay as they are, in the same words.
+            mean over values), and 5 times with if4.
+        seed: the seed of the noise, an integer or a typed key of `jax.random.key`.
+        min_size: moments with fewer values (biases, norms, scalars) stay unquantized.
+        second: state fields that are never negative and by which the update is divided. They are stored as square roots
+            and decode to positive values, unless the whole tensor is zero. "nu" names this field of any NamedTuple,
+            "ScaleByAdanState.n" a field of one.
+        keep: state fields that stay unquantized, named likewise.
 
     Returns:
         A transformation whose state is a QuantizedMomentsState.
 
     Raises:
-        TypeError: `inner` is no gradient transformation; `seed` is neither a number nor a typed key.
+        TypeError: `inner` is not a gradient transformation; `seed` is neither an integer nor a typed key; `second` or
+            `keep` is a string.
         ValueError: the format is unknown; `min_size` is not positive; on `init`, there is nothing to quantize.
 
-    Source: 8-bit optimizers (arXiv 2110.02861) and 4-bit ones (arXiv 2309.01507) round to nearest on nonlinear grids,
-    the latter without a zero for second moments. Here grids are those of block-scaled formats, rounding is stochastic,
-    and roots take the place of nonlinear grids.
+    Source: 8-bit optimizers (arXiv 2110.02861) and 4-bit optimizers (arXiv 2309.01507) round to nearest on nonlinear
+    grids, the latter without a zero for second moments. This transformation uses the grids of block-scaled formats,
+    stochastic rounding, and square roots instead of nonlinear grids.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -153,7 +154,7 @@ def quantized_moments(
                 return x
             kind, record = (PackedRoot, root_fmt) if is_second else (PackedMoment, first_fmt)
             packed.append(kind)
-            key = jax.random.key(0, impl=impl)  # moments start as zeros or constants: nothing hangs on this noise
+            key = jax.random.key(0, impl=impl)  # moments start as zeros or constants, so this noise does not matter
             return kind(_encode(x, key, fmt=record, axis=_block_axis(x.shape, record.block), root=is_second))
 
         def pack_field(tree, field):
@@ -163,11 +164,11 @@ def quantized_moments(
             return jax.tree.map(lambda x: pack_leaf(x, is_second), tree, is_leaf=lambda x: isinstance(x, QTensor))
 
         state = _map_moments(inner, pack_field, state)
-        # Without leaves there are no parameters here: all are masked, or optax asks for the state's structure only.
+        # If params has no leaves, all parameters are masked, or optax only queries the state's structure.
         if jax.tree.leaves(params) and not packed:
             raise ValueError(_why_nothing(sizes, min_size))
         key = jax.random.key(seed) if impl is None else seed
-        # A copy, so that a donated state does not take the caller's key with it.
+        # The key is copied, so that donating the state does not delete the caller's key.
         return QuantizedMomentsState(jnp.zeros((), jnp.int32), jnp.array(jax.random.key_data(key), copy=True), state)
 
     def update(updates, state, params=None, **extra_args):
@@ -188,7 +189,11 @@ def quantized_moments(
 
 
 def dequantize_moments(state: QuantizedMomentsState) -> Any:
-    """The inner transformation's own state, all moments as float arrays: what `inner` could go on with."""
+    """Return the inner transformation's own state, with all moments as float arrays, from which `inner` can continue.
+
+    Raises:
+        TypeError: `state` is not a QuantizedMomentsState.
+    """
     if not isinstance(state, QuantizedMomentsState):
         raise TypeError(f"needs the state of quantized_moments, got {type(state).__name__}")
     return jax.tree.map(lambda x: _decode(x) if _is_packed(x) else x, state.inner_state, is_leaf=_is_packed)
@@ -218,20 +223,22 @@ def _decode(packed):
 
 
 def _power_of_two_above(amax):
-    """The least power of two that is not below amax; 0 for 0."""
+    """Return the least power of two not below amax; 0 for 0."""
     bits = lax.bitcast_convert_type(amax, jnp.int32)
     bits = (bits + 0x7FFFFF) & 0x7F800000
-    # Above 2^127 there is no power of two: the range that `quantize` leaves free is not used, and values saturate.
+    # 2^127 is float32's largest power of two. Values above it saturate: `quantize` does not use its headroom for them.
     return jnp.minimum(lax.bitcast_convert_type(bits, jnp.float32), np.float32(2.0**127))
 
 
 def _least_positive(q):
-    """float32 of q's shape: each value's smallest neighbour of zero in its block, by the tensor's least scale if the
-    block's is zero. Zero if amax is."""
+    """Return the least positive value of each element's block, float32 of q's shape; zeros if amax is zero.
+
+    A block scale of zero counts as the least positive scale.
+    """
     selector, payload = q.fmt.split(q.headers())
     headers = q.fmt.join(selector, jnp.maximum(payload, 1))
     codes = pick(selector, [jnp.int32(d.grid.least_positive) for d in q.fmt.decodings])
-    # Of each place, as formats with several factors a block have other steps in its parts.
+    # Computed for each place in the block, because with several factors per block the step differs by place.
     place = jnp.arange(q.fmt.block, dtype=jnp.int32).reshape(-1, *[1] * (-q.axis - 1))
     headers, codes = (jnp.expand_dims(jnp.broadcast_to(a, headers.shape), q.axis) for a in (headers, codes))
     amax, at = q.amax, q.ndim + q.axis
@@ -244,7 +251,7 @@ def _least_positive(q):
 
 
 def _block_axis(shape, block):
-    """The last axis, or if it would be filled up by more than an eighth, the one that needs the least of it."""
+    """Return the last axis, or the axis with the least padding if padding would add more than an eighth to the last."""
 
     def waste(axis):
         return -(-shape[axis] // block) * block / shape[axis]
@@ -253,13 +260,13 @@ def _block_axis(shape, block):
 
 
 class _Field(NamedTuple):
-    """All that a field of the state holds for the parameters. A leaf: see `_map_moments`."""
+    """A marker around a subtree of the state that has the parameters' structure; `_map_moments` treats it as a leaf."""
 
     tree: Any
 
 
 def _map_moments(inner, f: Callable[[Any, str], Any], state):
-    """The state with f(tree, "TypeName.field") for each tree that is shaped like the parameters."""
+    """Return the state with each subtree of the parameters' structure replaced by f(subtree, "TypeName.field")."""
 
     def visit(node, field):
         if isinstance(node, _Field):
@@ -271,7 +278,7 @@ def _map_moments(inner, f: Callable[[Any, str], Any], state):
             lambda x: visit(x, field) if _is_namedtuple(x) else x, node, is_leaf=lambda x: _is_namedtuple(x)
         )
 
-    # With everything a leaf, the function gets each such tree as a whole.
+    # `is_leaf` is always true, so that the function gets each such subtree as a whole.
     marked = optax.tree_map_params(inner, _Field, state, is_leaf=lambda _: True)
     return visit(marked, "")
 
@@ -289,7 +296,7 @@ def _matches(field, names):
 
 
 def _checked_seed(seed):
-    """The name of the key's implementation; None, the default one, for a number."""
+    """Return the name of the key's PRNG implementation; None for an integer seed, which uses the default one."""
     if isinstance(seed, int) and not isinstance(seed, bool):
         return None
     if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.ndim == 0:

@@ -1,4 +1,4 @@
-"""A product with a quantized backward pass."""
+"""dot_general with a quantized forward and backward pass."""
 
 import functools
 import math
@@ -36,36 +36,40 @@ def quantized_dot_general(
     preferred_element_type: DTypeLike | None = None,
     out_sharding: Any = None,
 ) -> jax.Array:
-    """`jax.lax.dot_general` of activations x and weights w, forward and backward quantized as the recipe says.
+    """Multiply activations x by weights w as `jax.lax.dot_general` does, quantized forward and backward by a recipe.
 
-    Several axes that a product contracts count as one, in the order given, and so do several tokens axes; the last
-    block of an odd length is filled up with zeros. An operand has one amax, batch axes included; under `jax.vmap` each
-    member has its own, and inside `jax.shard_map` each device. Values are multiplied and added up in float32 on CPUs,
-    elsewhere in the operands' type with float32 sums. Cotangents have the dtypes of x and w.
+    Several contracted axes count as one, in the order given, and so do several token axes. The last block along an axis
+    is padded with zeros. Each operand has one amax, shared by its batch axes; under `jax.vmap` each member has its own,
+    and inside `jax.shard_map` each device has its own. On CPUs values are multiplied and accumulated in float32.
+    Elsewhere they are multiplied in the operands' dtype and accumulated in float32. Cotangents have the dtypes of x
+    and w.
 
-    The same key gives the same result under jit, scan, remat and vmap, up to the order of sums; noise belongs to the
-    element, however many devices share the array. Members of a vmap that share a key share its noise.
+    The same key gives the same result under jit, scan, remat and vmap, up to the order of summation. The noise of an
+    element does not depend on the sharding. Members of a vmap that share a key share its noise.
 
     Under `jax.checkpoint`, `jax.checkpoint_policies.save_only_these_names("quantized_product")` keeps results, as
     `dots_saveable` keeps those of plain products.
 
-    Differentiable once, in reverse mode: rounding has no second derivative. A recipe that quantizes nothing, and a
-    product with an empty operand, are `jax.lax.dot_general` itself.
+    The product can be differentiated once, in reverse mode, since rounding has no second derivative. If the recipe
+    quantizes nothing, or an operand is empty, the function calls `jax.lax.dot_general`.
 
     Args:
         x: activations, of any rank.
         w: weights, of any rank.
         dimension_numbers, precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`.
-        recipe: a name in `ifjax.recipes.RECIPES` or a record.
-        key: a fresh one for each layer and step. Recipes without noise ignore it.
-        amax: float32 [3], the maxima of x, w and the cotangent of y that formats with a tensor scale go by, instead of
-            those of the arrays at hand, which then need not be read first; 0 stands for the one at hand. Larger values
-            saturate. Rotated products, and operands with an amax of their own, do not go by it. Its cotangent is no
-            gradient: it is the three maxima of this call, to be carried to later ones. Pass each product its own.
+        recipe: a name in `ifjax.recipes.RECIPES` or a `Recipe`.
+        key: a PRNG key, fresh for each layer and step. Recipes without noise ignore it.
+        amax: float32 [3], the amax of x, of w and of y's cotangent, for formats with a tensor scale. It replaces the
+            arrays' own amax, which then need not be computed first; 0 means the array's own. Larger values saturate.
+            Rotated products, and operands whose recipe fixes an amax, ignore it. Its cotangent is not a gradient: it
+            holds the three amax values of this call, to be passed to later calls. Give each product its own `amax`.
+
+    Returns:
+        The product, with the shape and dtype of `jax.lax.dot_general`.
 
     Raises:
-        ValueError: the recipe needs a key and has none; amax has another shape; the second derivative was asked for.
-        TypeError: as `jax.lax.dot_general`, where axes do not match.
+        ValueError: the recipe needs a key and none is given; `amax` is not of shape [3]; a second derivative is taken.
+        TypeError: the axes do not match, as in `jax.lax.dot_general`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -76,7 +80,8 @@ def quantized_dot_general(
         >>> jax.jit(jax.grad(loss))(w, jax.random.key(0)).shape
         (32, 32)
 
-        Maxima that are taken at every tenth step, and carried in between; without them XLA leaves their taking out:
+        Compute the amax values at every tenth step and reuse them in between. XLA removes their computation from a step
+        that does not return them:
 
         >>> def loss(w, amax, key):
         ...     y = quantized_dot_general(x, w, (((1,), (0,)), ((), ())), "ue5m3", key, amax=amax)
@@ -128,11 +133,11 @@ def quantized_dot_general(
 
 
 class Settings(NamedTuple):
-    """What a product is compiled for; hashable."""
+    """The static arguments of a product; hashable."""
 
     recipe: Recipe
     precision: Any
-    dtype: np.dtype  # that operands are multiplied in
+    dtype: np.dtype  # the dtype in which operands are multiplied
     out_dtype: np.dtype
     x_dtype: np.dtype
     w_dtype: np.dtype
@@ -143,7 +148,7 @@ def _rest(a, *taken):
 
 
 def _as_matrices(a, batch, rows, columns):
-    """a as [rows, columns], or [batch, rows, columns] if there are batch axes; several axes become one."""
+    """Reshape a to [rows, columns], or [batch, rows, columns] with batch axes; each group of axes becomes one."""
     groups = [batch, rows, columns] if batch else [rows, columns]
     a = jnp.transpose(a, [axis for group in groups for axis in group])
     lengths, shape = iter(a.shape), []
@@ -154,12 +159,12 @@ def _as_matrices(a, batch, rows, columns):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _product(x, w, key, amax, settings: Settings):
-    """x [tokens, K] times w [K, N], each with one leading batch axis or none; `amax` is of x, w and g, or None."""
+    """Return x [tokens, K] times w [K, N]; both may have a batch axis in front. `amax` is of x, w and g, or None."""
     return _forward(x, w, key, amax, settings)[0]
 
 
 def _forward(x, w, key, amax, settings):
-    """y, and the operands that it is the product of."""
+    """Return y and the quantized operands whose product it is."""
     of_x, of_w, _ = _each(amax)
     qx = operand_of(x, "fprop", "lhs", -1, key, settings, of_x)
     qw = operand_of(w, "fprop", "rhs", -2, key, settings, of_w)
@@ -177,7 +182,7 @@ def _largest(a):
 def _product_fwd(x, w, key, amax, settings):
     recipe = settings.recipe
     if recipe.needs_key:
-        _check_key(key, recipe)  # here, not only where the backward pass draws: nearer to what forgot it
+        _check_key(key, recipe)  # checked in the forward pass already, close to the call that lacks the key
     y, (qx, qw) = _forward(x, w, key, amax, settings)
     of_x, of_w, _ = _each(amax)
 
@@ -189,7 +194,7 @@ def _product_fwd(x, w, key, amax, settings):
 
     for_dgrad = kept(w, qw, recipe.dgrad.rhs, "dgrad", "rhs", -1, of_w)
     for_wgrad = kept(x, qx, recipe.wgrad.lhs, "wgrad", "lhs", -2, of_x)
-    # Nothing of x and of w, from which `once` sees whether what is being differentiated depends on them.
+    # Empty slices of x and w. Through them `once` sees a second derivative with respect to x or w.
     nothing = [lax.slice_in_dim(a, 0, 0, axis=a.ndim - 1) for a in (x, w)]
     maxima = None if amax is None else (_largest(x), _largest(w))
     return y, (for_dgrad, for_wgrad, nothing, key, amax, maxima)
@@ -228,15 +233,15 @@ def _once_jvp(primals, tangents):
 
 
 def operand_of(a, product_name, side, axis, key, settings, amax=None) -> Any:
-    """What the named product multiplies for a, of which it contracts `axis`: a QTensor, or an array.
+    """Return a, quantized along the contraction axis for one side of the named product: a QTensor or an array.
 
-    `amax` is a's, if the caller has one; 0 if it has none yet.
+    `amax` replaces a's own; None or 0 means a's own.
     """
     product = getattr(settings.recipe, product_name)
     operand, size = getattr(product, side), product.hadamard
     if isinstance(a, QTensor):
         if not operand.reuse or not (operand.fmt or size):
-            return a  # quantized for this product already, or reused as it is
+            return a  # already quantized for this product, or reused unchanged
         a = a.dequantize()
     a = lax.stop_gradient(a)
     if product.is_random:
@@ -270,11 +275,11 @@ def _check_key(key, recipe):
         )
 
 
-@jax.jit(static_argnums=(2, 3, 4, 5, 6))  # outside of a jit, compiled once for all recipes
+@jax.jit(static_argnums=(2, 3, 4, 5, 6))  # outside of a jit, this compiles once for all recipes
 def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
-    """The product along these axes: [batch, what is left of a, what is left of b].
+    """Return the product of a and b, contracted along a_axis and b_axis: [batch, a's free axis, b's free axis].
 
-    `like` is the array that a QTensor `a` was made of, if there is one. Without it XLA propagates the output sharding
+    `like` is the array from which the QTensor `a` was quantized, or None. Without it XLA propagates the output sharding
     before that of the codes, and all-gathers activations for the weight gradient instead of reducing partial sums.
     """
     batch = (tuple(range(a.ndim - 2)),) * 2
@@ -285,12 +290,12 @@ def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
         if like is None or jax.device_count() == 1:
             return dot_general(a, b, numbers, precision, out_dtype)
         values, factor = multiples(a, dtype)
-        values = jnp.where(like != like, jnp.nan, values)  # changes nothing: where one is NaN, the other is
+        values = jnp.where(like != like, jnp.nan, values)  # a no-op: both are NaN at the same places
         return (dot_general(values, b, numbers, precision, accumulator(out_dtype)) * factor).astype(out_dtype)
 
     if dtype.itemsize != 2 or not (isinstance(a, QTensor) or isinstance(b, QTensor)):
         return product(a, b, like)
-    # XLA:CPU multiplies 16-bit matrices no faster, and in float32 operands are not rounded another time.
+    # XLA:CPU does not multiply 16-bit matrices faster than float32 ones, and float32 avoids a second rounding.
     return lax.platform_dependent(
         a, b, like, cpu=functools.partial(product, dtype=np.dtype(np.float32)), default=product
     )

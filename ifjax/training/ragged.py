@@ -1,4 +1,4 @@
-"""ragged_dot with a quantized backward pass: experts that are trained by a recipe."""
+"""ragged_dot with a quantized forward and backward pass, for experts trained with a recipe."""
 
 import functools
 import math
@@ -30,19 +30,22 @@ def quantized_ragged_dot(
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> jax.Array:
-    """`jax.lax.ragged_dot` of tokens x [m, k] and experts w [g, k, n], forward and backward as the recipe says.
+    """Multiply tokens x [m, k] by experts w [g, k, n] as `jax.lax.ragged_dot` does, quantized by a recipe.
 
-    As `quantized_dot_general` for each group, with one amax for all. In the weight gradient, which contracts tokens,
-    each group is filled up with zeros to whole blocks, so that no block, and no rotation, joins tokens of two experts:
-    that takes up to a block of rows more for each expert.
+    Each group is multiplied as by `quantized_dot_general`, with one amax for all groups. The weight gradient contracts
+    tokens. Each group is padded with zeros to whole blocks and rotation runs, so that none of them spans tokens of two
+    experts. The padding takes at most the least common multiple of block and run length in rows per expert.
 
     Args:
-        group_sizes: integers [g]; rows behind their sum give zeros.
+        group_sizes: integers [g], the number of rows of each group; rows beyond their sum give zeros.
         recipe, key, precision, preferred_element_type: as for `quantized_dot_general`.
 
+    Returns:
+        An array [m, n].
+
     Raises:
-        ValueError: as `quantized_dot_general`.
-        TypeError: as `jax.lax.ragged_dot`, where shapes do not fit.
+        ValueError: as in `quantized_dot_general`.
+        TypeError: the shapes do not fit, as in `jax.lax.ragged_dot`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,7 +78,7 @@ def quantized_ragged_dot(
     group = jnp.searchsorted(ends, jnp.arange(m), side="right")
     rows = -(-m // align) * align + g * align
     start = jnp.where(group < g, (jnp.cumsum(filled) - filled)[group] - (ends - group_sizes)[group], rows)
-    place = jnp.where(group < g, start + jnp.arange(m), rows)  # behind the last row: dropped
+    place = jnp.where(group < g, start + jnp.arange(m), rows)  # out of range: `set` drops these rows
     x, w = as_varying(x, w), as_varying(w, x)
     spread = jnp.zeros((rows, x.shape[1]), x.dtype).at[place].set(x, mode="drop")
     y: Any = _product(spread, w, filled.astype(group_sizes.dtype), key, settings)
@@ -83,7 +86,7 @@ def quantized_ragged_dot(
 
 
 def _alignment(recipe: Recipe) -> int:
-    """Tokens that the weight gradient takes together."""
+    """Return the number of rows to whose multiples groups are padded: whole blocks and runs of the weight gradient."""
     sizes = [recipe.wgrad.hadamard or 1]
     sizes += [operand.how.fmt.block for operand in recipe.wgrad.operands if operand.how is not None]
     return math.lcm(*sizes)

@@ -1,13 +1,13 @@
-"""Quantized training: a product with a quantized backward pass, and recipes that say what it quantizes, as records.
+"""Recipes, as records: which operands of a linear layer's three products are quantized, and how.
 
-A linear layer y = x w multiplies three times, and each product has two operands of its own:
+A linear layer y = x w has three products in training, each with two operands:
 
-    fprop  y  = x w     x and w, blocks along the contracted axes
+    fprop  y  = x w     x and w, blocks along the contraction axes
     dgrad  dx = g w^T   g and w, blocks along w's free axes
     wgrad  dw = x^T g   x and g, blocks along x's free axes: the tokens
 
-Blocks, and rotations, always lie along what the product contracts, so no operand of one product is that of another;
-only square blocks look alike from both sides. No line of this module asks which recipe it is.
+Blocks and rotations always lie along a product's contraction axis. So each product quantizes its own operands; only
+square blocks can be shared between two products. No code in this module depends on a recipe's name.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import functools
 import math
 from typing import Any, Literal
 
-from ifjax.arrays import ms_eden  # noqa: F401  registers the rounding of that name
+from ifjax.arrays import ms_eden  # noqa: F401  importing it registers the rounding "ms_eden"
 from ifjax.codec import LOSSES, ROUNDINGS, BlockLoss, Encoding, Loss, Rounding
 from ifjax.formats import FORMATS, Format, get_format
 from ifjax.lookup import Registry
@@ -30,22 +30,22 @@ def _need(record, field, fits, needed):
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """How one operand of one product is quantized. Hashable; `Operand()` leaves it in high precision.
+    """The quantization of one operand of one product; hashable. `Operand()` leaves it in high precision.
 
-    Named formats, roundings and losses are kept by their name, others as records, whichever way they are given.
+    Formats, roundings and losses in the registries are stored by name, others as records, however they are given.
 
     Attributes:
-        fmt: a format's name or record; None multiplies the array as it is.
-        rounding: as for `ifjax.quantize`, or "ms_eden", which rounds scales at random instead of elements.
-        block_2d: scale and choice are shared by squares. Over all axes that are contracted, as one, and all that are
-            not.
-        loss: as for `ifjax.quantize`; the squared error unless given.
-        amax: a fixed one, for arrays whose magnitudes are known to be bounded, instead of the largest magnitude.
-        reuse: in backward products, start from what fprop multiplied instead of from the array: the forward pass's
-            rounded values, kept packed. With fmt=None they are multiplied as they are.
+        fmt: a format's name or record; None multiplies the array unquantized.
+        rounding: as for `ifjax.quantize`, or "ms_eden", which rounds scales stochastically instead of elements.
+        block_2d: whether square blocks share scale and choice. The contracted axes, merged into one, form one side of
+            the squares, and the other axes, merged into one, form the other.
+        loss: as for `ifjax.quantize`; by default the squared error.
+        amax: a fixed amax, for arrays with a known bound, instead of the array's largest magnitude.
+        reuse: in dgrad and wgrad, start from the rounded values of fprop, kept packed, instead of the array. With
+            fmt=None they are multiplied unchanged.
 
     Raises:
-        ValueError: a field that cannot be, or has no effect; the message says what to write instead.
+        ValueError: a field is invalid or has no effect; the message says what to write instead.
     """
 
     fmt: str | Format | None = None
@@ -91,34 +91,34 @@ class Operand:
 
     @functools.cached_property
     def how(self) -> Encoding | None:
-        """The encoding; None if the operand is left in high precision."""
+        """The operand's encoding; None if it stays in high precision."""
         if self.fmt is None:
             return None
         return Encoding.of(self.fmt, rounding=self.rounding, loss=self.loss, block_2d=self.block_2d)
 
     @property
     def is_random(self) -> bool:
-        """Whether rounding draws noise."""
+        """Whether the rounding draws noise."""
         return ROUNDINGS.find(self.rounding).draws
 
     @property
     def is_packed_early(self) -> bool:
-        """Whether residuals="packed" quantizes it in the forward pass."""
+        """Whether residuals="packed" quantizes this operand in the forward pass."""
         return self.how is not None and self.how.rounding.packs and not self.reuse
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """The two operands of a product, and the rotation of both, which leaves the product itself unchanged.
+    """The two operands of a product, and a rotation of both, which leaves the exact product unchanged.
 
     Attributes:
         lhs, rhs: x and w of fprop, g and w of dgrad, x and g of wgrad.
-        hadamard: run length of `ifjax.hadamard` along the contracted axis of both; None does not rotate. Lengths that
-            it does not divide are filled up with zeros.
-        signs: "fixed" and None as for `ifjax.hadamard`; "fresh" draws new ones from each key.
+        hadamard: the run length of `ifjax.hadamard` along the contraction axis of both operands; None does not rotate.
+            Axes that it does not divide are padded with zeros.
+        signs: "fixed" and None as for `ifjax.hadamard`; "fresh" draws new signs from each key.
 
     Raises:
-        ValueError: a field that cannot be, or has no effect; the message says what to write instead.
+        ValueError: a field is invalid or has no effect; the message says what to write instead.
     """
 
     lhs: Operand = Operand()
@@ -152,39 +152,39 @@ class Product:
 
     @property
     def operands(self) -> tuple[Operand, Operand]:
-        """lhs and rhs."""
+        """The pair (lhs, rhs)."""
         return self.lhs, self.rhs
 
     @property
     def is_quantized(self) -> bool:
-        """Whether an operand is."""
+        """Whether an operand is quantized."""
         return any(operand.fmt is not None for operand in self.operands)
 
     @property
     def is_random(self) -> bool:
-        """Whether it needs a key."""
+        """Whether the product draws noise or signs, and needs a key."""
         drawn = self.hadamard is not None and self.signs == "fresh"
         return drawn or any(operand.is_random for operand in self.operands)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What `quantized_dot_general` quantizes, how, and what it saves. Hashable; usable as a static jit argument.
+    """The quantization of a layer's operands and residuals by `quantized_dot_general`; usable as a static jit argument.
 
     Attributes:
-        name: what reports call it.
-        fprop, dgrad, wgrad: the products of y, of the gradient for x and of that for w.
-        residuals: what the backward pass finds of operands that it quantizes itself. "float": the arrays, quantized
-            then. "packed": already quantized by the forward pass, to the same bytes, so that activations take 4.5
-            bits a value where the array itself is not needed elsewhere. MS-EDEN's operands are never packed; reused
-            ones always are.
-        source: where it comes from.
+        name: the name in reports.
+        fprop, dgrad, wgrad: the products that compute y, the gradient of x and the gradient of w.
+        residuals: how x and w are saved for backward products that quantize them. "float" saves the arrays, and the
+            backward pass quantizes them. "packed" quantizes them in the forward pass, to the same bytes, so that
+            activations take 4.5 bits per value if nothing else keeps the array. MS-EDEN's operands are never saved
+            packed. Reused operands always are.
+        source: the paper or code that the recipe follows.
 
     Raises:
-        ValueError: products that do not fit together; the message says what to write instead.
+        ValueError: the products do not fit together; the message says what to write instead.
 
     Example:
-        IF4 in the forward pass and nowhere else, with gradients of the rounded operands:
+        IF4 in the forward pass only, with gradients of the rounded operands:
 
         >>> from ifjax.training import Operand, Product, Recipe
         >>> reused, if4 = Operand(reuse=True), Operand("if4")
@@ -228,16 +228,16 @@ class Recipe:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any product is."""
+        """Whether any product is quantized."""
         return any(product.is_quantized for product in (self.fprop, self.dgrad, self.wgrad))
 
     @property
     def needs_key(self) -> bool:
-        """Whether some product draws noise or signs. Forward alone a key is needed only if fprop does."""
+        """Whether a product draws noise or signs; the forward pass alone needs a key only if fprop does."""
         return any(product.is_random for product in (self.fprop, self.dgrad, self.wgrad))
 
     def over_packed(self) -> "Recipe":
-        """The same over a weight that is packed already and stays so: multiplied as it is, without a gradient."""
+        """Return the recipe for a weight that is packed already: it is multiplied unchanged and has no gradient."""
 
         def as_it_is(product):
             return Product() if product.lhs.fmt is None else dataclasses.replace(product, rhs=Operand())
@@ -253,11 +253,11 @@ class Recipe:
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:
-    """Return the record itself, or the named one.
+    """Return the recipe of that name, or the given Recipe itself.
 
     Raises:
-        ValueError: unknown name; the message lists the nearest ones.
-        TypeError: neither a name nor a Recipe.
+        ValueError: the name is unknown; the message lists the nearest names.
+        TypeError: the argument is neither a name nor a Recipe.
     """
     return RECIPES.find(recipe)
 
@@ -265,8 +265,8 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
 def _named():
     high, reused = Operand(), Operand(reuse=True)
 
-    # Square blocks for w, so that dgrad reuses what fprop multiplied; wgrad rotated by H16 with the fixed signs;
-    # gradients rounded stochastically, all else to nearest.
+    # w has square blocks, so that dgrad reuses the packed w of fprop. wgrad is rotated by H16 with the fixed signs.
+    # Gradients are rounded stochastically, all other operands to nearest.
     def square(name, fmt, source, wgrad_fmt=None, rounding: Any = "stochastic_unbiased"):
         gradient, wgrad_fmt = Operand(fmt, rounding), wgrad_fmt or fmt
         return Recipe(
@@ -277,7 +277,7 @@ def _named():
             source=source,
         )
 
-    # Blocks along the axis; all four operands of the backward pass by MS-EDEN, w and x from their rounded values.
+    # Blocks are 1-D. All four operands of the backward pass are rounded by MS-EDEN, w and x from their rounded values.
     def eden(name, fmt, backward, source, hadamard=16, signs=None):
         fresh = Operand(backward, "ms_eden")
         again = Operand(backward, "ms_eden", reuse=True)
@@ -297,18 +297,18 @@ def _named():
     yield square("nvint4", "nvint4", f"{published} nvint4")
     yield square("if4", "if4", f"{published} if4")
     yield square("nvfp4_wgrad_nvint4", "nvfp4", f"{published} nvfp4_wgradnvint4", wgrad_fmt="nvint4")
-    # No signs: the published code multiplies its signs in after the Hadamard matrix, where they cancel in the product.
+    # No signs: the published code applies its signs after the Hadamard matrix, where they cancel in the product.
     yield eden("if4_mseden", "if4", "if4", f"{published} if4_mseden")
     yield eden("fouroversix_mseden", "fouroversix", "nvfp4", f"{published} nvfp4_fouroversix_mseden")
     yield eden("nvfp4_mseden", "nvfp4", "nvfp4", "as fouroversix_mseden, with one candidate forward; not published")
 
-    # Without headroom for scales that were rounded down, as the paper writes it: the largest of a block may clip.
+    # As in the paper, there is no headroom for scales that are rounded down: a block's largest value may clip.
     nvidia = "NVFP4 pretraining (arXiv 2509.25149)"
     yield square("nvidia_nvfp4", "nvfp4", nvidia, rounding="stochastic")
     quartet = "Quartet II (arXiv 2601.22813), with Four Over Six forward"
     yield eden("quartet2", "fouroversix", "nvfp4", quartet, hadamard=128, signs="fresh")
 
-    # The paper has one scale of float32's precision; these are nvint4's, and the signs and the headroom are ours.
+    # The paper uses one scale of float32 precision. This recipe uses nvint4's scales, with signs and headroom of ours.
     uniform, gradient = Operand("nvint4"), Operand("nvint4", "stochastic_unbiased")
     yield Recipe(
         "uniform_rht",
@@ -319,12 +319,12 @@ def _named():
     )
 
     def rotated(name, fmt, size, source):
-        """All six operands to nearest, each product rotated."""
+        """Return a recipe that rounds all six operands to nearest and rotates each product."""
         nearest = Product(Operand(fmt), Operand(fmt), hadamard=size)
         return Recipe(name, nearest, nearest, nearest, source=source)
 
     yield rotated("hifloat4", "hifloat4", 64, "HiFloat4 pretraining (arXiv 2604.08826): H64, nearest rounding")
-    # The published one takes tensors' maxima now and then, and carries them: `quantized_dot_general(amax=)`.
+    # The published recipe computes each amax only now and then and reuses it: see `quantized_dot_general(amax=)`.
     scales, noisy = Operand("nvfp4_ue5m3"), Operand("nvfp4_ue5m3", "stochastic")
     yield Recipe(
         "ue5m3", Product(scales, scales), Product(noisy, scales), Product(scales, noisy),

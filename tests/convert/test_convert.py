@@ -126,12 +126,12 @@ def test_each_matrix_of_a_stack_keeps_its_own_amax(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("axis", [-2])
 @pytest.mark.parametrize(
     "rule",
     [
         {"weight_fmt": "if4", "block_2d": True}, {"weight_fmt": "fouroversix", "search": "fast"},
-        {"weight_fmt": "nvfp3", "block": 5, "loss": "mae"}, {"weight_fmt": "if4", "block": 24},
+        {"weight_fmt": "nvfp3", "block": 5, "loss": "mae"},
     ],
     ids=lambda rule: " ".join(rule),
 )  # fmt: skip

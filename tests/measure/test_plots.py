@@ -275,3 +275,9 @@ def test_curves_keep_their_numbers_and_take_jax_arrays(tmp_path):
     assert len(looks) == 10
     with pytest.raises(ValueError, match="needs curves"):
         plots.plot_curves({}, xlabel="", ylabel="")
+
+
+def test_grids_of_runs_are_those_of_the_run_with_the_maximum():
+    figure = plots.plot_grid("hifloat4")
+    marks = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(np.sort(marks[0].get_xdata()), np.arange(-7, 8) / 7, rtol=1e-6)

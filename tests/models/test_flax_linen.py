@@ -415,7 +415,7 @@ class Everything(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("axis", [1])
 def test_scan_remat_attention_conv_and_tied_embeddings_together(axis):
     model, tokens = Everything(axis), jnp.array([[0, 3, 11], [5, 5, 1]])
     variables = initialized(model, tokens)

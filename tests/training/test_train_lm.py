@@ -83,7 +83,7 @@ def assert_falls(record, fall=FALL):
 
 
 # One recipe of each kind: every other is one of these with another format or fewer products, and a compile of a minute.
-KINDS = ["bf16", "w4a4_qat", "nvfp4", "ue5m3", "if4_mseden", "quartet2", "quad", "hifloat4"]
+KINDS = ["bf16", "nvfp4", "ue5m3", "quartet2", "quad"]
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ class Killed(Exception):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe, options", [("nvfp4", {}), ("bf16", {"moments": "if6"})])
+@pytest.mark.parametrize("recipe, options", [("bf16", {"moments": "if6"})])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(train_lm, tiny, data, tmp_path, recipe, options):
     settings, stopped, seen = dataclasses.replace(tiny, **options), tmp_path / "stopped", []
     whole = train_lm.train(recipe, 0, settings, data, tmp_path / "whole")

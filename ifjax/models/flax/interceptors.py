@@ -10,8 +10,8 @@ from ifjax.arrays import QTensor, quantize
 from ifjax.codec import Encoding
 from ifjax.formats import Format
 from ifjax.models.activations import quantized_activation, static_amax, without_gradient
+from ifjax.models.calibration import Calibration, value_name
 from ifjax.models.decisions import Decision, decide
-from ifjax.models.flax.calibration import Calibration, value_name
 from ifjax.models.flax.linen import Census, Layer, Operands, Watcher, layer_of, site_of
 from ifjax.models.rules import OPERANDS, Rule, as_rules, training_rules
 from ifjax.models.sites import Site

@@ -1,22 +1,25 @@
 """Calibration: statistics of activations, collected while a model runs on example batches."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ifjax.arrays import QTensor
 from ifjax.formats import Format
+from ifjax.models.adapters import Adapted
 from ifjax.models.arguments import as_arguments, joined, split_arrays
-from ifjax.models.decisions import decide
-from ifjax.models.flax.linen import Operands, Watcher, layer_of, site_of
-from ifjax.models.functions import inside
+from ifjax.models.decisions import Decision
+from ifjax.models.functions import Quantized, inside
+from ifjax.models.leaves import abstract
+from ifjax.models.rewrite import How
 from ifjax.models.rules import Rule, as_rules
 from ifjax.models.transforms import Inputs
 
@@ -50,12 +53,13 @@ def calibrate(
     percentile: float = 99.9,
     progress: bool = True,
 ) -> Calibration:
-    """Run a linen model on batches and collect the activation statistics that the rules need.
+    """Run a model on batches and collect the activation statistics that the rules need.
 
     Rules with act_amax="static" need amaxes, gptq=True needs Hessians, smooth and rotate="greedy" need inputs. Each
     batch is one call of the jitted model. Its parameters may be floats or packed; activations are not quantized.
     Statistics leave the program through callbacks, so the model may scan, remat and vmap. A layer is not seen if no
-    result of `apply` depends on it.
+    result of `apply` depends on it. Inputs of linen layers are collected where the layers are called; those of any
+    other function (NNX, Equinox, Haiku, plain JAX) where its traced program multiplies by a parameter.
 
     Args:
         apply: a function such as `model.apply`, jitted or not. It must call only one model, because the paths of two
@@ -84,6 +88,10 @@ def calibrate(
         >>> rules = ifjax.Rule(".*", "nvfp4", act_fmt="nvfp4", act_amax="static")
         >>> ifjax.calibrate(model.apply, params, [x, 2 * x], rules, progress=False).amax
         {'layers_0': 2.0}
+        >>> def head(params, x):
+        ...     return x @ params["w"]
+        >>> ifjax.calibrate(head, {"w": jnp.ones((32, 8))}, [x], rules, progress=False).amax
+        {'w': 1.0}
     """
     rules = as_rules(rules)
     if statistic not in ("max", "mean", "percentile"):
@@ -92,33 +100,38 @@ def calibrate(
         raise ValueError(f"percentile must lie in (0, 100], got {percentile}")
     if not any(_wants_amax(rule) or rule.gptq or rule.needs_inputs for rule in rules):
         raise ValueError("no rule needs calibration: give one act_fmt with act_amax='static', gptq=True, or smooth=")
-    collector = _Collector(rules, percentile if statistic == "percentile" else None)
-
-    key = object()  # keeps jitted functions from reusing the programs with this call's callbacks elsewhere
-
-    def run(params, arrays, static):
-        args, kwargs = joined(arrays, static)
-        with inside(key), nn.intercept_methods(collector):
-            return apply(params, *args, **kwargs)
-
-    run, count = jax.jit(run, static_argnums=2), 0
+    statistics = Statistics(percentile if statistic == "percentile" else None)
+    watcher: Any
+    run, watcher = _by_modules(apply, rules, statistics)
+    count = 0
     for batch in _tracked(batches) if progress else batches:
-        jax.block_until_ready(run(params, *split_arrays(as_arguments(batch))))
-        collector.end_batch()
+        arguments = split_arrays(as_arguments(batch))
+        if not count:
+            run.trace(_dense(params), *arguments)
+            if not watcher.modules:
+                run, watcher = _by_program(apply, rules, statistics), None
+        jax.block_until_ready(run(params, *arguments))
+        statistics.end_batch()
         count += 1
     if not count:
         raise ValueError("calibration needs at least one batch")
-    collector.check(rules)
+    if watcher is not None:
+        watcher.check(rules)
     combine = max if statistic == "max" else lambda values: sum(values) / len(values)
-    amax = {path: float(combine(values)) for path, values in collector.amax.items()}
+    amax = {path: float(combine(values)) for path, values in statistics.amax.items()}
     wrong = [path for path, value in amax.items() if not np.isfinite(value)]
-    wrong += [path for path, hessian in collector.hessians.items() if not np.all(np.isfinite(hessian))]
+    wrong += [path for path, hessian in statistics.hessians.items() if not np.all(np.isfinite(hessian))]
     if wrong:
         raise ValueError(f"activations of {wrong[:3]} are not finite: look at the batches, and at the model's outputs")
-    return Calibration(amax, collector.hessians, collector.inputs)
+    return Calibration(amax, statistics.hessians, statistics.inputs)
 
 
-def _wants_amax(rule):
+def needs_statistics(rule: Rule | None) -> bool:
+    """Return whether a rule needs statistics of the inputs of its products."""
+    return rule is not None and (_wants_amax(rule) or rule.gptq or rule.needs_inputs)
+
+
+def _wants_amax(rule: Rule) -> bool:
     formats = [rule.activation_format, *rule.operand_formats.values()]
     return rule.act_amax == "static" and any(fmt is not None and fmt.has_tensor_scale for fmt in formats)
 
@@ -132,56 +145,110 @@ def _tracked(batches):
     return track(batches, description="calibrating", transient=True, disable=hidden)
 
 
-class _Collector(Watcher):
-    """The interceptor that collects statistics; products are not changed."""
+def _by_modules(apply, rules, statistics):
+    """Return a jitted function that collects in linen modules, and the watcher that it calls them under."""
+    watcher = _NoModules()
+    if "flax.linen" in sys.modules:
+        from ifjax.models.flax.collector import Collector
 
-    def __init__(self, rules, percentile):
-        super().__init__()
-        self.rules, self.percentile = rules, percentile
+        watcher = Collector(rules, statistics)
+    key = object()  # keeps jitted functions from reusing the programs with this call's callbacks elsewhere
+
+    def run(params, arrays, static):
+        args, kwargs = joined(arrays, static)
+        with inside(key), watcher.watching():
+            return apply(params, *args, **kwargs)
+
+    return jax.jit(run, static_argnums=2), watcher
+
+
+def _dense(params):
+    """Return the tree with arrays' shapes in place of packed parameters, so that any function can be traced with it."""
+    def is_packed(leaf):
+        return isinstance(leaf, QTensor | Adapted)
+
+    return jax.tree.map(lambda leaf: abstract(leaf) if is_packed(leaf) else leaf, params, is_leaf=is_packed)
+
+
+def _by_program(apply, rules, statistics):
+    """Return a function that collects where the traced program multiplies by a parameter."""
+    program = Quantized(apply, rules, None, None, 0, statistics)
+
+    def run(params, arrays, static):
+        args, kwargs = joined(arrays, static)
+        return program(params, *args, **kwargs)
+
+    return run
+
+
+class _NoModules:
+    """Stands in for the watcher of linen modules when flax.linen is not imported."""
+
+    modules: Mapping[str, str] = {}
+
+    def watching(self) -> Any:
+        return contextlib.nullcontext()
+
+
+class Statistics:
+    """Collects statistics of the inputs of products; products are not changed.
+
+    Attributes:
+        amax, hessians, inputs: as in `Calibration`, but `amax` has a value for each batch.
+        decisions: decision by path, for products of a traced program.
+    """
+
+    def __init__(self, percentile: float | None):
+        self.percentile = percentile
         self.amax: dict[str, list[float]] = {}
         self.hessians: dict[str, np.ndarray] = {}
         self.inputs: dict[str, Inputs] = {}
+        self.decisions: dict[str, Decision] = {}
         self._batch: dict[str, float] = {}
 
-    def __call__(self, next_fun, args, kwargs, context):
-        layer, module = layer_of(context), context.module
-        path, _ = self.note(module)
-        if layer is None:
-            return next_fun(*args, **kwargs)
-        site = site_of(module, layer)
-        kernel = None if layer.kernel is None else module.get_variable("params", layer.kernel)
-        if kernel is not None:
-            axes = layer.axes(module, args, kwargs, kernel.ndim)
-            site = site._replace(axes=axes, shape=tuple(kernel.shape), packed=isinstance(kernel, QTensor))
-        self.layers[site.parameter] = site
-        decision = decide(self.rules, site)
-        rule = decision.rule
-        if rule is None or not (_wants_amax(rule) or rule.gptq or rule.needs_inputs):
-            return next_fun(*args, **kwargs)
-        encodings = {"input": decision.activations} if layer.kernel is not None else decision.operands
+    def expect(self, path: str, decision: Decision) -> How | None:
+        """Return how to compute a parameter's products to collect what its rule needs; None if it needs nothing."""
+        if not needs_statistics(decision.rule):
+            return None
+        self.decisions[path] = decision
+        return How(name=path)
 
-        def activation(x, axes, operand):
-            if _wants_amax(rule) and encodings.get(operand) is not None:
-                magnitude = jnp.abs(jnp.asarray(x, jnp.float32))
-                peak = magnitude.max(initial=0)
-                if self.percentile is not None:
-                    peak = jnp.percentile(magnitude, self.percentile)
-                x = _noted(x, functools.partial(self._note_amax, value_name(path, operand)), peak)
-            if not (rule.gptq or rule.needs_inputs) or operand != "input":
-                return x
-            last = jnp.moveaxis(jnp.asarray(x, jnp.float32), axes, range(-len(axes), 0))
-            rows = last.reshape(-1, int(np.prod(last.shape[last.ndim - len(axes) :])))
-            if rule.needs_inputs:
-                some = rows[:: max(1, len(rows) // ROWS)][:ROWS]
-                seen = jnp.concatenate([jnp.abs(rows).max(0, initial=0)[None], some])
-                x = _noted(x, functools.partial(self._note_inputs, path), seen)
-            if rule.gptq:
-                hessian = jnp.matmul(rows.T, rows, precision="highest")
-                x = _noted(x, functools.partial(self._note_hessian, path), hessian)
+    def note(self, how: How, x: Any, axes: Sequence[int]) -> Any:
+        """Collect statistics of x, the operand of a product in a traced program, and return x."""
+        decision = self.decisions.get(how.name)
+        if decision is None or decision.rule is None:
             return x
+        return self.collect(x, axes, decision.rule, how.name, "input", decision.activations is not None)
 
-        packed = kernel if isinstance(kernel, QTensor) else None
-        return layer.run(module, next_fun, args, kwargs, Operands(packed, activation))
+    def collect(self, x: Any, axes: Sequence[int], rule: Rule, path: str, operand: str, rounds: bool) -> Any:
+        """Collect the statistics of an operand that its rule needs, and return the operand.
+
+        Args:
+            x: the operand.
+            axes: its contracted axes, in the order of the weight's.
+            rule: the rule of the product.
+            path: path of the product.
+            operand: name of the operand, "input" for that of a parameter's product.
+            rounds: whether the rule rounds this operand.
+        """
+        if _wants_amax(rule) and rounds:
+            magnitude = jnp.abs(jnp.asarray(x, jnp.float32))
+            peak = magnitude.max(initial=0)
+            if self.percentile is not None:
+                peak = jnp.percentile(magnitude, self.percentile)
+            x = _noted(x, functools.partial(self._note_amax, value_name(path, operand)), peak)
+        if not (rule.gptq or rule.needs_inputs) or operand != "input":
+            return x
+        last = jnp.moveaxis(jnp.asarray(x, jnp.float32), axes, range(-len(axes), 0))
+        rows = last.reshape(-1, int(np.prod(last.shape[last.ndim - len(axes) :])))
+        if rule.needs_inputs:
+            some = rows[:: max(1, len(rows) // ROWS)][:ROWS]
+            seen = jnp.concatenate([jnp.abs(rows).max(0, initial=0)[None], some])
+            x = _noted(x, functools.partial(self._note_inputs, path), seen)
+        if rule.gptq:
+            hessian = jnp.matmul(rows.T, rows, precision="highest")
+            x = _noted(x, functools.partial(self._note_hessian, path), hessian)
+        return x
 
     def _note_amax(self, name, peak):
         self._batch[name] = max(self._batch.get(name, 0.0), float(peak))
