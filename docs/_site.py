@@ -1,6 +1,7 @@
 """A hook of mkdocs: pages that are made of other files when the site is built, so that nothing is told twice.
 
-The command line from the parsers' help, the changelog, and the notebooks with their outputs.
+The command line from the parsers' help, the changelog, the layouts of files from BUILD.md, and the notebooks with their
+outputs.
 """
 
 import base64
@@ -19,7 +20,13 @@ REPOSITORY = "https://github.com/ifjax/ifjax/blob/main"
 
 def on_files(files, config):
     """Add the pages that are made."""
-    made = {"cli.md": command_line(), "changelog.md": (ROOT / "CHANGELOG.md").read_text("utf-8")}
+    build = (ROOT / "BUILD.md").read_text("utf-8")
+    layouts = (section(build, title) for title in ("Checkpoint layout", "Exchange with other tools"))
+    made = {
+        "cli.md": command_line(),
+        "changelog.md": from_root((ROOT / "CHANGELOG.md").read_text("utf-8")),
+        "spec/layout.md": "# Layouts of files\n\n" + from_root("\n".join(layouts), up="../"),
+    }
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         page, pictures = notebook(path)
         made |= {f"notebooks/{path.stem}.md": page} | pictures
@@ -32,6 +39,16 @@ def on_page_markdown(markdown, page, **_):
     """Lead links that leave the site, to files of the repository, to where these are read."""
     up = page.file.src_uri.count("/") + 1
     return re.sub(rf"\]\((?:\.\./){{{up}}}(?!\.)", f"]({REPOSITORY}/", markdown)
+
+
+def section(text: str, title: str) -> str:
+    """A chapter of BUILD.md, its heading included."""
+    return re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[0]
+
+
+def from_root(text: str, up: str = "") -> str:
+    """A text of the repository's root, with its links as a page of the site needs them."""
+    return re.sub(r"\]\((docs/)?(?!https?:|#)", lambda link: f"]({up if link[1] else f'{REPOSITORY}/'}", text)
 
 
 def command_line() -> str:
