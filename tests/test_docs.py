@@ -11,6 +11,7 @@ import runpy
 import shlex
 from pathlib import Path
 
+import jax
 import pytest
 
 import ifjax
@@ -49,7 +50,8 @@ def test_every_page_is_in_the_navigation():
 @pytest.mark.parametrize("name", EACH)
 def test_code_in_a_page_runs_and_prints_what_it_says(name, tmp_path, monkeypatch):
     """Blocks go on from those above. Lines of comment that end a block are what it prints."""
-    pytest.importorskip("flax")
+    for library in set(re.findall(r"^import (equinox)", WITH_CODE[name], re.MULTILINE)) | {"flax"}:
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
     for language, block in re.findall(r"^```(python|bash)\n(.*?)^```$", WITH_CODE[name], re.MULTILINE | re.DOTALL):
@@ -59,7 +61,9 @@ def test_code_in_a_page_runs_and_prints_what_it_says(name, tmp_path, monkeypatch
                 if line.startswith("ifjax "):
                     assert cli.main(shlex.split(line)[1:]) == 0
             continue
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        # As for users: the other tests make promotions an error.
+        as_it_is = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
+        with contextlib.redirect_stdout(io.StringIO()) as printed, as_it_is[0], as_it_is[1]:
             exec(compile(block, name, "exec"), names)
         expected = re.search(r"(?:^# .*\n)+\Z", block, re.MULTILINE)
         if expected:
