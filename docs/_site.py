@@ -6,6 +6,7 @@ outputs.
 
 import base64
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -36,9 +37,22 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-    """Lead links that leave the site, to files of the repository, to where these are read."""
+    """Name what is called as users call it, and lead links that leave the site to files of the repository."""
+    markdown = re.sub(r"^::: (ifjax\.\w+)$(\n    options:$)?", as_called, markdown, flags=re.MULTILINE)
     up = page.file.src_uri.count("/") + 1
     return re.sub(rf"\]\((?:\.\./){{{up}}}(?!\.)", f"]({REPOSITORY}/", markdown)
+
+
+def as_called(line: re.Match[str]) -> str:
+    """What is shown for `::: ifjax.quantize`: the function. By that name the parser finds the file it stands in."""
+    import ifjax
+
+    public = line[1].removeprefix("ifjax.")
+    named = getattr(ifjax, public)
+    if inspect.ismodule(named):
+        return line[0]
+    path = f"{named.__module__}.{named.__qualname__}"
+    return f"::: {path}\n    options:\n      heading: {line[1]}\n      toc_label: {public}"
 
 
 def section(text: str, title: str) -> str:
@@ -61,10 +75,10 @@ def command_line() -> str:
 
 
 def help_of(*command: str) -> str:
-    """What --help prints, 100 columns wide."""
+    """What --help prints, 88 columns wide."""
     from ifjax import cli
 
-    before, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "100"
+    before, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "88"
     try:
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
             cli.main([*command, "--help"])
@@ -79,6 +93,7 @@ def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     for cell in json.loads(path.read_text("utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
+            source = re.sub(r"!\[([^]]*)\]\(https://[^)]*\)", r"\1", source)  # nothing is fetched from elsewhere
             parts.append(re.sub(r"`(\d\d_\w+)`", r"[\1](\1.md)", source))
             continue
         parts.append(f"```python\n{source}\n```")
