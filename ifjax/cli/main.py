@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ifjax.cli.compare import add_compare
+from ifjax.cli.completion import add_completion
 from ifjax.cli.convert import add_dequantize, add_quantize
 from ifjax.cli.doctor import add_doctor
 from ifjax.cli.exchange import add_export, add_import
@@ -59,4 +60,5 @@ def _parser() -> argparse.ArgumentParser:
     add_import(commands)
     add_export(commands)
     add_doctor(commands)
+    add_completion(commands, parser)
     return parser
