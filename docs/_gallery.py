@@ -9,8 +9,10 @@ from ifjax.cli.formats import matrix_bytes
 FOLDER = Path(__file__).resolve().parent
 DISTRIBUTIONS = ("normal", "laplace")
 # Who reads a format's bytes besides ifjax, by the layouts of ifjax.exchange.
-NVFP4_READERS = "vLLM, transformers, TensorRT-LLM, SGLang"
-READERS = {"nvfp4": NVFP4_READERS, "fouroversix": f"{NVFP4_READERS} (as NVFP4)", "mxfp4": "vLLM, transformers"}
+NVFP4_READERS = "vLLM, transformers, TensorRT-LLM, SGLang, MLX, llama.cpp"
+READERS = {
+    "nvfp4": NVFP4_READERS, "fouroversix": f"{NVFP4_READERS} (as NVFP4)", "mxfp4": "vLLM, transformers, MLX, llama.cpp"
+}  # fmt: skip
 
 HEAD = """\
 # All formats

@@ -1,7 +1,7 @@
 """A hook of mkdocs: pages that are made of other files when the site is built, so that nothing is told twice.
 
-The command line from the parsers' help, the changelog, the layouts of files from BUILD.md, and the notebooks with their
-outputs.
+The command line from the parsers' help, the changelog, the layouts of files from BUILD.md, all results of benchmarks, and
+the notebooks with their outputs.
 """
 
 import base64
@@ -16,6 +16,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 REPOSITORY = "https://github.com/ifjax/ifjax/blob/main"
 
 
@@ -28,6 +29,9 @@ def on_files(files, config):
         "changelog.md": from_root((ROOT / "CHANGELOG.md").read_text("utf-8")),
         "spec/layout.md": "# Layouts of files\n\n" + from_root("\n".join(layouts), up="../"),
     }
+    for path in sorted(RESULTS.rglob("*")):
+        if path.suffix in (".md", ".png"):
+            made[f"results/{path.relative_to(RESULTS).as_posix()}"] = path.read_bytes()
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         page, pictures = notebook(path)
         made |= {f"notebooks/{path.stem}.md": page} | pictures
@@ -40,6 +44,8 @@ def on_page_markdown(markdown, page, **_):
     """Name what is called as users call it, and lead links that leave the site to files of the repository."""
     markdown = re.sub(r"^::: (ifjax\.\w+)$(\n    options:$)?", as_called, markdown, flags=re.MULTILINE)
     up = page.file.src_uri.count("/") + 1
+    root = "../" * up
+    markdown = markdown.replace(f"]({root}benchmarks/results/", f"]({root.removeprefix('../')}results/")
     return re.sub(rf"\]\((?:\.\./){{{up}}}(?!\.)", f"]({REPOSITORY}/", markdown)
 
 

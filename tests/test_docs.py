@@ -77,6 +77,12 @@ def test_the_readme_is_short_and_its_links_lead_to_files():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_every_result_is_listed_where_performance_is_told():
+    results = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.md")}
+    listed = PAGES["performance.md"].split("## All measurements")[1]
+    assert set(re.findall(r"\(\.\./benchmarks/results/([\w-]+\.md)\)", listed)) == results
+
+
 def test_the_gallery_has_every_format_as_it_is():
     made = runpy.run_path(os.fspath(DOCS / "_gallery.py"))
     rows = re.findall(r"^\| (\[`.*) \|$", PAGES["gallery.md"], re.MULTILINE)
