@@ -18,9 +18,9 @@ HEAD = """\
 # All formats
 
 Written by `python docs/_gallery.py` from the records in `ifjax.FORMATS`. Bits are those of a value, scales included.
-"normal" and "laplace" are squared error over squared signal, x 1e-3, of 2^20 random numbers of that distribution: **lower
-is better**. MB are those of a matrix of 4096 x 4096, which takes 33.55 MB in bfloat16. Any format takes other block sizes:
-`if4_bs32`. [Concepts](concepts.md) explains blocks, scales and grids.
+"normal" and "laplace" are squared error over squared signal, x 1e-3, of 2^20 random numbers of that distribution:
+**lower is better**. MB are those of a matrix of 4096 x 4096, which takes 33.55 MB in bfloat16. Any format takes other
+block sizes: `if4_bs32`. [Concepts](concepts.md) explains blocks, scales and grids.
 
 ![Error against bits, on weights of a BERT](pictures/pareto.png)
 

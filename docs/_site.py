@@ -1,7 +1,7 @@
-"""A hook of mkdocs: pages that are made of other files when the site is built, so that nothing is told twice.
+"""A plugin of mkdocs: pages that are made of other files when the site is built, so that nothing is told twice.
 
-The command line from the parsers' help, the changelog, the layouts of files from BUILD.md, all results of benchmarks, and
-the notebooks with their outputs.
+The command line from the parsers' help, the changelog, the layouts of files from BUILD.md, all results of benchmarks,
+and the notebooks with their outputs, which are not run.
 """
 
 import base64
