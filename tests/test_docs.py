@@ -78,6 +78,12 @@ def test_the_readme_is_short_and_its_links_lead_to_files():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_the_page_of_the_command_line_has_every_command():
+    pytest.importorskip("mkdocs")
+    page = runpy.run_path(os.fspath(DOCS / "_site.py"))["command_line"]()
+    assert {"formats", "dequantize", "export", "completion"} <= set(re.findall(r"^## ifjax (\w+)$", page, re.MULTILINE))
+
+
 def test_every_result_is_listed_where_performance_is_told():
     results = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.md")}
     listed = PAGES["performance.md"].split("## All measurements")[1]

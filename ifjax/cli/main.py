@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "  ifjax formats                      the formats there are: bits, error, bytes\n"
         "  ifjax compare                      what each format costs, on samples\n"
         "  ifjax quantize IN OUT --dry-run    what would be packed, and why not the rest\n"
-        "  ifjax import SRC OUT               another tool's 4-bit checkpoint; `export` for back\n"
+        "  ifjax import SRC OUT               another tool's 4-bit checkpoint\n"
         "  ifjax COMMAND --help               options and examples\n"
         "  python -m pydoc ifjax              what to call from Python",
     )  # fmt: skip
