@@ -74,7 +74,8 @@ def from_root(text: str, up: str = "") -> str:
 def command_line() -> str:
     """The help of every command."""
     listed = help_of()
-    commands = re.findall(r"^    ([a-z]+)(?: |$)", listed.split("commands:")[1].split("where to begin")[0], re.MULTILINE)
+    listing = listed.split("commands:")[1].split("where to begin")[0]
+    commands = re.findall(r"^    ([a-z]+)(?: |$)", listing, re.MULTILINE)
     parts = ["# Command line\n\nWhat `ifjax --help` and `ifjax COMMAND --help` print.\n"]
     parts += [f"## ifjax {command}\n\n```text\n{help_of(command)}```\n" for command in commands]
     return "\n".join([parts[0], f"```text\n{listed}```\n", *parts[1:]])

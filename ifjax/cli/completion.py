@@ -2,6 +2,8 @@
 
 import argparse
 import functools
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 from ifjax.cli.terminal import add_command
@@ -13,7 +15,8 @@ _OF_FORMATS = ("FORMAT", "NAMES")  # how options that take formats call them
 
 def add_completion(commands, whole: argparse.ArgumentParser) -> None:
     parser = add_command(
-        commands, "completion", functools.partial(_completion, whole), "completes commands, options and formats on TAB",
+        commands, "completion", functools.partial(_completion, whole, commands.choices.values()),
+        "completes commands, options and formats on TAB",
         "Print a script for your shell that completes commands, options, names of formats and files. It needs shtab\n"
         "to print it: pip install 'ifjax[completion]'.",
         "ifjax completion bash >> ~/.bashrc",
@@ -23,22 +26,15 @@ def add_completion(commands, whole: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=_SHELLS, help="for which shell")
 
 
-def _completion(whole: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _completion(
+    whole: argparse.ArgumentParser, commands: Iterable[argparse.ArgumentParser], options: argparse.Namespace
+) -> None:
     try:
         import shtab
     except ImportError:
         raise OSError("completion needs shtab, which is not installed: pip install 'ifjax[completion]'") from None
     formats = shtab.cmd(f"echo {' '.join(FORMATS)}")
-    for action in _actions(whole):
+    for action in itertools.chain.from_iterable(command._actions for command in commands):
         if action.type is Path or action.metavar in _OF_FORMATS:  # an attribute that shtab looks for
             setattr(action, "complete", shtab.FILE if action.type is Path else formats)  # noqa: B010
     print(shtab.complete(whole, options.shell))
-
-
-def _actions(parser: argparse.ArgumentParser):
-    """The arguments of a parser and of its commands."""
-    for action in parser._actions:
-        yield action
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _actions(command)
