@@ -2,13 +2,12 @@
 
     python benchmarks/exchange.py [--megabytes 200] [--rounds 3] [--folder DIR]
 
-A synthetic checkpoint of square matrices is packed to nvfp4 (with amax 2688 for MLX, and to mxfp4 for gpt-oss) and
-removed afterwards. For each layout the benchmark measures the time of `plan_export(...).write` and of
-`plan_import(...).write`, relative to `shutil.copyfile` of the same file, and the peak memory of each in its own
-process, above that of the imports. All are timed in turn; a figure is the median over rounds. Then it measures
-`ifjax.load_file(names=)` of bfloat16 matrices, quantized while they are read, on one device and on eight. Layouts whose
-packages are missing are left out. Files written by ifjax are synced to disk, copies are not. The tables are written to
-stdout as Markdown.
+A checkpoint of square matrices is made up, packed to nvfp4 (amax 2688 for MLX, mxfp4 for gpt-oss) and removed
+afterwards. For each layout: the time of `plan_export(...).write` and of `plan_import(...).write`, against
+`shutil.copyfile` of the same file; and the peak memory of each in a process of its own, above that of the imports. All
+are repeated in turn; a figure is the median over rounds. Then `ifjax.load_file(names=)` of bfloat16 matrices, quantized
+while they are read, and `exchange.load(names=)` of each layout, on one device and on eight. Layouts whose packages are
+missing are left out. Copies are not synced to the disk, and what ifjax writes is. Markdown to stdout.
 """
 
 import argparse
@@ -36,6 +35,7 @@ import re, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np, ifjax
+from ifjax import exchange
 from ifjax.convert import plan_export, plan_import
 from ifjax.files import pieces
 def high():
@@ -50,6 +50,16 @@ def load(path, side, layers, devices):
     rules = [ifjax.NameRule(rf"l\\.([0-9]|[1-9][0-9])\\.w" if layers > 1 else r"l\\.(0)\\.w", "w", transpose=True, stack=(1,)),
              ifjax.NameRule(".*", None)]
     return jax.block_until_ready(ifjax.load_file(path, like={"w": like}, names=rules))
+
+def load_theirs(path, side, layers, devices):
+    like = jax.ShapeDtypeStruct((layers, side, side), "float32")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("a",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "a"))
+    like = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=place)
+    number = "[0-9]|[1-9][0-9]" if layers > 1 else "0"
+    rules = [ifjax.NameRule(rf"(?:l\\.|e)({number})(?:\\.weight)?", "w", transpose=True, stack=(1,)),
+             ifjax.NameRule(".*", None)]
+    return jax.block_until_ready(exchange.load(path, like={"w": like}, names=rules))
 """  # noqa: E501
 
 
@@ -64,6 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rows = [row for tool in TOOLS if (row := layout(tool, layers, Path(folder), args.rounds)) is not None]
         loads = into_a_model(layers, Path(folder), args.rounds)
+        theirs = [row for tool in TOOLS for row in theirs_into_a_model(tool, layers, Path(folder), args.rounds)]
     print(", ".join(f"{key} {value}" for key, value in about.items()), f"load average after {os.getloadavg()[0]:.2f}")
     print(f"\n{layers} matrices of {SIDE} x {SIDE}. MiB: peak memory above the imports'.\n")
     print("| layout | size | copy | export | MB/s | MiB | import | MB/s | MiB |\n|---|---|---|---|---|---|---|---|---|")
@@ -71,6 +82,9 @@ def main() -> None:
     print("\n`load_file(names=)`, bfloat16 to nvfp4, transposed and stacked. MiB: beyond what one matrix took.\n")
     print("| devices | floats | packed | copy | load | MB/s of floats | MiB |\n|---|---|---|---|---|---|---|")
     print("\n".join(loads))
+    print("\n`exchange.load(names=)`, transposed and stacked. MiB: beyond what one matrix took.\n")
+    print("| layout | devices | packed | copy | load | MB/s | MiB |\n|---|---|---|---|---|---|---|")
+    print("\n".join(theirs))
 
 
 def timed(function, rounds: int) -> float:
@@ -88,15 +102,20 @@ def peak(body: str) -> float:
     return int(ran.stdout.split()[-1]) / 2**20
 
 
-def layout(tool: str, layers: int, folder: Path, rounds: int) -> str | None:
+def made(tool: str, layers: int, folder: Path) -> tuple[Path, Path, Path]:
+    """A packed checkpoint; and where it is to go in the tool's layout, and from there."""
     suffix = ".gguf" if tool == "gguf" else ".safetensors"
     ours, theirs, back = (folder / f"{name}" for name in ("ours.safetensors", f"theirs{suffix}", "back.safetensors"))
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((SIDE, SIDE), np.float32)
+    x = np.random.default_rng(0).standard_normal((SIDE, SIDE), np.float32)
     settings = {"amax": 2688.0} if tool == "mlx" else {}
     q = ifjax.quantize(x, TOOLS[tool], **settings)
     name = "e{}" if tool == "gpt-oss" else "l.{}.weight"
     ifjax.save_file({name.format(i): q for i in range(layers)}, ours)
+    return ours, theirs, back
+
+
+def layout(tool: str, layers: int, folder: Path, rounds: int) -> str | None:
+    ours, theirs, back = made(tool, layers, folder)
     try:
         plan_export(ours, tool).write(theirs)
     except ImportError as error:
@@ -119,12 +138,41 @@ def into_a_model(layers: int, folder: Path, rounds: int) -> list[str]:
     path, rng = folder / "floats.safetensors", np.random.default_rng(0)
     x = rng.standard_normal((SIDE, SIDE), np.float32).astype(ml_dtypes.bfloat16)
     save_file({f"l.{i}.w": x for i in range(layers)}, path)
-    size, copy = path.stat().st_size, timed(lambda: shutil.copyfile(path, folder / "copy"), rounds)
-    (folder / "copy").unlink()
+    size, copy = path.stat().st_size, copied(path, rounds)
     rows = []
     for devices in (1, 8):
-        call = f"load({str(path)!r}, {SIDE}, {{}}, {devices})"
-        body = LOAD + f"""
+        seconds, packed, memory = loaded(f"load({str(path)!r}, {SIDE}, {{}}, {devices})", layers, rounds)
+        rows.append(f"| {devices} | {size / 1e6:.0f} MB | {packed / 1e6:.0f} MB | {copy:.2f} s | {seconds:.2f} s | "
+                    f"{size / seconds / 1e6:.0f} | {memory / 2**20:.0f} |")  # fmt: skip
+    return rows
+
+
+def theirs_into_a_model(tool: str, layers: int, folder: Path, rounds: int) -> list[str]:
+    ours, theirs, _ = made(tool, layers, folder)
+    try:
+        plan_export(ours, tool).write(theirs)
+    except ImportError as error:
+        print(f"{tool}: {error}", file=sys.stderr)
+        return []
+    copy, rows = copied(theirs, rounds), []
+    for devices in (1, 8):
+        seconds, packed, memory = loaded(f"load_theirs({str(theirs)!r}, {SIDE}, {{}}, {devices})", layers, rounds)
+        rows.append(f"| {tool} {TOOLS[tool]} | {devices} | {packed / 1e6:.0f} MB | {copy:.2f} s | {seconds:.2f} s | "
+                    f"{packed / seconds / 1e6:.0f} | {memory / 2**20:.0f} |")  # fmt: skip
+    ours.unlink()
+    theirs.unlink()
+    return rows
+
+
+def copied(path: Path, rounds: int) -> float:
+    seconds = timed(lambda: shutil.copyfile(path, path.with_name("copy")), rounds)
+    path.with_name("copy").unlink()
+    return seconds
+
+
+def loaded(call: str, layers: int, rounds: int) -> list[float]:
+    """Seconds, bytes of the packed model, and bytes that memory grew by; `call` has {} for the number of layers."""
+    body = LOAD + f"""
 import statistics, time
 {call.format(1)}
 before = high()
@@ -137,11 +185,8 @@ for _ in range({rounds}):
     times.append(time.perf_counter() - start)
 print(statistics.median(times), sum(a.nbytes for a in jax.tree.leaves(loaded)), memory)
 """
-        ran = subprocess.run([sys.executable, "-c", PEAK + body], capture_output=True, text=True, check=True)
-        seconds, packed, memory = map(float, ran.stdout.split()[-3:])
-        rows.append(f"| {devices} | {size / 1e6:.0f} MB | {packed / 1e6:.0f} MB | {copy:.2f} s | {seconds:.2f} s | "
-                    f"{size / seconds / 1e6:.0f} | {memory / 2**20:.0f} |")  # fmt: skip
-    return rows
+    ran = subprocess.run([sys.executable, "-c", PEAK + body], capture_output=True, text=True, check=True)
+    return [float(number) for number in ran.stdout.split()[-3:]]
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ import numpy as np
 import optax
 
 import ifjax
+from ifjax import plots
 from ifjax.training import RECIPES, Recipe, get_recipe
 from ifjax.training.optim import quantized_moments
 
@@ -624,36 +625,27 @@ def summary(out: Path, markdown: Path | None = None) -> None:
 
 
 def plot(out: Path) -> Path:
-    """Plot to `out`/curves.png the validation losses, and the gaps of training losses to bf16 seed by seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Plot to `out`/curves.png the gaps of training losses to bf16, means over seeds; without bf16 the losses."""
     runs, _ = read(out)
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    losses, gaps = figure.subplots(1, 2)
-    for i, (recipe, by_seed) in enumerate(runs.items()):
-        for j, (seed, run) in enumerate(sorted(by_seed.items())):
-            style: dict[str, Any] = {"color": f"C{i}", "linewidth": 1, "alpha": 0.8}
-            points = [int(step) for step in run["validation"]]
-            losses.plot(points, list(run["validation"].values()), marker="osD^vPX*"[i % 8], markersize=4,
-                        label=recipe if j == 0 else None, **style)  # fmt: skip
-            pair = runs.get("bf16", {}).get(seed)
-            if pair is None or recipe == "bf16":
-                continue
-            difference = np.subtract(run["losses"], pair["losses"])
-            width = max(1, min(50, len(difference) // 10))
-            smooth = np.convolve(difference, np.ones(width) / width, "valid")
-            gaps.plot(np.arange(len(smooth)) + width, smooth, label=recipe if j == 0 else None, **style)
-            gaps.set_ylabel(f"training loss - that of bf16, mean of {width} steps")
-    losses.set_ylabel("validation loss, nats a byte")
-    gaps.axhline(0, color="0.5", linewidth=0.8)
-    for axes in (losses, gaps):
-        axes.set_xlabel("step")
-        axes.grid(color="0.9", linewidth=0.6)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-    figure.savefig(out / "curves.png", dpi=120)
+    reference = runs.get("bf16", {})
+    common = {name: [seed for seed in by_seed if seed in reference] for name, by_seed in runs.items() if name != "bf16"}
+    if any(common.values()):
+        ylabel = "training loss - that of bf16, nats a byte"
+        losses = {
+            name: np.mean([np.subtract(runs[name][k]["losses"], reference[k]["losses"]) for k in seeds], axis=0)
+            for name, seeds in common.items() if seeds
+        }  # fmt: skip
+    else:
+        ylabel = "training loss, nats a byte"
+        losses = {name: np.mean([run["losses"] for run in seeds.values()], axis=0) for name, seeds in runs.items()}
+    steps = len(next(iter(losses.values())))
+    width = max(1, min(50, steps // 10))
+    curves = {
+        name: (np.arange(width, steps + 1), np.convolve(values, np.ones(width) / width, "valid"))
+        for name, values in losses.items()
+    }
+    title = f"Mean of {width} steps and of all seeds; lower is better"
+    plots.plot_curves(curves, xlabel="step", ylabel=ylabel, title=title).savefig(out / "curves.png", dpi=120)
     return out / "curves.png"
 
 

@@ -9,15 +9,18 @@ from ifjax.cli.formats import matrix_bytes
 FOLDER = Path(__file__).resolve().parent
 DISTRIBUTIONS = ("normal", "laplace")
 # Who reads a format's bytes besides ifjax, by the layouts of ifjax.exchange.
-NVFP4_READERS = "vLLM, transformers, TensorRT-LLM, SGLang"
-READERS = {"nvfp4": NVFP4_READERS, "fouroversix": f"{NVFP4_READERS} (as NVFP4)", "mxfp4": "vLLM, transformers"}
+NVFP4_READERS = "vLLM, transformers, TensorRT-LLM, SGLang, MLX, llama.cpp"
+READERS = {
+    "nvfp4": NVFP4_READERS, "fouroversix": f"{NVFP4_READERS} (as NVFP4)", "mxfp4": "vLLM, transformers, MLX, llama.cpp"
+}  # fmt: skip
 
 HEAD = """\
 # All formats
 
-Written by `python docs/_gallery.py` from the records in `ifjax.FORMATS`. Errors are squared error over squared signal,
-x 1e-3, of 2^20 random numbers: **lower is better**. MB are those of a matrix of 4096 x 4096, which takes 33.55 MB in
-bfloat16. Any format takes other block sizes: `if4_bs32`.
+Written by `python docs/_gallery.py` from the records in `ifjax.FORMATS`. Bits are those of a value, scales included.
+"normal" and "laplace" are squared error over squared signal, x 1e-3, of 2^20 random numbers of that distribution:
+**lower is better**. MB are those of a matrix of 4096 x 4096, which takes 33.55 MB in bfloat16. Any format takes other
+block sizes: `if4_bs32`. [Concepts](concepts.md) explains blocks, scales and grids.
 
 ![Error against bits, on weights of a BERT](pictures/pareto.png)
 
@@ -33,9 +36,10 @@ def distinct():
 
 def facts(fmt: ifjax.Format) -> list[str]:
     """The columns that need no measurement."""
-    grids = " or ".join(dict.fromkeys(decoding.grid.name for decoding in fmt.decodings))
+    names = list(dict.fromkeys(decoding.grid.name for decoding in fmt.decodings))
+    grids = " or ".join(names[:2]) + (f" and {more} more" if (more := len(names) - 2) > 0 else "")
     link, bits = f"[`{fmt.name}`](#{fmt.name})", f"{fmt.bits_per_value:g}"
-    return [link, grids, bits, str(fmt.block), fmt.scale.name, f"{matrix_bytes(fmt) / 1e6:.2f}"]
+    return [link, bits, f"{matrix_bytes(fmt) / 1e6:.2f}", str(fmt.block), fmt.scale.name, grids]
 
 
 def error_of(fmt: ifjax.Format, distribution: str) -> str:
@@ -44,9 +48,11 @@ def error_of(fmt: ifjax.Format, distribution: str) -> str:
 
 
 def main() -> None:
-    headings = ("format", "grids", "bits a value", "block", "scale", "MB", *DISTRIBUTIONS)
+    headings = ("format", "bits", *DISTRIBUTIONS, "MB", "block", "scale", "grids")
     rows = [headings, ["---"] * len(headings)]
-    rows += [[*facts(fmt), *(error_of(fmt, name) for name in DISTRIBUTIONS)] for fmt in distinct()]
+    for fmt in distinct():
+        link, bits, *others = facts(fmt)
+        rows.append([link, bits, *(error_of(fmt, name) for name in DISTRIBUTIONS), *others])
     parts = [HEAD, "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"]
     (FOLDER / "pictures" / "grids").mkdir(parents=True, exist_ok=True)
     for fmt in distinct():

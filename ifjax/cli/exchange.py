@@ -72,7 +72,8 @@ def add_export(commands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--common-amax", action="store_true",
-        help="quantize layers that servers multiply as one (query, key, value; gate, up) again with one amax",
+        help="quantize again with one amax where the tool takes one factor: for query, key, value; gate, up; a stack "
+        "of experts in modelopt; and, as mlx has none, everything for mlx",
     )  # fmt: skip
     _add_shared(parser)
 
@@ -81,6 +82,11 @@ def _add_shared(parser) -> None:
     parser.add_argument(
         "--recast", type=format_name, metavar="FORMAT",
         help="change to this format where no value changes: mxfp4 to nvfp4",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rename", nargs=2, action="append", default=[], metavar=("PATTERN", "NAME"),
+        help="names that match the regular expression as a whole become NAME, with \\1 for its first group; of several "
+        "the first that matches decides",
     )  # fmt: skip
     parser.add_argument("--shard-size", type=bytes_of, metavar="SIZE", help="of more than this write several files")
     parser.add_argument("--force", action="store_true", help="replace OUT where it is a file that exists")
@@ -92,7 +98,7 @@ def _import(options: argparse.Namespace) -> None:
     with as_file_error():
         transfer = plan_import(
             options.source, options.tool, recast=options.recast, fmt=options.fmt, nibbles=options.nibbles,
-            axis=options.axis, dtype=options.dtype, decode=options.decode,
+            axis=options.axis, dtype=options.dtype, decode=options.decode, rename=options.rename,
         )  # fmt: skip
     _run(options, transfer)
 
@@ -101,7 +107,7 @@ def _export(options: argparse.Namespace) -> None:
     with as_file_error(), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         transfer = plan_export(options.source, options.tool, recast=options.recast, refused=options.refused,
-                               common_amax=options.common_amax)  # fmt: skip
+                               common_amax=options.common_amax, rename=options.rename)  # fmt: skip
     for warning in told:
         print(f"ifjax: warning: {printable(str(warning.message))}", file=sys.stderr)
     _run(options, transfer)

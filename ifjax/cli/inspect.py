@@ -65,9 +65,13 @@ def _inspect(options: argparse.Namespace) -> None:
         opened = None if foreign.path.suffix == ".gguf" else checkpoint.open_file(path)
         found, others = _layouts(foreign)
         report = held(foreign) if opened is None else convert.contents(opened)
+        if found and (opened is None or not opened.packed):
+            with contextlib.suppress(ValueError):  # what cannot be read is listed array by array
+                report = convert.plan_import(path).report
     parts = {name: f"part of a tensor in {f.layout.name}" for f in found for name in f.arrays}
     reasons = others | parts
-    entries = (dataclasses.replace(e, reason=reasons[e.path]) if e.path in reasons else e for e in report.entries)
+    entries = (dataclasses.replace(e, reason=reasons[e.path]) if e.path in reasons and e.fmt is None else e
+               for e in report.entries)  # fmt: skip
     report = Report(tuple(entries))
     files = [foreign.path] if opened is None else list(opened.files)
     size = sum(file.stat().st_size for file in files) if str(options.file) != "-" else None

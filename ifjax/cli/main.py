@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ifjax.cli.compare import add_compare
+from ifjax.cli.completion import add_completion
 from ifjax.cli.convert import add_dequantize, add_quantize
 from ifjax.cli.doctor import add_doctor
 from ifjax.cli.exchange import add_export, add_import
@@ -42,10 +43,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="where to begin:\n"
         "  ifjax formats                      the formats there are: bits, error, bytes\n"
         "  ifjax compare                      what each format costs, on samples\n"
-        "  ifjax quantize IN OUT --dry-run    what would be packed in a checkpoint, and why not the rest\n"
-        "  ifjax import SRC OUT               another tool's 4-bit checkpoint, and `ifjax export` the other way\n"
+        "  ifjax quantize IN OUT --dry-run    what would be packed, and why not the rest\n"
+        "  ifjax import SRC OUT               another tool's 4-bit checkpoint\n"
         "  ifjax COMMAND --help               options and examples\n"
-        "  python -m pydoc ifjax              what to call from Python, such as ifjax.quantize(x, fmt='if4')",
+        "  python -m pydoc ifjax              what to call from Python",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"ifjax {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -59,4 +60,5 @@ def _parser() -> argparse.ArgumentParser:
     add_import(commands)
     add_export(commands)
     add_doctor(commands)
+    add_completion(commands, parser)
     return parser

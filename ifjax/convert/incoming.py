@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from ifjax.convert.tensors import Tick
 from ifjax.convert.transfer import Fill, Transfer
 from ifjax.exchange import read
 from ifjax.exchange.containers import Source, open_checkpoint
-from ifjax.exchange.layouts import Floats, Size, Spec
+from ifjax.exchange.layouts import Spec
+from ifjax.exchange.opened import batch_of, packed_of
 from ifjax.exchange.recast import can_recast
 from ifjax.exchange.recast import recast as recast_tensor
 from ifjax.exchange.recognize import Found
 from ifjax.files import safetensors
 from ifjax.files.checkpoint import Item, Packed, packed_slots
+from ifjax.files.names import renamed
 from ifjax.files.safetensors import Slot
 from ifjax.formats import Format, get_format
 from ifjax.models.report import Entry, Report
@@ -38,14 +40,17 @@ def plan_import(
     tool: str | Mapping[str, Any] | None = None,
     *,
     recast: str | Format | None = None,
+    rename: Iterable[tuple[str, str]] = (),
     **settings: Any,
 ) -> Transfer:
-    """Return how a checkpoint in another tool's layout becomes a packed one; reads headers only.
+    """Return how a checkpoint in another tool's layout becomes a packed one; reads headers and first rows.
 
     Args:
         source: a safetensors file, its index, a GGUF file, or a folder with one checkpoint.
         tool: as for `ifjax.exchange.import_tensors`; what the files declare, or their names tell, unless given.
         recast: a format that tensors are recast to, where that is possible code for code: nvfp4 for MXFP4.
+        rename: pairs of a regular expression of whole names, as `import_tensors` has them, and a new name, with "\\1"
+            for the first group: the first that matches decides.
         **settings: of `import_tensors`: fmt, nibbles, axis, dtype, headroom, decode.
 
     Raises:
@@ -67,41 +72,49 @@ def plan_import(
     layouts, how = read.choose(opened.specs, opened.declared if tool is None else tool, **settings)
     tensors = read.survey(opened.specs, layouts)
     target = None if recast is None else get_format(recast)
+    kept = [n for found in tensors.found if found.layout.floats and not how.decode for n in found.arrays if n]
+    packed = [found.name for found in tensors.found if not found.layout.floats or how.decode]
+    new_names = renamed((*packed, *kept, *tensors.rest), rename)
     entries, makers = [], []
     for found in tensors.found:
-        maker, own = _incoming(opened, found, how, target)
+        maker, own = _incoming(opened, found, how, target, new_names)
         entries += own
         makers.append(maker)
-    kept = _kept_entries(opened, tensors.rest, "it is not quantized")
-    makers += [functools.partial(_copied, opened, name) for name in tensors.rest]
+    entries += _kept_entries(opened, tensors.rest, "it is not quantized")
+    makers += [functools.partial(_copied, opened, name, new_names[name]) for name in tensors.rest]
     return Transfer(
-        Report((*entries, *kept)), sum(opened.array(name).nbytes for name in opened.specs),
+        Report(tuple(entries)), sum(opened.array(name).nbytes for name in opened.specs),
         lambda tick: [item for maker in makers for item in maker(tick)],
         "ifjax", {}, Path(source) if Path(source).is_dir() else None, without_quantization,
     )  # fmt: skip
 
 
-def _incoming(opened: Source, found: Found, how: read.Reading, target: Format | None) -> tuple[Fill, list[Entry]]:
+def _incoming(
+    opened: Source, found: Found, how: read.Reading, target: Format | None, new_names: Mapping[str, str]
+) -> tuple[Fill, list[Entry]]:
     names = [name for name in found.arrays if name is not None]
     before = sum(opened.array(name).nbytes for name in names)
-    batch = _batch(opened, found)
-    sample = read.read(found, functools.partial(_sample, opened, batch), how)
-    if isinstance(sample, Floats):
+    batch = batch_of(opened, found)
+    if found.layout.floats:
         if not how.decode:
+            read.check_kept(found)
             reason = f"stays in {found.layout.name}: --decode makes floats of it"
-            kept = [functools.partial(_copied, opened, name) for name in names]
+            kept = [functools.partial(_copied, opened, name, new_names[name]) for name in names]
             return lambda tick: [i for copy in kept for i in copy(tick)], _kept_entries(opened, names, reason)
-        shape = (*batch, *sample.shape) if how.axis == -1 else (*batch, *sample.shape[:-2], *sample.shape[:-3:-1])
+        with read.named(found):
+            floats: Any = read.as_stored(found, opened.mapped, how)[0]
+        shape = floats.shape if how.axis == -1 else (*floats.shape[:-2], *floats.shape[:-3:-1])
         after = math.prod(shape) * how.dtype.itemsize
         entry = Entry(found.name, None, shape, found.layout.algorithm, None, None, 8.0 * how.dtype.itemsize, before,
                       after, reason=f"decoded from {found.layout.name} to {how.dtype.name}")  # fmt: skip
-        return functools.partial(_decoded, opened, found, how, batch, shape), [entry]
-    fmt, shape = sample.fmt, (*batch, *sample.shape)
+        return functools.partial(_decoded, opened, found, how, batch, shape, new_names[found.name]), [entry]
+    packed = packed_of(opened, found, how)
+    fmt, shape = packed.fmt, packed.shape
     changed = target is not None and target != fmt and can_recast(fmt, target)
     new = target if changed and target is not None else fmt
-    packed = Packed(dataclasses.replace(sample.blocking, fmt=new), shape)
-    several = any(opened.array(name).size == math.prod(batch) for name in names[2:]) or changed
-    slots = packed_slots(found.name, new, *packed_shapes(shape, new, how.axis), batch if several else ())
+    packed = packed._replace(blocking=dataclasses.replace(packed.blocking, fmt=new))
+    several = any(opened.array(name).size == math.prod(batch) for name in names[1:]) or changed
+    slots = packed_slots(new_names[found.name], new, *packed_shapes(shape, new, how.axis), batch if several else ())
     fill = _recast if changed else _packed
     after = sum(slot.nbytes for slot in slots)
     note = f"from {found.layout.name}" + (f", recast from {fmt.name} code for code" if changed else "")
@@ -110,27 +123,9 @@ def _incoming(opened: Source, found: Found, how: read.Reading, target: Format | 
 
     def maker(tick: Tick) -> list[Item]:
         how_to_fill = functools.partial(fill, opened, found, how, batch, packed, slots, tick)
-        return [Item(found.name, slots, packed, how_to_fill)]
+        return [Item(new_names[found.name], slots, packed, how_to_fill)]
 
     return maker, [entry]
-
-
-def _batch(opened: Source, found: Found) -> tuple[int, ...]:
-    """The leading axes of a stack of matrices."""
-    first, part = found.arrays[0], found.layout.parts[0]
-    assert first is not None
-    axes = 2 if part.shape is None else len(part.shape(Size((), 64, 64, 1)))
-    shape = opened.array(first).shape
-    return shape[: len(shape) - axes] if found.layout.stacks and len(shape) > axes else ()
-
-
-def _sample(opened: Source, batch: tuple[int, ...], name: str) -> np.ndarray:
-    """An array of one matrix with zeros for bytes, to have shapes of. What is short is read: sizes lie there."""
-    mapped = opened.array(name)
-    if mapped.nbytes <= 4096:
-        return opened.part(name, batch, 0)
-    shape = mapped.shape[len(batch) :] if mapped.shape[: len(batch)] == batch else mapped.shape
-    return np.zeros(shape, mapped.dtype)
 
 
 def _packed(opened: Source, found: Found, how, batch, packed: Packed, slots, tick: Tick, write_bytes) -> None:
@@ -159,33 +154,33 @@ def _recast(opened: Source, found: Found, how, batch, packed: Packed, slots, tic
     tick(found.name, q.codes.nbytes + q.scales.nbytes)
 
 
-def _decoded(opened: Source, found: Found, how, batch, shape, tick: Tick) -> list[Item]:
+def _decoded(opened: Source, found: Found, how, batch, shape, new_name: str, tick: Tick) -> list[Item]:
     def fill(write_bytes):
         for i in range(math.prod(batch)):
             floats: Any = read.read(found, lambda name, i=i: opened.part(name, batch, i), how)
             if how.axis == -2:
-                write_bytes(found.name, read.whole(floats, how))
+                write_bytes(new_name, read.whole(floats, how))
             else:
                 rows, columns = math.prod(floats.shape[:-1]), floats.shape[-1]
                 step = max(_VALUES // columns, 1)
                 for first in range(0, rows, step):
                     values = floats.rows(first, min(first + step, rows))
-                    write_bytes(found.name, values.astype(how.dtype))
+                    write_bytes(new_name, values.astype(how.dtype))
             tick(found.name, math.prod(floats.shape))
 
-    return [Item(found.name, (Slot(found.name, safetensors.CODES[how.dtype.name], shape),), None, fill)]
+    return [Item(new_name, (Slot(new_name, safetensors.CODES[how.dtype.name], shape),), None, fill)]
 
 
-def _copied(opened: Source, name: str, tick: Tick, new_name: str | None = None) -> list[Item]:
-    mapped, new = opened.array(name), name if new_name is None else new_name
-    slot = Slot(new, Spec.of(mapped).dtype, mapped.shape)
+def _copied(opened: Source, name: str, new_name: str, tick: Tick) -> list[Item]:
+    mapped = opened.array(name)
+    slot = Slot(new_name, Spec.of(mapped).dtype, mapped.shape)
 
     def fill(write_bytes):
         for chunk in opened.chunks(name):
-            write_bytes(new, chunk)
+            write_bytes(new_name, chunk)
             tick(name, len(chunk))
 
-    return [Item(new, (slot,), None, fill)]
+    return [Item(new_name, (slot,), None, fill)]
 
 
 def held(opened: Source) -> Report:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from ifjax.exchange.recast import can_recast
 from ifjax.exchange.recast import recast as recast_tensor
 from ifjax.files import safetensors
 from ifjax.files.checkpoint import Checkpoint, Item, open_file
+from ifjax.files.names import renamed
 from ifjax.files.safetensors import FileError, Foreign, Slot
 from ifjax.formats import Format, get_format
 from ifjax.models.report import Entry, Report
@@ -33,6 +34,7 @@ def plan_export(
     recast: str | Format | None = None,
     refused: Literal["error", "floats"] = "error",
     common_amax: bool = False,
+    rename: Iterable[tuple[str, str]] = (),
 ) -> Transfer:
     """Return how a packed checkpoint goes out in another tool's layout; reads headers only.
 
@@ -42,8 +44,12 @@ def plan_export(
         recast: a format that tensors are recast to, where that is possible code for code: nvfp4 for MXFP4.
         refused: what happens to tensors that the tool has no layout for: an "error" that names them all, or they go out
             decoded, as "floats".
-        common_amax: whether layers that servers multiply as one, and that have several amax, are quantized again with
-            the largest, as by `ifjax.exchange.common_amax`; else a warning tells of them.
+        common_amax: whether what has several amax and gets one factor is quantized again with the largest, as by
+            `ifjax.exchange.common_amax`: layers that servers multiply as one, else a warning tells of them; and stacks
+            in layouts that have one factor for all of it, or none for a tensor, else they are refused.
+
+        rename: pairs of a regular expression of whole names, joined with dots, and the name that the reader has, with
+            "\\1" for the first group: the first that matches decides.
 
     Raises:
         FileError: (a ValueError) the source is broken, or holds nothing packed.
@@ -68,8 +74,9 @@ def plan_export(
     target = None if recast is None else get_format(recast)
     entries, makers, quantized, faults, amaxes = [], [], [], [], {}
     plain: dict[str, Spec] = {}
+    new_names = renamed((name.replace("/", ".") for name in opened), rename)
     for name in opened:
-        new_name = name.replace("/", ".")
+        new_name = new_names[name.replace("/", ".")]
         if name not in opened.packed:
             stored = opened.entries[name]
             plain[new_name] = Spec(stored.dtype, stored.shape)
@@ -78,6 +85,8 @@ def plan_export(
             continue
         try:
             outgoing = _Outgoing.of(opened, name, new_name, tool, target)
+            if not common_amax:
+                blocks.check_factor(outgoing.amaxes, outgoing.fmt, outgoing.headroom, outgoing.layout)
         except ValueError as error:
             faults.append(f"{name}: {error}")
             plain[new_name] = Spec("F32", opened.packed[name].shape)
@@ -88,25 +97,27 @@ def plan_export(
         quantized.append((outgoing.layout, outgoing.layer, outgoing.specs))
         entries.append(outgoing.entry(opened))
         makers.append(outgoing)
-        amaxes[new_name] = opened.array(parts["amax"]) if "amax" in (parts := opened.parts(name)) else None
+        amaxes[new_name] = outgoing.amaxes
     if faults and (refused == "error" or not quantized):
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise ValueError(
-            f"{len(faults)} of {len(opened.packed)} packed tensors have no place in {tool}'s layouts; "
-            f"refused='floats' lets them out decoded:\n  " + "\n  ".join(faults[:10]) + more
+            f"{tool} has no layout for {len(faults)} of {len(opened.packed)} packed tensors; refused='floats' "
+            "(`ifjax export --refused floats`) lets them out decoded, if others remain:\n  " + "\n  ".join(faults[:10])
+            + more
         )
     layout = quantized[0][0]
     inputs = {lay.input_factor.part.of(layer) for lay, layer, _ in quantized if lay.input_factor is not None}
     config = write.configuration(quantized, plain, tool, bool(inputs) and inputs <= plain.keys())
     if common_amax and target is not None:
         raise ValueError("recast= keeps codes, and common_amax= makes new ones: do one after the other")
-    formats = {name.replace("/", "."): (p.fmt, p.blocking.headroom) for name, p in opened.packed.items()}
-    largest = fused_amax(amaxes, formats) if common_amax else {}
+    formats = {new_names[name.replace("/", ".")]: (p.fmt, p.blocking.headroom) for name, p in opened.packed.items()}
+    several = {} if any(lay.factor == "none" for lay, _, _ in quantized) else amaxes
+    largest = fused_amax(several, formats) if common_amax else {}
     if target is None and not common_amax:
-        warn_of_fused(amaxes)
+        warn_of_fused(several)
     for i, maker in enumerate(makers):
         if isinstance(maker, _Outgoing):
-            own = dataclasses.replace(maker, amax=largest.get(maker.name.replace("/", ".")))
+            own = maker.with_amax(largest.get(new_names[maker.name.replace("/", ".")]), common_amax)
             makers[i] = own.item
             entries[i] = own.entry(opened)
     return Transfer(
@@ -151,6 +162,21 @@ class _Outgoing:
         return self.opened.packed[self.name].fmt if self.target is None else self.target
 
     @property
+    def headroom(self) -> float:
+        return self.opened.packed[self.name].blocking.headroom
+
+    @property
+    def amaxes(self) -> np.ndarray | None:
+        """Those of the stored tensor; what is recast gets another."""
+        parts = self.opened.parts(self.name)
+        return self.opened.array(parts["amax"]) if "amax" in parts and self.target is None else None
+
+    def with_amax(self, amax: float | None, common: bool) -> "_Outgoing":
+        """The same, quantized again with this amax, or, if it may be, with the one that the layout needs."""
+        needed = blocks.needed_amax(self.amaxes, self.fmt, self.headroom, self.layout) if common else None
+        return dataclasses.replace(self, amax=needed if amax is None else amax)
+
+    @property
     def slots(self) -> tuple[Slot | Foreign, ...]:
         slots = []
         for part in self.layout.parts:
@@ -180,7 +206,7 @@ class _Outgoing:
     def _fill(self, tick: Tick, write_bytes) -> None:
         batch = self.size.batch if self.target is None else ()
         single = [part.shape(self.size._replace(batch=())) if part.shape else () for part in self.layout.parts]
-        shared: dict[str, np.ndarray] = {}
+        shared: set[str] = set()
         for q in self._matrices():
             try:
                 arrays = write.written(q, self.layout)
@@ -190,14 +216,9 @@ class _Outgoing:
                 array = arrays[part]
                 if not batch or math.prod(slot.shape) > math.prod(shape):
                     write_bytes(slot.name, array)
-                elif slot.name not in shared:
-                    shared[slot.name] = array
+                elif slot.name not in shared:  # all matrices have it, as was checked
+                    shared.add(slot.name)
                     write_bytes(slot.name, array)
-                elif shared[slot.name].tobytes() != array.tobytes():
-                    raise ValueError(
-                        f"{self.name}: {slot.name} is one number for the whole stack {self.size.batch}, and its "
-                        "matrices have several amax: quantize them with a common amax="
-                    )
             tick(self.name, q.codes.nbytes + q.scales.nbytes)
 
     def _matrices(self) -> Iterator[QTensor]:
@@ -215,8 +236,10 @@ class _Outgoing:
         if amax is not None and amax.size > 1:
             lead = len(self.size.batch)
             if any(n > 1 for n in amax.shape[lead:]):
-                raise ValueError(f"{self.name} has amax of shape {amax.shape}, and layouts have one for a matrix")
+                raise ValueError(f"{self.name} has amax of shape {amax.shape}, and layouts have one for a matrix: "
+                                 "quantize without amax_axes along its last two axes")  # fmt: skip
             amax = np.broadcast_to(amax.reshape(amax.shape[:lead] + (1,) * (lead - amax.ndim)), self.size.batch)
+            amax = np.where(amax == 0, amax.max(), amax) if self.layout.factor == "stack" else amax
         shapes = packed_shapes(p.shape[-2:], p.fmt, p.blocking.axis)
         sizes = [math.prod(shape) for shape in shapes]
         with opened.reader(parts["codes"]) as codes, opened.reader(parts["scales"]) as scales:

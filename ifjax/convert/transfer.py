@@ -1,6 +1,7 @@
 """A planned conversion between layouts: what will be written, and a report of every tensor."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,10 +64,13 @@ class Transfer:
         if max_shard_bytes is None and not is_file(target):
             max_shard_bytes = SHARD_BYTES
         items = self.items(tick or no_tick)
+        # A file by itself says what it is; a folder's config.json does.
+        stated = self.configure({}).get("quantization_config") if is_file(target) else None
+        metadata = dict(self.metadata) | ({"quantization_config": json.dumps(stated)} if stated else {})
         with output(target, self.suffix, self.beside, self.configure) as path:
             if self.container == "gguf":
-                CONTAINERS["gguf"].write(path, items, self.metadata)
+                CONTAINERS["gguf"].write(path, items, metadata)
             else:
                 own = self.container == "ifjax"
-                write_items(path, items, metadata=self.metadata, max_shard_bytes=max_shard_bytes, own=own)
+                write_items(path, items, metadata=metadata, max_shard_bytes=max_shard_bytes, own=own)
         return target

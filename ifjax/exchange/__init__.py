@@ -22,7 +22,8 @@ from ifjax.exchange.layouts import (
     Spec,
     layouts_of,
 )
-from ifjax.exchange.read import import_tensors, load
+from ifjax.exchange.load import load
+from ifjax.exchange.read import import_tensors
 from ifjax.exchange.recast import recast
 from ifjax.exchange.recognize import Found, companions, declared, recognize
 from ifjax.exchange.swizzle import swizzle_scales, unswizzle_scales

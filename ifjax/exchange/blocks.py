@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,7 +42,10 @@ def check_shape(shape: tuple[int, ...], axis: int, fmt: Format, layout: Layout) 
             "other kernels before they are quantized"
         )
     if axis not in (-1, -2):
-        raise ValueError(f"{layout.name} has its blocks along one of the last two axes, got axis {axis} of {shape}")
+        raise ValueError(
+            f"{layout.name} has its blocks along one of the last two axes, got axis {axis} of {shape}: move it there "
+            "before the weight is quantized"
+        )
     if not math.prod(shape) or shape[axis] % fmt.block:
         raise ValueError(
             f"the blocked axis {axis} of {shape} must be a multiple of {fmt.block}, because readers know no filled-up "
@@ -54,6 +58,22 @@ def qtensor_of(blocks: Blocks, layout: Layout, fmt: Format, axis: int, dtype: np
 
     Raises:
         ValueError: arrays that contradict each other or the format.
+    """
+    length = check_stored(blocks, layout, fmt)
+    codes = blocks.codes
+    scales = checked_scales(codes, blocks.scales, fmt)
+    checked = scales
+    amax = amax_of(blocks, scales.shape[:-2], lambda: checked, fmt, headroom) if fmt.has_tensor_scale else None
+    codes, scales = (jnp.asarray(np.moveaxis(a, -1, axis)) for a in (codes, scales))
+    amax = None if amax is None else jnp.asarray(amax)
+    return QTensor(codes, scales, amax, Blocking(fmt, axis, length, dtype, headroom))
+
+
+def check_stored(blocks: Blocks, layout: Layout, fmt: Format) -> int:
+    """Return how many values a row has.
+
+    Raises:
+        ValueError: codes and scales that do not belong together, or a stack where the layout has none.
     """
     codes, scales = blocks.codes, blocks.scales
     length = scales.shape[-1] // fmt.scale.nbytes * fmt.block if scales.ndim else 0
@@ -69,13 +89,19 @@ def qtensor_of(blocks: Blocks, layout: Layout, fmt: Format, axis: int, dtype: np
         )
     if codes.ndim > 2 and not layout.stacks:
         raise ValueError(f"{layout.name} stores matrices, got {codes.shape}: stacks have to be taken apart first")
+    return length
+
+
+def checked_scales(codes: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
+    """Return scales as they are kept here; codes are looked at only beside scales that leave open what is meant.
+
+    Raises:
+        ValueError: as `check_scales` and `check_zero_blocks`.
+    """
     scales = zeros_for_nan(scales, codes, fmt)
     check_scales(scales, fmt)
     check_zero_blocks(scales, codes, fmt)
-    amax = _amax(blocks, scales, fmt, headroom) if fmt.has_tensor_scale else None
-    codes, scales = (jnp.asarray(np.moveaxis(a, -1, axis)) for a in (codes, scales))
-    amax = None if amax is None else jnp.asarray(amax)
-    return QTensor(codes, scales, amax, Blocking(fmt, axis, length, dtype, headroom))
+    return scales
 
 
 def check_scales(scales: np.ndarray, fmt: Format) -> None:
@@ -89,11 +115,12 @@ def check_scales(scales: np.ndarray, fmt: Format) -> None:
                 f"{int(above.astype(bool).sum())} of {scales.size} block scales have their sign set, which "
                 f"{fmt.name}'s never have: in IF4 and MixFP4 it marks blocks of integers, which decode in two "
                 "different ways, and elsewhere it negates. It cannot be decided which is meant, and as NVFP4 these "
-                "blocks would change their signs"
+                "blocks would change their signs: state fmt=, such as 'mixfp4', if you know it"
             )
     nan = _is_nan(scales, fmt)
     if nan.any():
-        raise ValueError(f"{int(nan.sum())} of {scales.size} block scales are NaN: the weight was not finite")
+        raise ValueError(f"{int(nan.sum())} of {scales.size} block scales are NaN, because the weight was not finite: "
+                         "quantize it again without NaN and infinity")  # fmt: skip
 
 
 def zeros_for_nan(scales: np.ndarray, codes: np.ndarray, fmt: Format) -> np.ndarray:
@@ -175,24 +202,51 @@ def _factors(q: QTensor, scales: np.ndarray, size: Size) -> tuple[Any, Any, Any]
     return amax.astype(np.float32), multiplier, divisor
 
 
-def one_factor(blocks: Blocks, name: str, factor: Any) -> np.float32:
-    """Return the one factor of all matrices of a stack.
+def needed_amax(amax: Any, fmt: Format, headroom: float, layout: Layout) -> np.float32 | None:
+    """Return the amax that a tensor needs for a layout with fewer factors than it has; None if its own will do."""
+    if amax is None or layout.factor == "matrix":
+        return None
+    used = np.unique(np.asarray(amax, np.float32))
+    used = used[used != 0]  # any factor does for zeros
+    if layout.factor == "none":
+        largest = np.float32(fmt.tensor_constant(headroom))
+        return largest if (used != largest).any() else None
+    return used[-1] if used.size > 1 else None
+
+
+def check_factor(amax: Any, fmt: Format, headroom: float, layout: Layout) -> None:
+    """Raise if a layout has fewer factors than a tensor needs."""
+    needed = needed_amax(amax, fmt, headroom, layout)
+    if needed is None:
+        return
+    values = np.unique(np.asarray(amax, np.float32))
+    again = (
+        f"quantize with amax={needed:g}, or let it be quantized again: `ifjax export --common-amax`, "
+        "plan_export(common_amax=True)"
+    )
+    if layout.factor == "stack":
+        raise ValueError(
+            f"{layout.name} has one factor for a stack, and this one has {values.size} different amax: {again}"
+        )
+    raise ValueError(
+        f"{layout.name} has no factor for a tensor, and amax / K of this one is {values[-1] / needed:g}, not 1: {again}"
+    )
+
+
+def amax_of(
+    blocks: Blocks, batch: tuple[int, ...], scales: Callable[[], np.ndarray], fmt: Format, headroom: float
+) -> np.ndarray:
+    """Return the amax of which `_factors` makes what is stored, or the nearest.
+
+    Args:
+        blocks: with the factor.
+        batch: the stack's axes.
+        scales: gives those of all matrices, which are looked at only beside a factor that is none.
+        fmt, headroom: of what is read.
 
     Raises:
-        ValueError: they have several.
+        ValueError: the factor is none of a matrix that has values.
     """
-    factors = np.unique(np.asarray(factor))
-    if factors.size != 1:
-        raise ValueError(
-            f"{name} is one number for the whole stack {blocks.codes.shape}, and its matrices have {factors.size} "
-            "different amax: quantize them with a common amax=, or set one by ifjax.exchange.common_amax"
-        )
-    return np.float32(factors[0])
-
-
-def _amax(blocks: Blocks, scales: np.ndarray, fmt: Format, headroom: float) -> np.ndarray:
-    """The amax of which `_factors` makes what is stored, or the nearest."""
-    batch = scales.shape[:-2]
     largest = fmt.tensor_constant(headroom)
     given = {n: getattr(blocks, n) for n in ("amax", "multiplier", "divisor") if getattr(blocks, n) is not None}
     if not given:  # scales are absolute: amax = K is the factor 1
@@ -204,24 +258,26 @@ def _amax(blocks: Blocks, scales: np.ndarray, fmt: Format, headroom: float) -> n
     factor = factor.reshape(() if factor.size == 1 else batch)
     with np.errstate(over="ignore"):
         factor = factor.astype(np.float32)
-    used = scales.reshape(*factor.shape, -1).any(-1)
     if kind == "amax":
         if not ((factor >= 0) & (factor < np.inf)).all():
             raise ValueError(f"amax must be finite and >= 0, got {factor}")
         return factor
     usable = (factor > 0) & (factor < np.inf)
-    if (used & ~usable).any():
-        raise ValueError(f"the factor must be finite and > 0, got {factor[used & ~usable].flat[0]}")
     # Going back and forth once more changes nothing: of all amax with this factor, if there are any, this is one
     # (checked for each mantissa and the K of each named format).
     with np.errstate(all="ignore"):
         amax = (factor * largest if kind == "multiplier" else largest / factor).astype(np.float32)
-    wrong = used & ~((amax >= TINY) & (amax < np.inf))
-    if wrong.any():
+    normal = usable & (amax >= TINY) & (amax < np.inf)
+    if normal.all():
+        return amax
+    used = scales().reshape(*factor.shape, -1).any(-1)
+    if (used & ~usable).any():
+        raise ValueError(f"the factor must be finite and > 0, got {factor[used & ~usable].flat[0]}")
+    if (wrong := used & ~normal).any():
         raise ValueError(
             f"the factor {factor[wrong].flat[0]} makes amax {amax[wrong].flat[0]}, which is no normal float32 number"
         )
-    return np.where(usable & (amax >= TINY) & (amax < np.inf), amax, np.float32(0)).astype(np.float32)
+    return np.where(normal, amax, np.float32(0)).astype(np.float32)
 
 
 def input_factor(factor: InputFactor, amax: Any) -> np.ndarray:

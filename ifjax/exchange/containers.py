@@ -27,6 +27,7 @@ class Source(NamedTuple):
         folder: where configurations lie; None if the file says itself what it is.
         specs: of all arrays, by name.
         array: an array by name, mapped to the file and read where it is looked at.
+        mapped: the same, mapped by itself: memory that was read is given back with it.
         read: from a name, a first byte and a number of bytes to uint8 [count], in memory of its own.
         declared: the configuration of its quantization, as the file or the folder states it.
     """
@@ -35,6 +36,7 @@ class Source(NamedTuple):
     folder: Path | None
     specs: dict[str, Spec]
     array: Callable[[str], np.ndarray]
+    mapped: Callable[[str], np.ndarray]
     read: Callable[[str, int, int], np.ndarray]
     declared: str | Mapping[str, Any] | None
 
@@ -79,7 +81,8 @@ def open_checkpoint(path: str | os.PathLike) -> Source:
         with opened.reader(name) as reader:
             return reader.bytes(start, count)
 
-    return Source(opened.path, folder, specs_of(opened), opened.array, read, declared_in(folder, opened.metadata))
+    says = declared_in(folder, opened.metadata)
+    return Source(opened.path, folder, specs_of(opened), opened.array, opened.mapped, read, says)
 
 
 def declared_in(folder: Path, metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
@@ -167,16 +170,26 @@ def _open_gguf(path: Path) -> Source:
         check_written(path, identity)
         data = tensors[name].data
         if data.dtype == np.uint8 and tensors[name].tensor_type.name not in known:
-            raise FileError(f"{path}: {name} is of type {tensors[name].tensor_type.name}, which is not read here")
+            raise FileError(f"{path}: {name} is of type {tensors[name].tensor_type.name}, which is not read here: "
+                            "decode it with llama.cpp first")  # fmt: skip
         return data.view(ml_dtypes.bfloat16) if tensors[name].tensor_type.name == "BF16" else data
 
     known = {"BF16", *(kind for lay in LAYOUTS.values() if lay.container == "gguf" for kind in lay.parts[0].dtypes)}
     specs = {name: Spec(t.tensor_type.name, tuple(array(name).shape)) for name, t in tensors.items()}
 
-    def read(name: str, start: int, count: int) -> np.ndarray:
-        return np.array(array(name).reshape(-1).view(np.uint8)[start : start + count])
+    def mapped(name: str) -> np.ndarray:
+        kept = array(name)
+        if not kept.size:
+            return kept
+        with path.open("rb") as file:
+            if Identity.of(os.fstat(file.fileno())) != identity:
+                return kept  # another file took its place, and the old one lives on in its map
+            return np.asarray(np.memmap(file, kept.dtype, "r", int(tensors[name].data_offset), kept.shape))
 
-    return Source(path, None, specs, array, read, "gguf")
+    def read(name: str, start: int, count: int) -> np.ndarray:
+        return np.array(mapped(name).reshape(-1).view(np.uint8)[start : start + count])
+
+    return Source(path, None, specs, array, mapped, read, "gguf")
 
 
 def _write_gguf(path: Path, items: Sequence[Item], metadata: Mapping[str, str]) -> None:
@@ -189,7 +202,8 @@ def _write_gguf(path: Path, items: Sequence[Item], metadata: Mapping[str, str]) 
     slots = [slot for item in items for slot in item.slots]
     for slot in slots:
         if slot.dtype not in kinds.__members__ or len(slot.shape) > 4 or not math.prod(slot.shape):
-            raise ValueError(f"{slot.name} is {slot.dtype} {tuple(slot.shape)}, which a GGUF file cannot hold")
+            raise ValueError(f"{slot.name} is {slot.dtype} {tuple(slot.shape)}, and GGUF holds floats and "
+                             "integers of one to four axes, none of them empty: leave it out, or cast it")  # fmt: skip
         kind = kinds[slot.dtype]
         values = slot.dtype in safetensors.NAMES and slot.dtype != "BF16"
         *lead, last = slot.shape or (1,)

@@ -37,7 +37,7 @@ def read_fp8(fmt, weight: np.ndarray, scale: np.ndarray) -> Floats:
     flat, columns, per = weight.reshape(-1, shape[-1]), shape[-1], shape[-2]
     blocks = (1,) * (len(shape) - len(blocks)) + blocks
 
-    def rows(first: int, last: int) -> np.ndarray:
+    def rows(first: int, last: int, within: slice = slice(None)) -> np.ndarray:
         at = np.arange(first, last)
         index = [at % per // blocks[-2]]
         rest = at // per
@@ -47,9 +47,9 @@ def read_fp8(fmt, weight: np.ndarray, scale: np.ndarray) -> Floats:
         index = [np.minimum(i, n - 1) for i, n in zip(index, scale.shape, strict=False)]
         factors = scale[tuple(index)]  # [rows, column blocks]
         if factors.shape[-1] > 1:
-            factors = factors.repeat(blocks[-1], -1)[:, :columns]
+            factors = factors.repeat(blocks[-1], -1)[:, :columns][:, within]
         with np.errstate(over="ignore", invalid="ignore"):
-            return flat[first:last].astype(np.float32) * factors
+            return flat[first:last, within].astype(np.float32) * factors
 
     return Floats(shape, rows)
 

@@ -63,7 +63,8 @@ def common_amax(params: Mapping[str, Any], names: Iterable[Iterable[str]] | None
     result = dict(params)
     for group in groups:
         if missing := [name for name in group if name not in packed]:
-            raise ValueError(f"{missing} are no QTensors with an amax among the parameters")
+            raise ValueError(f"{missing} are no QTensors with an amax among the parameters: leave them out, or "
+                             "quantize them")  # fmt: skip
         _check_one_format(group, {(packed[name].fmt, packed[name].headroom) for name in group})
         amax = max(float(np.max(np.asarray(packed[name].amax))) for name in group)
         for name in group:
@@ -107,7 +108,7 @@ def fused_amax(amaxes: Mapping[str, Any], formats: Mapping[str, Any]) -> dict[st
 
 def _check_one_format(group: tuple[str, ...], formats: set[Any]) -> None:
     if len(formats) > 1:
-        raise ValueError(f"{group} are of several formats, which no one amax serves")
+        raise ValueError(f"{group} are of several formats, which no one amax serves: quantize them to one")
 
 
 def _agree(amaxes: list[Any]) -> bool:

@@ -18,7 +18,7 @@ be stated.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -117,11 +117,12 @@ class Floats:
 
     Attributes:
         shape: [..., rows, columns].
-        rows: from first and last row, of all matrices laid end to end, to float32 [last - first, columns].
+        rows: from first and last row, of all matrices laid end to end, and a slice of the columns, if not all are
+            wanted, to float32 [last - first, columns].
     """
 
     shape: tuple[int, ...]
-    rows: Callable[[int, int], np.ndarray]
+    rows: Callable[..., np.ndarray]
 
 
 class InputFactor(NamedTuple):
@@ -175,6 +176,7 @@ class Layout:
         plain: the tensor's own name.
         floats: whether `read` gives `Floats`.
         stacks: whether matrices may have leading axes.
+        factor: whether each "matrix" of a stack has a factor of its own, the "stack" has one, or "none" has any.
         input_factor: how the same factor for a layer's inputs is stored.
         config: makes the configuration of a `Model`.
         config_keys: where config.json holds it.
@@ -197,6 +199,7 @@ class Layout:
     plain: str = "{}.weight"
     floats: bool = False
     stacks: bool = False
+    factor: Literal["matrix", "stack", "none"] = "matrix"
     input_factor: InputFactor | None = None
     config: Callable[[Model], dict[str, Any]] | None = None
     config_keys: tuple[str, ...] = ("quantization_config",)

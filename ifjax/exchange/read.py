@@ -1,6 +1,6 @@
-"""The one reader of all layouts: tensors and checkpoints in."""
+"""The one reader of all layouts: tensors in."""
 
-import os
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +9,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ifjax.arrays import DTYPES, QTensor
 from ifjax.exchange.blocks import qtensor_of
-from ifjax.exchange.containers import open_checkpoint
 from ifjax.exchange.layouts import (
     LAYOUTS,
     Blocks,
@@ -144,11 +143,11 @@ def survey(specs: Specs, layouts: Sequence[Layout]) -> Tensors:
             tool = layouts[0].tool
             raise ValueError(
                 f"{name} changes what its layer's weight means, and is not known beside it: {tool} has stored another "
-                f"format there than {', '.join(dict.fromkeys(lay.algorithm for lay in layouts))}"
+                f"format there than {', '.join(dict.fromkeys(lay.algorithm for lay in layouts))}; decode it there"
             )
     rest = [name for name in specs if name not in used]
     if twice := read & set(rest):
-        raise ValueError(f"{sorted(twice)} are there both packed and unpacked")
+        raise ValueError(f"{sorted(twice)} are there both packed and unpacked: remove one of the two")
     return Tensors(found, rest)
 
 
@@ -162,13 +161,18 @@ def read_all(
             yield found.name, value
         elif how.decode:
             yield found.name, whole(value, how)
-        elif found.layout.container != "safetensors":
-            raise ValueError(
-                f"{found.name} is {found.layout.algorithm}, which has no format here: decode=True makes floats of it"
-            )
         else:
+            check_kept(found)
             yield from ((name, array(name)) for name in found.arrays if name is not None)
     yield from ((name, array(name)) for name in tensors.rest)
+
+
+def check_kept(found: Found) -> None:
+    """Raise if a tensor that is read as floats cannot stay as it is."""
+    if found.layout.container != "safetensors":
+        raise ValueError(
+            f"{found.name} is {found.layout.algorithm}, which has no format here: decode=True makes floats of it"
+        )
 
 
 def read(found: Found, array: Callable[[str], np.ndarray], how: Reading) -> QTensor | Floats:
@@ -177,20 +181,37 @@ def read(found: Found, array: Callable[[str], np.ndarray], how: Reading) -> QTen
     Raises:
         ValueError: what is wrong with it, with its name.
     """
-    layout, (first, *_) = found.layout, found.arrays
-    assert layout.read is not None
+    with named(found):
+        value, fmt = as_stored(found, array, how)
+        if isinstance(value, Floats):
+            return value
+        assert fmt is not None
+        return qtensor_of(value, found.layout, fmt, how.axis, how.dtype, how.headroom)
+
+
+@contextlib.contextmanager
+def named(found: Found) -> Iterator[None]:
+    """Put a tensor's name before errors."""
     try:
-        arrays = [None if name is None else array(name) for name in found.arrays]
-        fmt = record_of(layout, how)
-        if how.nibbles == "high_first" and fmt is not None and fmt.bits == 4 and arrays[0] is not None:
-            arrays[0] = swapped_nibbles(arrays[0])
-        value = layout.read(fmt, *arrays)
-        if isinstance(value, Blocks):
-            assert fmt is not None
-            return qtensor_of(value, layout, fmt, how.axis, how.dtype, how.headroom)
-        return value
+        yield
     except ValueError as error:
-        raise ValueError(f"{first}: {error}") from error
+        raise ValueError(f"{found.arrays[0]}: {error}") from error
+
+
+def as_stored(
+    found: Found, array: Callable[[str], np.ndarray], how: Reading
+) -> tuple[Blocks, Format] | tuple[Floats, None]:
+    """Return what `read` checks and makes a QTensor of, [.., out, in] as stored, and its format."""
+    arrays = [None if name is None else array(name) for name in found.arrays]
+    fmt = record_of(found.layout, how)
+    if how.nibbles == "high_first" and fmt is not None and fmt.bits == 4 and arrays[0] is not None:
+        arrays[0] = swapped_nibbles(arrays[0])
+    assert found.layout.read is not None
+    value = found.layout.read(fmt, *arrays)
+    if isinstance(value, Floats):
+        return value, None
+    assert fmt is not None
+    return value, fmt
 
 
 def record_of(layout: Layout, how: Reading) -> Format | None:
@@ -220,28 +241,6 @@ def whole(floats: Floats, how: Reading) -> np.ndarray:
     *batch, rows, columns = floats.shape
     values = floats.rows(0, int(np.prod(batch)) * rows).reshape(*batch, rows, columns).astype(how.dtype)
     return values if how.axis == -1 else np.ascontiguousarray(values.swapaxes(-1, -2))
-
-
-def load(
-    path: str | os.PathLike, tool: str | Mapping[str, Any] | None = None, **settings: Any
-) -> dict[str, QTensor | np.ndarray]:
-    """Return what `import_tensors` makes of a file, an index of several, or a folder; all of it in memory.
-
-    Args:
-        path: a safetensors file, its index, a GGUF file, or a folder with one checkpoint. Pickles are not read.
-        tool: as for `import_tensors`. None: what the file's metadata or the folder's config.json or
-            hf_quant_config.json declare; else by the names, if they decide it.
-        **settings: of `import_tensors`: fmt, nibbles, axis, dtype, headroom, decode.
-
-    Raises:
-        ValueError: as `import_tensors`. A `FileError`: a broken file, an index that does not agree with its files, or a
-            type that numpy lacks.
-        OSError: it cannot be read.
-    """
-    source = open_checkpoint(path)
-    layouts, how = choose(source.specs, source.declared if tool is None else tool, **settings)
-    tensors = survey(source.specs, layouts)
-    return dict(read_all(tensors, source.copied, how))
 
 
 def _layouts_by_names(specs: Specs, nibbles: Nibbles | None) -> tuple[Layout, ...]:

@@ -1,5 +1,6 @@
 """The one writer of all layouts: tensors and checkpoints out."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -14,11 +15,11 @@ from ifjax.atomic import new_folder, write_text
 from ifjax.exchange import blocks
 from ifjax.exchange.containers import CONTAINERS
 from ifjax.exchange.fused import warn_of_fused
-from ifjax.exchange.layouts import WEIGHTS, Layout, Model, Part, Spec, elements_of, layouts_of
+from ifjax.exchange.layouts import LAYOUTS, WEIGHTS, Blocks, Layout, Model, Part, Spec, elements_of, layouts_of
 from ifjax.exchange.recognize import Specs, recognize
 from ifjax.files.checkpoint import Item
 from ifjax.files.safetensors import Slot
-from ifjax.formats import Format
+from ifjax.formats import FORMATS, Format
 
 
 def export_tensor(q: QTensor, tool: str) -> dict[str, np.ndarray]:
@@ -54,6 +55,9 @@ def written(q: QTensor, layout: Layout) -> dict[Part, np.ndarray]:
     """Return the arrays of a tensor in a layout, of the types and shapes that its parts state."""
     assert layout.write is not None
     matrices = blocks.blocks_of(q, layout)
+    blocks.check_factor(q.amax, q.fmt, q.headroom, layout)
+    if layout.factor == "stack" and q.amax is not None:
+        matrices = _with_one_factor(matrices, q)
     arrays = layout.write(matrices)
     found = {}
     for part, array in zip(layout.parts, arrays, strict=True):
@@ -63,6 +67,14 @@ def written(q: QTensor, layout: Layout) -> dict[Part, np.ndarray]:
             assert part.shape is None or array.shape == part.shape(matrices.size), (part.name, array.shape)
             found[part] = array
     return found
+
+
+def _with_one_factor(matrices: Blocks, q: QTensor) -> Blocks:
+    """With that of the matrices that are not zeros."""
+    at = np.argmax(np.asarray(q.amax))
+    factors = {name: np.asarray(getattr(matrices, name)) for name in ("amax", "multiplier", "divisor")}
+    own = {name: a.reshape(-1)[at if a.size > 1 else 0] for name, a in factors.items()}
+    return dataclasses.replace(matrices, **own)
 
 
 def layout_for(fmt: Format, tool: str, ndim: int = 2) -> Layout:
@@ -75,12 +87,15 @@ def layout_for(fmt: Format, tool: str, ndim: int = 2) -> Layout:
     found = [layout for layout in layouts if layout.accepts(fmt)]
     if found:
         return next((layout for layout in found if layout.stacks or ndim == 2), found[0])
-    raise ValueError(f"{fmt.name} {_refusal(fmt, tool, layouts)}: quantize to fouroversix, nvfp4 or mxfp4 for it")
+    fit = [name for name in FORMATS if any(layout.accepts(FORMATS[name]) for layout in layouts)]
+    instead = f": quantize to {' or '.join(fit)} for it" if fit else ""
+    raise ValueError(f"{fmt.name} {_refusal(fmt, tool, layouts)}{instead}")
 
 
 def _refusal(fmt: Format, tool: str, layouts: list[Layout]) -> str:
     if not layouts:
-        return f"cannot go out, because {tool}'s layouts are only read here"
+        others = dict.fromkeys(layout.tool for layout in LAYOUTS.values() if layout.write is not None)
+        return f"cannot go out, because {tool}'s layouts are only read here: export it to {' or '.join(others)}"
     if fmt.has_selector:
         return (
             "marks the blocks of its second decoding in the scale's sign, so an NVFP4 reader would flip the signs of "
@@ -160,7 +175,7 @@ def export_all(params: Mapping[str, Any], tool: str, input_amax: Mapping[str, fl
                 f"{name!r} is a mapping: flatten the tree first, as by flax.traverse_util.flatten_dict(params, sep='.')"
             )
         if twice := new.keys() & arrays.keys():
-            raise ValueError(f"{sorted(twice)} would be there twice: {name!r} and another array give that name")
+            raise ValueError(f"{sorted(twice)} would be there twice: {name!r} and another array give it: rename one")
         new = {name: np.asarray(array) for name, array in new.items()}
         if any(array.dtype == object for array in new.values()):
             raise TypeError(f"{name!r} is a {type(value).__name__}: needs arrays and QTensors")
@@ -196,7 +211,8 @@ def layer_in(layout: Layout, name: str) -> str:
         return layer
     words = f".{', .'.join(WEIGHTS[:-1])} or .{WEIGHTS[-1]}"
     if layout.plain == "{}.weight":
-        raise ValueError(f"{name!r} is a QTensor, so its name must end with {words}, which the layout's names replace")
+        raise ValueError(f"{name!r} is a QTensor, so its name must end with {words}, which the layout's names "
+                         "replace: rename it, as by `ifjax export --rename`")  # fmt: skip
     raise ValueError(
         f"{name!r} must not end with {words} in {layout.name}, which puts words behind the name of a parameter such as "
         "'experts.gate_up_proj': rename it, or export its matrices one by one"

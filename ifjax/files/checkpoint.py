@@ -142,7 +142,10 @@ class Checkpoint(Mapping[str, Any]):
         layout: the layout's number, the newest if the files differ; None for files that ifjax did not write.
         metadata: the files' other metadata, as text.
         sums: CRC-32 of each array, by its name in the files; {} for files without checksums.
+        says_dtype: True: packed tensors have a dtype, with which a tree must agree.
     """
+
+    says_dtype = True
 
     def __init__(self, path: str | os.PathLike, *, check: bool = True):
         self._check = check
@@ -215,6 +218,10 @@ class Checkpoint(Mapping[str, Any]):
         if name not in self.packed:
             return {"": name}
         return {part.rpartition(".")[2]: part for part in _parts(name, self.packed[name].fmt)}
+
+    def part(self, name: str, part: str) -> np.ndarray:
+        """One of the arrays of `parts`, mapped by itself; errors as for `array`."""
+        return self.mapped(self.parts(name)[part])
 
     def abstract(self, name: str) -> Any:
         """Return the tensor's shapes and dtypes, a QTensor of `jax.ShapeDtypeStruct` or one of these; reads nothing.

@@ -12,7 +12,7 @@ import numpy as np
 from ifjax.arrays import QTensor, shardings
 from ifjax.files.checkpoint import Checkpoint, is_whole, open_file
 from ifjax.files.names import NameRule, refuse
-from ifjax.files.placed import placed_tree
+from ifjax.files.placed import Tensors, placed_tree
 from ifjax.files.safetensors import FileError
 from ifjax.models.leaves import rebuilt, value_of
 from ifjax.models.sites import join_path
@@ -71,19 +71,28 @@ def load_file(
         ...     ifjax.load_file(path, like={"up": {"kernel": abstract}}, names=[rule])
         {'up': {'kernel': QTensor(nvfp4, 2x32x64 float32, axis=-2, 4.516 bits a value)}}
     """
-    file = open_file(path, check=check)
     if names is not None and like is None:
         raise ValueError("names= says where tensors belong in a tree: pass it as like=")
+    file = open_file(path, check=check)
     if like is None:
         return _nested({name: _placed(file[name], None) for name in file})
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_whole)
-    wanted = {join_path(keys): leaf for keys, leaf in leaves}
     if names is not None:
-        found = placed_tree(file, wanted, names)
-        new = [_in_place_of(leaf, found[name]) for name, leaf in wanted.items()]
-        return jax.tree_util.tree_unflatten(structure, new)
+        return load_tree(file, like, names)
+    wanted, structure = _leaves(like)
     refuse(list(_differences(file, wanted)), f"{path} is not like the given tree")
     return jax.tree_util.tree_unflatten(structure, [_like(leaf, file[name]) for name, leaf in wanted.items()])
+
+
+def load_tree(file: Tensors, like: Any, names: Iterable[NameRule]) -> Any:
+    """Return a tree as `like` of an open checkpoint of other names; arguments and errors as for `load_file`."""
+    wanted, structure = _leaves(like)
+    found = placed_tree(file, wanted, names)
+    return jax.tree_util.tree_unflatten(structure, [_in_place_of(leaf, found[name]) for name, leaf in wanted.items()])
+
+
+def _leaves(like: Any) -> tuple[dict[str, Any], Any]:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_whole)
+    return {join_path(keys): leaf for keys, leaf in leaves}, structure
 
 
 def _nested(tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,11 +25,16 @@ class NameRule:
         transpose: whether the last two axes are swapped: a PyTorch weight [out, in] is a Flax kernel [in, out].
         stack: the groups of `name` that hold the indices, from 0, along leading axes, in order: (1,) for the layers of
             `nn.scan`, (1, 2) for layers of experts.
-        reshape: whether the tensor, after transposition, is reshaped to the parameter's shape, for example
-            [in, heads * size] to [in, heads, size].
+        reshape: whether the tensor, after transposition and splitting, is reshaped to the parameter's shape, for
+            example [in, heads * size] to [in, heads, size].
+        split: an axis of the transposed tensor, -1 or -2, that is divided among the paths, in their order: each gets as
+            many entries as its parameter has. So are fused query, key and value, or gate and up.
+        groups: the number of equal sections of the split axis, if every path has a share of each: the number of heads
+            if query, key and value alternate by heads, or the number of columns of gate if gate and up alternate.
 
     Raises:
-        ValueError: `name` is not a supported regular expression, or lacks a group that `stack` or `path` uses.
+        ValueError: `name` is not a supported regular expression, or lacks a group that `stack` or `path` uses; `split`
+            with one path, or `groups` without `split`.
 
     Example:
         >>> import ifjax
@@ -44,6 +49,8 @@ class NameRule:
     transpose: bool = False
     stack: tuple[int, ...] = ()
     reshape: bool = False
+    split: int | None = None
+    groups: int = 1
 
     def __post_init__(self):
         try:
@@ -56,6 +63,13 @@ class NameRule:
         object.__setattr__(self, "stack", tuple(self.stack))
         if any(not isinstance(group, int) or not 1 <= group <= groups for group in self.stack):
             raise ValueError(f"NameRule({self.name!r}): stack must be of the groups 1 to {groups}, got {self.stack}")
+        if self.split not in (None, -1, -2):
+            raise ValueError(f"NameRule({self.name!r}): split must be -1 or -2, an axis of a matrix, got {self.split}")
+        if self.split is not None and len(self._templates) < 2:
+            raise ValueError(f"NameRule({self.name!r}): split shares a tensor among several paths, got {self.path!r}")
+        if self.groups < 1 or (self.groups > 1 and self.split is None):
+            raise ValueError(f"NameRule({self.name!r}): groups counts runs of the split axis, got {self.groups} with "
+                             f"split={self.split}")  # fmt: skip
         try:  # raises now if a template uses a group that `name` lacks
             for path in self._templates:
                 _expanded(path, self.name, ("",) * (groups + 1))
@@ -85,6 +99,29 @@ class NameRule:
         return tuple(map(int, counts))
 
 
+def renamed(names: Iterable[str], rules: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return new names by old ones, from pairs of a regular expression of whole names and a template as of `NameRule`.
+
+    The first one that matches decides; other names stay.
+
+    Raises:
+        ValueError: no regular expression; a rule that matches nothing; two names that become one.
+    """
+    made = [NameRule(*rule) for rule in rules]
+    new, used = {}, set()
+    for name in names:
+        found = next((rule for rule in made if rule.paths_of(name) is not None), None)
+        (new[name],) = (name,) if found is None else found.paths_of(name) or (name,)
+        used.add(found)
+    faults = [f"{rule.name!r} matches no name" for rule in made if rule not in used]
+    olds: dict[str, list[str]] = {}
+    for old, name in new.items():
+        olds.setdefault(name, []).append(old)
+    faults += [f"{' and '.join(map(repr, same))} would become {name!r}" for name, same in olds.items() if len(same) > 1]
+    refuse(faults, "rename= does not fit the names")
+    return new
+
+
 def _expanded(template: str, pattern: str, groups: Sequence[str]) -> str:
     """Return a template with the groups inserted.
 
@@ -103,10 +140,12 @@ class Origin(NamedTuple):
     Attributes:
         rule: the rule that matches them.
         names: their names in the checkpoint, an array of strings with the shape of the stack.
+        paths: the paths of the parameters that get the first of them, in the rule's order.
     """
 
     rule: NameRule
     names: np.ndarray
+    paths: tuple[str, ...]
 
 
 def origins(names: Iterable[str], rules: Iterable[NameRule], paths: Iterable[str]) -> dict[str, Origin]:
@@ -143,8 +182,11 @@ def origins(names: Iterable[str], rules: Iterable[NameRule], paths: Iterable[str
     faults += [f"{path!r} of the tree gets no tensor" for path in paths if path not in taken]
     faults += [fault for path, parts in taken.items() if (fault := _gap(path, parts)) is not None]
     refuse(faults, "the names do not fit the tree")
-    return {path: Origin(next(iter(parts.values()))[0], _stack({p: n for p, (_, n) in parts.items()}))
-            for path, parts in taken.items()}  # fmt: skip
+    found = {}
+    for path, parts in taken.items():
+        rule, first = next(iter(parts.values()))
+        found[path] = Origin(rule, _stack({p: n for p, (_, n) in parts.items()}), rule.paths_of(first) or ())
+    return found
 
 
 def refuse(faults: Sequence[str], what: str) -> None:

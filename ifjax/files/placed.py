@@ -7,9 +7,11 @@ memory at a time.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +19,38 @@ import numpy as np
 
 from ifjax.arrays import DTYPES, Blocking, QTensor, packed_shapes, shardings
 from ifjax.codec import Encoding
-from ifjax.files.checkpoint import Checkpoint
+from ifjax.files import safetensors
+from ifjax.files.checkpoint import Packed
 from ifjax.files.names import NameRule, Origin, origins, refuse
 from ifjax.files.pieces import amax_of, encode
+from ifjax.files.windows import Index, Share, Window, turned_shape
 from ifjax.models.leaves import value_of
 
-Index = tuple[slice, ...]
 Read = Callable[[Index], np.ndarray]
 
 
-def placed_tree(file: Checkpoint, wanted: Mapping[str, Any], rules: Iterable[NameRule]) -> dict[str, Any]:
+class Tensors(Protocol):
+    """What parameters are placed from: a `Checkpoint`, or another tool's that is seen as one.
+
+    Attributes:
+        path: of the file, for messages.
+        packed: what is said of each packed tensor.
+        entries: `dtype` (the file's name for it) and `shape` of each array that is not packed.
+        says_dtype: whether packed tensors have a dtype, which the tree has to agree with.
+    """
+
+    path: Path
+    packed: Any
+    entries: Any
+    says_dtype: bool
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def part(self, name: str, part: str) -> Any:
+        """A packed tensor's "codes", "scales" or "amax", or "" of another: what gives the box that slices name."""
+
+
+def placed_tree(file: Tensors, wanted: Mapping[str, Any], rules: Iterable[NameRule]) -> dict[str, Any]:
     """Return the parameters of a tree, by path, each on its devices; `rules` are the `names` of `load_file`.
 
     Raises:
@@ -34,58 +58,74 @@ def placed_tree(file: Checkpoint, wanted: Mapping[str, Any], rules: Iterable[Nam
     """
     found = origins(file, rules, wanted)
     values = {path: value_of(leaf) for path, leaf in wanted.items()}
-    faults = [f"{path!r} {fault}" for path in wanted if (fault := _fault(file, found[path], values[path])) is not None]
+    sources, faults = {}, []
+    for path in values:
+        try:
+            sources[path] = _fitted(file, found[path], path, values)
+        except ValueError as error:
+            faults.append(f"{path!r} {error}")
     refuse(faults, f"{file.path} does not fit the tree")
-    return {path: _parameter(file, found[path], values[path]) for path in wanted}
+    return {path: _parameter(sources[path], value) for path, value in values.items()}
 
 
-def _parameter(file: Checkpoint, origin: Origin, value: Any) -> Any:
-    first = origin.names.flat[0]
-    if first in file.packed:
-        return _packed(file, origin, value)
-    source = _Stack(file, origin, "", tuple(value.shape))
+class _Source(NamedTuple):
+    """The tensors that a parameter is made of, and how they become it.
+
+    Attributes:
+        file, origin: where they are.
+        window: of each of them.
+        packed: what is said of them as they lie in the parameter, if they are packed.
+    """
+
+    file: Tensors
+    origin: Origin
+    window: Window
+    packed: Packed | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter."""
+        return (*self.origin.names.shape, *self.window.laid)
+
+
+def _parameter(source: _Source, value: Any) -> Any:
+    if source.packed is not None:
+        return _packed(source, source.packed.blocking, value)
+    stack = _Stack(source, "", source.shape)
     if isinstance(value, QTensor):
-        return _encoded(source, value)
+        return _encoded(stack, value)
 
     def read(index: Index) -> np.ndarray:
-        return source.read(index).astype(value.dtype, copy=False)
+        return stack.read(index).astype(value.dtype, copy=False)
 
-    return _put(source.shape, getattr(value, "sharding", None), read)
+    return _put(stack.shape, getattr(value, "sharding", None), read)
 
 
 class _Stack(NamedTuple):
-    """One array of each tensor of a stack, transposed and reshaped to fit the parameter.
+    """One array of each tensor of a stack, transposed, split and reshaped to fit the parameter.
 
     Attributes:
-        file, origin: the checkpoint and the origin of the parameter.
+        source: the checkpoint, and how its tensors become the parameter.
         part: "codes", "scales" or "amax" of packed tensors; "" for arrays.
         shape: the shape of the whole stack.
     """
 
-    file: Checkpoint
-    origin: Origin
+    source: _Source
     part: str
     shape: tuple[int, ...]
 
     @property
     def lead(self) -> int:
         """The number of stacked axes."""
-        return self.origin.names.ndim
+        return self.source.origin.names.ndim
 
     def read(self, index: Index) -> np.ndarray:
         """Return a copy of the part at `index`."""
         ahead, inner = index[: self.lead], index[self.lead :]
-        names = self.origin.names[(*ahead, ...)]
-        parts = [self._one(name, inner) for name in names.reshape(-1)]
+        file, origin, window, _ = self.source
+        names = origin.names[(*ahead, ...)]
+        parts = [window.read(file.part(name, self.part), inner, self.shape[self.lead :]) for name in names.reshape(-1)]
         return parts[0] if not self.lead else np.stack(parts).reshape(*names.shape, *parts[0].shape)
-
-    def _one(self, name: str, index: Index) -> np.ndarray:
-        whole = self.file.mapped(self.file.parts(name)[self.part])
-        turned = whole.swapaxes(-1, -2) if self.origin.rule.transpose else whole
-        if self.origin.rule.reshape and self.part == "":
-            turned = turned.view()
-            turned.shape = self.shape[self.lead :]  # always a view: `_fault` has rejected shapes that need a copy
-        return np.array(turned[index])
 
 
 # --- placing ---------------------------------------------------------------------------------------------------------
@@ -116,30 +156,54 @@ def _shardings(value: Any) -> dict[str, Any]:
     return {name: getattr(getattr(value, name), "sharding", None) for name in ("codes", "scales", "amax")}
 
 
-def _packed(file: Checkpoint, origin: Origin, value: Any) -> QTensor:
+def _packed(source: _Source, blocking: Blocking, value: Any) -> QTensor:
     """Return a QTensor from the bytes of tensors that are packed in the checkpoint."""
-    blocking = _blocking(file, origin)
-    shape = _shape(file, origin)
     amax = None
-    if "amax" in file.parts(origin.names.flat[0]):
-        amaxes = [np.array(file.mapped(file.parts(name)["amax"])) for name in origin.names.flat]
-        own = max((a.shape for a in amaxes), key=len)
-        amax = np.stack([a.reshape(own) for a in amaxes]).reshape(*origin.names.shape, *own)
-    shapes = dict(zip(("codes", "scales"), packed_shapes(shape, blocking.fmt, blocking.axis), strict=True))
+    if blocking.fmt.has_tensor_scale:
+        wanted = value.amax.shape if isinstance(value, QTensor) and value.amax is not None else None
+        amax = _amax(source, wanted)
+    shapes = dict(zip(("codes", "scales"), packed_shapes(source.shape, blocking.fmt, blocking.axis), strict=True))
+    sharding = getattr(value, "sharding", None)
     if isinstance(value, QTensor):
         places = _shardings(value)
-        if amax is not None:
-            amax = amax.reshape(value.amax.shape)  # pyright: ignore[reportOptionalMemberAccess]
+    elif sharding is None:
+        places = dict.fromkeys(("codes", "scales", "amax"))
     else:
-        sharding = getattr(value, "sharding", None)
-        abstract = QTensor(*(jax.ShapeDtypeStruct(s, np.uint8) for s in shapes.values()),  # pyright: ignore
-                           None if amax is None else jax.ShapeDtypeStruct(amax.shape, amax.dtype), blocking)  # pyright: ignore  # fmt: skip
-        places = _shardings(None) if sharding is None else {
-            name: getattr(shardings(abstract, sharding), name) for name in ("codes", "scales", "amax")}  # fmt: skip
-    arrays = {part: _put(s, places[part], _Stack(file, origin, part, s).read) for part, s in shapes.items()}
+        codes, scales = (jax.ShapeDtypeStruct(s, np.uint8) for s in shapes.values())
+        own = None if amax is None else jax.ShapeDtypeStruct(amax.shape, amax.dtype)
+        each = shardings(QTensor(codes, scales, own, blocking), sharding)  # pyright: ignore[reportArgumentType]
+        places = {name: getattr(each, name) for name in ("codes", "scales", "amax")}
+    arrays = {part: _put(s, places[part], _Stack(source, part, s).read) for part, s in shapes.items()}
     if amax is not None:
         arrays["amax"] = _put(amax.shape, places["amax"], lambda index: amax[index])
     return QTensor(arrays["codes"], arrays["scales"], arrays.get("amax"), blocking)
+
+
+def _amax(source: _Source, wanted: tuple[int, ...] | None) -> np.ndarray:
+    """The amax of all tensors of a stack, one for several matrices where the tree wants one for each.
+
+    Raises:
+        ValueError: the tree wants another shape, or the window cuts axes along which there are several.
+    """
+    file, origin, window, _ = source
+    ndim = len(window.shape)
+    amaxes = [np.asarray(file.part(name, "amax")) for name in origin.names.flat]
+    amaxes = [a.reshape(a.shape + (1,) * (ndim - a.ndim)) for a in amaxes]
+    amaxes = [a.swapaxes(-1, -2) if window.turned else a for a in amaxes]
+    own = tuple(max(lengths) for lengths in zip(*(a.shape for a in amaxes), strict=True))
+    last = max((i + 1 for i, n in enumerate(own) if n > 1), default=0)
+    if last and (window.shape[:last] != window.laid[:last] or (window.share is not None and window.share.axis < last)):
+        raise ValueError(f"has an amax for each of the first {last} axes of {window.shape}, which cannot be cut")
+    stacked = np.stack([np.broadcast_to(a, own) for a in amaxes]).reshape((*origin.names.shape, *own[:last]))
+    if wanted is None:
+        return stacked
+    if len(wanted) < stacked.ndim and all(n == 1 for n in stacked.shape[len(wanted) :]):
+        stacked = stacked.reshape(stacked.shape[: len(wanted)])
+    try:
+        spread = stacked.reshape(stacked.shape + (1,) * (len(wanted) - stacked.ndim))
+        return np.array(np.broadcast_to(spread, wanted))
+    except ValueError:
+        raise ValueError(f"has amax of shape {wanted}, and {origin.names.flat[0]!r} gives {stacked.shape}") from None
 
 
 # --- encoding --------------------------------------------------------------------------------------------------------
@@ -180,7 +244,7 @@ class _Encoder:
     """An encoder of regions of whole blocks of a stack of matrices; it keeps codes or scales until they are read."""
 
     def __init__(self, source: _Stack, value: QTensor):
-        self.source, self.blocking, self.shape = source, value.blocking, source.shape
+        self.stack, self.blocking, self.shape = source, value.blocking, source.shape
         fmt = value.fmt
         self.how = Encoding.of(fmt, block_2d=value.block_2d)
         self.at = len(self.shape) + value.axis
@@ -261,8 +325,8 @@ class _Encoder:
 
     def _matrix(self, place: tuple[int, ...], region) -> np.ndarray:
         index = tuple(slice(i, i + 1) for i in place) + tuple(slice(*ends) for ends in region[len(place) :])
-        x = self.source.read(index).reshape([i.stop - i.start for i in index[len(place) :]])
-        # Cast to the tree's dtype, so that the result equals quantizing the loaded floats.
+        x = self.stack.read(index).reshape([i.stop - i.start for i in index[len(place) :]])
+        # As the tree's dtype has it: what is quantized is what a load of the floats would give.
         return x.astype(self.blocking.dtype, copy=False)
 
     def _amax_place(self, place: tuple[int, ...]) -> tuple[int, ...]:
@@ -280,93 +344,134 @@ def _places(ends: Sequence[tuple[int, int]]):
 # --- what does not fit -----------------------------------------------------------------------------------------------
 
 
-def _turned(file: Checkpoint, origin: Origin, name: str) -> tuple[int, ...]:
-    shape = tuple(file.packed[name].shape if name in file.packed else file.entries[name].shape)
-    return (*shape[:-2], shape[-1], shape[-2]) if origin.rule.transpose and len(shape) > 1 else shape
+def _fitted(file: Tensors, origin: Origin, path: str, values: Mapping[str, Any]) -> _Source:
+    """What makes the parameter.
 
-
-def _shape(file: Checkpoint, origin: Origin) -> tuple[int, ...]:
-    return (*origin.names.shape, *_turned(file, origin, origin.names.flat[0]))
-
-
-def _blocking(file: Checkpoint, origin: Origin) -> Blocking:
-    """Return the blocking of a packed tensor in the parameter, after transposition and without axis names."""
-    blocking = file.packed[origin.names.flat[0]].blocking
-    axis = -3 - blocking.axis if origin.rule.transpose and blocking.axis >= -2 else blocking.axis
-    return dataclasses.replace(blocking, axis=axis, names=None)
-
-
-def _fault(file: Checkpoint, origin: Origin, value: Any) -> str | None:
-    names, rule = origin.names, origin.rule
+    Raises:
+        ValueError: it is not what the tree wants; the words to follow its path.
+    """
+    names, rule, value = origin.names, origin.rule, values[path]
     first = names.flat[0]
-    alike = {(name in file.packed, _turned(file, origin, name), _kind(file, name)) for name in names.flat}
+    alike = {(name in file.packed, _stored(file, name), _kind(file, name)) for name in names.flat}
     if len(alike) > 1:
-        return f"is stacked of tensors that are not alike: {sorted(map(str, alike))[:2]}"
-    if rule.transpose and len(_turned(file, origin, first)) < 2:
-        return f"is to be transposed, and {first!r} has shape {_turned(file, origin, first)}"
-    shape, wanted = _shape(file, origin), tuple(value.shape)
-    if first in file.packed:
-        return _packed_fault(file, origin, value, shape)
+        raise ValueError(f"is stacked of tensors that are not alike: {sorted(map(str, alike))[:2]}")
+    shape = _stored(file, first)
+    if rule.transpose and len(shape) < 2:
+        raise ValueError(f"is to be transposed, and {first!r} has shape {shape}")
+    turned, wanted, lead = turned_shape(shape, rule.transpose), tuple(value.shape), names.ndim
+    share = _share(origin, path, turned, values)
+    window = Window.of(shape, rule.transpose, share, wanted[lead:] if rule.reshape else None)
+    gives = (*names.shape, *window.shape)
     if rule.reshape:
-        lead = names.ndim
-        if shape[:lead] != wanted[:lead] or math.prod(shape) != math.prod(wanted):
-            return f"has the shape {wanted}, and {first!r} gives {shape}: that is no other shape of it"
-        if not _splits(shape[lead:], wanted[lead:]) and rule.transpose:
-            return f"has the shape {wanted}, which joins axes of the transposed {shape}: transpose or reshape alone"
-    elif shape != wanted:
-        hint = ": reshape=True lays it so" if math.prod(shape) == math.prod(wanted) else ""
-        return f"has the shape {wanted}, and {first!r} gives {shape}{hint}"
-    stored = file.abstract(first).dtype
+        if gives[:lead] != wanted[:lead] or math.prod(gives) != math.prod(wanted):
+            raise ValueError(f"has the shape {wanted}, and {first!r} gives {gives}: that is no other shape of it")
+        if not window.divides and (rule.transpose or share is not None):
+            what = "transposed" if rule.transpose else "split"
+            raise ValueError(
+                f"has the shape {wanted}, which joins axes of the {what} {gives}: transpose or reshape alone"
+            )
+    elif gives != wanted:
+        hint = ": reshape=True lays it so" if math.prod(gives) == math.prod(wanted) else ""
+        raise ValueError(f"has the shape {wanted}, and {first!r} gives {gives}{hint}")
+    if first in file.packed:
+        source = _Source(file, origin, window, _as_it_lies(file, first, window, value))
+        _check_packed(source, value)
+        return source
+    _check_plain(file, first, value)
+    return _Source(file, origin, window, None)
+
+
+def _share(origin: Origin, path: str, turned: tuple[int, ...], values: Mapping[str, Any]) -> Share | None:
+    """The share of a split tensor that this parameter has: parameters' sizes tell where each begins."""
+    rule = origin.rule
+    if rule.split is None:
+        return None
+    first, groups = origin.names.flat[0], rule.groups
+    if len(turned) < -rule.split:
+        raise ValueError(f"is to be split along axis {rule.split}, and {first!r} has shape {turned}")
+    axis = len(turned) + rule.split
+    rest = math.prod(turned[:axis] + turned[axis + 1 :])
+    sizes = [math.prod(values[p].shape[origin.names.ndim :]) / rest if rest else 0 for p in origin.paths]
+    if sum(sizes) != turned[axis] or any(size % groups for size in sizes):
+        runs = f", in {groups} groups" if groups > 1 else ""
+        raise ValueError(
+            f"is split from axis {rule.split} of {first!r}, {turned}, which has {turned[axis]} entries{runs}, and the "
+            f"parameters of {', '.join(origin.paths)} take {', '.join(f'{size:g}' for size in sizes)}"
+        )
+    ends = [0, *itertools.accumulate(int(size) // groups for size in sizes)]
+    mine = origin.paths.index(path)
+    return Share(axis, turned[axis], groups, ends[mine], ends[mine + 1])
+
+
+def _check_plain(file: Tensors, first: str, value: Any) -> None:
+    code = file.entries[first].dtype
+    stored = safetensors.numpy_dtype(code)
+    if stored is None:
+        raise ValueError(f"is made of {first!r}, which is {code}: numpy lacks it")
     if isinstance(value, QTensor):
         if stored.name not in DTYPES:
-            return (f"is to be quantized, and {first!r} is {file.entries[first].dtype}: decode it first, by "
-                    "`ifjax import --decode` or `ifjax quantize --source`")  # fmt: skip
+            raise ValueError(
+                f"is to be quantized, and {first!r} is {code}: decode it first, by `ifjax import --decode` or `ifjax "
+                "quantize --source`; layouts of other tools come in by ifjax.exchange.load(path, like=, names=)"
+            )
         if value.headroom != 1:
-            return "was rounded stochastically in the tree: load floats, and quantize them with a key"
+            raise ValueError("was rounded stochastically in the tree: load floats, and quantize them with a key")
         amax = () if value.amax is None else value.amax.shape
-        if any(n > 1 for n in amax[len(wanted) + value.axis :]):
-            return f"has amax of shape {tuple(amax)}, beyond axis {value.axis} of its blocks: load floats, and quantize"
-        return None
+        if any(n > 1 for n in amax[value.ndim + value.axis :]):
+            raise ValueError(
+                f"has amax of shape {tuple(amax)}, beyond axis {value.axis} of its blocks: load floats, and quantize"
+            )
+        return
     both = {stored.name, np.dtype(value.dtype).name}
     if len(both) > 1 and not both <= set(DTYPES):
-        return f"is {value.dtype}, and {first!r} is {stored}"
-    return None
+        raise ValueError(f"is {value.dtype}, and {first!r} is {stored}")
 
 
-def _packed_fault(file: Checkpoint, origin: Origin, value: Any, shape: tuple[int, ...]) -> str | None:
-    first, wanted = origin.names.flat[0], tuple(value.shape)
-    if origin.rule.reshape and shape != wanted:
-        return f"is to be reshaped, and {first!r} is packed: leave out reshape"
-    if shape != wanted:
-        return f"has the shape {wanted}, and {first!r} gives {shape}"
-    if origin.rule.transpose and file.packed[first].blocking.block_2d and len(shape) < 2:
-        return f"cannot be transposed: {first!r} has square blocks"
-    if not isinstance(value, QTensor):
-        return None
-    found = _blocking(file, origin)
-    for field in ("fmt", "axis", "dtype", "headroom", "block_2d"):
-        ours, theirs = getattr(found, field), getattr(value.blocking, field)
+def _as_it_lies(file: Tensors, first: str, window: Window, value: Any) -> Packed:
+    """What is said of a packed tensor, as it lies in the parameter.
+
+    Raises:
+        ValueError: blocks would be torn.
+    """
+    stored = file.packed[first].blocking
+    axis = -3 - stored.axis if window.turned and stored.axis >= -2 else stored.axis
+    at, whole = len(window.shape) + axis, stored.fmt.block * 8 // math.gcd(8, stored.fmt.block * stored.fmt.bits)
+    if stored.block_2d and (window.share is not None or window.shape != window.laid):
+        raise ValueError(f"cannot be cut or reshaped: {first!r} has square blocks")
+    share = window.share
+    if share is not None and share.axis == at and any(
+        n % whole for n in (share.length // share.groups, share.start, share.stop)
+    ):  # fmt: skip
+        raise ValueError(f"takes {share.start} to {share.stop} of an axis of {first!r} that has blocks of {whole}")
+    after: tuple[int, ...] = window.axis_of(at) if window.divides else ()
+    if not after or (len(after) > 1 and window.laid[max(after)] % whole):
+        raise ValueError(
+            f"has the shape {window.laid}, which tears or joins blocks of {whole} along axis {axis} of the packed "
+            f"{first!r}, {window.shape}"
+        )
+    dtype = stored.dtype if file.says_dtype else np.dtype(value.dtype)
+    place = max(after)
+    blocking = dataclasses.replace(stored, axis=place - len(window.laid), length=window.laid[place], dtype=dtype,
+                                   names=None)  # fmt: skip
+    return Packed(blocking, window.laid)
+
+
+def _check_packed(source: _Source, value: Any) -> None:
+    packed, first = source.packed, source.origin.names.flat[0]
+    assert packed is not None
+    fields = ("fmt", "axis", "dtype", "headroom", "block_2d") if isinstance(value, QTensor) else ()
+    for field in fields:
+        ours, theirs = getattr(packed.blocking, field), getattr(value.blocking, field)
         if ours != theirs:
             ours, theirs = (getattr(x, "name", x) for x in (ours, theirs))
-            return f"has {field} {theirs}, and {first!r} is packed with {field} {ours}"
-    if value.amax is not None:
-        stored = [file.entries[file.parts(name)["amax"]].shape for name in origin.names.flat]
-        if origin.names.size * math.prod(stored[0]) != math.prod(value.amax.shape):
-            return f"has amax of shape {tuple(value.amax.shape)}, and {first!r} one of {stored[0]} for each of {shape}"
-    return None
+            raise ValueError(f"has {field} {theirs}, and {first!r} is packed with {field} {ours}")
+    if packed.fmt.has_tensor_scale:
+        _amax(source, value.amax.shape if isinstance(value, QTensor) and value.amax is not None else None)
 
 
-def _kind(file: Checkpoint, name: str) -> Any:
+def _stored(file: Tensors, name: str) -> tuple[int, ...]:
+    return tuple(file.packed[name].shape if name in file.packed else file.entries[name].shape)
+
+
+def _kind(file: Tensors, name: str) -> Any:
     return file.packed[name].blocking if name in file.packed else file.entries[name].dtype
-
-
-def _splits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Return whether a reshape only splits axes, so that any part of the result is a view of the source."""
-    rest = list(wanted)
-    for n in shape:
-        size = 1
-        while rest and size < n:
-            size *= rest.pop(0)
-        if size != n:
-            return False
-    return all(n == 1 for n in rest)

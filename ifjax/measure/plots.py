@@ -358,9 +358,12 @@ def plot_pareto(errors: Mapping[str, ErrorStats], title: str = "") -> "Figure":
                 *points, "s" if selects else "o", color=_COLOURS[2] if best else "0.55", zorder=3 if best else 2,
                 markerfacecolor=None if best else "white", markersize=7 if best else 5.5,
             )  # fmt: skip
-    for name in front:
+    labels: dict[tuple[float, float], list[str]] = {}
+    for name in front:  # of one format by two names there is one point
+        labels.setdefault((bits[name], value[name]), []).append(name)
+    for point, names in labels.items():
         left.annotate(
-            name, (bits[name], value[name]), (-7, -5), textcoords="offset points", ha="right", va="top", fontsize=9
+            ", ".join(names), point, (-7, -5), textcoords="offset points", ha="right", va="top", fontsize=9
         )
     span = max(bits.values()) - min(bits.values()) or 1
     left.set_xlim(min(bits.values()) - 0.22 * span, max(bits.values()) + 0.06 * span)

@@ -99,7 +99,7 @@ def calibrate(
         raise ValueError(f"statistic must be 'max', 'mean' or 'percentile', got {statistic!r}")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile must lie in (0, 100], got {percentile}")
-    if not any(_wants_amax(rule) or rule.gptq or rule.needs_inputs for rule in rules):
+    if not any(needs_statistics(rule) for rule in rules):
         raise ValueError("no rule needs calibration: give one act_fmt with act_amax='static', gptq=True, or smooth=")
     statistics = Statistics(percentile if statistic == "percentile" else None)
     watcher: Any

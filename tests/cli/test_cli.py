@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -81,6 +82,35 @@ def test_help_leads_somewhere(capsys):
     assert code == 0 and "where to begin" in out
     for command in ("compare", "quantize", "dequantize", "inspect", "verify"):
         assert f"    {command}" in out and leave(capsys, command, "--help")[0] == 0
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_formats_and_files(capsys, shell):
+    pytest.importorskip("shtab")
+    assert run("completion", shell) == 0
+    script = capsys.readouterr().out
+    for word in ("quantize", "--min-sqnr", f"echo {next(iter(ifjax.FORMATS))} ", "mlx"):
+        assert word in script
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes(capsys):
+    pytest.importorskip("shtab")
+    run("completion", "bash")
+    ask = """
+        COMP_WORDS=(ifjax quantize --fmt hif) COMP_CWORD=3
+        $(complete -p ifjax | grep -o -- "-F [^ ]*" | cut -c4-)
+        echo "${COMPREPLY[*]}"
+    """
+    script = capsys.readouterr().out + ask
+    said = subprocess.run(["bash", "--norc"], input=script, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["hifloat4", "hifloat4_half_even"]
+
+
+def test_completion_without_shtab_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert run("completion", "bash") == 1
+    assert "pip install 'ifjax[completion]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

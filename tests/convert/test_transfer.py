@@ -11,9 +11,11 @@ import pytest
 from exchange_cases import F8, assert_same, changed, tensor
 from numpy.testing import assert_array_equal
 from test_layouts import stack
+from test_readers import needs
 
 import ifjax
 from ifjax import exchange
+from ifjax.cli import main
 from ifjax.convert import plan_export, plan_import
 from ifjax.files import FileError
 
@@ -63,6 +65,9 @@ def test_files_have_the_bytes_of_memory_both_ways(case, tmp_path):
     # And out again, with the same bytes.
     again = plan_export(tmp_path / "back-1.safetensors", tool).write(tmp_path / "again")
     assert stored(again / "model.safetensors") == stored(theirs / "model.safetensors")
+    # A file by itself says in its metadata what it is.
+    alone = plan_export(ours, tool).write(tmp_path / "alone.safetensors")
+    assert exchange.load(alone).keys() == exchange.load(theirs).keys()
 
 
 def test_fp8_is_kept_or_decoded(tmp_path):
@@ -166,7 +171,7 @@ def test_what_a_tool_cannot_hold_is_named_and_nothing_is_written(tmp_path):
     fmts = {"a/kernel": "nvfp4", "b/kernel": "if4", "c/w": "nvfp4", "d/kernel": "nvint4"}
     params = {name: tensor(fmt) for name, fmt in fmts.items()}
     ours = ifjax.save_file(params, tmp_path / "ours.safetensors")
-    message = r"3 of 4 packed tensors have no place.*\n  b/kernel: if4 marks.*\n  c/w: 'c\.w' is"
+    message = r"no layout for 3 of 4 packed tensors.*\n  b/kernel: if4 marks.*\n  c/w: 'c\.w' is"
     with pytest.raises(ValueError, match=message):
         plan_export(ours, "modelopt")
     work = plan_export(ours, "modelopt", refused="floats")
@@ -185,9 +190,9 @@ def test_what_a_tool_cannot_hold_is_named_and_nothing_is_written(tmp_path):
         ({"a/kernel": tensor("nvfp4", (6, 40))}, "modelopt", "must be a multiple of 16"),
         ({"a/kernel": stack("nvfp4")}, "compressed-tensors", "export stacked layers one by one"),
         ({"a/up": tensor("nvfp4", (2, 6, 64), amax=np.ones((2, 6), np.float32))}, "modelopt", "layouts have one for a"),
-        ({"a/up": stack("nvfp4")}, "modelopt", "a/up: a.up_weight_scale_2 is one number for the whole stack"),
+        ({"a/up": stack("nvfp4")}, "modelopt", "a/up: modelopt NVFP4 stack has one factor for a stack"),
         ({"a/kernel": tensor("nvfp4", scales=0x7F)}, "modelopt", "a/kernel: 24 of 24 block scales are NaN"),
-        ({"a/kernel": tensor("nvfp4", amax=3.0)}, "mlx", "a/kernel: MLX has no factor"),
+        ({"a/kernel": tensor("nvfp4", amax=3.0)}, "mlx", "a/kernel: mlx nvfp4 has no factor"),
         ({"a/bias": np.ones(3)}, "modelopt", "holds nothing packed: `ifjax quantize` packs it first"),
     ],
 )
@@ -251,3 +256,33 @@ def test_one_matrix_of_a_stack_is_in_memory(tmp_path, monkeypatch):
     assert max(longest) == 4 * 32
     assert_array_equal(jax.device_get(ifjax.load_file(ours)["a.experts"].codes), q.codes)
     assert jnp.asarray(q.codes).shape == (16, 4, 32)
+
+
+@pytest.mark.parametrize("tool", ["mlx", pytest.param("gguf", marks=needs("gguf"))])
+def test_stacks_and_renamed_tensors_by_files(tool, tmp_path, capsys):
+    """Names that a tool's models have, given on the way out and taken away on the way in; an amax for each expert."""
+    fmt = "mxfp4" if tool == "mlx" else "nvfp4"
+    params = {"l.0.experts.up": stack(fmt, amax=[1.0, 2.0, 4.0]), "l.0.up.weight": tensor(fmt)}
+    params["n.weight"] = np.ones(3, np.float32)
+    ours = ifjax.save_file({name.replace(".", "/"): value for name, value in params.items()},
+                           tmp_path / "ours.safetensors")  # fmt: skip
+    with pytest.raises(ValueError, match=r"l/0/experts/up: 'l\.0\.experts\.up' is a QTensor, so its name must end"):
+        plan_export(ours, tool)
+    names = ["--rename", r"l\.(\d)\.experts\.up", r"blk.\1.up_exps.weight", "--rename", r"n\.(.*)", r"norm.\1"]
+    assert main(["export", str(ours), str(tmp_path / "theirs"), "--to", tool, *names]) == 0
+    found = exchange.load(tmp_path / "theirs")
+    assert set(found) == {"blk.0.up_exps.weight", "l.0.up.weight", "norm.weight"}
+    assert_same(found["blk.0.up_exps.weight"], params["l.0.experts.up"])
+    names = ["--rename", r"blk\.(\d)\.up_exps\.weight", r"l.\1.experts.up", "--dtype", "float32"]
+    assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "back"), *names]) == 0
+    back = ifjax.open_file(tmp_path / "back")
+    assert set(back) == {"l.0.experts.up", "l.0.up.weight", "norm.weight"}
+    assert_same(back["l.0.experts.up"], params["l.0.experts.up"])
+    capsys.readouterr()
+    for rename, message in (
+        ([(r"l\..*", "a.weight")], "'l.0.experts.up' and 'l.0.up.weight' would become 'a.weight'"),
+        ([("x", "y")], "'x' matches no name"),
+        ([("(", "y")], "is not a regular expression"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_export(ours, tool, rename=rename)

@@ -9,6 +9,8 @@ import pytest
 from exchange_cases import tensor
 from numpy.testing import assert_array_equal
 
+import ifjax
+
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "spec" / "if4.md").read_text()
 
 
@@ -40,3 +42,43 @@ def test_every_byte_of_codes_under_every_scale(decode, amax):
     found = decode(np.asarray(q.codes), np.asarray(q.scales), amax)
     expected = np.asarray(q.dequantize())
     assert_array_equal(found, expected)
+
+
+def by_the_words(codes, scales, amax, columns):
+    """A second reader, from the prose alone: the arrays by their table, then the arithmetic, one value at a time."""
+    rows, blocks = len(scales), -(-columns // 16)
+    assert codes.shape == (rows, 8 * blocks) and scales.shape == (rows, blocks)
+    magnitudes = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    step = np.float32(np.float32(6) / np.float32(7))
+    values = np.zeros((rows, 16 * blocks), np.float32)
+    for row, column in np.ndindex(values.shape):
+        byte = int(scales[row, column // 16])
+        nibble = int(codes[row, column // 2]) >> 4 * (column % 2) & 15  # the earlier one is in bits 0 to 3
+        exponent, mantissa = byte >> 3 & 15, byte & 7
+        scale = np.float32(mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
+        if byte >> 7:
+            assert nibble != 8, "-8 is never written"
+            value = np.float32(nibble - 16 if nibble > 7 else nibble) * scale * np.float32(amax) * step
+        else:
+            value = np.float32((-1) ** (nibble >> 3) * magnitudes[nibble & 7]) * scale * np.float32(amax)
+        values[row, column] = value / np.float32(2688)
+    assert not values[:, columns:].any()  # filled up with zeros
+    return values[:, :columns]
+
+
+def test_a_reader_from_the_words_alone_reads_a_file_of_ours(tmp_path):
+    """What `save_file` writes of a matrix whose last block is not full, opened by the plain reader of safetensors."""
+    from safetensors.numpy import load_file
+
+    x = np.random.default_rng(0).standard_normal((5, 40), np.float32)
+    x[1, :16] = 0
+    path = ifjax.save_file({"w": ifjax.quantize(x, "if4")}, tmp_path / "m.safetensors")
+    stored = load_file(path)
+    assert {name: (a.dtype.name, a.shape) for name, a in stored.items()} == {
+        "w.codes": ("uint8", (5, 24)), "w.scales": ("uint8", (5, 3)), "w.amax": ("float32", ())
+    }  # fmt: skip
+    found = by_the_words(stored["w.codes"], stored["w.scales"], stored["w.amax"], 40)
+    flags = stored["w.scales"] >> 7
+    assert flags.any() and not flags.all() and stored["w.amax"] == np.abs(x).max()
+    assert_array_equal(found, ifjax.load_file(path)["w"].dequantize())
+    assert np.abs(found - x).max() < 0.5

@@ -62,6 +62,34 @@ def t5():
     return lambda p, x: model(x, decoder_input_ids=x, params=p).logits, model.params, IDS, model
 
 
+def bart():
+    model = transformers_model(
+        "FlaxBartForConditionalGeneration", "BartConfig", **TOKENS, d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        max_position_embeddings=32, decoder_start_token_id=0, forced_eos_token_id=1,
+    )  # fmt: skip
+    return lambda p, x: model(x, decoder_input_ids=x, params=p).logits, model.params, IDS, model
+
+
+def bert():
+    model = transformers_model(
+        "FlaxBertForMaskedLM", "BertConfig", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=32,
+    )  # fmt: skip
+    return lambda p, x: model(x, params=p).logits, model.params, IDS, model
+
+
+def whisper():
+    model = transformers_model(
+        "FlaxWhisperForConditionalGeneration", "WhisperConfig", vocab_size=64, d_model=32, encoder_layers=2,
+        decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        num_mel_bins=16, max_source_positions=8, max_target_positions=16, decoder_start_token_id=0, pad_token_id=1,
+        bos_token_id=0, eos_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    sound = jnp.sin(jnp.arange(2 * 16 * 16, dtype=jnp.float32)).reshape(2, 16, 16)
+    return lambda p, x: model(x, decoder_input_ids=IDS, params=p).logits, model.params, sound, model
+
+
 def vit():
     model = transformers_model(
         "FlaxViTForImageClassification", "ViTConfig", hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -113,15 +141,55 @@ def tunix_llama():
     return lambda state, x: nnx.merge(graph, state)(x, places, None, mask)[0], state, IDS, None
 
 
+def tunix_qwen():
+    qwen3 = pytest.importorskip("tunix.models.qwen3.model")
+    nnx = pytest.importorskip("flax.nnx")
+    config = qwen3.ModelConfig(
+        num_layers=2, vocab_size=64, embed_dim=32, hidden_dim=64, num_heads=2, head_dim=16, num_kv_heads=1,
+        rope_theta=10000, norm_eps=1e-5,
+    )  # fmt: skip
+    graph, state = nnx.split(qwen3.Qwen3(config, rngs=nnx.Rngs(0)))
+    mask = jnp.broadcast_to(jnp.tri(6, dtype=bool), (2, 6, 6))
+    places = jnp.broadcast_to(jnp.arange(6), (2, 6))
+    return lambda state, x: nnx.merge(graph, state)(x, places, None, mask)[0], state, IDS, None
+
+
+def gemma():
+    modules = pytest.importorskip("gemma.gm.nn._modules")
+    table = modules.Embedder(vocab_size=64, embed_dim=32)
+    block = modules.Block(
+        num_heads=2, num_kv_heads=1, embed_dim=32, head_dim=16, hidden_dim=64, use_post_attn_norm=True,
+        use_post_ffw_norm=True, attn_type=modules.AttentionType.GLOBAL, query_pre_attn_scalar=0.25,
+        transpose_gating_einsum=False,
+    )  # fmt: skip
+    mask = jnp.broadcast_to(jnp.tri(6, dtype=bool), (2, 6, 6))
+    places = jnp.broadcast_to(jnp.arange(6), (2, 6))
+
+    def fn(p, x):
+        h = table.apply({"params": p["table"]}, x, method="encode")
+        for layer in p["layers"]:
+            _, h = block.apply({"params": layer}, h, places, None, mask)
+        return table.apply({"params": p["table"]}, h, method="decode")
+
+    x = jnp.ones((2, 6, 32))
+    layers = [block.init(jax.random.key(i), x, places, None, mask)["params"] for i in range(2)]
+    return fn, {"table": table.init(jax.random.key(2), IDS, method="encode")["params"], "layers": layers}, IDS, None
+
+
 # Matmul kernels counted by hand, without embeddings and heads: of a layer, times layers.
 CLIENTS = {
     gpt2: 4 * 2,  # c_attn, c_proj, c_fc, c_proj
     llama: 7 * 2,  # q, k, v, o, gate, up, down
     t5: (4 + 2 + 4 + 4 + 2) * 2,  # encoder: attention, wi, wo; decoder: two attentions, wi, wo
+    bart: (6 + 10) * 2,  # encoder: attention, fc1, fc2; decoder: two attentions, fc1, fc2
+    bert: 6 * 2,  # query, key, value, output, intermediate, output
+    whisper: (6 + 10) * 2 + 2,  # as BART; two convolutions
     vit: 6 * 2,  # query, key, value, output, intermediate, output
     equinox: 4 + 3,
     haiku: 6 * 2,  # query, key, value, linear, two of the MLP
     tunix_llama: 7 * 2,
+    tunix_qwen: 7 * 2,
+    gemma: 5 * 2,  # q, kv and the output's einsum, gating einsum, linear
 }
 
 

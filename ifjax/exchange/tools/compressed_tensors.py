@@ -32,11 +32,16 @@ def _declares(layout: Layout, config: Mapping[str, Any]) -> Declared | None:
     if layout.algorithm not in stated:
         return None
     if (config.get("transform_config") or {}).get("config_groups"):
-        raise ValueError("its weights are stored rotated (transform_config), which is not undone here")
+        raise ValueError(
+            "its weights are stored rotated (transform_config), which is not undone here: export it without transforms"
+        )
     own = [group for group in groups if group.get("format", layout.algorithm) == layout.algorithm]
     sizes = group_sizes(own) if not layout.floats and config.get("format") == layout.algorithm else set()
     if sizes - {layout.fmt and layout.record.block}:
-        raise ValueError(f"{layout.algorithm} has blocks of {layout.record.block}, and the configuration says {sizes}")
+        raise ValueError(
+            f"{layout.algorithm} has blocks of {layout.record.block}, and the configuration says {sizes}: state tool=, "
+            "if the configuration is wrong"
+        )
     return Declared()
 
 

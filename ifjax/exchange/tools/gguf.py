@@ -60,8 +60,16 @@ def _read_floats(kind: str, fmt, array) -> Floats:
     gguf: Any = importlib.import_module("gguf")
     dequantize, of_kind = gguf.quants.dequantize, gguf.GGMLQuantizationType[kind]
     flat = array.reshape(-1, array.shape[-1])
-    columns = dequantize(np.asarray(flat[:1]), of_kind).shape[-1]
-    return Floats((*array.shape[:-1], columns), lambda first, last: dequantize(np.asarray(flat[first:last]), of_kind))
+    block, nbytes = gguf.GGML_QUANT_SIZES[of_kind]
+    columns = flat.shape[-1] // nbytes * block
+
+    def rows(first: int, last: int, within: slice = slice(None)) -> np.ndarray:
+        start, stop, _ = within.indices(columns)
+        whole = start // block, -(-stop // block)
+        data = np.ascontiguousarray(flat[first:last, whole[0] * nbytes : whole[1] * nbytes])
+        return dequantize(data, of_kind)[:, start - whole[0] * block : stop - whole[0] * block]
+
+    return Floats((*array.shape[:-1], columns), rows)
 
 
 LAYOUTS.register(Layout(

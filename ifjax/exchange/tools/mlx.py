@@ -31,12 +31,6 @@ def _read(fmt, words, scales):
 
 
 def _write(blocks: Blocks):
-    if blocks.fmt is not None and blocks.fmt.has_tensor_scale and (np.asarray(blocks.multiplier) != 1).any():
-        raise ValueError(
-            "MLX has no factor for a tensor, and amax / K of this one is "
-            f"{np.asarray(blocks.multiplier).reshape(-1)[0]:g}: quantize with amax={blocks.fmt.tensor_constant():g}, "
-            "which makes the factor 1"
-        )
     return np.ascontiguousarray(blocks.codes).view(np.uint32), blocks.scales
 
 
@@ -47,6 +41,6 @@ for _mode in ("nvfp4", "mxfp4"):
             Part("{}.weight", ("U32",), lambda size: (*size.batch, size.rows, size.columns // 8)),
             Part("{}.scales", ("U8",), lambda size: (*size.batch, size.rows, size.blocks)),
         ),
-        _mode, stacks=True, read=_read, write=_write, config=_config, declares=_declares,
+        _mode, stacks=True, factor="none", read=_read, write=_write, config=_config, declares=_declares,
         config_keys=("quantization", "quantization_config"), metadata=(("format", "mlx"),),
     ))  # fmt: skip

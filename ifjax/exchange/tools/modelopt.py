@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ifjax.exchange.blocks import one_factor
 from ifjax.exchange.floats import fp8_layout
 from ifjax.exchange.layouts import E4M3_TYPE, LAYOUTS, Blocks, Declared, InputFactor, Layout, Model, Part, group_sizes
 
@@ -35,7 +34,10 @@ def _declares(layout: Layout, config: Mapping[str, Any]) -> Declared | None:
     groups = (config.get("config_groups") or {}).values()
     sizes = group_sizes(groups) | {inner.get("group_size")} - {None}
     if not layout.floats and "MIXED_PRECISION" not in stated and sizes - {layout.record.block}:
-        raise ValueError(f"{layout.algorithm} has blocks of {layout.record.block}, and the configuration says {sizes}")
+        raise ValueError(
+            f"{layout.algorithm} has blocks of {layout.record.block}, and the configuration says {sizes}: state tool=, "
+            "if the configuration is wrong"
+        )
     return Declared()
 
 
@@ -76,8 +78,7 @@ def _write_nvfp4(blocks: Blocks):
 
 
 def _write_stack(blocks: Blocks):
-    factor = one_factor(blocks, "weight_scale_2", blocks.multiplier)
-    return blocks.codes.swapaxes(-1, -2), blocks.scales.view(E4M3_TYPE).swapaxes(-1, -2), factor
+    return blocks.codes.swapaxes(-1, -2), blocks.scales.view(E4M3_TYPE).swapaxes(-1, -2), blocks.multiplier
 
 
 def _write_mxfp4(blocks: Blocks):
@@ -106,7 +107,7 @@ LAYOUTS.register(Layout(
         Part("{}_weight_scale", ("F8_E4M3",), lambda size: (*size.batch, size.blocks, size.rows)),
         Part("{}_weight_scale_2", _FACTORS, lambda size: ()),
     ),
-    "nvfp4", plain="{}", stacks=True, read=_read_stack, write=_write_stack,
+    "nvfp4", plain="{}", stacks=True, factor="stack", read=_read_stack, write=_write_stack,
     input_factor=InputFactor(Part("{}_input_scale", ("F32",)), False, ()), doubt=_DOUBT, **_SHARED,
 ))  # fmt: skip
 LAYOUTS.register(Layout(
