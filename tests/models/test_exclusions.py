@@ -35,3 +35,21 @@ def test_a_module_that_is_excluded_without_its_kernel_is_told():
     params = {"params": {"d": {"Dense_0": {"kernel": jnp.ones((32, 32)), "bias": jnp.ones(32)}}}}
     with pytest.raises(ValueError, match="but not what is inside: 'd/Dense_0' would be quantized"):
         ifjax.quantize_params(params, rules, model=Model(), sample=jnp.ones((2, 32)))
+
+
+def test_a_lifted_transformation_that_initializes_by_itself_is_left_with_the_reason():
+    linen = pytest.importorskip("flax.linen")
+    import jax
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.map_variables(linen.Dense, "params", lambda v: jax.tree.map(lambda a: -a, v), init=True)(32)(x)
+            return linen.Dense(32, name="out")(x)
+
+    model, x = Model(), jnp.ones((2, 32))
+    params = model.init(jax.random.key(0), x)
+    packed, report = ifjax.quantize_params(params, "mxfp4", model=model, sample=x)
+    reasons = {entry.path: entry.reason for entry in report.entries}
+    assert reasons["out/kernel"] is None and "rewritten" in reasons["Map_variablesDense_0/kernel"]
+    assert model.apply(packed, x).shape == (2, 32)

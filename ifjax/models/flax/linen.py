@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import DenyList, meta
+from flax.errors import ScopeCollectionNotFound
 from flax.linen.linear import _Conv
 from flax.linen.recurrent import DenseParams
 from opt_einsum.parser import parse_einsum_input
@@ -364,17 +365,26 @@ def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> W
 
     An exception that the model raises gets a note about the sample.
     """
-    census, (args, kwargs) = Census(), as_arguments(sample)
+    args, kwargs = as_arguments(sample)
 
-    def apply(params, args, kwargs):
-        with nn.intercept_methods(census):
-            return model.apply(
-                {**variables, "params": params}, *args, **kwargs, rngs={"params": jax.random.key(0)},
-                mutable=DenyList("params"), method=method,
-            )  # fmt: skip
+    def walked(mutable):
+        census = Census()
+
+        def apply(params, args, kwargs):
+            with nn.intercept_methods(census):
+                return model.apply(
+                    {**variables, "params": params}, *args, **kwargs, rngs={"params": jax.random.key(0)},
+                    mutable=mutable, method=method,
+                )  # fmt: skip
+
+        sites = trace_tree(apply, variables["params"], (args, kwargs))
+        return census.explain(sites.values())
 
     try:
-        sites = trace_tree(apply, variables["params"], (args, kwargs))
+        try:
+            return walked(DenyList("params"))
+        except ScopeCollectionNotFound:  # nn.map_variables(init=True) initializes wherever something is mutable
+            return walked(False)
     except Exception as error:
         error.add_note(
             "This came up while ifjax evaluated the model without numbers, to find its kernels. Does "
@@ -382,4 +392,3 @@ def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> W
             "single dictionary or list is written ({...},)."
         )
         raise
-    return census.explain(sites.values())
