@@ -1,6 +1,7 @@
 """ifjax plan."""
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ifjax.files import FileError
 from ifjax.formats import get_format
 from ifjax.models.budget import choose
 from ifjax.models.names import site_of_tensor
-from ifjax.models.rule_files import save_rules
+from ifjax.models.rule_files import save_rules, suffix_of
 from ifjax.models.rules import Rule
 
 
@@ -49,7 +50,11 @@ def add_plan(commands) -> None:
 def _plan(options: argparse.Namespace) -> None:
     if len(options.formats) < 2:
         raise Misused("--formats needs two at least, to choose from")
+    if not math.isfinite(options.budget):
+        raise Misused(f"--budget must be a number of bits, such as 4.5, got {options.budget}")
     check_report(options.out)
+    with as_file_error():
+        suffix_of(options.out)
     with progress_bar() as progress, as_file_error():
         report = measured(options, tuple(options.formats), options.file, options.file.name, progress)
     tensors = report.quantized

@@ -9,10 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ifjax.arrays import QTensor
-from ifjax.files.checkpoint import MALFORMED, META, Packed, check_types, described, description, is_whole
+from ifjax.files.checkpoint import (
+    MALFORMED,
+    META,
+    Packed,
+    amax_fault,
+    check_types,
+    described,
+    description,
+    is_whole,
+)
 from ifjax.files.safetensors import FileError
 from ifjax.models.leaves import value_of
 from ifjax.models.sites import join_path
@@ -27,7 +37,7 @@ def save_orbax(params: Any, folder: str | os.PathLike) -> None:
     function needs orbax-checkpoint.
 
     Raises:
-        ValueError: the folder exists.
+        ValueError: the folder exists, or an amax is not possible (see `load_orbax`).
         TypeError: a leaf is Prepacked; save the result of its `unpack()`.
 
     Example:
@@ -42,7 +52,7 @@ def save_orbax(params: Any, folder: str | os.PathLike) -> None:
     """
     ocp = _orbax()
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(folder).resolve(), params, custom_metadata={META: describe(params)})
+        checkpointer.save(Path(folder).resolve(), _sound(params), custom_metadata={META: describe(params)})
 
 
 def load_orbax(folder: str | os.PathLike, like: Any = None) -> Any:
@@ -57,7 +67,8 @@ def load_orbax(folder: str | os.PathLike, like: Any = None) -> Any:
         A tree of `like`'s structure; without `like` nested dictionaries and lists.
 
     Raises:
-        ValueError: the checkpoint does not agree with `like`, or has no description of its QTensors.
+        ValueError: the checkpoint does not agree with `like`, or has no description of its QTensors; or an amax is NaN,
+            infinite, negative, or 0 where values are not. What is spread over several hosts is not checked.
     """
     ocp = _orbax()
     folder = Path(folder).resolve()
@@ -73,7 +84,7 @@ def load_orbax(folder: str | os.PathLike, like: Any = None) -> Any:
             raise ValueError(f"{folder} has no description of QTensors: save it by ifjax.checkpoint.save_orbax")
         if like is None:
             stored = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), metadata.item_metadata.tree)
-            return rebuild(checkpointer.restore(folder, jax.tree.map(wanted, stored)), stated)
+            return _sound(rebuild(checkpointer.restore(folder, jax.tree.map(wanted, stored)), stated))
 
         # Orbax compares arrays only, so the bytes of one format would be accepted for another.
         def without_names(stated):
@@ -91,7 +102,21 @@ def load_orbax(folder: str | os.PathLike, like: Any = None) -> Any:
             like = _with_scales(like, lambda q: jax.ShapeDtypeStruct(
                 q.scales.shape, q.fmt.scale.dtype, sharding=getattr(q.scales, "sharding", None)
             ))  # fmt: skip
-        return _with_scales(checkpointer.restore(folder, jax.tree.map(wanted, like)), lambda q: _bytes(q.scales))
+        restored = checkpointer.restore(folder, jax.tree.map(wanted, like))
+        return _sound(_with_scales(restored, lambda q: _bytes(q.scales)))
+
+
+def _sound(tree):
+    """Return the tree. Raises ValueError if a QTensor has an amax that no quantizer gives."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_whole)[0]:
+        q = value_of(leaf)
+        if not isinstance(q, QTensor) or q.amax is None:
+            continue
+        if all(isinstance(a, np.ndarray) or getattr(a, "is_fully_addressable", False) for a in jax.tree.leaves(q)):
+            fault = amax_fault(np.asarray(q.amax), lambda q=q: q)
+            if fault is not None:
+                raise ValueError(f"{join_path(keys)!r} {fault}")
+    return tree
 
 
 def _with_scales(tree, scales_of):

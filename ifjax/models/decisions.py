@@ -81,7 +81,7 @@ def unfit(rule: Rule, site: Site) -> str | None:
             f"no module tells the contraction axis of its shape {shape}: pass model= and sample=, by which it is "
             f"found, or give the rule axis={which}"
         )
-    if -axis > len(shape):
+    if not -len(shape) <= axis < len(shape):
         return f"its shape {shape} has no axis {axis}: give the rule axis={-len(shape)} or above"
     return None
 

@@ -45,7 +45,7 @@ def load_rules(path: str | os.PathLike) -> tuple[Rule, ...]:
         (True, 'fast')
     """
     path = Path(path)
-    parse = _parse_json if _suffix(path) == ".json" else _parse_yaml
+    parse = _parse_json if suffix_of(path) == ".json" else _parse_yaml
     try:
         entries = parse(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -70,7 +70,7 @@ def save_rules(rules: Iterable[Rule], path: str | os.PathLike) -> None:
         OSError: the file cannot be written.
     """
     path = Path(path)
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     # YAML is written from parsed JSON, so that it holds plain lists, numbers and strings.
     text = json.dumps([_record_of(rule) for rule in rules], indent=2) + "\n"
     if suffix != ".json":
@@ -140,7 +140,8 @@ def _format_record(value: Any) -> Any:
     return value.to_dict() if isinstance(value, Format) else value
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
+    """Return the suffix of a file of rules, in lower case. Raises ValueError if there is no such kind of file."""
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"{path}: rules are kept in .yaml, .yml or .json files, got the suffix {path.suffix!r}")

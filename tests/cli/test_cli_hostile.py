@@ -61,6 +61,20 @@ def test_compare_tells_a_file_that_is_replaced_meanwhile(tmp_path, capsys, monke
     assert "changed since it was opened" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [(["compare", "--formats", "mxfp4", "--axis", "7"], 1, "has no axis 7"),
+     (["compare", "--formats", "mxfp4", "--axis", "9" * 30], 1, "has no axis 9"),
+     (["plan", "--budget", "nan", "--out", "r.json"], 2, "a number of bits"),
+     (["plan", "--budget", "inf", "--out", "r.json"], 2, "a number of bits"),
+     (["plan", "--budget", "5", "--out", "r.txt"], 1, ".yaml, .yml or .json")],
+)  # fmt: skip
+def test_numbers_and_names_that_cannot_be_are_a_sentence(command, code, message, folder, capsys):
+    model = str(folder / "m\x1b[32m.safetensors")
+    assert cli.main([command[0], model, *command[1:]]) == code
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("way", ["folder", "index", "file"])
 def test_compare_takes_folders_and_indices(way, tmp_path, capsys):
     import ifjax

@@ -6,7 +6,7 @@ import pytest
 
 import ifjax
 from ifjax.cli.main import main
-from ifjax.files import FileError, checkpoint
+from ifjax.files import FileError, checkpoint, orbax
 
 X = np.random.default_rng(0).standard_normal((4, 64), np.float32)
 
@@ -42,6 +42,20 @@ def test_an_amax_that_cannot_be_is_told_by_name(q, value, tmp_path, monkeypatch,
     assert main(["dequantize", str(path), str(tmp_path / "out.safetensors")]) == 1
     assert FAULTS[value] in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", FAULTS)
+def test_orbax_tells_it_too(q, value, tmp_path, monkeypatch):
+    pytest.importorskip("orbax.checkpoint")
+    tree = jax.tree.map(jax.numpy.asarray, {"w": with_amax(q, value)})
+    with pytest.raises(ValueError, match=rf"'w' has {FAULTS[value]}"):
+        orbax.save_orbax(tree, tmp_path / "1")
+    with monkeypatch.context() as patched:
+        patched.setattr(orbax, "amax_fault", lambda *given: None)
+        orbax.save_orbax(tree, tmp_path / "2")
+    for like in (None, jax.eval_shape(lambda: tree)):
+        with pytest.raises(ValueError, match=rf"'w' has {FAULTS[value]}"):
+            orbax.load_orbax(tmp_path / "2", like)
 
 
 def test_an_amax_of_zero_of_zeros_is_one(tmp_path):
