@@ -110,6 +110,8 @@ def _compare(options: argparse.Namespace) -> None:
     if not report.quantized:
         raise FileError(f"{path} has nothing to measure: {_why_nothing(report)}")
 
+    if options.out is not None:  # before printing, which may end early, as in `| head`
+        _write_plots(report, options.out)
     if options.json:
         result = {"axis": options.axis, "search": options.search, "version": __version__} | report.to_dict()
         if synthetic is not None:
@@ -121,8 +123,6 @@ def _compare(options: argparse.Namespace) -> None:
         if synthetic is not None:
             _print_synthetic(console, synthetic)
         _print_tensors(console, report, every=options.all)
-    if options.out is not None:
-        _write_plots(report, options.out)
 
 
 def measured(options: argparse.Namespace, formats: tuple[str, ...], path: Path, source: str, progress):

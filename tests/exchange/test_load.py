@@ -252,3 +252,46 @@ def test_memory_holds_the_model_and_one_part(tool, tmp_path):
     grown, packed = map(int, ran.stdout.split())
     assert packed == many * (n * n // 2 + n * n // 16 + 4)
     assert grown < packed + 12 * 2**20, f"{grown / 2**20:.1f} MiB"
+
+
+HOSTS = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+import tempfile, numpy as np, ifjax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from ifjax import exchange
+from ifjax.exchange import opened
+
+rng = np.random.default_rng(0)  # each host has the same file
+qs = [ifjax.quantize(rng.standard_normal((64, 512), np.float32), "nvfp4") for _ in range(2)]
+path = tempfile.mkdtemp() + "/theirs"
+exchange.save({f"l.{i}.weight": q for i, q in enumerate(qs)}, path, "modelopt")
+mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+read, sizes = opened._Part.__getitem__, []
+
+def counted(self, box):
+    x = read(self, box)
+    sizes.append(x.size)
+    return x
+
+opened._Part.__getitem__ = counted
+rule = ifjax.NameRule(r"l\\.(\\d)\\.weight", "w", transpose=True, stack=(1,))
+for spec in (P(None, None, "a"), P(None, "a")):
+    sizes.clear()
+    like = jax.ShapeDtypeStruct((2, 512, 64), np.float32, sharding=NamedSharding(mesh, spec))
+    found = exchange.load(path, like={"w": like}, names=rule)["w"]
+    for name in ("codes", "scales"):
+        want = np.stack([np.asarray(getattr(q, name)).T for q in qs])
+        for shard in getattr(found, name).addressable_shards:
+            np.testing.assert_array_equal(shard.data, want[shard.index])
+    assert sum(sizes) == sum(q.codes.size + q.scales.size for q in qs) // 2, sizes  # its half
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_each_host_reads_its_share(two_processes):
+    for out in two_processes(HOSTS):
+        assert out.strip().endswith("equal")
