@@ -525,15 +525,15 @@ def amax_fault(amax: np.ndarray, whole: Callable[[], QTensor]) -> str | None:
 
 
 def check_types(name: str, q: QTensor) -> None:
-    """Raise an error if the dtypes of q's arrays were changed, so that their bytes would mean other values.
+    """Raise an error if dtypes or shapes of q's arrays were changed, so that their bytes would mean other values.
 
     Raises:
-        TypeError: a dtype was changed; the message contains `name`.
+        TypeError, ValueError: as `check_arrays`; the message contains `name`.
     """
     try:
         check_arrays(q)
-    except TypeError as error:
-        raise TypeError(f"{name!r}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name!r}: {error}") from None
 
 
 def _check_array(name: str, value: Any) -> None:
