@@ -39,7 +39,7 @@ def assert_same_bytes(a, b):
 # --- against quantize ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.by_default("mxfp4-None-None")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fmt", "search", "loss"),
     [("if4_bs8", None, None), ("if4_bs8", "fast", None),

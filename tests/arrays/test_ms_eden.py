@@ -203,6 +203,7 @@ def test_any_axis_and_leading_axes():
     assert_array_equal(ms_eden(x.swapaxes(1, 2), axis=-2, noise=u.swapaxes(1, 2)).swapaxes(1, 2), want)
 
 
+@pytest.mark.slow
 def test_zeros_stay_zero_and_a_nan_stays_in_its_run():
     x = normal(2, 64, seed=8)
     x[0, 16:32] = 0

@@ -394,6 +394,7 @@ def test_embedding_rows_look_up_under_jit_and_vmap():
     np.testing.assert_array_equal(jax.vmap(lambda i: q.take(i).dequantize())(tokens), expected)
 
 
+@pytest.mark.slow
 def test_an_index_out_of_range_is_an_error_but_take_gives_nan():
     q = ifjax.quantize(normal(3, 2, 8), IF4, amax_axes=(0,))
     for index in (3, -4, (0, 2), (..., -3, slice(None)), np.int32(7)):

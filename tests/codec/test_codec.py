@@ -393,6 +393,7 @@ def test_a_function_selects_as_the_loss_it_computes(name, loss, builtin):
     assert_array_equal(mine.codes[spread(clear, fmt)], theirs.codes[spread(clear, fmt)])
 
 
+@pytest.mark.slow
 def test_a_function_sees_blocks_in_the_last_axis_and_squares_flattened():
     seen = []
 
@@ -525,6 +526,7 @@ def test_a_grid_of_ones_own_works_wherever_a_named_one_does(grid):
     assert_mine_is_the_oracles(Format("mine", (Candidate(grid),), 16))
 
 
+@pytest.mark.slow
 def test_scales_and_choices_of_ones_own_work():
     nf4 = Grid.sign_magnitude("nf4", NF4)
     assert_mine_is_the_oracles(Format("mine", (Candidate(nf4),), 16, E8M0, tensor_peak=None))

@@ -27,7 +27,7 @@ def assert_same(a, b):
         assert_array_equal(left, right)
 
 
-@pytest.mark.by_default("nvfp4")
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["if4", "quad", "nvfp4", "fouroversix", "split87", "razer", "mixfp4", "if3"])
 def test_no_tensor_errs_more_and_no_block_errs_more_by_what_is_tried_after(fmt):
     x = normal(16, 256) * np.exp(normal(16, 1, seed=1))

@@ -174,6 +174,7 @@ def fused_llama(folder):
     return params
 
 
+@pytest.mark.slow
 def test_a_linen_model_of_scanned_layers_with_a_fused_projection(tmp_path):
     params = fused_llama(tmp_path / "theirs")
     model, tokens = models.Linen(), jnp.arange(8)[None] % 16

@@ -130,6 +130,7 @@ def test_each_layer_applies_on_packed_parameters(name):
     np.testing.assert_array_equal(on_the_fly, inside)
 
 
+@pytest.mark.slow
 def test_every_parameter_is_in_the_report_once():
     model, variables, x = build("attention")
     _, report = ifjax.quantize_params(variables, EVERYWHERE, model=model, sample=x)
@@ -181,6 +182,7 @@ def test_activations_are_quantized_along_the_contraction(name):
     assert np.abs(np.asarray(wanted) - np.asarray(model.apply(variables, x))).max() > 0.05
 
 
+@pytest.mark.slow
 def test_amax_of_activations_is_of_the_tensor_or_of_each_token_or_calibrated():
     model, variables, _ = build("Dense without bias")
     x = normal(5, 16) * jnp.logspace(-6, 3, 5)[:, None]  # in one tensor's range, small tokens vanish

@@ -96,7 +96,7 @@ def test_noise_is_of_the_key_and_the_layer():
             assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / 16
 
 
-@pytest.mark.by_default("True")
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [True, False])
 def test_scanned_and_rematerialized_layers_draw_the_same_noise_from_the_same_key(split):
     """The program folds the layer's number into the key: Flax need not split it."""

@@ -72,6 +72,7 @@ def plain_params():
     return {n: normal(*s, seed=i) * s[-2] ** -0.5 for i, (n, s) in enumerate(shapes.items())}
 
 
+@pytest.mark.slow
 def test_values_and_gradients_of_a_plain_function():
     params = plain_params()
     packed, report = ifjax.quantize_params(params, Rule(".*", "mxfp4", block=16), model=plain, sample=X)

@@ -45,6 +45,7 @@ def problem():
     return model, params, loss
 
 
+@pytest.mark.slow
 def test_parameters_that_share_an_input_are_one_item():
     _, params, loss = problem()
     plan = ifjax.plan_formats(params, loss, [X], ("mxfp4", None), budget_bits=12, progress=False)

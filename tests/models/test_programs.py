@@ -315,6 +315,7 @@ def test_a_trained_convolution_is_the_convolution_of_rounded_windows(groups):
         assert float((a * b).sum() / jnp.linalg.norm(a) / jnp.linalg.norm(b)) > 0.5
 
 
+@pytest.mark.slow
 def test_trained_experts_are_products_of_each_group():
     x, w, sizes = normal(40, 16, seed=1), normal(3, 16, 8), np.array([17, 0, 20])
     y = quantized_ragged_dot(x, w, jnp.array(sizes), "w4a4_qat")

@@ -176,7 +176,7 @@ def test_the_first_rule_that_matches_decides():
     }
 
 
-@pytest.mark.by_default("*abs_max*", "*block_2d*")
+@pytest.mark.by_default("*block_2d*")
 @pytest.mark.parametrize(
     "options",
     [
@@ -405,7 +405,7 @@ def scanned(axis, names=None):
     return Model()
 
 
-@pytest.mark.by_default("0")
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_layers_stacked_along_any_axis_are_packed_one_by_one(axis):
     model, x = scanned(axis), normal(4, 8, seed=1)
@@ -553,6 +553,7 @@ def test_exported_programs_take_packed_trees():
         program.call(other, x)
 
 
+@pytest.mark.slow
 def test_stacked_layers_without_their_model_keep_an_amax_for_each_matrix():
     stack = normal(2, 4, 8, 4)
     packed, _ = ifjax.quantize_params({"kernel": stack}, Rule("kernel", "nvfp4", axis=-2, block=4))

@@ -12,6 +12,7 @@ X = np.random.default_rng(0).standard_normal((4, 32), np.float32)
 NONE = [0.0, 1e-42, 1e300, np.nan, np.inf, -1.0]  # 1e-42 is flushed to zero, and 1e300 is infinite in float32
 
 
+@pytest.mark.by_default("0.0", "1e-42")
 @pytest.mark.parametrize("value", NONE)
 def test_calibrated_and_fixed_maxima(value):
     rule = ifjax.Rule("w", "mxfp4", act_fmt="nvfp4", act_amax="static")

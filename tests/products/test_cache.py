@@ -88,6 +88,7 @@ def test_a_token_too_many_is_an_error_or_nan():
     assert bool(jnp.isnan(more).all())
 
 
+@pytest.mark.slow
 def test_bytes_and_shapes():
     cache = ifjax.PackedCache.zeros((1, 64, 4, 64), "if4", dtype=jnp.bfloat16, value_fmt="mxfp4")
     assert cache.keys.fmt.name == "if4" and cache.values.fmt.name == "mxfp4"

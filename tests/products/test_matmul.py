@@ -89,6 +89,7 @@ def products(draw):
     return spec, dims, operands
 
 
+@pytest.mark.slow
 @settings(max_examples=4)  # each compiles a program of its own
 @given(products())
 def test_any_axes_may_be_contracted_batched_and_blocked(case):
@@ -121,7 +122,7 @@ def test_sixteen_bits_accumulate_in_float32(dtype, magnitude):
     assert_product(got, "mk,nk->mn", x, q, dtype)
 
 
-@pytest.mark.by_default("few rows-nvint4")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["if4", "nvfp4", "fouroversix", "nvint4"])
 @pytest.mark.parametrize("rows", [1, 96], ids=["few rows", "many rows"])
 def test_float16_holds_4_bit_weights_exactly(name, rows):
@@ -349,6 +350,7 @@ def test_second_derivatives():
     np.testing.assert_allclose(got, curvature(lambda x: x @ q.dequantize().T), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_vmap_over_either_operand_and_both():
     xs, q = normal(5, 3, 8), ifjax.quantize(normal(5, 4, 8, seed=1), IF4, amax_axes=(0,))
 

@@ -77,7 +77,7 @@ def test_the_gradient_gathers_no_weights(mesh, weights, n, k):
     np.testing.assert_allclose(compiled(x_placed, q, g_placed), pull(x, weights, g), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.by_default("*K, N*-N and K", "*N, K*-K by both")
+@pytest.mark.by_default("?N, K?-*")
 @pytest.mark.parametrize(("n", "k"), PLACEMENTS.values(), ids=PLACEMENTS)
 def test_under_shard_map(mesh, weights, n, k):
     x = normal(5, K)
@@ -146,6 +146,7 @@ BATCHED = [  # which operand's batch axis leads is JAX's choice, by the order of
 ]
 
 
+@pytest.mark.by_default("mk,nk->mn-*", "bmk,bnk->mbn-P(None, None, None)-P('b', None, None)-None")
 @pytest.mark.parametrize(("spec", "x_spec", "w_spec", "out"), BATCHED, ids=str)
 def test_einsum_on_explicit_axes_places_as_jax_does(spec, x_spec, w_spec, out):
     x, w = normal(*(8, 4, 64)[3 - len(x_spec) :]), normal(*(8, 16, 64)[3 - len(w_spec) :], seed=1)

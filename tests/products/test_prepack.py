@@ -137,7 +137,7 @@ def lowered(f, *args, platform):
     return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.by_default("True-TPU v6e-tpu")
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "platform"), [("H200", "cuda"), ("TPU v6e", "tpu")])
 @pytest.mark.parametrize("is_prepacked", [False, True])
 def test_the_kernel_is_in_its_platforms_program_only(target, platform, is_prepacked):

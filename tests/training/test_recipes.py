@@ -195,7 +195,7 @@ def test_bf16_is_dot_general_itself():
     assert str(f(functools.partial(quantized_dot_general, dimension_numbers=MATRICES, recipe="bf16"))) == str(f(plain))
 
 
-@pytest.mark.by_default("small-dtypes0")
+@pytest.mark.slow
 @pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32")])
 @small_or_slow
 def test_cotangents_have_the_dtypes_of_their_primals(recipe, dtypes):
@@ -229,7 +229,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.by_default("negative axes")
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_axes_are_those_of_matrices(layout):
     x_shape, w_shape, dims = LAYOUTS[layout]
@@ -521,6 +521,7 @@ def carried(amax, recipe="ue5m3"):
     return y, *pull(G)
 
 
+@pytest.mark.slow
 def test_carried_maxima_stand_for_those_at_hand_and_those_come_back():
     maxima = jnp.stack([jnp.max(jnp.abs(a)) for a in (X, W, G)])
     want = products(X, W, G, KEY, "ue5m3")
