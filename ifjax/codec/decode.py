@@ -13,7 +13,7 @@ from ifjax.codec.headers import TensorScale, safe
 from ifjax.formats import Decoding, Format
 from ifjax.numerics.xla import divide
 
-FLOAT32_END = np.finfo(np.float32).max
+FLOAT32_END = float(np.finfo(np.float32).max)
 
 
 def decode(
@@ -39,7 +39,7 @@ def decode(
     divisor = None if tensor is None else fmt.tensor_constant(headroom) * tensor.power
     values = scaled(values, fmt.scale.decode(payload, place), step, tensor, divisor)
     # With a tensor scale values are no larger than amax, but E5M3's products overflow on the way, as published.
-    return values if tensor is not None else lax.clamp(-FLOAT32_END, values, FLOAT32_END)
+    return values if tensor is not None else lax.clamp(np.float32(-FLOAT32_END), values, np.float32(FLOAT32_END))
 
 
 def narrowed(values: jax.Array, dtype: DTypeLike) -> jax.Array:
