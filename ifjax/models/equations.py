@@ -29,6 +29,14 @@ class Axes(NamedTuple):
     whole: bool = True
 
 
+def scan_counts(params: Any) -> tuple[int, int]:
+    """Return how many constants and how many carried values come first among a scan's operands."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # from jax 0.12 on
+    return len(consts), len(carry)
+
+
 def rearranged(eqn: Any, shape: tuple[int, ...]) -> Axes | None:
     """Return the Axes of the first operand, which has this shape; None if the equation does more than rearrange it."""
     name, params, ndim = eqn.primitive.name, eqn.params, len(shape)

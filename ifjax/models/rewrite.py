@@ -29,6 +29,7 @@ from ifjax.models.equations import (
     is_literal,
     is_lookup,
     rearranged,
+    scan_counts,
 )
 from ifjax.models.transforms import Transform
 from ifjax.products import dot_general, ragged_dot
@@ -388,7 +389,8 @@ class Rewriter:
 
     def _scan(self, eqn, ins, key):
         params, body = eqn.params, eqn.params["jaxpr"]
-        first, lead = params["num_consts"], params["num_consts"] + params["num_carry"]
+        first, carried = scan_counts(params)
+        lead = first + carried
         consts, carry = list(ins[:first]), list(ins[first:lead])
         fixed = _unchanged(body.jaxpr, carry, first)
         stacked = [_stacked(value) for value in ins[lead:]]

@@ -21,6 +21,7 @@ from ifjax.models.equations import (
     is_literal,
     is_lookup,
     rearranged,
+    scan_counts,
 )
 from ifjax.models.leaves import abstract, is_leaf, is_parameter, raw_value, split_collection, with_value
 from ifjax.models.sites import LOOKUP, NO_MATRIX, NOT_READ, Site, Walk, classes_of, innermost, join_path
@@ -334,7 +335,7 @@ class _Walk:
 
     def _scan(self, eqn, ins, masks):
         params = eqn.params
-        consts, carry = params["num_consts"], params["num_carry"]
+        consts, carry = scan_counts(params)
         lead = consts + carry
         inner = [*ins[:lead], *(_scanned(held) for held in ins[lead:])]
         body = params["jaxpr"].jaxpr
