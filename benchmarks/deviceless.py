@@ -212,7 +212,7 @@ def rows_of(target: str, names: list[str]) -> list[dict]:
         print(f"{target} is left out: {package} is not installed", file=sys.stderr)
         return []
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
         if target in GHZ:
             settings["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         command = [sys.executable, __file__, "--worker", folder, "--targets", target, "--programs", *names]

@@ -62,7 +62,7 @@ def compile_elsewhere(cases: list[tuple[str, str]], **environment: str) -> None:
     environment |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no device that two processes could share
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # there is no device that two processes could share
         "PYTHONPATH": str(Path(pallas_kernels.__file__).parents[1]),
     }
     command = [sys.executable, __file__, json.dumps(cases)]
