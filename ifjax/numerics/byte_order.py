@@ -1,4 +1,4 @@
-"""Arrays as they come, in the machine's byte order, the only one that JAX takes."""
+"""Conversion of arrays to the machine's byte order, the only one that JAX takes."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ from jax.typing import DTypeLike
 
 
 def native(x: Any) -> Any:
-    """x in the machine's byte order; what is no numpy array as it is."""
+    """Return a numpy array in the machine's byte order, and anything else unchanged."""
     foreign = isinstance(x, np.ndarray) and not x.dtype.isnative
     return x.astype(x.dtype.newbyteorder("=")) if foreign else x
 
 
 def native_leaves(tree: Any) -> Any:
-    """The tree with its arrays in the machine's byte order; the tree itself if they are."""
+    """Return the tree with its arrays in the machine's byte order; the same object if all of them are."""
     if all(native(leaf) is leaf for leaf in jax.tree.leaves(tree)):
         return tree
     return jax.tree.map(native, tree)
 
 
 def as_array(x: Any, dtype: DTypeLike | None = None) -> jax.Array:
-    """`jnp.asarray`, of numpy's arrays of either byte order. Every array that a caller gives comes in by it."""
+    """Return `jnp.asarray(x, dtype)`, for numpy arrays of either byte order. Callers' arrays enter through this."""
     return jnp.asarray(native(x), dtype)

@@ -128,30 +128,26 @@ def haiku():
     return made.apply, made.init(jax.random.key(0), IDS), IDS, None
 
 
-def tunix_llama():
-    llama3 = pytest.importorskip("tunix.models.llama3.model")
+def tunix(module, name):
+    """tunix's decoders differ in their layers, not in how they are made and called."""
+    made = pytest.importorskip(f"tunix.models.{module}.model")
     nnx = pytest.importorskip("flax.nnx")
-    config = llama3.ModelConfig(
+    config = made.ModelConfig(
         num_layers=2, vocab_size=64, embed_dim=32, hidden_dim=64, num_heads=2, head_dim=16, num_kv_heads=1,
         rope_theta=10000, norm_eps=1e-5,
     )  # fmt: skip
-    graph, state = nnx.split(llama3.Llama3(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(getattr(made, name)(config, rngs=nnx.Rngs(0)))
     mask = jnp.broadcast_to(jnp.tri(6, dtype=bool), (2, 6, 6))
     places = jnp.broadcast_to(jnp.arange(6), (2, 6))
     return lambda state, x: nnx.merge(graph, state)(x, places, None, mask)[0], state, IDS, None
+
+
+def tunix_llama():
+    return tunix("llama3", "Llama3")
 
 
 def tunix_qwen():
-    qwen3 = pytest.importorskip("tunix.models.qwen3.model")
-    nnx = pytest.importorskip("flax.nnx")
-    config = qwen3.ModelConfig(
-        num_layers=2, vocab_size=64, embed_dim=32, hidden_dim=64, num_heads=2, head_dim=16, num_kv_heads=1,
-        rope_theta=10000, norm_eps=1e-5,
-    )  # fmt: skip
-    graph, state = nnx.split(qwen3.Qwen3(config, rngs=nnx.Rngs(0)))
-    mask = jnp.broadcast_to(jnp.tri(6, dtype=bool), (2, 6, 6))
-    places = jnp.broadcast_to(jnp.arange(6), (2, 6))
-    return lambda state, x: nnx.merge(graph, state)(x, places, None, mask)[0], state, IDS, None
+    return tunix("qwen3", "Qwen3")
 
 
 def gemma():
