@@ -11,6 +11,7 @@ from jaxtyping import Array
 from ifjax.arrays.blocking import Blocking
 from ifjax.arrays.qtensor import QTensor
 from ifjax.codec.blocks import merge_blocks
+from ifjax.codec.headers import has_unsound
 from ifjax.formats import E2M1, E4M3, E8M0, Format, get_format
 from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.xla import divide
@@ -122,7 +123,7 @@ def from_ml_dtypes(
 def _check_amax(amax, scales):
     if isinstance(amax, Tracer) or isinstance(scales, Tracer):
         return
-    if not bool(jnp.all((amax >= 0) & (amax < jnp.inf))):
+    if has_unsound(amax):
         raise ValueError(f"factor must be finite and not negative, and amax with it, which is {amax}")
     lost = (amax == 0).reshape(amax.shape + (1,) * (scales.ndim - amax.ndim)) & (scales != 0)
     if bool(jnp.any(lost)):

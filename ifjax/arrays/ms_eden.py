@@ -14,12 +14,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ifjax.codec import ROUNDINGS, Rounding
 from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks
-from ifjax.codec.headers import power_near
+from ifjax.codec.headers import has_unsound, power_near
 from ifjax.codec.rounding import uniform_noise
 from ifjax.formats import E4M3, Candidate, Format, get_format
 from ifjax.numerics.byte_order import as_array
@@ -95,7 +94,7 @@ def ms_eden(
     if noise.shape != shape:
         raise ValueError(f"noise must have one number for each block, shape {shape}, got {noise.shape}")
     amax = None if amax is None else as_array(amax, jnp.float32)
-    if amax is not None and not isinstance(amax, Tracer) and not bool(jnp.all((amax >= 0) & (amax < jnp.inf))):
+    if amax is not None and has_unsound(amax):
         raise ValueError(f"amax must be finite and not negative, got {amax}")
     values = _rounded(groups, jnp.expand_dims(noise, axis), amax, fmt=fmt, axis=axis, size=size)
     return merge_blocks(values, axis).astype(x.dtype)

@@ -19,7 +19,7 @@ from ifjax.arrays.qtensor import QTensor
 from ifjax.codec import BlockLoss, Encoding, Loss, Rounding, Search, decode, encode
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, pick, split_blocks
 from ifjax.codec.decode import narrowed
-from ifjax.codec.headers import header_words
+from ifjax.codec.headers import has_unsound, header_words
 from ifjax.formats import Format
 from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.devices import device_kind
@@ -244,7 +244,7 @@ def _checked_amax(amax, shape, axes, fmt):
             f"amax must be float of shape {kept} (the axes that amax_axes keeps), got {amax.dtype} {amax.shape}"
         )
     amax = lax.stop_gradient(amax.astype(jnp.float32)).reshape(full)
-    if not isinstance(amax, Tracer) and not bool(jnp.all((amax >= 0) & (amax < jnp.inf))):
+    if has_unsound(amax):
         raise ValueError(f"amax must be finite and not negative, got {amax}")
     return amax
 
@@ -261,7 +261,7 @@ def _checked_weights(weights, k, how):
             f"weights must be float of shape ({k},), one for each place along the axis of blocks, got {weights.dtype} "
             f"{weights.shape}"
         )
-    if not isinstance(weights, Tracer) and not bool(jnp.all((weights >= 0) & (weights < jnp.inf))):
+    if has_unsound(weights):
         raise ValueError("weights must be finite and not negative")
     return lax.stop_gradient(weights.astype(jnp.float32))
 

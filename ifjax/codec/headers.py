@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks, unstack
 from ifjax.numerics.xla import divide
@@ -47,6 +48,11 @@ def is_amax(value: Any) -> bool:
     """Whether a number can be the maximum of values other than zero: finite and positive in float32, not flushed."""
     with np.errstate(over="ignore"):
         return bool(np.finfo(np.float32).tiny <= np.float32(value) < np.inf)
+
+
+def has_unsound(values: Any) -> bool:
+    """Return whether maxima or weights that are known hold a negative, infinite or NaN one; False while tracing."""
+    return not isinstance(values, Tracer) and not bool(jnp.all((values >= 0) & (values < jnp.inf)))
 
 
 def power_near(amax: jax.Array) -> jax.Array:
