@@ -193,7 +193,7 @@ def _two_packed(lhs, rhs, how):
 
 def _one_packed(x, q, how) -> Any:
     checked_impl(how.impl, x, q, how.dims, how.dtype)
-    return _product(as_varying(x, q), q, dataclasses.replace(how, x_dtype=np.dtype(x.dtype)))
+    return _jitted(as_varying(x, q), q, dataclasses.replace(how, x_dtype=np.dtype(x.dtype)))
 
 
 def as_varying(x: jax.Array, q: Any) -> jax.Array:
@@ -230,13 +230,14 @@ def _product_bwd(how, q, g):
     how = dataclasses.replace(
         how, dims=back, x_dtype=how.dtype, out_dtype=how.x_dtype, out_sharding=None, impl="xla"
     )
-    dx: Any = _product(g.astype(how.dtype), q, how)
+    dx: Any = _jitted(g.astype(how.dtype), q, how)
     # dx has x's batch axes, then its free axes, then its contracted axes in q's order.
     order = [x_axis for _, x_axis in sorted(zip(dims.q_contracted, dims.x_contracted, strict=True))]
     return jnp.transpose(dx, np.argsort([*dims.x_batch, *x_free, *order]).tolist()), no_gradient(q)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
+_jitted = jax.jit(_product, static_argnums=2)  # one program outside of a jit; traced once for equal layers within
 
 
 def no_gradient(q: Any) -> Any:

@@ -69,7 +69,7 @@ def ragged_dot(
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     out_dtype = dtype if preferred_element_type is None else np.dtype(preferred_element_type)
     settings = (precision, lhs.dtype, dtype, out_dtype)
-    return _ragged(as_varying(lhs, rhs), rhs, group_sizes, group_offset, settings)
+    return _jitted(as_varying(lhs, rhs), rhs, group_sizes, group_offset, settings)
 
 
 def ragged_sharding(lhs: Any, rhs: Any) -> Any:
@@ -113,3 +113,4 @@ def _ragged_bwd(settings, kept, g):
 
 
 _ragged.defvjp(_ragged_fwd, _ragged_bwd)
+_jitted = jax.jit(_ragged, static_argnums=4)
