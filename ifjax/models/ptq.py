@@ -404,16 +404,14 @@ def _by_gptq(p: _Parameter, value, how, rule, calibration, transform) -> QTensor
 
 
 @jax.jit
-def _powers(q, x):
-    """Return the sum of squares of x and of the quantization error."""
-    x = x.astype(jnp.float32)
-    return (x**2).sum(), ((x - q.dequantize(jnp.float32)) ** 2).sum()
-
-
-def _measured(q: QTensor | Adapted, value) -> dict[str, Any]:
+def _measured(q: QTensor | Adapted, x) -> dict[str, Any]:
+    """Return the share of blocks of other choices than the first, and the sums of squares of x and of the error."""
     base = q.base if isinstance(q, Adapted) else q
     share = (base.choices() > 0).mean() if base.fmt.has_selector else None
-    return {"choice_share": share, "sqnr_db": None if value is None else _powers(q, value)}
+    if x is None:
+        return {"choice_share": share, "sqnr_db": None}
+    x = x.astype(jnp.float32)
+    return {"choice_share": share, "sqnr_db": ((x**2).sum(), ((x - q.dequantize(jnp.float32)) ** 2).sum())}
 
 
 def _entry(fields: dict[str, Any]) -> Entry:

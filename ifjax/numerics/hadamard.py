@@ -6,7 +6,6 @@ Source: NVFP4 pretraining (arXiv 2509.25149), which rotates both operands of the
 IF4 (arXiv 2603.28765) does the same with the sixteen signs below.
 """
 
-import functools
 from typing import Literal
 
 import jax
@@ -172,7 +171,7 @@ def _batched(args, axes, *, axis, **params):
     return _sums.bind(jnp.moveaxis(x, at, 0), axis=axis + 1, **params), 0
 
 
-_sums.def_impl(lambda x, **params: jax.jit(functools.partial(_add_up, **params))(x))
+_sums.def_impl(jax.jit(_add_up, static_argnames=("axis", "signs", "inverse")))
 mlir.register_lowering(_sums, mlir.lower_fun(_add_up, multiple_results=False))
 batching.primitive_batchers[_sums] = _batched
 ad.deflinear2(
