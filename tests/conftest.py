@@ -10,8 +10,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
@@ -38,20 +39,41 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ifjax")
 
 
-# Where bits are decided: there LLVM may contract and reorder as it does for users.
+# Where bits are decided: there XLA may fuse, contract and reorder as it does for users.
 OPTIMIZED = {"numerics", "formats", "codec", "measure"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compile_quickly_and_forget(request: pytest.FixtureRequest):
-    """Compile without LLVM's optimizations above the codec, and forget the programs of each file.
+def _compile_quickly_and_forget(request: pytest.FixtureRequest, monkeypatch_module: pytest.MonkeyPatch):
+    """Compile without LLVM's optimizations and XLA's emitters of fusions above the codec; forget each file's programs.
 
-    Compiling is two thirds of the time here. Thousands of programs take gigabytes and slow down compiling more; a
-    persistent cache was tried and saved nothing, since one program in ten is compiled twice.
+    Compiling is two thirds of the time here, and these emitters are two fifths of it. Thousands of programs take
+    gigabytes and slow down compiling more; a persistent cache was tried and saved nothing, since one program in ten is
+    compiled twice.
     """
-    jax.config.update("jax_disable_most_optimizations", request.path.parent.name not in OPTIMIZED)
+    quick = request.path.parent.name not in OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", quick)
+    if quick:
+        monkeypatch_module.setattr(compiler, "get_compile_options", _options_without_fusion_emitters)
     yield
     jax.clear_caches()
+
+
+# JAX has no setting for options of all programs of a part of a process, hence its private function.
+compiler = importlib.import_module("jax._src.compiler")
+_options = compiler.get_compile_options
+
+
+def _options_without_fusion_emitters(*args: Any, **kwargs: Any) -> Any:
+    options = _options(*args, **kwargs)
+    options.env_option_overrides = [*options.env_option_overrides, ("xla_cpu_use_fusion_emitters", False)]
+    return options
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 def pytest_collection_finish() -> None:
