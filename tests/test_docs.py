@@ -22,7 +22,6 @@ DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text("utf-8") for path in DOCS.rglob("*.md")}
 README = (ROOT / "README.md").read_text("utf-8")
 WITH_CODE = {"README.md": README} | {name: page for name, page in PAGES.items() if "```python" in page}
-EACH = [name if name == "README.md" else pytest.param(name, marks=pytest.mark.docs) for name in WITH_CODE]
 
 
 def test_every_public_name_is_in_the_reference():
@@ -49,7 +48,8 @@ def test_every_page_is_in_the_navigation():
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.docs
+@pytest.mark.parametrize("name", WITH_CODE)
 def test_code_in_a_page_runs_and_prints_what_it_says(name, tmp_path, monkeypatch):
     """Blocks go on from those above. Lines of comment that end a block are what it prints."""
     for library in set(re.findall(r"^import (equinox)", WITH_CODE[name], re.MULTILINE)) | {"flax"}:

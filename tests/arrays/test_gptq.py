@@ -125,6 +125,7 @@ def nearest(x, table):
     return np.take_along_axis(table, np.abs(table - x[:, None]).argmin(1)[:, None], 1)[:, 0]
 
 
+@pytest.mark.slow
 def test_exhaustive_search_is_the_published_recursion_with_the_best_scale_of_each_block():
     w, x = random(12, 4), correlated(40, 12)
     hessian = x.T @ x

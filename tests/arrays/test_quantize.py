@@ -246,7 +246,7 @@ def test_blocks_may_hold_a_single_value(name):
     np.testing.assert_array_equal(q.dequantize(), expected.deq)
 
 
-@pytest.mark.by_default("*-mxfp4")
+@pytest.mark.by_default("(2, 0, 3)-mxfp4", "(0,)-mxfp4")
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("shape", [(0,), (0, 8), (8, 0), (0, 0), (2, 0, 3)], ids=str)
 def test_empty_arrays_give_empty_results(fmt, shape):
@@ -515,6 +515,7 @@ def test_the_clipped_gradient_at_zero_scales_and_nans():
     np.testing.assert_array_equal(pull(jnp.ones_like(x))[0], np.array([[1], [0], [1], [1]]).repeat(4, 1))
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_same_under_every_transformation():
     x, w = normal(5, 3, 8, seed=21), normal(5, 3, 8, seed=22)
     fake = functools.partial(ifjax.fake_quantize, fmt=NVFP4, gradient="clipped", amax=1.0)

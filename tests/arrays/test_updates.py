@@ -145,7 +145,7 @@ def test_values_of_other_kinds_are_refused():
     assert_same(ifjax.dynamic_update_slice(q, packed(x), (0, 2, 0, 0)), ifjax.dynamic_update_slice(q, x, (0, 2, 0, 0)))
 
 
-@pytest.mark.by_default("mxfp4-axes1")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fmt, axes", [("nvfp4", (0, 1)), ("mxfp4", ()), ("nvfp4", (0, 1, 2)), ("nvfp4", (1,)), ("if3", (0, 2))]
 )

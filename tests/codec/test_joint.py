@@ -54,6 +54,7 @@ def test_each_member_has_rounds_of_its_own():
     assert_same(jax.jit(lambda x: ifjax.quantize(x, "nvfp4", search="joint", amax_axes=(0,)))(x), together)
 
 
+@pytest.mark.slow
 def test_a_power_of_two_changes_nothing_and_a_nan_spoils_its_own_block():
     x = normal(8, 64)
     q, moved = (ifjax.quantize(a, "nvfp4", search="joint") for a in (x, x * np.float32(2.0**-90)))

@@ -76,11 +76,10 @@ CASES = {
     for rounding, dtype in (("nearest", "float32"), ("stochastic_unbiased", "bfloat16"))
     if rounding == "nearest" or name in KINDS
 }
-# Looked-up values of which two kinds are sorted differently; the others take seconds each.
-ALWAYS = ("two sorted grids, nearest",)
 
 
-@pytest.mark.parametrize("case", [c if c in ALWAYS else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_places_have_the_bits_of_the_codec(case):
     """Codes, scale bytes, values and their signs of zero, and what is decoded."""
     fmt, rounding, dtype = CASES[case]

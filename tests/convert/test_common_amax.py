@@ -43,6 +43,7 @@ def test_export_quantizes_fused_layers_again_with_one_amax(tmp_path, capsys):
         plan_export(path, "modelopt", common_amax=True)
 
 
+@pytest.mark.slow
 def test_stacks_and_tools_without_a_factor_get_the_one_amax_that_they_take(tmp_path):
     """A stack of experts, one of them zeros; and MLX, whose factor is 1."""
     x = RNG.standard_normal((3, 64, 4), np.float32) * np.array([1, 3, 0], np.float32)[:, None, None]

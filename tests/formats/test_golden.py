@@ -211,7 +211,7 @@ def assert_is(q, turned, prefix, transposed=False):
     assert_array_equal(codes.T if transposed else codes, turned[f"{prefix}__codes"])
 
 
-@pytest.mark.by_default("mxfp4-*")
+@pytest.mark.slow
 @each(REFERENCE_RUNS)
 def test_rotated_and_transposed_matrices_are_the_references(turned, name, rule):
     x = jnp.asarray(turned["x_bf16bits"].view(ml_dtypes.bfloat16))

@@ -227,6 +227,7 @@ def by_distance(y, grid):
     return order[picked], v[picked]
 
 
+@pytest.mark.by_default("*-even", "*-lower")
 @pytest.mark.parametrize("ties", ["even", "down", "away", "lower"])
 @pytest.mark.parametrize(
     "fields",

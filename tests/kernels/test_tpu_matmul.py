@@ -205,7 +205,7 @@ products = [
 ]
 
 
-@pytest.mark.by_default("if4-bfloat16-5-300-528", "nvfp4, fouroversix-float32-3-260-512")
+@pytest.mark.by_default("nvfp4, fouroversix-float32-3-260-512")
 @pytest.mark.parametrize(("name", "dtype", "m", "n", "k"), products)
 def test_ragged_products_meet_float64_without_races_and_garbage(name, dtype, m, n, k):
     rng, decoding = np.random.default_rng(m), DECODINGS[name]
@@ -228,6 +228,7 @@ def test_a_tile_of_two_units_and_the_last_rounding():
     assert_array_equal(got, wanted.astype(np.float32).astype(jnp.bfloat16))
 
 
+@pytest.mark.by_default("nvint4-*")
 @pytest.mark.parametrize(("name", "bytes_of_nan"), [("nvint4", [0x7F, 0xFF]), ("mxfp4", [0xFF])])
 def test_a_nan_byte_makes_nan_of_the_outputs_of_its_row_only(name, bytes_of_nan):
     """x and codes are positive, so that an infinite scale would not become NaN on its way."""
@@ -269,6 +270,7 @@ def test_the_reference_is_the_formula(decoding):
 # What is taken and what is not
 
 
+@pytest.mark.by_default("bfloat16-1-if4", "bfloat16-1-mxfp4")
 @each_decoding
 @pytest.mark.parametrize(("dtype", "m"), [("bfloat16", 1), pytest.param("float32", 300, marks=pytest.mark.slow)])
 def test_it_lowers_for_a_tpu_where_there_is_none(decoding, dtype, m):

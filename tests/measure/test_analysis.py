@@ -42,6 +42,7 @@ def write(path, tensors, metadata=None):
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_default("if4")
 @pytest.mark.parametrize("fmt", ["if4", "fouroversix", "mxfp4"])
 def test_error_is_what_numpy_computes_from_the_decoded_values(fmt):
     x = normal(3, 100)
@@ -110,6 +111,7 @@ def test_pieces_change_nothing():
         assert_same(report.errors[fmt], error(x, fmt))
 
 
+@pytest.mark.slow
 def test_blocks_lie_along_the_axis():
     x = normal(48, 40, 20)
     along = tensor_report("w", x, ["if4"], axis=1).errors["if4"]

@@ -352,6 +352,7 @@ def test_the_error_is_that_from_the_sum_of_fractions(unit, beats):
         assert math.isclose(result.relative[i] * float(size), abs(result.error[i]), rel_tol=1e-12)
 
 
+@pytest.mark.by_default("if4-3", "nvfp4-10")
 @pytest.mark.parametrize("beats", LENGTHS)
 @each_unit
 def test_the_relative_error_stays_below_its_bound(unit, beats):

@@ -80,7 +80,7 @@ def test_a_grid_needs_formats():
         plots.plot_grid("nvfp5")
 
 
-@pytest.mark.by_default("1.0-if3")
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["nvfp4", "if4", "fouroversix", "mxfp4", "if3"])
 @pytest.mark.parametrize("scale", [1.0, 2.0**-110])
 def test_a_block_shows_the_numbers_that_quantize_gives(fmt, scale):

@@ -80,6 +80,7 @@ def test_layers_that_are_scanned_keep_their_packed_caches():
     )
 
 
+@pytest.mark.slow
 def test_nnx_attention_decodes_by_a_packed_cache():
     def model(**options):
         made = nnx.MultiHeadAttention(2, 32, 32, decode=True, rngs=nnx.Rngs(0), **options)

@@ -37,6 +37,7 @@ def test_amax_values_are_those_of_the_products_inputs():
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gptq_goes_by_the_sums_of_squares_of_inputs():
     rule = Rule("up|heads", "nvfp4", gptq=True)
     found = ifjax.calibrate(fn, PARAMS, BATCHES, rule, progress=False)

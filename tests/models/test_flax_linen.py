@@ -250,6 +250,7 @@ class Attends(nn.Module):
         return nn.MultiHeadDotProductAttention(2, qkv_features=32, **dict(self.options))(x)
 
 
+@pytest.mark.slow
 def test_attention_multiplies_quantized_operands_when_asked():
     model, x = Attends(), normal(2, 16, 16)
     variables = initialized(model, x)
@@ -712,9 +713,8 @@ def test_calibration_leaves_jitted_functions_as_they_were():
     np.testing.assert_array_equal(jitted(variables, x), before)
 
 
-@pytest.mark.parametrize(
-    "name", ["Dense", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Conv", "Einsum of two"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Dense", "Conv", "Einsum of two"])
 def test_gradients_pass_quantized_activations_straight_through(name):
     model, variables, x = build(name)
     rule = Rule(".*", FMT, act_fmt=FMT)

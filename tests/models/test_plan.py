@@ -71,7 +71,7 @@ def test_parameters_that_share_an_input_are_one_item():
     assert numbers["a"] == numbers["b"] and len({*numbers.values()}) == 3
 
 
-@pytest.mark.by_default("direct")
+@pytest.mark.slow
 @pytest.mark.parametrize("sensitivity", ["direct", "fisher"])
 def test_losses_bits_and_rules(sensitivity, tmp_path):
     model, params, loss = problem()

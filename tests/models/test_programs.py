@@ -116,7 +116,7 @@ def test_programs_tell_their_products_and_run_packed(name):
     assert float(jnp.abs(both - fn(dense, x)).max()) > 1e-3
 
 
-@pytest.mark.by_default("features")
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["rows", "features"])
 def test_shard_map_runs_packed_and_trains(parallel):
     """The body sees its part of each packed weight; MX formats have no amax that parts would not share."""
@@ -286,6 +286,7 @@ def test_parameters_of_different_rules_are_not_joined_silently():
         ifjax.quantized(fn, rules)(params, X)
 
 
+@pytest.mark.slow
 def test_a_static_amax_of_nothing_is_told_and_the_inputs_own_is_used():
     fn, params = (lambda p, x: x @ p["w"]), {"w": normal(16, 8)}
     rule = Rule("w", FMT, act_fmt=FMT, act_amax="static")

@@ -440,6 +440,7 @@ def test_stacked_layers_keep_consistent_names(axis):
     assert nn.get_partition_spec(packed)["params"]["scan"]["dense"]["kernel"].codes == P(*box.names)
 
 
+@pytest.mark.slow
 def test_a_raw_parameter_of_experts_takes_the_rules_axis():
     nn = pytest.importorskip("flax.linen")
 
@@ -502,6 +503,7 @@ def test_masked_optimizers_keep_no_state_for_packed_parameters():
     assert lora_loss(trained, x) < lora_loss(params, x)
 
 
+@pytest.mark.slow
 def test_what_is_trained_can_be_split_off():
     params, x = lora(), normal(4, 8, seed=2)
     mask = ifjax.trainable_mask(params)

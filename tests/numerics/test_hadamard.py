@@ -280,7 +280,7 @@ def test_wrong_signs_are_refused(signs, message):
 # --- transformations
 
 
-@pytest.mark.by_default("16-*")
+@pytest.mark.by_default("16-float32-1-hadamard", "16-float32-0-inverse_hadamard")
 @each_direction
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("size, dtype", [(16, np.float32), (128, jnp.bfloat16)])

@@ -27,7 +27,7 @@ def attention(q, k, v, count, mask=None):
     return np.einsum("bnst,btnd->bsnd", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.by_default("mxfp4-5")
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt, window", [("nvfp4", 0), ("nvfp4", 3), ("mxfp4", 5)])
 def test_attention_is_that_of_the_decoded_cache(fmt, window):
     cache = ifjax.PackedCache.zeros((B, T, H, D), fmt, window=window)

@@ -62,7 +62,7 @@ def test_sharded_weights_give_the_same_product_and_stay_where_they_are(mesh, wei
     np.testing.assert_allclose(compiled(x_placed, q), product(x, weights), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.by_default("?N, K?-K by both")
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "k"), PLACEMENTS.values(), ids=PLACEMENTS)
 def test_the_gradient_gathers_no_weights(mesh, weights, n, k):
     x, g = normal(64, K), normal(64, N, seed=2)

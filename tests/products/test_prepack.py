@@ -274,6 +274,7 @@ def test_both_operands_packed(interpreted):
     np.testing.assert_allclose(got, a.dequantize() @ b.dequantize().T, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_kernels_product(interpreted):
     x, q = normal(5, 70), ifjax.prepack(ifjax.quantize(normal(40, 70, seed=1)), "TPU v6e")
     got = jax.grad(lambda x: jnp.sin(ifjax.einsum("mk,nk->mn", x, q, impl="tpu")).sum())(x)

@@ -415,7 +415,7 @@ def test_packed_residuals_take_four_and_a_half_bits_a_value():
     assert kept_bytes(RECIPES["weight_only_qat"]) <= 4 * x + 4.5 / 8 * w + small
 
 
-@pytest.mark.by_default("dense")
+@pytest.mark.slow
 @pytest.mark.parametrize("product", ["dense", "experts"])
 def test_policies_keep_results_by_their_name(product, capsys):
     x, w = jnp.ones((16, 32)), jnp.ones((3, 32, 32))
