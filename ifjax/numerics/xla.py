@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.typing import ArrayLike
 
 
@@ -119,29 +120,12 @@ def materialize(f, *args):
     """Return f(*args), computed once on XLA:CPU instead of being fused into its consumers.
 
     XLA:CPU fuses the reduction of a block into its consumers and recomputes it for every byte that they write.
-    `lax.optimization_barrier` does not prevent this; a conditional does. On other platforms this is just f(*args).
+    `lax.optimization_barrier` does not prevent this; a call that is not inlined does. On other platforms this is just
+    f(*args).
     """
     f = jax.jit(f)  # traced once for all uses below
-    return lax.platform_dependent(*args, cpu=functools.partial(_materialize_on_cpu, f), default=f)
+    return lax.platform_dependent(*args, cpu=functools.partial(_called, f), default=f)
 
 
-def _materialize_on_cpu(f, *args):
-    results = jax.eval_shape(f, *args)
-    if not all(result.size for result in jax.tree.leaves(results)):
-        return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)
-
-    # vmap would turn the conditional into a select, which fuses. So the batched stage materializes the batched f.
-    @custom_vmap
-    def kept(*args):
-        # The witness is a reduction of the smallest argument: picking an element would gather a sharded array.
-        witness = jnp.max(min(jax.tree.leaves(args), key=jnp.size).astype(jnp.float32))
-        always = (witness == witness) | (witness != witness)  # XLA does not fold this, as NaN differs from itself
-        # The zeros derive from the result, to have its sharding, and inside shard_map to vary over the same axes.
-        return lax.cond(always, f, lambda *args: jax.tree.map(jnp.zeros_like, f(*args)), *args)
-
-    @kept.def_vmap
-    def batched(axis_size, in_batched, *args):
-        result = _materialize_on_cpu(jax.jit(jax.vmap(f, in_axes(in_batched), axis_size=axis_size)), *args)
-        return result, jax.tree.map(lambda _: True, result)
-
-    return kept(*args)
+def _called(f, *args):
+    return set_xla_metadata(f(*args), inlineable="false")
