@@ -38,7 +38,7 @@ from ifjax.codec.losses import LOSSES, BlockLoss, Loss, get_loss, without_last_b
 from ifjax.codec.rounding import NEAREST, ROUNDINGS, Rounding
 from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
 from ifjax.formats import Candidate, Format, get_format
-from ifjax.numerics.xla import depending_on, divide, materialize
+from ifjax.numerics.xla import by_platform, depending_on, divide, materialize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,7 @@ def encode(
     extras = Extras(None if noise is None else tuple(noise), _unit_weights(weights, blocks.ndim, axis, (1,)))
     if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and plain and fmt.scale.nbytes == 1 and weights is None:
         in_one_pass = functools.partial(_encode_in_one_pass, how=how, axis=axis)
-        encoded = functools.partial(lax.platform_dependent, cpu=encoded, default=in_one_pass)
+        encoded = functools.partial(by_platform, cpu=encoded, default=in_one_pass)
     codes, headers = encoded(blocks, peaks, runs, tensor, extras)
     return codes, header_bytes(headers, fmt.scale.nbytes, axis), amax
 

@@ -7,12 +7,16 @@ jit, vmap and eager mode. So every division in the library goes through `divide`
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.interpreters import batching, mlir
 from jax.typing import ArrayLike
 
 
@@ -24,9 +28,21 @@ def divide(a: ArrayLike, b: ArrayLike, *, varies: bool = False) -> jax.Array:
     a's shape from `depending_on`, so that no further protection from XLA's rewrites is needed.
     """
     a, b = jnp.broadcast_arrays(jnp.float32(a), jnp.float32(b))
+    return _divided(a, b, varies)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _divided(a, b, varies):
     if varies:
-        return lax.platform_dependent(a, b, cpu=lax.div, default=lambda a, b: correct_quotient(a, b, a / b))
-    return lax.platform_dependent(a, b, cpu=_quotient, default=_corrected_quotient)
+        return by_platform(a, b, cpu=lax.div, default=lambda a, b: correct_quotient(a, b, a / b))
+    return by_platform(a, b, cpu=_quotient, default=_corrected_quotient)
+
+
+@_divided.defjvp
+def _divided_jvp(varies, primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    q = _divided(a, b, varies)
+    return q, (da - q * db) / b
 
 
 def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -116,6 +132,44 @@ def _zero_of_first(axis_size, in_batched, bits):
     return _zero_of(bits[0]), False  # members share what they do not differ in
 
 
+_by_platform = jax.extend.core.Primitive("by_platform")
+_by_platform.multiple_results = True
+_by_platform.def_abstract_eval(lambda *_, results, **__: list(results))
+_by_platform.def_impl(lambda *args, **params: jax.jit(functools.partial(_by_platform.bind, **params))(*args))
+
+
+def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
+    """Return cpu(*args) in programs for CPUs, and default(*args) in all others. It has no derivative.
+
+    `jax.lax.platform_dependent` traces both functions wherever it is traced. Half of the time that the codec took to
+    trace on a CPU went into programs for other platforms, so `default` is traced only once a program for another
+    platform is lowered. Both functions must return the same types.
+    """
+    flat, tree = jax.tree.flatten(args)
+    ways = [jax.jit(lambda *flat, f=f: f(*jax.tree.unflatten(tree, flat))) for f in (cpu, default)]
+    jaxpr, shapes = jax.make_jaxpr(ways[0], return_shape=True)(*flat)
+    traced = jax.extend.core.jaxpr_as_fun(jaxpr)
+    results = _by_platform.bind(*flat, cpu=traced, default=ways[1], results=tuple(jaxpr.out_avals))
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+
+def _batched_by_platform(args, axes, *, cpu, default, results):
+    del results
+    size = next(a.shape[at] for a, at in zip(args, axes, strict=True) if at is not None)
+    mapped = [jax.vmap(f, tuple(axes), axis_size=size) for f in (cpu, default)]
+    outs = jax.tree.leaves(by_platform(*args, cpu=mapped[0], default=mapped[1]))
+    return outs, [0] * len(outs)
+
+
+batching.primitive_batchers[_by_platform] = _batched_by_platform
+mlir.register_lowering(
+    _by_platform, mlir.lower_fun(lambda *args, default, **_: jax.tree.leaves(default(*args)), multiple_results=True)
+)
+mlir.register_lowering(
+    _by_platform, mlir.lower_fun(lambda *args, cpu, **_: jax.tree.leaves(cpu(*args)), multiple_results=True), "cpu"
+)
+
+
 def materialize(f, *args):
     """Return f(*args), computed once on XLA:CPU instead of being fused into its consumers.
 
@@ -124,7 +178,7 @@ def materialize(f, *args):
     f(*args).
     """
     f = jax.jit(f)  # traced once for all uses below
-    return lax.platform_dependent(*args, cpu=functools.partial(_called, f), default=f)
+    return by_platform(*args, cpu=functools.partial(_called, f), default=f)
 
 
 def _called(f, *args):

@@ -3,13 +3,14 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 from numpy.testing import assert_array_equal
 
-from ifjax.numerics.xla import correct_quotient, divide, materialize
+from ifjax.numerics.xla import by_platform, correct_quotient, divide, materialize
 
 # Of formats, and of exponents and mantissas at which rounding is easily wrong.
 CONSTANTS = [1.0, 3.0, 6.0, 7.0, 2688.0, 12544.0, float(np.float32(2688 * 16 / 17)), 1 + 2.0**-23, 2 - 2.0**-23, -0.3]
@@ -251,6 +252,36 @@ def test_a_stage_is_a_call_of_its_own_on_cpu_alone(run):
     assert kept not in lowered_for("cuda", f, A)
     compiled = jax.jit(f).lower(A).compile().as_text()
     assert (" call(" in compiled) == (jax.default_backend() == "cpu")
+
+
+@pytest.mark.parametrize("run", [lambda f: f, jax.vmap], ids=["plain", "vmap"])
+def test_a_function_for_other_platforms_is_traced_for_them_alone(run):
+    traced = []
+
+    def elsewhere(x):
+        traced.append(x.shape)
+        return [jnp.cos(x)]
+
+    f = run(functools.partial(by_platform, cpu=lambda x: [jnp.sin(x)], default=elsewhere))
+    on_cpu = lowered_for("cpu", f, A)
+    assert "sine" in on_cpu and "cosine" not in on_cpu and not traced
+    on_cuda = lowered_for("cuda", f, A)
+    assert "cosine" in on_cuda and "sine" not in on_cuda.replace("cosine", "") and traced
+    if jax.default_backend() == "cpu":
+        for got in (f(A), jax.jit(f)(A)):
+            assert_array_equal(got[0], jax.jit(jnp.sin)(A))
+
+
+def test_programs_for_several_platforms_hold_the_function_of_each():
+    f = jax.jit(functools.partial(by_platform, cpu=jnp.sin, default=jnp.cos))
+    text = jax.export.export(f, platforms=["cpu", "tpu"])(A[0]).mlir_module()
+    assert "stablehlo.sine" in text and "stablehlo.cosine" in text
+
+
+def test_a_quotient_has_a_derivative():
+    a, b = np.float32(3), np.float32(7)
+    got = jax.grad(divide, (0, 1))(a, b)
+    np.testing.assert_allclose(got, (1 / b, -a / b**2), rtol=1e-6)
 
 
 def test_quotients_are_corrected_everywhere_but_on_cpu():
