@@ -36,7 +36,8 @@ def programs():
         found[f"dequantize {fmt}"] = QTensor.dequantize, (q,)
         found[f"training product {fmt}"] = functools.partial(product, recipe=fmt), (tokens, x, tokens, key)
         for count in (1, LAYERS):
-            found[f"{count} W4A4 layers {fmt}"] = w4a4, (small, [jax.eval_shape(quantize_weight(fmt), square())] * count)
+            weight = jax.eval_shape(functools.partial(quantize, axis=0), square())
+            found[f"{count} W4A4 layers {fmt}"] = w4a4, (small, [weight] * count)
             found[f"{count} training layers {fmt}"] = functools.partial(train, recipe=fmt), (
                 [square()] * count, small, key,
             )  # fmt: skip
@@ -45,10 +46,6 @@ def programs():
 
 def square():
     return jax.ShapeDtypeStruct((64, 64), jnp.float32)
-
-
-def quantize_weight(fmt):
-    return functools.partial(ifjax.quantize, fmt=fmt, axis=0)
 
 
 def product(x, w, g, key, recipe):

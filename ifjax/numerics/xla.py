@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 
@@ -28,21 +28,9 @@ def divide(a: ArrayLike, b: ArrayLike, *, varies: bool = False) -> jax.Array:
     a's shape from `depending_on`, so that no further protection from XLA's rewrites is needed.
     """
     a, b = jnp.broadcast_arrays(jnp.float32(a), jnp.float32(b))
-    return _divided(a, b, varies)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _divided(a, b, varies):
     if varies:
         return by_platform(a, b, cpu=lax.div, default=lambda a, b: correct_quotient(a, b, a / b))
     return by_platform(a, b, cpu=_quotient, default=_corrected_quotient)
-
-
-@_divided.defjvp
-def _divided_jvp(varies, primals, tangents):
-    (a, b), (da, db) = primals, tangents
-    q = _divided(a, b, varies)
-    return q, (da - q * db) / b
 
 
 def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -138,7 +126,7 @@ _by_platform.def_impl(lambda *args, **params: jax.jit(functools.partial(_by_plat
 
 
 def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
-    """Return cpu(*args) in programs for CPUs, and default(*args) in all others. It has no derivative.
+    """Return cpu(*args) in programs for CPUs, and default(*args) in all others.
 
     `jax.lax.platform_dependent` traces both functions wherever it is traced. Half of the time that the codec took to
     trace on a CPU went into programs for other platforms, so `default` is traced only once a program for another
@@ -160,6 +148,25 @@ def _batched_by_platform(args, axes, *, cpu, default, results):
     return outs, [0] * len(outs)
 
 
+def _differentiated(primals, tangents, *, cpu, default, results):
+    del results
+    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+    def f(*moved):
+        args = list(primals)
+        for i, a in zip(moving, moved, strict=True):
+            args[i] = a
+        ways = [lambda *args, way=way: jax.tree.leaves(way(*args)) for way in (cpu, default)]
+        return lax.platform_dependent(*args, cpu=ways[0], default=ways[1])
+
+    outs, rates = jax.jvp(f, [primals[i] for i in moving], [tangents[i] for i in moving])
+    return outs, [
+        ad.Zero(jax.typeof(a).to_tangent_aval()) if rate.dtype == jax.dtypes.float0 else rate
+        for a, rate in zip(outs, rates, strict=True)
+    ]
+
+
+ad.primitive_jvps[_by_platform] = _differentiated
 batching.primitive_batchers[_by_platform] = _batched_by_platform
 mlir.register_lowering(
     _by_platform, mlir.lower_fun(lambda *args, default, **_: jax.tree.leaves(default(*args)), multiple_results=True)
