@@ -3,8 +3,8 @@
     python benchmarks/compile.py [--rounds 5] [--programs "quantize if4" ...]
 
 Each figure is the least of the rounds, in seconds of processor time over all threads, with JAX's caches cleared before
-each round: other work on the machine adds to the rest. `each layer` is what one more equal layer adds: a program of five
-layers minus that of one, divided by four. `operations` counts those of StableHLO. Nothing is run.
+each round, since other work on the machine adds to it. "Each layer more" is a program of five equal layers minus that
+of one, divided by four. `operations` counts those of StableHLO. Nothing is run.
 """
 
 import argparse

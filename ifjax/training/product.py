@@ -16,6 +16,7 @@ from ifjax.codec.blocks import pad_axis
 from ifjax.codec.encode import amax_of
 from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.hadamard import hadamard, random_signs
+from ifjax.numerics.xla import by_platform
 from ifjax.products import dot_general
 from ifjax.products.dot_general import accumulator, as_varying, explicit_sharding, multiples
 from ifjax.products.plan import DimensionNumbers
@@ -298,6 +299,4 @@ def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
     if dtype.itemsize != 2 or not (isinstance(a, QTensor) or isinstance(b, QTensor)):
         return product(a, b, like)
     # XLA:CPU does not multiply 16-bit matrices faster than float32 ones, and float32 avoids a second rounding.
-    return lax.platform_dependent(
-        a, b, like, cpu=functools.partial(product, dtype=np.dtype(np.float32)), default=product
-    )
+    return by_platform(a, b, like, cpu=functools.partial(product, dtype=np.dtype(np.float32)), default=product)
