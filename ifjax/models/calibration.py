@@ -35,7 +35,7 @@ class Calibration:
         amax: activation amaxes by the path of the module that they enter; attention's operands have the keys
             "path:query" and so on. Layers that nn.scan repeats share one.
         hessians: sums of x x^T over all input rows x [K] of a module, float32 [K, K], for rules with gptq. K is the
-            product of all contracted lengths.
+            product of all contracted lengths. Experts that one linen layer multiplies, such as nn.Einsum, share one.
         inputs: channel maxima and sample rows of a module's inputs, for rules with smooth or rotate="greedy".
     """
 
