@@ -5,8 +5,8 @@
     python benchmarks/clients.py --tracing
 
 The models are those of `tests/models/test_clients.py`: two small layers with random weights. Times are CPU seconds of
-tracing, lowering and compiling, the least of two; of gradients once. qwix compiles the same model with weights in int4,
-in blocks of 16, where it takes it: linen and NNX modules. With --tracing: CPU time of tracing as a multiple of that of
+tracing, lowering and compiling, with empty caches, once. qwix compiles the same model with weights in int4, in blocks
+of 16, where it takes it: linen and NNX modules. With --tracing: CPU time of tracing as a multiple of that of
 `jax.make_jaxpr`, medians of nine, after `jax.clear_caches()` each time.
 """
 
@@ -28,7 +28,6 @@ import numpy as np
 import ifjax
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-REPEATS = 2
 
 
 def of_arrays(
@@ -47,16 +46,13 @@ def of_arrays(
     return run, [leaves[i] for i in places]
 
 
-def compile_seconds(fn: Callable[..., Any], params: Any, *args: Any, repeats: int = REPEATS) -> float:
-    """Return the least CPU seconds that tracing, lowering and compiling fn take."""
+def compiled(fn: Callable[..., Any], params: Any, *args: Any) -> tuple[float, Any]:
+    """Return the CPU seconds that tracing, lowering and compiling fn take, and its result."""
     run, arrays = of_arrays(fn, params)
-    seconds = []
-    for _ in range(repeats):
-        jax.clear_caches()
-        start = time.process_time()
-        jax.jit(lambda *args: run(*args)).lower(arrays, *args).compile()
-        seconds.append(time.process_time() - start)
-    return min(seconds)
+    jax.clear_caches()
+    start = time.process_time()
+    program = jax.jit(lambda *args: run(*args)).lower(arrays, *args).compile()
+    return time.process_time() - start, program(arrays, *args)
 
 
 def median_milliseconds(call: Callable[[], Any], repeats: int = 9) -> float:
@@ -118,13 +114,13 @@ def qwix_seconds(fn: Callable[..., Any], params: Any, x: Any, model: Any) -> flo
 
         rest = held["places"], None, held["mask"]
         graph, state = nnx.split(qwix.quantize_model(nnx.merge(held["graph"], params), provider, x, *rest))
-        return compile_seconds(lambda state, x: nnx.merge(graph, state)(x, *rest)[0], state, x)
+        return compiled(lambda state, x: nnx.merge(graph, state)(x, *rest)[0], state, x)[0]
     if model is None:
         return None
     plain, model._module = model.module, qwix.quantize_model(model.module, provider)
     try:
-        shapes = jax.eval_shape(lambda: model.init_weights(jax.random.key(0), x.shape))
-        return compile_seconds(fn, shapes, x)
+        packed = jax.jit(lambda: model.init_weights(jax.random.key(0), x.shape))()
+        return compiled(fn, packed, x)[0]
     finally:
         model._module = plain
 
@@ -135,13 +131,13 @@ def row_of(make: Callable[[], Any], by_hand: int) -> str:
     packed, report = ifjax.quantize_params(params, "if4", model=fn, sample=(x,))
     faked, _ = ifjax.fake_quantize_params(params, "if4", model=fn, sample=(x,))
     w4a16, w4a4 = ifjax.quantized(fn), ifjax.quantized(fn, ifjax.default_rules("if4", "if4"))
-    exact, got, both = fn(faked, x), w4a16(packed, x), w4a4(packed, x)
+    trained = ifjax.quantized(fn, ifjax.recipes.get_recipe("if4"), key=jax.random.key(0))
+    (plain, values), (train, _) = gradient_of(fn, params, x), gradient_of(trained, params, x)
+    runs = [(fn, faked, x), (w4a16, packed, x), (w4a4, packed, x), (plain, values), (train, values)]
+    seconds, (exact, got, both, wanted, gradient) = zip(*(compiled(*run) for run in runs), strict=True)
     same = bool(np.allclose(got, exact, rtol=1e-3, atol=1e-3))
     noise = float(jnp.linalg.norm(both - got) / jnp.linalg.norm(got))
-    trained = ifjax.quantized(fn, ifjax.recipes.get_recipe("if4"), key=jax.random.key(0))
-    train, values = gradient_of(trained, params, x)
-    plain, _ = gradient_of(fn, params, x)
-    cosine = alike(train(values), plain(values))
+    cosine = alike(gradient, wanted)
     generates = "-"
     if hasattr(model, "generate"):
         def generate(p, x):
@@ -151,8 +147,6 @@ def row_of(make: Callable[[], Any], by_hand: int) -> str:
             generates = "y" if np.array_equal(ifjax.quantized(generate)(packed, x), generate(faked, x)) else "n"
         except Exception as error:  # of the model's own
             generates = type(error).__name__
-    seconds = [compile_seconds(f, p, x) for f, p in ((fn, params), (w4a16, packed), (w4a4, packed))]
-    seconds += [compile_seconds(f, values, repeats=1) for f in (plain, train)]
     try:
         peer = qwix_seconds(fn, params, x, model)
     except Exception as error:
@@ -174,7 +168,6 @@ def main() -> None:
     sys.path += [str(TESTS), str(TESTS / "models")]
     import test_clients
 
-    jax.config.update("jax_numpy_rank_promotion", "allow")  # as their own tests have it
     print(f"{platform.processor() or platform.machine()}, jax {jax.__version__}, {jax.devices()[0].device_kind}\n")
     columns = (
         "model | found | W4A16 | W4A4 (noise) | trained (cosine) | generated | float | W4A16 | W4A4 | train float "
@@ -188,7 +181,8 @@ def main() -> None:
         if names and make.__name__ not in names:
             continue
         try:
-            print(row(make, by_hand), flush=True)
+            with test_clients.their_settings():
+                print(row(make, by_hand), flush=True)
         except Exception as error:
             print(f"| {make.__name__} | {type(error).__name__}: {str(error)[:80]} |", flush=True)
 

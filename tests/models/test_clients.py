@@ -3,6 +3,7 @@
 Needs the extra `clients`; without it what is missing is skipped.
 """
 
+import contextlib
 import logging
 import re
 
@@ -17,16 +18,25 @@ pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 IDS = jnp.arange(12).reshape(2, 6) % 50
 
 
-@pytest.fixture(autouse=True)
-def as_in_their_own_tests(monkeypatch):
+@contextlib.contextmanager
+def their_settings():
     """Some of these models rely on implicit promotion, and T5 on a name of `jnp.clip`'s that JAX has given up."""
     clip = jnp.clip
 
     def as_before(x, *bounds, a_max=None, **others):
         return clip(x, *bounds, **others, **({} if a_max is None else {"max": a_max}))
 
-    monkeypatch.setattr(jnp, "clip", as_before)
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    jnp.clip = as_before
+    try:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            yield
+    finally:
+        jnp.clip = clip
+
+
+@pytest.fixture(autouse=True)
+def as_in_their_own_tests():
+    with their_settings():
         yield
 
 
