@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from ifjax.models.functions import Quantized, inside
 from ifjax.models.leaves import abstract
 from ifjax.models.rewrite import How
 from ifjax.models.rules import Rule, as_rules
+from ifjax.models.shown import bar_on_stderr
 from ifjax.models.transforms import Inputs
 from ifjax.numerics.byte_order import native_leaves
 
@@ -35,7 +35,7 @@ class Calibration:
         amax: activation amaxes by the path of the module that they enter; attention's operands have the keys
             "path:query" and so on. Layers that nn.scan repeats share one.
         hessians: sums of x x^T over all input rows x [K] of a module, float32 [K, K], for rules with gptq. K is the
-            product of all contracted lengths.
+            product of all contracted lengths. Experts that one linen layer multiplies, such as nn.Einsum, share one.
         inputs: channel maxima and sample rows of a module's inputs, for rules with smooth or rotate="greedy".
     """
 
@@ -52,7 +52,7 @@ def calibrate(
     *,
     statistic: Literal["max", "mean", "percentile"] = "max",
     percentile: float = 99.9,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Calibration:
     """Run a model on batches and collect the activation statistics that the rules need.
 
@@ -72,7 +72,7 @@ def calibrate(
         statistic: how batches combine to an amax. "max": the largest magnitude of all batches; "mean": the mean of the
             largest magnitudes per batch; "percentile": the mean of the percentiles per batch.
         percentile: percentile of the magnitudes, in (0, 100], for statistic="percentile".
-        progress: show a progress bar.
+        progress: whether to show a progress bar on stderr; None shows one if stderr is a terminal.
 
     Returns:
         A `Calibration`.
@@ -105,15 +105,16 @@ def calibrate(
     watcher: Any
     run, watcher = _by_modules(apply, rules, statistics)
     count, params = 0, native_leaves(params)
-    for batch in _tracked(batches) if progress else batches:
-        arguments = split_arrays(as_arguments(batch))
-        if not count:
-            run.trace(_dense(params), *arguments)
-            if not watcher.modules:
-                run, watcher = _by_program(apply, rules, statistics), None
-        jax.block_until_ready(run(params, *arguments))
-        statistics.end_batch()
-        count += 1
+    with bar_on_stderr(progress) as bar:
+        for batch in bar.track(batches, description="calibrating"):
+            arguments = split_arrays(as_arguments(batch))
+            if not count:
+                run.trace(_dense(params), *arguments)
+                if not watcher.modules:
+                    run, watcher = _by_program(apply, rules, statistics), None
+            jax.block_until_ready(run(params, *arguments))
+            statistics.end_batch()
+            count += 1
     if not count:
         raise ValueError("calibration needs at least one batch")
     if watcher is not None:
@@ -135,15 +136,6 @@ def needs_statistics(rule: Rule | None) -> bool:
 def _wants_amax(rule: Rule) -> bool:
     formats = [rule.activation_format, *rule.operand_formats.values()]
     return rule.act_amax == "static" and any(fmt is not None and fmt.has_tensor_scale for fmt in formats)
-
-
-def _tracked(batches):
-    from rich import get_console
-    from rich.progress import track
-
-    # In notebooks rich draws with ipywidgets, and warns if they are not installed.
-    hidden = get_console().is_jupyter and importlib.util.find_spec("ipywidgets") is None
-    return track(batches, description="calibrating", transient=True, disable=hidden)
 
 
 def _by_modules(apply, rules, statistics):

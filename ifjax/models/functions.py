@@ -131,8 +131,10 @@ class Quantized:
         if self._target is _call:
             args = (self.fn, *args)
         call = _Call.of(args, kwargs, self._holder(args, kwargs))
+        if not self.rules and self.statistics is None and not any(map(_is_wrapped, call.arrays)):
+            return self._target(*args, **kwargs)
         program = self._program(call)
-        if not program.is_changed:
+        if not program.is_changed and not any(isinstance(a, Tracer) for a in call.arrays):
             return self._target(*args, **kwargs)
         key = self.key
         if key is None and isinstance(kwargs.get("rngs"), Mapping):
@@ -171,14 +173,14 @@ class Quantized:
             [leaves[i].get_raw_value() for i in changed], _Static(info)
 
     def _program(self, call: "_Call") -> "_Program":
-        shapes = [abstract(a) if isinstance(a, QTensor | Adapted) else a for a in call.arrays]
+        shapes = [abstract(a) if _is_wrapped(a) else a for a in call.arrays]
         traced = self._tracing.trace(call.spec, shapes)
         closed = traced.jaxpr
         info = traced.out_info[2].value
         if len(closed.jaxpr.invars) != len(shapes):  # fn closes over tracers of an outer transformation
             closed, out = jax.make_jaxpr(functools.partial(self._traced, call.spec), return_shape=True)(shapes)
             info = out[2].value
-        kinds = tuple(jax.tree.structure(a) if isinstance(a, QTensor | Adapted) else None for a in call.arrays)
+        kinds = tuple(jax.tree.structure(a) if _is_wrapped(a) else None for a in call.arrays)
         identity = id(closed), kinds
         if identity not in self._programs:
             self._programs[identity] = _Program(self, closed, info, call)
@@ -207,7 +209,7 @@ class _Program:
             else:
                 self._decide(i, value, site, decision, trains)
         for i, value in enumerate(call.arrays):
-            if isinstance(value, QTensor | Adapted) and self.hows[i] is None:
+            if _is_wrapped(value) and self.hows[i] is None:
                 self.hows[i] = How(is_state=i not in call.parameters.values())
         if rules and call.parameters:
             _check(rules, sites, walk)
@@ -243,7 +245,8 @@ class _Program:
 
     def run(self, arrays: list[Any], key: Any) -> tuple[Any, list[Any]]:
         """Return fn's results in its own structure, and new values of changed variables."""
-        run = self._run if any(isinstance(a, Tracer) for a in self.closed.consts) else self._jitted
+        direct = not self.is_changed or any(isinstance(a, Tracer) for a in self.closed.consts)
+        run = self._run if direct else self._jitted
         outs = run(list(self.closed.consts), arrays, key)
         count = sum(other is None for other in self.info.kept)
         given = iter(outs[:count])
@@ -264,6 +267,11 @@ class _Program:
             values.append(value if how is None else Weight.of(value, how))
         outs = self.rewriter.run(_Open(self.closed.jaxpr, consts), values, key)
         return [out.result() if isinstance(out, Weight) else out for out in outs]
+
+
+def _is_wrapped(value: Any) -> bool:
+    """Return whether a value is a QTensor or an Adapted weight, which fn itself may not take."""
+    return isinstance(value, QTensor | Adapted)
 
 
 def _is_packed(value: Any) -> bool:

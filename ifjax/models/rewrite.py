@@ -133,7 +133,7 @@ class Weight:
 
 
 class Rewriter:
-    """Evaluates programs on weights. Each quantized program has one, which caches the jitted inner programs.
+    """Evaluates programs on weights. Each quantized program has one, which caches the jitted programs and products.
 
     Attributes:
         amax: calibrated amaxes by name of the activations.
@@ -143,6 +143,7 @@ class Rewriter:
     def __init__(self, amax: Mapping[str, float] | None = None, note: Callable[..., Any] | None = None):
         self.amax, self.note = amax, note
         self._inner: dict[Any, Any] = {}
+        self._products: dict[Any, Any] = {}
 
     def run(self, program: Any, values: Sequence[Any], key: jax.Array | None = None) -> list[Any]:
         """Evaluate a program (a ClosedJaxpr); values and results are arrays or Weights."""
@@ -188,6 +189,18 @@ class Rewriter:
         return [Weight.of(out, how) for out in outs]
 
     # --- products ---
+
+    def _product(self, eqn, ins, key):
+        """Evaluate a product as a jitted function. Equal products, as of a model's layers, are traced once."""
+        same = eqn.primitive, tuple(sorted(eqn.params.items())), eqn.outvars[0].aval.dtype, eqn.ctx
+        if same not in self._products:
+            handler = _PRODUCTS[eqn.primitive.name]
+
+            def quantized_product(ins, key):
+                return handler(self, eqn, ins, key)
+
+            self._products[same] = jax.jit(quantized_product)
+        return self._products[same](ins, key)
 
     def _activation(self, how: How, x: Any, axes: tuple[int, ...], layers: Sequence[int] = ()) -> Any:
         """Return the operand to multiply in place of x: x, a QTensor of it, or the result of `note`.
@@ -451,9 +464,12 @@ class Rewriter:
         return call(ins, key)
 
 
-_HANDLERS = {
+_PRODUCTS = {
     "dot_general": Rewriter._dot_general, "conv_general_dilated": Rewriter._conv,
-    "ragged_dot_general": Rewriter._ragged_dot, "jit": Rewriter._jit, "pjit": Rewriter._jit,
+    "ragged_dot_general": Rewriter._ragged_dot,
+}  # fmt: skip
+_HANDLERS = dict.fromkeys(_PRODUCTS, Rewriter._product) | {
+    "jit": Rewriter._jit, "pjit": Rewriter._jit,
     "remat2": Rewriter._remat, "checkpoint": Rewriter._remat, "remat": Rewriter._remat,
     "custom_jvp_call": Rewriter._custom, "custom_vjp_call": Rewriter._custom, "scan": Rewriter._scan,
     "while": Rewriter._while, "cond": Rewriter._cond, "shard_map": Rewriter._shard_map,

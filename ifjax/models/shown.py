@@ -21,4 +21,6 @@ def as_text(shown: Any, width: int) -> str:
 def bar_on_stderr(progress: bool | None) -> Progress:
     """Return a progress bar on stderr that disappears at its end; None shows it only if stderr is a terminal."""
     shown = sys.stderr.isatty() if progress is None else progress
-    return Progress(console=Console(file=sys.stderr), disable=not shown, transient=True)
+    # In notebooks rich would draw with ipywidgets, and warn if they are not installed.
+    console = Console(file=sys.stderr, force_jupyter=False)
+    return Progress(console=console, disable=not shown, transient=True)

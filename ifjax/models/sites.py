@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ifjax.models.leaves import is_leaf
+
 LOOKUP = "it looks rows up and multiplies nothing"
 NO_MATRIX = "it is no matrix"
 NOT_READ = "the model has not read it: the sample does not reach it, or it is of another model"
@@ -142,7 +144,7 @@ def innermost(path: str, modules: Mapping[str, str]) -> str | None:
 def classes_of(tree: Any) -> dict[str, str]:
     """Return class names by path of the modules that a parameter tree consists of, such as Equinox's and NNX's."""
     classes: dict[str, str] = {}
-    for keys, _ in jax.tree_util.tree_leaves_with_path(tree):
+    for keys, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         node: Any = tree
         for depth, key in enumerate(keys):
             if not isinstance(node, Mapping | Sequence) and type(node).__module__.partition(".")[0] != "jax":

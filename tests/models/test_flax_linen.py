@@ -480,12 +480,12 @@ def test_calibration_combines_batches(statistic, of):
     assert found.amax == {"": pytest.approx(float(of(batches)), rel=1e-6)} and found.hessians == {}
 
 
-def test_progress_in_a_notebook_without_widgets_is_not_shown_rather_than_warned_about(monkeypatch):
+def test_progress_in_a_notebook_without_widgets_warns_about_nothing(monkeypatch):
     if importlib.util.find_spec("ipywidgets") is not None:
         pytest.skip("there are widgets")
     monkeypatch.setattr("rich._console", rich.console.Console(force_jupyter=True))
     model, variables, x = build("Dense")
-    assert ifjax.calibrate(model.apply, variables, [x], STATIC).amax
+    assert ifjax.calibrate(model.apply, variables, [x], STATIC, progress=True).amax
 
 
 @pytest.mark.slow
@@ -708,7 +708,7 @@ def test_calibration_leaves_jitted_functions_as_they_were():
     jitted = jax.jit(model.apply)
     before = jitted(variables, x)
     for _ in range(2):
-        assert ifjax.calibrate(jitted, variables, [x], STATIC, progress=False).amax == {"": float(jnp.abs(x).max())}
+        assert ifjax.calibrate(jitted, variables, [x], STATIC).amax == {"": float(jnp.abs(x).max())}
     assert "callback" not in jitted.lower(variables, x).as_text()
     np.testing.assert_array_equal(jitted(variables, x), before)
 

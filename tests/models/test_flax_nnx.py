@@ -186,6 +186,30 @@ def test_a_packed_parameter_reads_as_an_array():
         p.codes  # noqa: B018
 
 
+def test_experts_that_a_program_indexes_stay_packed():
+    """A mixture that takes one expert's matrix after another from its stack, as tunix's does."""
+
+    class Experts(nnx.Module):
+        def __init__(self):
+            self.gate = nnx.Param(normal(3, 32, 16))
+
+        def __call__(self, x):
+            return sum(jnp.tanh(x @ self.gate[i]) for i in range(3))
+
+    graph, state = nnx.split(Experts())
+
+    def call(state, x):
+        return nnx.merge(graph, state)(x)
+
+    packed, report = ifjax.quantize_params(state, ifjax.Rule("gate", "nvfp4"), model=call, sample=(X,))
+    assert len(report.check().quantized) == 1
+    gate = packed["gate"].get_raw_value().dequantize()
+    wanted = sum(jnp.tanh(X @ gate[i]) for i in range(3))
+    np.testing.assert_allclose(ifjax.quantized(call)(packed, X), wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(packed["gate"][1], gate[1])
+    assert jax.eval_shape(lambda: packed["gate"])[1].shape == (32, 16)
+
+
 def test_it_keeps_the_metadata_of_what_it_replaces():
     param = linear(kernel_metadata={"mine": 3}).kernel
     param.set_metadata(out_sharding=("in", "out"))

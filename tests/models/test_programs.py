@@ -14,6 +14,7 @@ from samples import normal
 import ifjax
 from ifjax import Rule
 from ifjax.arrays import QTensor
+from ifjax.models import rewrite
 from ifjax.training import Operand, Product, Recipe, quantized_conv, quantized_dot_general, quantized_ragged_dot
 
 FMT = "nvfp4"
@@ -188,10 +189,38 @@ def test_recipes_are_the_products_that_they_name():
 def test_what_rules_leave_alone_stays_as_it_is_equation_by_equation():
     fn, params, x, _ = PROGRAMS["branches"]
     rules = [Rule("last", FMT), Rule(".*", None)]
+    params = params | {"other": normal(16, 16)}  # of another function: this one does not read it
     before = str(jax.make_jaxpr(lambda p, x: fn(p, x))(params, x))
-    assert str(jax.make_jaxpr(lambda p, x: ifjax.quantized(fn)(p, x))(params, x)) == before
+    for left in ((), Rule("other", FMT)):
+        run = ifjax.quantized(fn, left)
+        assert str(jax.make_jaxpr(lambda p, x, run=run: run(p, x))(params, x)) == before
     after = str(jax.make_jaxpr(lambda p, x: ifjax.quantized(fn, rules)(p, x))(params, x))
     assert after != before and "while" in after and "cond" in after
+
+
+def test_a_function_is_traced_once_and_so_are_equal_products(monkeypatch):
+    """What tracing costs beyond jax.make_jaxpr, counted: figures are in benchmarks/results/clients-cpu.md."""
+    calls = []
+
+    def fn(p, x):
+        calls.append("fn")
+        for w in p["layers"]:
+            x = jnp.tanh(x @ w)
+        return x
+
+    def product(*args, made=rewrite.dot_general, **options):
+        calls.append("product")
+        return made(*args, **options)
+
+    monkeypatch.setattr(rewrite, "dot_general", product)
+    params = {"layers": [normal(16, 16, seed=i) for i in range(4)]}
+    ifjax.trace_products(fn, params, X)
+    jax.make_jaxpr(ifjax.quantized(fn, Rule("other", FMT)))(params | {"other": normal(16, 16)}, X)
+    assert calls == ["fn", "fn"]
+    packed, _ = ifjax.quantize_params(params, ALL, model=fn, sample=X)
+    calls.clear()
+    text = str(jax.make_jaxpr(ifjax.quantized(fn, W4A4))(packed, X))
+    assert calls == ["fn", "product"] and text.count("name=quantized_product") == 4
 
 
 def test_the_wrapped_function_is_one_key_in_caches_and_traces_once():

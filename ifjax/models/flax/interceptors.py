@@ -32,6 +32,9 @@ def inference(
 
     With act_amax="tensor" the amax is that of the current array, which is a part of the whole under vmap and shard_map.
 
+    Rules without effect are not reported, because an interceptor does not know which models its context will still
+    call. `ifjax.quantize_params` and `ifjax.quantized` report them.
+
     Enter the context inside the jitted function, or use `ifjax.quantized`, which does so: jax.jit reuses programs that
     it compiled outside the context, and keeps those that it compiled inside.
 

@@ -77,10 +77,11 @@ class PackedParam(nnx.Variable):
     def get_value(self, *, index: Any = ...) -> Float[Array, "..."]:
         """Return the decoded array in the original dtype, indexed by `index` if one is given."""
         q = self._raw_value
-        if not isinstance(q, QTensor):  # Flax has put another tree in its place, such as one of shardings
-            return q
+        if not isinstance(q, QTensor):  # a traced array of `quantized`, or a tree that Flax put here, as of shardings
+            return q if index is ... else q[index]
         if isinstance(q.codes, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(q.shape, q.dtype)  # pyright: ignore[reportReturnType]
+            shape: Any = jax.ShapeDtypeStruct(q.shape, q.dtype)
+            return shape if index is ... else jax.eval_shape(lambda a: a[index], shape)
         if not all(isinstance(a, jax.Array | np.ndarray) for a in (q.codes, q.scales)):
             return q  # pyright: ignore[reportReturnType]
         value = q.dequantize()
