@@ -67,7 +67,8 @@ def encode(
         raise ValueError(reason)
     if codec.noises and noise is None:
         raise ValueError("this codec draws noise, got noise=None: pass a Noise")
-    at, args = _Blocks(x.shape, axis, codec), [scalars, tables, x]
+    del scalars  # they are in the last row of the tables: a slice of its own would cost a launch
+    at, args = _Blocks(x.shape, axis, codec), [tables, x]
     if codec.noises and noise is not None:
         args += [noise.base, noise.strides, noise.seeds]
     shapes = []
@@ -77,8 +78,8 @@ def encode(
     if wants_values:
         shapes.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
     body = functools.partial(
-        _encode_blocks, at=at, codec=codec, own=(len(scalars) > 1, len(tables) > 1), rotation=rotation,
-        wants_codes=wants_codes, wants_values=wants_values,
+        _encode_blocks, at=at, codec=codec, own=len(tables) > 1, rotation=rotation, wants_codes=wants_codes,
+        wants_values=wants_values,
     )  # fmt: skip
     return _run(body, "encode_blocks", at, args, shapes, interpret)
 
@@ -162,7 +163,7 @@ class _Blocks:
         return (matrix * length + along) * self.across + across
 
 
-def _encode_blocks(scalars, tables, x, *refs, at, codec, own, rotation, wants_codes, wants_values):
+def _encode_blocks(tables, x, *refs, at, codec, own, rotation, wants_codes, wants_values):
     refs = iter(refs)
     numbers = [next(refs) for _ in range(3)] if codec.noises else None
     codes, headers = (next(refs), next(refs)) if wants_codes else (None, None)
@@ -174,7 +175,8 @@ def _encode_blocks(scalars, tables, x, *refs, at, codec, own, rotation, wants_co
     xs = [plgpu.load(x.at[i], mask=mask, other=0.0).astype(jnp.float32) for i, mask in zip(ats, masks, strict=True)]
     if rotation is not None:
         xs = [rounded(y, x.dtype) for y in _rotated(xs, rotation)]
-    known = [scalars[(matrix * 4 if own[0] else 0) + i] for i in range(4)]
+    end = tables.shape[0] // at.matrices * (matrix + 1) if own else tables.shape[0]
+    known = [tables[end - LANES + i] for i in range(codec.scalars)]
     noise = None
     if numbers is not None:
         base, strides, seeds = numbers
@@ -186,7 +188,7 @@ def _encode_blocks(scalars, tables, x, *refs, at, codec, own, rotation, wants_co
         ]
         noise = list(zip(*drawn, strict=True))
     words, header, some = codec.encode(
-        xs, noise, known, _lookup(tables, at, matrix, own[1]), wants_codes=wants_codes, wants_values=wants_values,
+        xs, noise, known, _lookup(tables, at, matrix, own), wants_codes=wants_codes, wants_values=wants_values,
         across=functools.partial(_across, size=codec.block) if codec.is_square else None,
     )  # fmt: skip
     if codes is not None and headers is not None:

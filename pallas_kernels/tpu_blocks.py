@@ -39,12 +39,14 @@ class Codec(Protocol):
         block: number of values per block.
         bits: number of bits per code.
         noises: number of random numbers per element.
+        scalars: number of scalars that `encode` takes, with which the last row of the encoder's table begins.
         is_square: whether blocks are square: `block` adjacent blocks share their scale and choice.
     """
 
     block: int
     bits: int
     noises: int
+    scalars: int
     is_square: bool
 
     def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:

@@ -167,7 +167,8 @@ def multiples(q: QTensor, dtype: Any) -> tuple[jax.Array, Any]:
     exactly. q has one amax or none.
     """
     values, units = _in_units(q, dtype)
-    return values, divide(1 if q.amax is None else factor_of(q), units)
+    factor = jnp.float32(1) if q.amax is None else factor_of(q)
+    return values, factor if units == 1 else divide(factor, units)
 
 
 # From about this many rows on, a product is bound by arithmetic (an H200 does 206 operations for each byte of weights
