@@ -31,6 +31,7 @@ from ifjax.numerics.xla import after, divide, in_axes, materialize
 from ifjax.products.backends import (
     BACKENDS,
     backend_for,
+    blocked_along,
     common_multiple,
     decoding_of,
     factor_of,
@@ -192,7 +193,12 @@ def _two_packed(lhs, rhs, how):
     backend = BACKENDS.get(path)
     if backend is None or not backend.pairs or (how.impl is None and _fault(backend, lhs, rhs, how)):
         return by_xla(lhs, rhs)
-    by_pairs = functools.partial(backend.load().matmul, dtype=how.out_dtype)
+
+    def by_pairs(lhs, rhs):
+        (left,), (right,) = how.dims.numbers[0]
+        lhs, rhs = blocked_along(lhs, left - lhs.ndim), blocked_along(rhs, right - rhs.ndim)
+        return backend.load().matmul(lhs, rhs, dtype=how.out_dtype)
+
     if how.impl is not None:
         checked_impl(how.impl, lhs, rhs, how.dims, how.dtype)
         return by_pairs(lhs, rhs)
