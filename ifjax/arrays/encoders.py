@@ -228,7 +228,7 @@ def encode_by_kernel(
     x: jax.Array, key: jax.Array | None, amax: jax.Array | None, *, encoder: Encoder, how: Encoding, axis: int,
     amax_axes: tuple[int, ...], wants_codes: bool, wants_values: bool, rotation: Rotated | None = None,
 ) -> tuple[list[jax.Array], jax.Array | None]:  # fmt: skip
-    """Encode x, rotated first if `rotation` is given, with a kernel; return ([packed codes, scale bytes, values], amax).
+    """Encode x with a kernel, rotated first if so asked; return ([packed codes, scale bytes, values], amax).
 
     The list holds only the wanted arrays. Codes and scales have the shapes of a QTensor, values that of x.
     """
