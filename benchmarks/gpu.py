@@ -86,16 +86,14 @@ class Cell(NamedTuple):
     speedup: float
 
 
-def errors_of_kernels(machine: Machine, rows: int | None = None) -> list[tuple[str, float, float]]:
-    """Return (name, error, bound) of each kind of product, with errors relative to the result's norm.
-
-    Products with more than `rows` rows are left out.
-    """
+def errors_of_kernels(
+    machine: Machine, formats: tuple[str, ...] = ("if4", "nvfp4", "fouroversix", "nvint4")
+) -> list[tuple[str, float, float]]:
+    """Return (name, error, bound) of each kind of product, with errors relative to the result's norm."""
     rng, impl = np.random.default_rng(0), machine.impl
     found = []
-    shapes = ((1, 512, 1024), (5, 200, 1008), (64, 512, 2048), (300, 384, 1024), (1024, 256, 512))
-    for fmt in ("if4", "nvfp4", "fouroversix", "nvint4"):
-        for m, n, k in (shape for shape in shapes if rows is None or shape[0] <= rows):
+    for fmt in formats:
+        for m, n, k in ((1, 512, 1024), (5, 200, 1008), (64, 512, 2048), (300, 384, 1024), (1024, 256, 512)):
             w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
             for dtype, bound in machine.dtypes:
                 q = ifjax.quantize(w.astype(dtype), fmt, axis=-2)
@@ -124,7 +122,7 @@ def over_all(product: Callable) -> Callable:
 
 def contenders(m: int, n: int, k: int, machine: Machine) -> tuple[int, dict[str, Callable[[], Any]]]:
     """Return the number of products per call, and the calls by name."""
-    count, impl = min(max(4, int(BYTES / (n * k * 0.5625))), 64), machine.impl
+    count, impl = max(4, int(BYTES / (n * k * 0.5625))) if n * k >= 2**20 else 4, machine.impl
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((m, k)), jnp.bfloat16)
     w = jax.random.normal(jax.random.key(0), (k, n), jnp.bfloat16)
@@ -202,14 +200,16 @@ def cells(m: int, n: int, k: int, machine: Machine, rounds: int = ROUNDS) -> lis
     ]
 
 
-def quantize_rates(size: int, rounds: int = ROUNDS) -> list[dict]:
+def quantize_rates(
+    size: int, rounds: int = ROUNDS, formats: tuple[str, ...] = ("if4", "nvfp4", "fouroversix")
+) -> list[dict]:  # fmt: skip
     """Return the rates of quantize and of a copy, in GB/s of the bytes that they must move, and their ratio."""
     rows = []
     for dtype in (jnp.float32, jnp.bfloat16):
         xs = copies(jax.random.normal(jax.random.key(0), (size, size), dtype), 4)
         read = size * size * jnp.dtype(dtype).itemsize
         programs = {"copy": (jax.jit(lambda xs: [x + 1 for x in xs]), 2 * read)}
-        for fmt in ("if4", "nvfp4", "fouroversix"):
+        for fmt in formats:
             quantize = functools.partial(ifjax.quantize, fmt=fmt)
             programs[fmt] = jax.jit(lambda xs, f=quantize: [f(x) for x in xs]), read + size * size * 0.5625
         times = seconds_in_turn({name: functools.partial(f, xs) for name, (f, _) in programs.items()}, rounds)
@@ -261,7 +261,7 @@ def faults(machine: Machine, dry: bool) -> int:
     for name, fault in checks:
         print(f"{'bits' if fault is None else 'WRONG'} {name} {fault or ''}", file=sys.stderr)
         found += fault is not None
-    for what, error, bound in errors_of_kernels(machine, 5 if dry else None):
+    for what, error, bound in errors_of_kernels(machine, ("nvfp4",)) if dry else errors_of_kernels(machine):
         wrong = not error <= bound
         print(f"{'WRONG' if wrong else 'error'} {error:.1e} of at most {bound:.1e} {what}", file=sys.stderr)
         found += wrong
@@ -277,6 +277,12 @@ def main(machine: Machine = GPU) -> int:
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="of x")
     parser.add_argument("--dry", action="store_true", help="interpret kernels, on tiny shapes, to test this program")
     args = parser.parse_args()
+    with ifjax.kernels("never" if args.dry else "auto"):  # the interpreter is asked for where it is tested
+        return measure(machine, args)
+
+
+def measure(machine: Machine, args: argparse.Namespace) -> int:
+    """Check and measure the kernels as `main` was asked to."""
     end = time.monotonic() + 60 * args.minutes
     device, rounds = jax.devices()[0], 1 if args.dry else ROUNDS
     if args.dry:
@@ -290,8 +296,7 @@ def main(machine: Machine = GPU) -> int:
     if faults(machine, args.dry):
         return 1
 
-    with ifjax.kernels("never" if args.dry else "auto"):
-        rates = quantize_rates(64 if args.dry else 8192, rounds)
+    rates = quantize_rates(64, rounds, ("nvfp4",)) if args.dry else quantize_rates(8192, rounds)
     results, skipped, longest = [], [], 0.0
     # The largest weights come last. They take the longest, and if time runs out, smaller ones were measured at every M.
     for n, k in (map(int, shape.split("x")) for shape in args.shapes):
