@@ -160,7 +160,7 @@ def quantize_rotated(
     if encoder is not None and not isinstance(signs, Tracer):
         rotation = Rotated(size, tuple(int(sign) for sign in signs))
         reason = refusal(encoder, x, how, axis, 0, is_weighed=False, is_clipped=False, rotation=rotation)
-        if reason is None and x.dtype in (np.float32, jnp.bfloat16):
+        if reason is None:
             x, place = checked(x, how, axis, amax, key=key)
             data = x, key, place.pop("amax"), None
             return _quantize(*data, how=how, rotation=rotation, **place)

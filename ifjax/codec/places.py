@@ -389,10 +389,10 @@ def _listed(c: Candidate) -> tuple[int, ...]:
 def _full(shape, amax, *arrays):
     """Broadcast int32 and float32 arrays to a shape, hidden from XLA's simplification.
 
-    XLA would reassociate and fold factors that are scalars or constants. It cannot, where each element depends on a
-    sign bit of amax, which it does not know to be zero. Barriers would do too, but cost a GPU a launch each.
+    XLA would reassociate and fold factors that are scalars or constants. It cannot, where each element depends on bits
+    of amax that it does not know to be zero. Barriers would do too, but cost a GPU a launch each.
     """
-    zero = lax.shift_right_logical(jnp.broadcast_to(bits_of(amax), shape), np.int32(31))
+    zero = (jnp.broadcast_to(bits_of(amax), shape) & np.int32(1)) >> np.int32(1)
     zeros = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) & zero
     full = []
     for a in map(jnp.asarray, arrays):

@@ -172,11 +172,6 @@ def multiples(q: QTensor, dtype: Any) -> tuple[jax.Array, Any]:
     return values, factor if units == 1 else divide(factor, units)
 
 
-# From about this many rows on, a product is bound by arithmetic (an H200 does 206 operations for each byte of weights
-# in bfloat16). As lhs is decoded anyway, a kernel that decodes rhs only adds a rearrangement and a float32 result.
-_COMPUTE_BOUND = 256
-
-
 def _two_packed(lhs, rhs, how):
     """Return the product of two packed operands; a scalar tensor scale of lhs is applied to the result."""
 
@@ -184,8 +179,7 @@ def _two_packed(lhs, rhs, how):
         if lhs.amax is not None and lhs.amax.ndim:
             return _one_packed(lhs.dequantize(how.dtype), rhs, how)
         values, factor = multiples(lhs, how.dtype)
-        rows = math.prod(n for i, n in enumerate(lhs.shape) if i not in how.dims.x_contracted)
-        impl = "xla" if how.impl is None and rows >= _COMPUTE_BOUND else how.impl
+        impl = "xla" if path == "xla" else how.impl
         y = _one_packed(values, rhs, dataclasses.replace(how, out_dtype=accumulator(how.out_dtype), impl=impl))
         return (y * factor).astype(how.out_dtype)
 

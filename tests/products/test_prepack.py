@@ -295,3 +295,12 @@ def test_square_blocks_are_those_of_either_axis(axis):
     again = ifjax.quantize(normal(40, 24), "nvfp4", axis=-3 - axis, block_2d=True)
     for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("rows", "path"), [(8, "hopper"), (256, "xla")])
+def test_many_packed_rows_are_not_for_a_kernel_that_decodes_the_weights_only(rows, path):
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, 64), (64, 32)))
+    x, w = jax.eval_shape(ifjax.quantize, x), jax.eval_shape(lambda w: ifjax.quantize(w, axis=-2), w)
+    explanation = ifjax.explain_matmul(x, w, target="H200")
+    assert explanation.path == path
+    assert ("both are decoded" in explanation.reason) == (path == "xla")
