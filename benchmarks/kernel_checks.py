@@ -21,8 +21,7 @@ FORMATS = ("if4", "nvfp4", "fouroversix", "nvint4", "mxfp4")
 def interpret_kernels(kernel: Any) -> None:
     """Let CPUs interpret a kernel module such as `pallas_kernels.gpu_blocks`, instead of their own way by XLA."""
     interpreted = SimpleNamespace(
-        Noise=kernel.Noise, Rotation=kernel.Rotation, supports=kernel.supports,
-        encode=functools.partial(kernel.encode, interpret=True),
+        Noise=kernel.Noise, supports=kernel.supports, encode=functools.partial(kernel.encode, interpret=True),
         decode=functools.partial(kernel.decode, interpret=True),
     )  # fmt: skip
     ENCODERS.register(Encoder("interpreted", "cpu", r"^cpu$", lambda: interpreted))

@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.tpu_blocks import LANES, Codec, Noise, Rotation, rotated, rounded
 
-__all__ = ["Noise", "Rotation", "decode", "encode", "supports"]
+__all__ = ["Noise", "decode", "encode", "supports"]
 
 THREADS = 128
 

@@ -134,10 +134,12 @@ def encode(
     Args:
         x: float32 or bfloat16 [L, R, C].
         scalars: float32 [L, s], or [1, s] shared by all matrices: arguments of the codec's `encode`.
-        tables: float32 [L, rows, 128], or [1, rows, 128] shared by all; rows a multiple of 8: its look-up table.
+        tables: float32 [L, rows, 128], or [1, rows, 128] shared by all; rows a multiple of 8: its look-up table, whose
+            last row begins with the scalars, which the GPU's kernel reads there.
         noise: required if the codec draws noise.
         signs: float32 [size], required if the rotation's signs are None.
         axis: the blocked axis, -1 or -2.
+        rotation: applied to runs along the axis before encoding; None for none.
 
     Returns:
         uint8 codes, packed along the axis from the lowest bits of a byte, [L, R, C / 8 * bits] or [L, R / 8 * bits, C],

@@ -63,7 +63,7 @@ class Encoder:
 
 
 class Rotated(NamedTuple):
-    """A Hadamard transform of runs along the blocked axis before they are encoded; hashable.
+    """A Hadamard transform of runs along the blocked axis before they are encoded; hashable. Kernels take it as it is.
 
     Attributes:
         size: the length of a run, as for `hadamard`.
@@ -206,9 +206,9 @@ def _refusal_of_shape(shape, axis, amax_ndim):
 def _refusal_of_kernel(encoder, shape, dtype, how, axis, amax_ndim, rotation=None):
     if dtype not in (np.float32, jnp.bfloat16):
         return f"values must be float32 or bfloat16, got {dtype}"
-    matrices, kernel = jax.ShapeDtypeStruct(_as_matrices(shape, axis, amax_ndim), dtype), encoder.load()
-    turn = {} if rotation is None else {"rotation": kernel.Rotation(*rotation)}
-    return kernel.supports(PlaceCodec(how, np.dtype(dtype)), matrices, -1 if axis == -1 else -2, **turn)
+    matrices = jax.ShapeDtypeStruct(_as_matrices(shape, axis, amax_ndim), dtype)
+    turn = {} if rotation is None else {"rotation": rotation}
+    return encoder.load().supports(PlaceCodec(how, np.dtype(dtype)), matrices, -1 if axis == -1 else -2, **turn)
 
 
 def _lead(x, how, amax_ndim):
@@ -319,7 +319,7 @@ def _encode_matrices(amax, x, noise, *, encoder, how, axis, wants_codes, wants_v
         noise = kernel.Noise(noise[0], jnp.asarray(strides(x.shape)[1:], jnp.int32), noise[1])
     settings = {"codec": codec, "axis": axis, "wants_codes": wants_codes, "wants_values": wants_values}
     if rotation is not None:
-        settings["rotation"] = kernel.Rotation(*rotation)
+        settings["rotation"] = rotation
     return tuple(kernel.encode(x, scalars, tables, noise, **settings))
 
 

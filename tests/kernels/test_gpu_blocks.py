@@ -17,7 +17,7 @@ from pallas_kernels import gpu_blocks
 class Interpreted:
     """The kernels as CPUs interpret them."""
 
-    Noise, Rotation, supports = gpu_blocks.Noise, gpu_blocks.Rotation, staticmethod(gpu_blocks.supports)
+    Noise, supports = gpu_blocks.Noise, staticmethod(gpu_blocks.supports)
 
     @staticmethod
     def encode(*args, **settings):
