@@ -1,8 +1,9 @@
 """The time of products with packed weights on an NVIDIA GPU, compared with bfloat16 and other products.
 
-    python benchmarks/gpu.py [--json FILE] [--minutes 7.5] [--shapes 4096x4096 ...] [--rows 1 16 ...]
+    python benchmarks/gpu.py [--json FILE] [--minutes 7.5] [--shapes 4096x4096 ...] [--rows 1 16 ...] [--dry]
 
-First every kernel is compared with float64. If one is wrong, nothing is timed and the exit code is 1. Then all
+First the encoders' and decoders' bits are compared with golden vectors and with XLA's, and products with float64. If
+one is wrong, nothing is timed and the exit code is 1. Then all
 contenders of a cell (M rows of x, N x K weights) are timed in turn, round by round; a ratio is the median of the ratios
 within a round. One call runs the product on many weights, each with its own x. Together they are several times larger
 than the L2 cache, so that weights are read from memory, as in a model, and the cost of dispatch is shared. The calls
@@ -16,7 +17,8 @@ the bytes that it must read and write, and compared with a copy. Cells that are 
 listed.
 
 The table is written to standard output as Markdown, progress to standard error. Without a GPU the program prints this
-and exits with code 2.
+and exits with code 2. `--dry` tests the program without one: kernels are interpreted, XLA multiplies,
+shapes are tiny.
 """
 
 import argparse
@@ -36,13 +38,41 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kernel_checks import faults_of_encoders, faults_of_golden, interpret_kernels
 
 import ifjax
+from pallas_kernels import gpu_blocks
 
 SHAPES = ((4096, 4096), (8192, 8192), (28672, 8192))
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 BYTES = 600e6  # bytes of packed weights in one call
 ROUNDS = 7
+
+
+class Machine(NamedTuple):
+    """Where kernels are measured.
+
+    Attributes:
+        script: name of the script.
+        platform: JAX's name of the platform.
+        name: what the platform is called in messages.
+        impl: name of the kernel for products.
+        dtypes: dtypes of x in products, each with the bound on errors relative to the norm of the result. It covers a
+            float32 sum and, in bfloat16, one rounding of each weight by at most 2^-8 of it.
+        blocks: module of the kernels that encode and decode.
+    """
+
+    script: str
+    platform: str
+    name: str
+    impl: str
+    dtypes: tuple[tuple[Any, float], ...]
+    blocks: Any
+
+
+GPU = Machine(
+    "gpu.py", "gpu", "an NVIDIA GPU", "hopper", ((jnp.bfloat16, 2.0**-8), (jnp.float16, 1e-5)), gpu_blocks
+)  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -56,26 +86,27 @@ class Cell(NamedTuple):
     speedup: float
 
 
-def errors_of_kernels(impl: str) -> list[tuple[str, float, float]]:
+def errors_of_kernels(
+    machine: Machine, formats: tuple[str, ...] = ("if4", "nvfp4", "fouroversix", "nvint4")
+) -> list[tuple[str, float, float]]:
     """Return (name, error, bound) of each kind of product, with errors relative to the result's norm."""
-    rng = np.random.default_rng(0)
+    rng, impl = np.random.default_rng(0), machine.impl
     found = []
-    for fmt in ("if4", "nvfp4", "fouroversix", "nvint4"):
+    for fmt in formats:
         for m, n, k in ((1, 512, 1024), (5, 200, 1008), (64, 512, 2048), (300, 384, 1024), (1024, 256, 512)):
             w = jnp.asarray(rng.standard_normal((k, n)), jnp.float32)
-            # The bound covers a float32 sum and, in bfloat16, one rounding of each weight by at most 2^-8 of it.
-            for dtype, bound in ((jnp.float16, 1e-5), (jnp.bfloat16, 2.0**-8)):
+            for dtype, bound in machine.dtypes:
                 q = ifjax.quantize(w.astype(dtype), fmt, axis=-2)
                 x = jnp.asarray(rng.standard_normal((m, k)), dtype)
-                y = ifjax.matmul(x, prepack(q), preferred_element_type=jnp.float32, impl=impl)
+                y = ifjax.matmul(x, prepack(q, impl), preferred_element_type=jnp.float32, impl=impl)
                 wanted = np.asarray(x, np.float64) @ np.asarray(q.dequantize(jnp.float32), np.float64)
                 error = float(np.linalg.norm(np.asarray(y, np.float64) - wanted) / np.linalg.norm(wanted))
                 found.append((f"{fmt} {m} x {n} x {k} {jnp.dtype(dtype).name}", error, bound))
     return found
 
 
-def prepack(q):
-    return ifjax.prepack(q, target="H200") if jax.default_backend() == "gpu" else q
+def prepack(q, impl: str):
+    return q if impl == "xla" else ifjax.prepack(q)
 
 
 def copies(tree, count: int) -> list:
@@ -89,22 +120,23 @@ def over_all(product: Callable) -> Callable:
     return jax.jit(lambda xs, ws: [one(x, w) for x, w in zip(xs, ws, strict=True)])
 
 
-def contenders(m: int, n: int, k: int, impl: str) -> tuple[int, dict[str, Callable[[], Any]]]:
+def contenders(m: int, n: int, k: int, machine: Machine) -> tuple[int, dict[str, Callable[[], Any]]]:
     """Return the number of products per call, and the calls by name."""
-    count = max(4, int(BYTES / (n * k * 0.5625)))
+    count, impl = max(4, int(BYTES / (n * k * 0.5625))) if n * k >= 2**20 else 4, machine.impl
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((m, k)), jnp.bfloat16)
     w = jax.random.normal(jax.random.key(0), (k, n), jnp.bfloat16)
     # x is copied only if it is small. A large x is read from memory in any case.
     xs = copies(x, count) if m <= 64 else [x] * count
-    halves = [x.astype(jnp.float16) for x in xs] if m <= 64 else [x.astype(jnp.float16)] * count
+    each_x = xs if m <= 64 else xs[:1]
+    others = [[x.astype(dtype) for x in each_x] * (count // len(each_x)) for dtype, _ in machine.dtypes]
     calls = {"bfloat16": functools.partial(over_all(jnp.dot), xs, copies(w, count))}
     kernel = functools.partial(ifjax.matmul, impl=impl)
     # A product has the promoted dtype of x and of the quantized weights, so both have the same dtype.
-    for fmt, inputs in (("if4", xs), ("if4", halves), ("nvfp4", xs)):
+    for fmt, inputs in (*(("if4", each) for each in others), ("nvfp4", xs)):
         dtype = inputs[0].dtype
         q = ifjax.quantize(w.astype(dtype), fmt, axis=-2)
-        calls[f"{fmt}, {dtype.name}"] = functools.partial(over_all(kernel), inputs, copies(prepack(q), count))
+        calls[f"{fmt}, {dtype.name}"] = functools.partial(over_all(kernel), inputs, copies(prepack(q, impl), count))
         if "if4, XLA" not in calls:
             xla = functools.partial(ifjax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())), impl="xla")
             calls["if4, XLA"] = functools.partial(over_all(xla), inputs, copies(q, count))
@@ -158,8 +190,8 @@ def seconds_in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[st
     return {name: np.array(seconds) for name, seconds in times.items()}
 
 
-def cells(m: int, n: int, k: int, impl: str, rounds: int = ROUNDS) -> list[Cell]:
-    count, calls = contenders(m, n, k, impl)
+def cells(m: int, n: int, k: int, machine: Machine, rounds: int = ROUNDS) -> list[Cell]:
+    count, calls = contenders(m, n, k, machine)
     times = seconds_in_turn(calls, rounds)
     base = times["bfloat16"]
     return [
@@ -168,14 +200,16 @@ def cells(m: int, n: int, k: int, impl: str, rounds: int = ROUNDS) -> list[Cell]
     ]
 
 
-def quantize_rates(size: int, rounds: int = ROUNDS) -> list[dict]:
+def quantize_rates(
+    size: int, rounds: int = ROUNDS, formats: tuple[str, ...] = ("if4", "nvfp4", "fouroversix")
+) -> list[dict]:  # fmt: skip
     """Return the rates of quantize and of a copy, in GB/s of the bytes that they must move, and their ratio."""
     rows = []
     for dtype in (jnp.float32, jnp.bfloat16):
         xs = copies(jax.random.normal(jax.random.key(0), (size, size), dtype), 4)
         read = size * size * jnp.dtype(dtype).itemsize
         programs = {"copy": (jax.jit(lambda xs: [x + 1 for x in xs]), 2 * read)}
-        for fmt in ("if4", "nvfp4", "fouroversix"):
+        for fmt in formats:
             quantize = functools.partial(ifjax.quantize, fmt=fmt)
             programs[fmt] = jax.jit(lambda xs, f=quantize: [f(x) for x in xs]), read + size * size * 0.5625
         times = seconds_in_turn({name: functools.partial(f, xs) for name, (f, _) in programs.items()}, rounds)
@@ -204,7 +238,8 @@ def report(about: dict, results: list[Cell], rates: list[dict], skipped: list[st
     def table(*header: str) -> list[str]:
         return ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
 
-    lines = [f"# gpu.py on {about['device']}, {about['date']}", "", f"jax {about['jax']}; {about['rounds']} rounds."]
+    lines = [f"# {about['script']} on {about['device']}, {about['date']}", ""]
+    lines += [f"jax {about['jax']}; {about['rounds']} rounds."]
     lines += table("M", "N x K", "contender", "us", "times as fast as bfloat16", "TB/s of weights", "Tflop/s")
     for m, n, k, name, microseconds, speedup in results:
         bits = 16 if name in ("bfloat16", "torch bfloat16") else 4.5
@@ -219,29 +254,49 @@ def report(about: dict, results: list[Cell], rates: list[dict], skipped: list[st
     return "\n".join([*lines, "", *(f"Not reached: {cell}" for cell in skipped)])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser("python benchmarks/gpu.py")
+def faults(machine: Machine, dry: bool) -> int:
+    """Compare all kernels with what they must give, and return the number of those that are wrong."""
+    found = 0
+    checks = [*faults_of_golden(("mxfp4",))] if dry else [*faults_of_golden(), *faults_of_encoders()]
+    for name, fault in checks:
+        print(f"{'bits' if fault is None else 'WRONG'} {name} {fault or ''}", file=sys.stderr)
+        found += fault is not None
+    for what, error, bound in errors_of_kernels(machine, ("nvfp4",)) if dry else errors_of_kernels(machine):
+        wrong = not error <= bound
+        print(f"{'WRONG' if wrong else 'error'} {error:.1e} of at most {bound:.1e} {what}", file=sys.stderr)
+        found += wrong
+    return found
+
+
+def main(machine: Machine = GPU) -> int:
+    """Check and measure the kernels; return the exit code: 1 if one is wrong, 2 if there is no such machine."""
+    parser = argparse.ArgumentParser(f"python benchmarks/{machine.script}")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--minutes", type=float, default=7.5)
     parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES], help="of weights, NxK")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="of x")
+    parser.add_argument("--dry", action="store_true", help="interpret kernels, on tiny shapes, to test this program")
     args = parser.parse_args()
-    end = time.monotonic() + 60 * args.minutes
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        print(f"gpu.py measures on an NVIDIA GPU, and here is a {device.platform}: run it there.", file=sys.stderr)
-        return 2
+    with ifjax.kernels("never" if args.dry else "auto"):  # the interpreter is asked for where it is tested
+        return measure(machine, args)
 
-    failed = False
-    for what, error, bound in errors_of_kernels("hopper"):
-        print(f"error {error:.1e} {what}", file=sys.stderr)
-        if not error <= bound:
-            failed = True
-            print(f"WRONG: {what} is off by {error:.1e}, more than {bound:.1e}", file=sys.stderr)
-    if failed:
+
+def measure(machine: Machine, args: argparse.Namespace) -> int:
+    """Check and measure the kernels as `main` was asked to."""
+    end = time.monotonic() + 60 * args.minutes
+    device, rounds = jax.devices()[0], 1 if args.dry else ROUNDS
+    if args.dry:
+        interpret_kernels(machine.blocks)
+        machine = machine._replace(impl="xla")
+        args.shapes, args.rows = ["128x128"], [1]
+    elif device.platform != machine.platform:
+        print(f"{machine.script} measures on {machine.name}, and here is a {device.platform}: run it there.",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    if faults(machine, args.dry):
         return 1
 
-    rates = quantize_rates(8192)
+    rates = quantize_rates(64, rounds, ("nvfp4",)) if args.dry else quantize_rates(8192, rounds)
     results, skipped, longest = [], [], 0.0
     # The largest weights come last. They take the longest, and if time runs out, smaller ones were measured at every M.
     for n, k in (map(int, shape.split("x")) for shape in args.shapes):
@@ -250,17 +305,18 @@ def main() -> int:
                 skipped.append(f"{m} x {n} x {k}")
                 continue
             start = time.monotonic()
-            found = cells(m, n, k, "hopper")
+            found = cells(m, n, k, machine, rounds)
             longest = max(longest, time.monotonic() - start)
             results += found
             print(
                 f"{m} x {n} x {k}: {', '.join(f'{c.contender} {c.microseconds:.1f}' for c in found)}", file=sys.stderr
             )
     about = {
-        "device": device.device_kind,
+        "script": machine.script,
+        "device": device.device_kind + ", dry: these are no figures" * args.dry,
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
-        "rounds": ROUNDS,
+        "rounds": rounds,
     }
     print(report(about, results, rates, skipped))
     if args.json:

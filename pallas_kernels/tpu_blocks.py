@@ -39,12 +39,14 @@ class Codec(Protocol):
         block: number of values per block.
         bits: number of bits per code.
         noises: number of random numbers per element.
+        scalars: number of scalars that `encode` takes, with which the last row of the encoder's table begins.
         is_square: whether blocks are square: `block` adjacent blocks share their scale and choice.
     """
 
     block: int
     bits: int
     noises: int
+    scalars: int
     is_square: bool
 
     def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
@@ -93,7 +95,7 @@ class Noise(NamedTuple):
     seeds: jax.Array
 
 
-def supports(codec: Codec, x: Any, axis: int) -> str | None:
+def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) -> str | None:
     """Return the reason why `encode` cannot take an array or shape x [L, R, C]; None if it can."""
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"values must be float32 or bfloat16, got {x.dtype}"
@@ -103,6 +105,10 @@ def supports(codec: Codec, x: Any, axis: int) -> str | None:
         return f"a block has too many bits for registers: {codec.block} x {codec.bits}"
     if x.shape[0] > 2048:
         return f"scalar memory has room for what 2048 matrices have of their own, got {x.shape[0]}"
+    if rotation is not None and x.shape[axis] % rotation.size:
+        return f"it rotates whole runs of {rotation.size}, got {x.shape[axis]} values"
+    if rotation is not None and _Tile.of(x.shape, axis, codec).length % (SUBLANES * rotation.size):
+        return f"its tiles hold no {SUBLANES} runs of {rotation.size}"
     return None
 
 
@@ -128,10 +134,12 @@ def encode(
     Args:
         x: float32 or bfloat16 [L, R, C].
         scalars: float32 [L, s], or [1, s] shared by all matrices: arguments of the codec's `encode`.
-        tables: float32 [L, rows, 128], or [1, rows, 128] shared by all; rows a multiple of 8: its look-up table.
+        tables: float32 [L, rows, 128], or [1, rows, 128] shared by all; rows a multiple of 8: its look-up table, whose
+            last row begins with the scalars, which the GPU's kernel reads there.
         noise: required if the codec draws noise.
         signs: float32 [size], required if the rotation's signs are None.
         axis: the blocked axis, -1 or -2.
+        rotation: applied to runs along the axis before encoding; None for none.
 
     Returns:
         uint8 codes, packed along the axis from the lowest bits of a byte, [L, R, C / 8 * bits] or [L, R / 8 * bits, C],
@@ -140,7 +148,7 @@ def encode(
     Raises:
         ValueError: `supports` returns a reason; noise or signs are missing.
     """
-    if reason := supports(codec, x, axis):
+    if reason := supports(codec, x, axis, rotation):
         raise ValueError(reason)
     tile = _Tile.of(x.shape, axis, codec)
     count, wide = x.shape[0], 1 if x.dtype == jnp.float32 else 2
@@ -489,7 +497,7 @@ def _rotate_all(source, tile, rotation, signs, dtype):
     def run(g, _):
         first = g * (SUBLANES * size)
         places = [p * s for p, s in zip(_load(source, first, size, dtype), known, strict=True)]
-        _store(source, first, size, [_rounded(p, dtype) for p in rotated(places)], dtype)
+        _store(source, first, size, [rounded(p, dtype) for p in rotated(places)], dtype)
         return 0
 
     lax.fori_loop(0, tile.length // (SUBLANES * size), run, 0)
@@ -511,7 +519,7 @@ def rotated(places: Sequence[jax.Array]) -> list[jax.Array]:
     return [jnp.where(v == 0, 0, v * factor) for v in values]
 
 
-def _rounded(value, dtype):
+def rounded(value: jax.Array, dtype: Any) -> jax.Array:
     """Round a float32 to a value that `dtype` represents, ties to even."""
     if dtype == jnp.float32:
         return value

@@ -24,6 +24,7 @@ from ifjax.codec.rounding import NEAREST, seeds, strides
 from ifjax.formats import Format
 from ifjax.lookup import Registry
 from ifjax.numerics.devices import device_kind, may_be_partitioned
+from ifjax.numerics.hadamard import hadamard
 from ifjax.numerics.kernels import kernels_for, why_none
 from ifjax.numerics.proofs import known_fault
 
@@ -59,6 +60,22 @@ class Encoder:
     devices: str
     load: Callable[[], Any]
     measured: str | None = None
+
+
+class Rotated(NamedTuple):
+    """A Hadamard transform of runs along the blocked axis before they are encoded; hashable. Kernels take it as it is.
+
+    Attributes:
+        size: the length of a run, as for `hadamard`.
+        signs: `size` factors +-1.
+    """
+
+    size: int
+    signs: tuple[int, ...]
+
+    def of(self, x: jax.Array, axis: int) -> jax.Array:
+        """Return x transformed along `axis` by XLA."""
+        return hadamard(x, axis=axis, size=self.size, signs=np.array(self.signs, np.int8))
 
 
 def _tpu_blocks():
@@ -135,9 +152,12 @@ def encoder_for(device: str) -> Encoder | None:
     return kernels_for(ENCODERS.values(), device)
 
 
-def work_of(encoder: Encoder, does: str, how: Encoding, dtype: Any, axis: int) -> str:
+def work_of(
+    encoder: Encoder, does: str, how: Encoding, dtype: Any, axis: int, rotation: "Rotated | None" = None
+) -> str:  # fmt: skip
     """Return the text that names what a kernel is compiled for; results of kernel checks are stored under it."""
     way = [f"axis {max(axis, -2)}", how.rounding.name, getattr(how.loss, "name", "")] + ["squares"] * how.block_2d
+    way += [] if rotation is None else [f"rotated by {rotation.size}"]
     return f"{encoder.name}: {does} {np.dtype(dtype).name} {described(how.fmt)}, {', '.join(way)}"
 
 
@@ -147,8 +167,9 @@ def described(fmt: Format) -> str:
 
 
 def refusal(
-    encoder: Encoder, x: Any, how: Encoding, axis: int, amax_ndim: int, *, is_weighed: bool, is_clipped: bool
-) -> str | None:
+    encoder: Encoder, x: Any, how: Encoding, axis: int, amax_ndim: int, *, is_weighed: bool, is_clipped: bool,
+    rotation: Rotated | None = None,
+) -> str | None:  # fmt: skip
     """Return why the encoder cannot encode x with an amax of `amax_ndim` axes; None if it can.
 
     `is_weighed`: errors have weights. `is_clipped`: the mask of a clipped gradient is wanted.
@@ -159,7 +180,7 @@ def refusal(
         return "it does not tell which gradients are clipped"
     amax_ndim = _lead(x, how, amax_ndim)
     reason = encoder_refusal(how) or _refusal_of_shape(x.shape, axis, amax_ndim)
-    return reason or _refusal_of_kernel(encoder, x.shape, x.dtype, how, axis, amax_ndim)
+    return reason or _refusal_of_kernel(encoder, x.shape, x.dtype, how, axis, amax_ndim, rotation)
 
 
 def refusal_to_decode(encoder: Encoder, q: Any, dtype: Any) -> str | None:
@@ -182,11 +203,12 @@ def _refusal_of_shape(shape, axis, amax_ndim):
     return None
 
 
-def _refusal_of_kernel(encoder, shape, dtype, how, axis, amax_ndim):
+def _refusal_of_kernel(encoder, shape, dtype, how, axis, amax_ndim, rotation=None):
     if dtype not in (np.float32, jnp.bfloat16):
         return f"values must be float32 or bfloat16, got {dtype}"
     matrices = jax.ShapeDtypeStruct(_as_matrices(shape, axis, amax_ndim), dtype)
-    return encoder.load().supports(PlaceCodec(how, np.dtype(dtype)), matrices, -1 if axis == -1 else -2)
+    turn = {} if rotation is None else {"rotation": rotation}
+    return encoder.load().supports(PlaceCodec(how, np.dtype(dtype)), matrices, -1 if axis == -1 else -2, **turn)
 
 
 def _lead(x, how, amax_ndim):
@@ -204,15 +226,15 @@ def _as_matrices(shape, axis, amax_ndim) -> tuple[int, int, int]:
 
 def encode_by_kernel(
     x: jax.Array, key: jax.Array | None, amax: jax.Array | None, *, encoder: Encoder, how: Encoding, axis: int,
-    amax_axes: tuple[int, ...], wants_codes: bool, wants_values: bool,
+    amax_axes: tuple[int, ...], wants_codes: bool, wants_values: bool, rotation: Rotated | None = None,
 ) -> tuple[list[jax.Array], jax.Array | None]:  # fmt: skip
-    """Encode x with a kernel; return ([packed codes, scale bytes, values], amax).
+    """Encode x with a kernel, rotated first if so asked; return ([packed codes, scale bytes, values], amax).
 
     The list holds only the wanted arrays. Codes and scales have the shapes of a QTensor, values that of x.
     """
     fmt = how.fmt
     if fmt.has_tensor_scale and amax is None:
-        amax = _amax(x, amax_axes, fmt)
+        amax = _amax(x if rotation is None else rotation.of(x, axis), amax_axes, fmt)
     shape = _as_matrices(x.shape, axis, _lead(x, how, 0 if amax is None else amax.ndim))
     numbers = amax if fmt.has_tensor_scale else None
     noise = None
@@ -222,7 +244,7 @@ def encode_by_kernel(
         noise = base, jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
     run = functools.partial(
         _encode_matrices, encoder=encoder, how=how, axis=-1 if axis == -1 else -2, wants_codes=wants_codes,
-        wants_values=wants_values,
+        wants_values=wants_values, rotation=rotation,
     )  # fmt: skip
     arrays = _by_matrix(run, _of_matrices(numbers, x.shape, shape[0]), x.reshape(shape), noise)
     return [_unfolded(array, x.shape, axis) for array in arrays], amax
@@ -290,12 +312,14 @@ def _by_matrix(run, amax, *arrays):
     return call(amax, *arrays)
 
 
-def _encode_matrices(amax, x, noise, *, encoder, how, axis, wants_codes, wants_values):
+def _encode_matrices(amax, x, noise, *, encoder, how, axis, wants_codes, wants_values, rotation):
     codec, kernel = PlaceCodec(how, np.dtype(x.dtype)), encoder.load()
     scalars, tables = codec.encoder_tables(amax, 1 if amax is None else len(amax))
     if noise is not None:
         noise = kernel.Noise(noise[0], jnp.asarray(strides(x.shape)[1:], jnp.int32), noise[1])
     settings = {"codec": codec, "axis": axis, "wants_codes": wants_codes, "wants_values": wants_values}
+    if rotation is not None:
+        settings["rotation"] = rotation
     return tuple(kernel.encode(x, scalars, tables, noise, **settings))
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ifjax.arrays.blocking import DTYPES, Blocking
-from ifjax.arrays.encoders import encode_by_kernel, encoder_for, refusal, work_of
+from ifjax.arrays.encoders import Rotated, encode_by_kernel, encoder_for, refusal, work_of
 from ifjax.arrays.qtensor import QTensor
 from ifjax.codec import BlockLoss, Encoding, Loss, Rounding, Search, decode, encode
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, pick, split_blocks
@@ -23,6 +23,7 @@ from ifjax.codec.headers import has_unsound, header_words
 from ifjax.formats import Format
 from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.devices import device_kind
+from ifjax.numerics.hadamard import hadamard, signs_of
 from ifjax.numerics.packing import pack
 from ifjax.numerics.proofs import by_both, difference, fault_of, numbers_to_check
 from ifjax.numerics.xla import opaque
@@ -149,6 +150,21 @@ def fake_quantize(
     data = lax.stop_gradient(x), key, place.pop("amax"), weights
     y, passes = _fake_quantize(*data, how=how, clipped=gradient == "clipped", **place)
     return straight_through(x, y, passes)
+
+
+def quantize_rotated(
+    x: jax.Array, how: Encoding, *, axis: int, size: int, signs: Any, key: jax.Array | None, amax: Any = None
+) -> QTensor:  # fmt: skip
+    """Return quantize(hadamard(x, axis=axis, size=size, signs=signs), how, ...); a kernel may do both in one pass."""
+    signs, encoder = signs_of(signs, size), encoder_for(device_kind())
+    if encoder is not None and not isinstance(signs, Tracer):
+        rotation = Rotated(size, tuple(int(sign) for sign in signs))
+        reason = refusal(encoder, x, how, axis, 0, is_weighed=False, is_clipped=False, rotation=rotation)
+        if reason is None:
+            x, place = checked(x, how, axis, amax, key=key)
+            data = x, key, place.pop("amax"), None
+            return _quantize(*data, how=how, rotation=rotation, **place)
+    return quantize(hadamard(x, axis=axis, size=size, signs=signs), how, axis=axis, key=key, amax=amax)
 
 
 def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (), key=None):
@@ -303,7 +319,7 @@ def _encoded(x, key, amax, weights, *, how, axis, amax_axes):
 _STATIC = ("how", "axis", "amax_axes")
 
 
-def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, **place):
+def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, rotation=None, **place):
     """Return by_xla(*data), computed by a kernel on devices that have one for this input.
 
     The result is (codes, scales, amax), or (values, mask of where gradients pass).
@@ -313,23 +329,25 @@ def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, **place):
     encoder, amax_ndim = encoder_for(device_kind()), max(place["amax_axes"], default=-1) + 1
     if (
         encoder is None
-        or refusal(encoder, x, how, axis, amax_ndim, is_weighed=weights is not None, is_clipped=is_clipped)
-        or _fault(encoder, how, x.dtype, max(axis, -2), wants_codes)
+        or refusal(encoder, x, how, axis, amax_ndim, is_weighed=weights is not None, is_clipped=is_clipped,
+                   rotation=rotation)
+        or _fault(encoder, how, x.dtype, max(axis, -2), wants_codes, rotation)
     ):
         return opaque(by_xla, *data)
 
     def by_kernel(x, key, amax, weights):
         del weights
         arrays, amax = encode_by_kernel(
-            x, key, amax, encoder=encoder, wants_codes=wants_codes, wants_values=not wants_codes, **place
-        )
+            x, key, amax, encoder=encoder, wants_codes=wants_codes, wants_values=not wants_codes, rotation=rotation,
+            **place,
+        )  # fmt: skip
         return (*arrays, amax if wants_codes else None)
 
     ways = {encoder.platform: by_kernel, "default": by_xla}
     return opaque(lambda *data: lax.platform_dependent(*data, **ways), *data)
 
 
-def _fault(encoder, how, dtype, axis, wants_codes):
+def _fault(encoder, how, dtype, axis, wants_codes, rotation):
     """Check the kernel on this machine's device; return what is wrong with it, or None."""
 
     def prove():
@@ -337,19 +355,23 @@ def _fault(encoder, how, dtype, axis, wants_codes):
             x, key = jnp.asarray(numbers_to_check((128, 512))).astype(dtype), jax.random.key(0)
             data = x, key if how.rounding.draws else None, None, None
             if wants_codes:
-                return _quantize(*data, how=how, axis=axis, amax_axes=())
+                return _quantize(*data, how=how, axis=axis, amax_axes=(), rotation=rotation)
             return _fake_quantize(*data, how=how, axis=axis, amax_axes=(), clipped=False)
 
         return difference(*by_both(run))
 
-    return fault_of(work_of(encoder, "quantize" if wants_codes else "fake_quantize", how, dtype, axis), encoder, prove)
+    does = "quantize" if wants_codes else "fake_quantize"
+    return fault_of(work_of(encoder, does, how, dtype, axis, rotation), encoder, prove)
 
 
-@jax.jit(static_argnames=_STATIC)
-def _quantize(x, key, amax, weights, *, how, axis, amax_axes):
+@jax.jit(static_argnames=(*_STATIC, "rotation"))
+def _quantize(x, key, amax, weights, *, how, axis, amax_axes, rotation=None):
     place = {"how": how, "axis": axis, "amax_axes": amax_axes}
-    packed = functools.partial(_packed, **place)
-    codes, scales, amax = _by_plan(packed, (x, key, amax, weights), wants_codes=True, **place)
+
+    def packed(x, *rest):
+        return _packed(x if rotation is None else rotation.of(x, axis), *rest, **place)
+
+    codes, scales, amax = _by_plan(packed, (x, key, amax, weights), wants_codes=True, rotation=rotation, **place)
     blocking = Blocking(how.fmt, axis, x.shape[axis], x.dtype, how.headroom, how.block_2d)
     return QTensor(codes, scales, amax, blocking)
 

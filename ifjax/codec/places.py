@@ -134,6 +134,11 @@ class PlaceCodec:
         """Number of noise values that an element draws."""
         return 0 if self.how.rounding.noise is None else len(self.fmt.candidates)
 
+    @property
+    def scalars(self) -> int:
+        """Number of scalars that `encode` takes."""
+        return 4
+
     def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
         """Return the noise of elements with these indices, one array for each candidate."""
         return noise_of(index, k0, k1, self.noises)
@@ -141,30 +146,28 @@ class PlaceCodec:
     # --- once per tensor, by XLA ---
 
     def encoder_tables(self, amax: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
-        """Return the scalars of `Tensor` [count, 4] and a table [count, rows, 128].
+        """Return the scalars of `Tensor` [count, 4] and a table [count, rows, 128], whose last row begins with them.
 
         `amax` [count] has a value for each tensor; it is None in formats without a tensor scale.
         """
         how, fmt, length = self.how, self.fmt, LANES * self.pages
         payload = np.arange(length, dtype=np.int32)
         if amax is None:
-            (payload,) = _full((count, 1, length), payload)
-            return jnp.ones((count, 4), jnp.float32), _as_table([inverse_for(payload, None, None, 0, None, how)])
+            rows = [inverse_for(jnp.broadcast_to(payload, (count, 1, length)), None, None, 0, None, how)]
+            return _with_scalars(rows, [jnp.ones(count, jnp.float32)] * 4)
         tensor = normalized(amax, fmt.tensor_constant(how.headroom), 3)
-        numbers = tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)
-        # Every factor is an array of the full shape, because XLA would reassociate and fold scalars and constants. The
-        # first row holds the inverses, which have no code.
+        # The first row holds the inverses, which have no code.
         rows = [(0, 1.0), *((code, c.step) for c in fmt.candidates for code in _listed(c))]
         codes, steps = np.array([code for code, _ in rows], np.int32), np.array([step for _, step in rows], np.float32)
         shape = count, len(rows), length
-        codes, payload, peaks, steps = _full(shape, codes[:, None], payload, tensor.amax, steps[:, None])
+        codes, payload, peaks, steps = _full(shape, tensor.amax, codes[:, None], payload, tensor.amax, steps[:, None])
         table = [inverse_for(payload[:, :1], None, None, 0, tensor, how)]
         for i, c in enumerate(fmt.candidates):
             at = slice(self._first_listed(i), self._first_listed(i + 1))
             scale, units = fmt.scale.decode(payload[:, at]), TensorScale(tensor.power, peaks[:, at])
             values = grid_values(codes[:, at], c.decoding)
             table.append(scaled(values, scale, steps[:, at], units, fmt.tensor_constant(how.headroom)))
-        return jnp.stack([number.reshape(-1) for number in numbers], -1), _as_table(table)
+        return _with_scalars(table, [tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)])
 
     def decoder_table(self, amax: jax.Array | None, count: int) -> jax.Array:
         """Return the value of each code under each decoding, rounded to the dtype: [count, rows, 128].
@@ -173,7 +176,12 @@ class PlaceCodec:
         """
         fmt, length, rows = self.fmt, LANES * self._decoder_pages, []
         codes, payload = np.arange(2**fmt.bits, dtype=np.int32)[:, None], np.arange(length, dtype=np.int32)
-        codes, payload = _full((count, 2**fmt.bits, length), codes, payload)
+        shape = count, 2**fmt.bits, length
+        if amax is None:
+            codes, payload = (jnp.broadcast_to(a, shape) for a in (codes, payload))
+        else:
+            amax = amax.reshape(-1, 1, 1)
+            codes, payload, amax = _full(shape, amax, codes, payload, amax)
         for i in range(len(fmt.decodings)):
             values = decode(codes, fmt.join(i, payload), fmt, amax=amax, headroom=self.how.headroom)
             rows.append(narrowed(values, self.dtype).astype(jnp.float32))
@@ -378,21 +386,36 @@ def _listed(c: Candidate) -> tuple[int, ...]:
     return () if grid is None else grid.listed
 
 
-def _full(shape, *arrays):
+def _full(shape, amax, *arrays):
     """Broadcast int32 and float32 arrays to a shape, hidden from XLA's simplification.
 
-    They pass the barrier as one array, so that a GPU needs one kernel launch.
+    XLA would reassociate and fold factors that are scalars or constants. It cannot, where each element depends on bits
+    of amax that it does not know to be zero. Barriers would do too, but cost a GPU a launch each.
     """
-    arrays = [jnp.asarray(a) for a in arrays]
-    words = lax.optimization_barrier(jnp.stack([jnp.broadcast_to(bits_of(a), shape) for a in arrays]))
-    return [as_float(word) if a.dtype == jnp.float32 else word for a, word in zip(arrays, words, strict=True)]
+    zero = (jnp.broadcast_to(bits_of(amax), shape) & np.int32(1)) >> np.int32(1)
+    zeros = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) & zero
+    full = []
+    for a in map(jnp.asarray, arrays):
+        a = jnp.broadcast_to(a, shape)
+        full.append(as_float(bits_of(a) + zeros) if a.dtype == jnp.float32 else a + zeros)
+    return full
 
 
-def _as_table(rows):
-    """Concatenate [count, n, length] arrays to a table of rows of 128 lanes, padded to a multiple of 8 rows."""
-    table = jnp.concatenate(rows, 1)
-    table = table.reshape(len(table), -1, LANES)
-    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % 8), (0, 0)))
+def _with_scalars(rows, numbers):
+    """Return the numbers as [count, 4], and the table of these rows with the numbers at the start of its last row."""
+    numbers = jnp.stack([number.reshape(-1) for number in numbers], -1)
+    table = _as_table(rows, jnp.pad(numbers, ((0, 0), (0, LANES - numbers.shape[1]))))
+    return table[:, -1, : numbers.shape[1]], table
+
+
+def _as_table(rows, *last):
+    """Concatenate [count, n, length] arrays to a table of rows of 128 lanes, padded to a multiple of 8 rows.
+
+    `last` are further rows [count, 128], which end the table.
+    """
+    rows = [a.reshape(len(a), -1, LANES) for a in rows]
+    padding = jnp.zeros((len(rows[0]), -(sum(a.shape[1] for a in rows) + len(last)) % 8, LANES), jnp.float32)
+    return jnp.concatenate([*rows, padding, *(a[:, None] for a in last)], 1)
 
 
 def _look_up(lookup: Lookup, row, index, pages):

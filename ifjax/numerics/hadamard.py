@@ -6,7 +6,7 @@ Source: NVFP4 pretraining (arXiv 2509.25149), which rotates both operands of the
 IF4 (arXiv 2603.28765) does the same with the sixteen signs below.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.extend.core
@@ -109,7 +109,7 @@ def _rotate(x, axis, size, signs, *, inverse):
             f"axis {axis} must be a multiple of size={size} long, got {x.shape[axis]} in shape {x.shape}: "
             f"append {size - rest} zeros with jnp.pad (to both operands of a product), or choose another size"
         )
-    signs = _signs(signs, size)
+    signs = signs_of(signs, size)
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     # The axis is split and never merged with another, so arrays keep their sharding.
     split = x.reshape(*x.shape[:axis], runs, size, *x.shape[axis + 1 :]).astype(wide)
@@ -184,7 +184,12 @@ def _check_size(size):
         raise ValueError(f"size must be one of {SIZES}, got {size}")
 
 
-def _signs(signs, size):
+def signs_of(signs: Any, size: int) -> Any:
+    """Return the signs that `hadamard` takes as an array [size] of numbers, or traced.
+
+    Raises:
+        ValueError: they are not [size] or not +-1.
+    """
     if signs is None:
         return np.ones(size, np.int8)
     if isinstance(signs, str):

@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 from ifjax.arrays import Blocking, QTensor
 from ifjax.arrays.ml_dtypes import is_plain_e2m1, to_ml_dtypes
-from ifjax.codec.blocks import pad_axis
+from ifjax.codec.blocks import crop, pad_axis
 from ifjax.formats import E4M3, E8M0, Format, TableScale
 from ifjax.lookup import Registry
 from ifjax.numerics.devices import device_kind
@@ -61,7 +62,7 @@ class PairKernel(Protocol):
         """Return the reason why `matmul` cannot compute this product; None if it can."""
 
     def matmul(self, a: QTensor, b: QTensor, dtype: Any) -> jax.Array:
-        """Return the product of two matrices, contracted along their blocked axes."""
+        """Return the product of two matrices, contracted along their blocked axes (see `blocked_along`)."""
         ...
 
 
@@ -108,7 +109,8 @@ class _ScaledMatmul:
         for q, contracted, batch in ((a, dims.x_contracted, dims.x_batch), (b, dims.q_contracted, dims.q_batch)):
             if not is_plain_e2m1(q.fmt) or q.fmt.scale != E4M3 or q.fmt.block != 16 or q.amax is None:
                 return f"it reads plain NVFP4, and {q.fmt.name} has other elements, scales or marks in their signs"
-            if q.ndim != 2 or q.amax.ndim or batch or contracted != (2 + q.axis,):
+            is_blocked = contracted == (2 + q.axis,) or (q.block_2d and len(contracted) == 1)
+            if q.ndim != 2 or q.amax.ndim or batch or not is_blocked:
                 return "it multiplies matrices with one amax along their blocks"
         return None
 
@@ -119,6 +121,20 @@ class _ScaledMatmul:
         batches = [jnp.moveaxis(array, q.axis, -1)[None] for q, array in arrays]
         y: Any = jax.nn.scaled_matmul(*batches, preferred_element_type=np.float32)[0]
         return (y * x_factor * w_factor).astype(dtype)
+
+
+def blocked_along(q: QTensor, axis: int) -> QTensor:
+    """Return q with its blocks along a negative axis; for square blocks that may be the other axis of the squares.
+
+    A square's values share a header, so all values stay the same.
+    """
+    if axis == q.axis:
+        return q
+    block = q.fmt.block
+    codes = pad_axis(q.unpacked_codes(), -(-q.shape[axis] // block) * block, axis)
+    scales = jnp.repeat(lax.slice_in_dim(q.scales, 0, None, block, q.ndim + axis), block, q.axis)
+    scales = crop(scales, q.shape[q.axis], q.axis)
+    return q.replaced(codes=pack(codes, q.fmt.bits, axis), scales=scales, axis=axis, length=q.shape[axis])
 
 
 BACKENDS: Registry[Backend] = Registry(

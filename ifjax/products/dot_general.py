@@ -31,6 +31,7 @@ from ifjax.numerics.xla import after, divide, in_axes, materialize
 from ifjax.products.backends import (
     BACKENDS,
     backend_for,
+    blocked_along,
     common_multiple,
     decoding_of,
     factor_of,
@@ -167,7 +168,8 @@ def multiples(q: QTensor, dtype: Any) -> tuple[jax.Array, Any]:
     exactly. q has one amax or none.
     """
     values, units = _in_units(q, dtype)
-    return values, divide(1 if q.amax is None else factor_of(q), units)
+    factor = jnp.float32(1) if q.amax is None else factor_of(q)
+    return values, factor if units == 1 else divide(factor, units)
 
 
 def _two_packed(lhs, rhs, how):
@@ -177,14 +179,20 @@ def _two_packed(lhs, rhs, how):
         if lhs.amax is not None and lhs.amax.ndim:
             return _one_packed(lhs.dequantize(how.dtype), rhs, how)
         values, factor = multiples(lhs, how.dtype)
-        y = _one_packed(values, rhs, dataclasses.replace(how, out_dtype=accumulator(how.out_dtype)))
+        impl = "xla" if path == "xla" else how.impl
+        y = _one_packed(values, rhs, dataclasses.replace(how, out_dtype=accumulator(how.out_dtype), impl=impl))
         return (y * factor).astype(how.out_dtype)
 
     path = plan(lhs, rhs, how.dims, how.dtype, how.device).path if how.impl is None else how.impl
     backend = BACKENDS.get(path)
     if backend is None or not backend.pairs or (how.impl is None and _fault(backend, lhs, rhs, how)):
         return by_xla(lhs, rhs)
-    by_pairs = functools.partial(backend.load().matmul, dtype=how.out_dtype)
+
+    def by_pairs(lhs, rhs):
+        (left,), (right,) = how.dims.numbers[0]
+        lhs, rhs = blocked_along(lhs, left - lhs.ndim), blocked_along(rhs, right - rhs.ndim)
+        return backend.load().matmul(lhs, rhs, dtype=how.out_dtype)
+
     if how.impl is not None:
         checked_impl(how.impl, lhs, rhs, how.dims, how.dtype)
         return by_pairs(lhs, rhs)

@@ -19,6 +19,11 @@ Operand = Any  # an array (or an argument of jnp.asarray), a QTensor or a Prepac
 DimensionNumbers = Any  # ((contracted axes of lhs, of rhs), (batch axes of lhs, of rhs)), as in lax.dot_general
 
 
+# From about this many rows on, a product is bound by arithmetic (an H200 does 206 operations a byte of bfloat16).
+# If x is decoded anyway, a kernel that decodes the weights then only adds a rearrangement of x and a float32 result.
+_COMPUTE_BOUND = 256
+
+
 class Dims(NamedTuple):
     """The dimension numbers of a product of x (left) with a packed q (right), as tuples of nonnegative axes."""
 
@@ -117,6 +122,8 @@ def refusal(backend: Backend, x: Any, q: Any, dims: Dims, dtype: Any) -> str | N
         return "it multiplies by one matrix, and these weights have batch axes or several amax values"
     if dims.q_contracted != (q.ndim + q.axis,):
         return f"it contracts the axis that blocks lie along ({q.axis}) and no other"
+    if is_packed(x) and _rows(x, dims) >= _COMPUTE_BOUND:
+        return f"x is packed too: with {_COMPUTE_BOUND} rows or more both are decoded"
     decoding = decoding_of(q.fmt)
     if decoding is None:
         return f"{q.fmt.name} has codes of {q.fmt.bits} bits, or a table, scale or step that kernels cannot hold"

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from ifjax.arrays import QTensor, quantize
+from ifjax.arrays.quantize import quantize_rotated
 from ifjax.codec.blocks import pad_axis
 from ifjax.codec.encode import amax_of
 from ifjax.numerics.byte_order import as_array
@@ -259,10 +260,13 @@ def operand_of(a, product_name, side, axis, key, settings, amax=None) -> Any:
             return operand.how.rounding.operand(
                 a, operand.how.fmt, key=key, axis=axis, size=size, signs=signs, amax=operand.amax
             )
-        a = hadamard(a, axis=axis, size=size, signs=signs)
+        if operand.how is None:
+            return hadamard(a, axis=axis, size=size, signs=signs)
+        key = key if operand.is_random else None
+        return quantize_rotated(a, operand.how, axis=axis, size=size, signs=signs, key=key, amax=operand.amax)
     if operand.how is None:
         return a
-    if operand.amax is not None or not operand.how.fmt.has_tensor_scale or size:
+    if operand.amax is not None or not operand.how.fmt.has_tensor_scale:
         amax = operand.amax
     elif amax is not None:
         amax = lax.cond(amax > 0, lambda a, amax: amax, lambda a, amax: _largest(a), a, amax)

@@ -9,6 +9,8 @@ from test_tpu_blocks import data
 
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder
+from ifjax.arrays.quantize import quantize_rotated
+from ifjax.codec import Encoding
 from pallas_kernels import gpu_blocks
 
 
@@ -33,6 +35,8 @@ CASES = {
     "if4, columns": ("if4", (40, 200), -1, "bfloat16", "stochastic_unbiased"),
     "if3, rows": ("if3", (40, 24), -2, "bfloat16", "nearest"),
     "mxfp4, rows": ("mxfp4", (72, 136), -2, "float32", "nearest"),
+    "nvfp4, squares": ("nvfp4", (2, 40, 72), -2, "bfloat16", "nearest"),
+    "if4, squares": ("if4", (40, 72), -1, "float32", "nearest"),
 }
 
 
@@ -43,6 +47,7 @@ def test_bits_are_those_of_the_codec(monkeypatch, case):
     monkeypatch.setattr(ENCODERS, "_records", {"mine": Encoder("mine", "cpu", "cpu", lambda: Interpreted)})
     x, key = jnp.asarray(data(shape)).astype(dtype), None if rounding == "nearest" else jax.random.key(3)
     settings = {"axis": axis, "rounding": rounding, "key": key, "amax_axes": (0,) if len(shape) > 2 else ()}
+    settings["block_2d"] = "squares" in case
 
     def run(x):
         q = ifjax.quantize(x, fmt, **settings)
@@ -56,3 +61,39 @@ def test_bits_are_those_of_the_codec(monkeypatch, case):
         assert_array_equal(a, b)
     for a, b in zip(got[1:], expected[1:], strict=True):
         assert_same_numbers(a, b)
+
+
+ROTATED = {
+    "nvfp4, columns": ("nvfp4", (40, 96), -1, "bfloat16", 16, "stochastic_unbiased"),
+    "if4, rows": ("if4", (48, 40), -2, "bfloat16", 16, "nearest"),
+    "mxfp4, columns": ("mxfp4", (24, 64), -1, "float32", 32, "nearest"),
+}
+
+
+@pytest.mark.by_default("nvfp4, columns")
+@pytest.mark.parametrize("case", ROTATED)
+def test_rotated_bits_are_those_of_the_transform_and_the_codec(monkeypatch, case):
+    fmt, shape, axis, dtype, size, rounding = ROTATED[case]
+    rotations = []
+
+    class Watched(Interpreted):
+        @staticmethod
+        def encode(*args, **settings):
+            rotations.append(settings["rotation"].size)
+            return Interpreted.encode(*args, **settings)
+
+    monkeypatch.setattr(ENCODERS, "_records", {"mine": Encoder("mine", "cpu", "cpu", lambda: Watched)})
+    x = jnp.nan_to_num(jnp.asarray(data(shape)).astype(dtype), posinf=1, neginf=1)
+    key = None if rounding == "nearest" else jax.random.key(3)
+    how = Encoding.of(fmt, rounding=rounding)
+
+    def run(x):
+        return quantize_rotated(x, how, axis=axis, size=size, signs="fixed", key=key)
+
+    with ifjax.kernels("always"):
+        got = jax.jit(run)(x)
+    assert rotations == [size]
+    with ifjax.kernels("never"):
+        expected = jax.jit(run)(x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_array_equal(a, b)

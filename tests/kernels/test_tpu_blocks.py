@@ -13,6 +13,8 @@ from test_places import assert_same_numbers
 
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder
+from ifjax.arrays.quantize import quantize_rotated
+from ifjax.codec import Encoding
 from ifjax.codec.places import LANES
 from ifjax.numerics.hadamard import hadamard, random_signs
 from pallas_kernels import tpu_blocks
@@ -88,6 +90,22 @@ def test_bits_are_those_of_the_codec(kernels, case):
     for got in (y, values):
         assert got.dtype == x.dtype
         assert_same_numbers(got, expected.dequantize())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "axis"), [((16, 160), -1), ((144, 24), -2)])
+def test_rotated_bits_are_those_of_the_transform_and_the_codec(kernels, shape, axis):
+    x, how = jnp.asarray(np.nan_to_num(data(shape), posinf=1, neginf=1)).astype(jnp.bfloat16), Encoding.of("nvfp4")
+
+    def run():
+        return jax.jit(lambda x: quantize_rotated(x, how, axis=axis, size=16, signs="fixed", key=None))(x)
+
+    got = run()
+    assert kernels == ["encode"]
+    ENCODERS._records.clear()
+    jax.clear_caches()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run()), strict=True):
+        assert_array_equal(a, b)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from jax import export
 
 import ifjax
+from ifjax.products.backends import blocked_along
 from pallas_kernels import tpu_matmul
 
 FOUR_BITS = ["if4", "nvfp4", "fouroversix", "nvint4"]
@@ -111,6 +112,9 @@ def test_two_nvfp4_matrices_multiply_by_their_scales_on_blackwell():
     assert "marks in their signs" in explain("nvfp4", "if4").reason
     assert "if4" in explain("if4", "nvfp4").reason
     assert "along their blocks" in explain("nvfp4", "nvfp4", axis=-1).reason
+    squares = jax.eval_shape(lambda w: ifjax.quantize(w, "nvfp4", block_2d=True), jnp.ones((64, 32)))
+    assert ifjax.explain_matmul(jax.eval_shape(lambda x: ifjax.quantize(x, "nvfp4"), jnp.ones((8, 64))), squares,
+                                target="B200").path == "scaled_matmul"  # fmt: skip
     a, b = ifjax.quantize(normal(8, 64), "nvfp4"), ifjax.quantize(normal(64, 32), "fouroversix", axis=0)
     product = functools.partial(ifjax.matmul, target="B200")
     np.testing.assert_allclose(product(a, b), a.dequantize() @ b.dequantize(), rtol=1e-5, atol=1e-5)
@@ -280,3 +284,23 @@ def test_the_gradient_of_a_kernels_product(interpreted):
     got = jax.grad(lambda x: jnp.sin(ifjax.einsum("mk,nk->mn", x, q, impl="tpu")).sum())(x)
     want = jax.grad(lambda x: jnp.sin(x @ q.dequantize().T).sum())(x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_square_blocks_are_those_of_either_axis(axis):
+    q = ifjax.quantize(normal(40, 24), "nvfp4", axis=axis, block_2d=True)
+    other = blocked_along(q, -3 - axis)
+    assert other.axis == -3 - axis
+    np.testing.assert_array_equal(other.dequantize(), q.dequantize())
+    again = ifjax.quantize(normal(40, 24), "nvfp4", axis=-3 - axis, block_2d=True)
+    for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("rows", "path"), [(8, "hopper"), (256, "xla")])
+def test_many_packed_rows_are_not_for_a_kernel_that_decodes_the_weights_only(rows, path):
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, 64), (64, 32)))
+    x, w = jax.eval_shape(ifjax.quantize, x), jax.eval_shape(lambda w: ifjax.quantize(w, axis=-2), w)
+    explanation = ifjax.explain_matmul(x, w, target="H200")
+    assert explanation.path == path
+    assert ("both are decoded" in explanation.reason) == (path == "xla")
