@@ -185,7 +185,8 @@ class _Inference(Watcher):
             raise ValueError(f"{site.path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
         if decision.rule.smooth is not None or decision.rule.rotate is not None:
             raise ValueError(f"{site.path!r}: smooth and rotate are for ifjax.quantized, on packed parameters")
-        return quantize(without_gradient(kernel, site.path), decision.weights, axis=decision.axis)
+        kernel = without_gradient(kernel, site.path)
+        return quantize(kernel, decision.weights, axis=decision.axis, amax_axes=decision.amax_axes)
 
     def _encodings(self, site: Site, decision: Decision) -> dict[str, Encoding]:
         """Return the encodings of the layer's activations by operand name, "input" for a layer with a kernel."""
