@@ -4,8 +4,9 @@
 
 Model, sentences and figures are those of ptq_bert.py. A format may be followed by another one for activations. @row is
 one amax per output of a weight, @token one per token: WEIGHTS@row;ACTIVATIONS@token. Rows are printed as they are
-computed, in Markdown. The first table shows the share of each weight's blocks that are flushed (they have nonzero values but decode to zeros), with one
-amax for the tensor and with one per row. Weights without such blocks are left out.
+computed, in Markdown. The first table shows the share of each weight's blocks that are flushed (they have nonzero
+values but decode to zeros), with one amax for the tensor and with one per row. Weights without such blocks are left
+out.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Weights with one amax per output, for rows that differ by more than a format's scales, and the report of what is lost.
+"""Weights with one amax per output, for rows that differ by more than a format's scales; the report of what is lost.
 
 quad's scales span 1792 in a tensor: rows that are 2^-12 of the largest decode to zeros without an amax of their own.
 """

@@ -352,7 +352,8 @@ NO_RECORD = "not a format record (see Format.to_dict): "
 
 YAML_FAULTS = {
     "unknown key": (
-        "- path: a\n  weight_format: if4\n", "rule 1: unknown key 'weight_format'; did you mean weight_fmt, weight_amax, act_fmt?",
+        "- path: a\n  weight_format: if4\n",
+        "rule 1: unknown key 'weight_format'; did you mean weight_fmt, weight_amax, act_fmt?",
     ),
     "far key": ("- path: a\n- path: a\n  zzz: 1\n", f"rule 2: unknown key 'zzz'; did you mean {ALL_KEYS}?"),
     "number as key": ("- path: a\n  3: 1\n", f"rule 1: unknown key 3; did you mean {ALL_KEYS}?"),
