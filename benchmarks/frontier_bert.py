@@ -1,11 +1,12 @@
 """All formats of 4.5 bits on a pretrained sentence encoder, by nearest rounding, search, GPTQ, and both.
 
-    python benchmarks/frontier_bert.py [--formats quad "razer;razer_act" "octet;octet@token" ...]
+    python benchmarks/frontier_bert.py [--formats quad "razer;razer_act" "octet@row;octet@token" ...]
 
-Model, sentences and figures are those of ptq_bert.py. A format may be followed by another one for activations, with
-@token for one amax per token: WEIGHTS;ACTIVATIONS@token. Rows are printed as they are computed, in Markdown. The first
-table shows the share of each weight's blocks that are flushed (they have nonzero values but decode to zeros), with one
-amax for the tensor and with one per row. Weights without such blocks are left out.
+Model, sentences and figures are those of ptq_bert.py. A format may be followed by another one for activations. @row is
+one amax per output of a weight, @token one per token: WEIGHTS@row;ACTIVATIONS@token. Rows are printed as they are
+computed, in Markdown. The first table shows the share of each weight's blocks that are flushed (they have nonzero
+values but decode to zeros), with one amax for the tensor and with one per row. Weights without such blocks are left
+out.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import ifjax
 FORMATS = (
     "quad", "octet;octet@token", "octet", "split87", "razer;razer_act", "nf4_mirror", "if4", "mixfp4", "hifloat4",
     "nf4", "sfp4", "fouroversix", "nvint4", "nvfp4", "nvfp4_ue5m3", "fp4_ue5m3_pz", "fp4_e4m3_46",
+    "octet@row;octet@token", "quad@row;quad@token", "hifloat4_half_even", "fp4_ue5m3", "fp4_e4m3", "fp4_e4m3_pz",
 )  # fmt: skip
 METHODS = {
     "nearest": {}, "search": {"search": "fast"}, "gptq": {"gptq": True},
@@ -62,6 +64,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--flushed", nargs="*", default=("quad", "octet", "sfp4", "razer"), help="formats to count for")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     module, variables = bert.load()
     embed, batches = bert.embedder(module), bert.sentences("docstrings")
@@ -75,13 +78,15 @@ def main():
     )
     print("\n| format | method | W4A16 | W4A4 | seconds to quantize |\n| ---|---|---|---|--- |", flush=True)
     for spec in args.formats:
-        fmt, _, act = spec.partition(";")
+        of_weights, _, act = spec.partition(";")
+        fmt, _, row = of_weights.partition("@")
         act, _, amax = (act or fmt).partition("@")
+        own = {"weight_amax": row} if row else {}
         both = jax.jit(ifjax.quantized(embed, bert.rules(fmt, act, **({"act_amax": amax} if amax else {}))))
-        for name, method in METHODS.items():
-            start = time.perf_counter()
+        for name in args.methods:
+            start, method = time.perf_counter(), METHODS[name]
             packed = ifjax.quantize_params(
-                variables, bert.rules(fmt, **method), model=module, sample=bert.inputs(*batches[0]),
+                variables, bert.rules(fmt, **own, **method), model=module, sample=bert.inputs(*batches[0]),
                 calibration=calibration,
             )[0]  # fmt: skip
             seconds = time.perf_counter() - start

@@ -16,6 +16,7 @@ are chosen when its first row is reached. Each option is tried on all rows of th
 them, and the error that the block adds is the sum of r_k^2 (x_k - q_k)^2.
 """
 
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ def gptq(
     axis: int = -2,
     loss: Loss | None = None,
     search: str | Search | None = None,
+    amax_axes: Sequence[int] = (),
     damping: float = 0.01,
 ) -> QTensor:
     """Quantize a weight to minimize the error of its products: later rows compensate the errors of earlier ones.
@@ -66,6 +68,7 @@ def gptq(
             feedback inside the block. "mse" and the others of `quantize` are taken on the block's values with the
             corrections of earlier blocks.
         search: scales to try, as for `quantize`.
+        amax_axes: axes whose entries each keep their own amax, as for `quantize`: (-1,) for one per output of [K, N].
         damping: fraction of the mean of the Hessian's diagonal that is added to the diagonal. A larger value trusts the
             inputs less.
 
@@ -95,13 +98,13 @@ def gptq(
     how = Encoding.of(fmt, loss=loss, search=search)
     if how.block_2d:
         raise ValueError("gptq feeds errors along one axis, and block_2d shares scales across: use one of them")
-    w, place = checked(w, how, axis)
-    axis = place["axis"]
+    w, place = checked(w, how, axis, amax_axes=amax_axes)
+    axis, amax_axes = place["axis"], place["amax_axes"]
     hessian = _checked_hessian(hessian, w.shape[axis])
     if not 0 <= damping < np.inf:
         raise ValueError(f"damping must be finite and not negative, got {damping}")
     if w.size == 0:
-        return quantize(w, how, axis=axis)
+        return quantize(w, how, axis=axis, amax_axes=amax_axes)
     factor, order = _factor(hessian, jnp.float32(damping), how.fmt.block)
     if not isinstance(factor, Tracer) and not bool(jnp.isfinite(factor).all()):
         raise ValueError(
@@ -109,7 +112,7 @@ def gptq(
             "for its rounding errors: write damping=0.01"
         )
     own_loss = loss is None and not isinstance(fmt, Encoding)
-    return _gptq(lax.stop_gradient(w), factor, order, how=how, axis=axis, own_loss=own_loss)
+    return _gptq(lax.stop_gradient(w), factor, order, how=how, axis=axis, amax_axes=amax_axes, own_loss=own_loss)
 
 
 def _checked_hessian(hessian, k):
@@ -145,23 +148,30 @@ def _factor(hessian, damping, block):
     return lax.linalg.cholesky(hessian[::-1, ::-1], symmetrize_input=True)[::-1, ::-1], order
 
 
-@jax.jit(static_argnames=("how", "axis", "own_loss"))
-def _gptq(w, factor, order, *, how, axis, own_loss):
+@jax.jit(static_argnames=("how", "axis", "amax_axes", "own_loss"))
+def _gptq(w, factor, order, *, how, axis, amax_axes, own_loss):
     fmt = how.fmt
     block, k = fmt.block, w.shape[axis]
-    columns = jnp.moveaxis(w, axis, 0).astype(jnp.float32)
+    columns = jnp.moveaxis(w, axis, 0).astype(jnp.float32)  # [K, ...]
+    # One amax for all, or [1, ...] over the axes of columns.
+    amax = amax_of(jnp.where(jnp.isfinite(w), jnp.abs(w), 0).astype(jnp.float32), amax_axes)
+    shape, wide = amax.shape, (1,) * (w.ndim - amax.ndim)
+    amax = jnp.moveaxis(amax.reshape(*shape, *wide), axis, 0)
     blocks = split_blocks(columns.reshape(k, -1), block, -2)[order]  # [m, B, N]
-    amax = amax_of(jnp.where(jnp.isfinite(blocks), jnp.abs(blocks), 0), ())
     r = jnp.diagonal(factor)
     weights = (r * r).reshape(blocks.shape[:2])
     own = None
     if how.search is not None and how.search.rounds:
-        amax, own = joint(blocks, *block_peaks(blocks, -2, how), amax, weights / jnp.max(weights), how, -2)
-    unit, tensor = power_near(amax), None
+        unmerged = blocks.reshape(*blocks.shape[:2], *columns.shape[1:])
+        peaks = block_peaks(unmerged, -columns.ndim, how)
+        amax, own = joint(unmerged, *peaks, amax, weights / jnp.max(weights), how, -columns.ndim)
+        own = [payloads.reshape(len(blocks), -1) for payloads in own]
+    each = (jnp.broadcast_to(amax, (1, *columns.shape[1:])) if amax_axes else amax).reshape(-1)  # [N] or [1]
+    unit, tensor = power_near(each), None
     if fmt.has_tensor_scale:
         # From here on, all numbers are in units of the power of two, so that it is 1.
-        tensor = normalized(amax * unit, fmt.tensor_constant(), 1)
-        blocks, unit = blocks * unit, jnp.float32(1)
+        tensor = normalized(each * unit, fmt.tensor_constant(), 1)
+        blocks, unit = blocks * unit[None, None], jnp.float32(1)
 
     lower = (factor / r[None]).T.reshape(*blocks.shape[:2], len(factor))  # [m, B, m B]
 
@@ -182,5 +192,5 @@ def _gptq(w, factor, order, *, how, axis, own_loss):
     codes = jnp.moveaxis(codes.reshape(-1, *columns.shape[1:]), 0, axis)
     headers = jnp.moveaxis(headers.reshape(-1, *columns.shape[1:]), 0, axis)
     scales = header_bytes(headers, fmt.scale.nbytes, axis)
-    amax = amax if fmt.has_tensor_scale else None
+    amax = jnp.moveaxis(amax, 0, axis).reshape(shape) if fmt.has_tensor_scale else None
     return QTensor(pack(codes, fmt.bits, axis), scales, amax, Blocking(fmt, axis, k, w.dtype))

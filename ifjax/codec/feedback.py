@@ -125,7 +125,7 @@ def _codes(step, header, rounding, multiplier, tensor, how):
     """Return uint8 codes [B, N] for the chosen headers, and the errors w - q [B, N] after decoding."""
     fmt = how.fmt
     selector, payload = fmt.split(header)
-    amax = None if tensor is None else tensor.amax.reshape(())
+    amax = None if tensor is None else tensor.amax
     candidates = one_for_each_decoding(fmt)
 
     def next_row(errors, at):

@@ -235,6 +235,9 @@ def _check_rules(rules: Iterable[Rule], axis: int) -> None:
             raise ValueError(f"Rule({rule.path!r}): search {rule.weights.search.name!r} fits a tensor's amax to all of "
                              "it, and files are quantized in pieces: use another one, such as 'least_squares', or "
                              "ifjax.quantize_params")  # fmt: skip
+        if rule.weight_amax == "row":
+            raise ValueError(f"Rule({rule.path!r}): files are quantized in pieces with one amax a matrix: leave "
+                             "weight_amax out, or use ifjax.quantize_params")  # fmt: skip
         axis_of_rule = axis if rule.axis is None else rule.axis
         if axis_of_rule not in (-1, -2):
             raise ValueError(f"Rule({rule.path!r}): files are quantized along axis -1 or -2, got {axis_of_rule}")
@@ -285,7 +288,8 @@ def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: 
     codes, scales, *amax = (slot.name for slot in slots)
     *lead, r, c = stored.shape
     size, itemsize = r * c, stored.nbytes // math.prod(stored.shape)
-    peaks, signal, noise, counts = [], 0.0, 0.0, np.zeros(len(fmt.decodings), np.int64)
+    peaks, counts = [], np.zeros(len(fmt.decodings), np.int64)
+    signal, noise, nonzero, flushed = 0.0, 0.0, 0, 0
     with _values(source, task) as values:
         for i in range(math.prod(lead)):
 
@@ -297,6 +301,7 @@ def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: 
                 write(codes, piece.codes)
                 write(scales, piece.scales)
                 signal, noise = signal + piece.signal, noise + piece.noise
+                nonzero, flushed = nonzero + piece.nonzero, flushed + piece.flushed
                 found = chosen(piece.scales, fmt, axis)
                 counts += found
                 tick(stored.name, int(found.sum()) * fmt.block * itemsize)  # with those that fill up blocks
@@ -305,6 +310,7 @@ def _pack(source: Checkpoint, task: Task, measured: bool, slots, results, tick: 
     results[stored.name] = {
         "sqnr_db": decibels(signal, noise) if measured else None,
         "choice_share": 1 - counts[0] / counts.sum() if fmt.has_selector else None,
+        "flushed_share": flushed / max(nonzero, 1) if measured else None,
     }
 
 

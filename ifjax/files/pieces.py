@@ -33,12 +33,16 @@ class Encoded(NamedTuple):
     Attributes:
         codes, scales: uint8 arrays.
         signal, noise: the sums of squares of x and of the error; 0 unless measured.
+        nonzero, flushed: the numbers of blocks with nonzero values, and of those among them that decode to zeros only;
+            0 unless measured.
     """
 
     codes: np.ndarray
     scales: np.ndarray
     signal: float
     noise: float
+    nonzero: int
+    flushed: int
 
 
 def amax_of(read: Read, size: int) -> np.float32:
@@ -88,9 +92,14 @@ def encode(
             width, high = _sizes(length, fmt)
             codes, scales = codes[: rows * width].reshape(rows, -1), scales[: rows * high].reshape(rows, -1)
         codes, scales = finish(codes, scales)
-        sums = [energies(x, d, unit) for x, d in zip(xs, decoded, strict=True)] if measured else [(0.0, 0.0)]
-        signal, noise = map(sum, zip(*sums, strict=True))
-        yield Encoded(np.ascontiguousarray(codes), np.ascontiguousarray(scales), signal, noise)
+        sums: Any = [(0.0, 0.0, 0, 0)]
+        if measured:
+            along = axis if how.block_2d else -1
+            sums = [
+                (*energies(x, d, unit), *_flushed(x, d, fmt.block, along)) for x, d in zip(xs, decoded, strict=True)
+            ]
+        totals = map(sum, zip(*sums, strict=True))
+        yield Encoded(np.ascontiguousarray(codes), np.ascontiguousarray(scales), *totals)
 
 
 def decode(
@@ -299,6 +308,14 @@ def energies(x: np.ndarray, decoded: Any, unit: float) -> tuple[float, float]:
 
     with np.errstate(invalid="ignore"):  # differences of infinities are NaN
         return energy(x), energy(np.asarray(decoded) - x)
+
+
+def _flushed(x: np.ndarray, decoded: Any, block: int, axis: int) -> tuple[int, int]:
+    """Return the numbers of blocks with nonzero values, and of those among them that decode to zeros only."""
+    there, kept = (
+        (np.moveaxis(np.asarray(a), axis, -1) != 0).reshape(-1, block).any(-1) for a in (x, decoded)
+    )  # fmt: skip
+    return int(there.sum()), int((there & ~kept).sum())
 
 
 def unit_of(amax: float) -> float:

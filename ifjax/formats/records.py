@@ -111,9 +111,12 @@ class Format:
             raise ValueError(f"{self.name}: all candidates need codes of the same width, got bits {widths}")
         spare = 8 * self.scale.nbytes - self.scale.bits
         if len(self.decodings) > 2**spare:
+            has = f"the {spare} free bits of a header of {self.scale.name}" if spare else (
+                f"a header of {self.scale.name}, which has no free bit for a selector"
+            )  # fmt: skip
             raise ValueError(
-                f"{self.name}: {len(self.decodings)} different decodings do not fit the {spare} free bits of a header "
-                f"of {self.scale.name}: use at most {2**spare} different (grid, step, offset)"
+                f"{self.name}: {len(self.decodings)} different decodings do not fit {has}: use at most {2**spare} "
+                "different (grid, step, offset), or a scale with fewer bits"
             )
         if self.scale.nbytes > 3 and len(self.candidates) > 1:
             raise ValueError(f"{self.name}: a header of {self.scale.nbytes} bytes leaves room for one candidate only")

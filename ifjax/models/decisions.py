@@ -107,11 +107,14 @@ def contraction_axis(rule: Rule, site: Site) -> int | None:
 def _own_amax(rule: Rule, site: Site, axis: int | None) -> tuple[int, ...]:
     """Return the axes with separate amaxes: those of stacked layers, and the leading ones of a parameter without layer.
 
-    The latter have one amax per matrix (last two axes), such as one per expert.
+    The latter have one amax per matrix (last two axes), such as one per expert. With weight_amax="row", all axes that
+    are not contracted have.
     """
     fmt = rule.weight_format
     if fmt is None or not fmt.has_tensor_scale:
         return ()
+    if rule.weight_amax == "row":
+        return tuple(sorted({*range(-len(site.shape), 0)} - {axis, *site.axes}))
     matrices = range(-len(site.shape), -2) if site.path == site.parameter else ()
     return tuple(sorted({*site.stacked, *matrices} - {axis, *site.axes}))
 

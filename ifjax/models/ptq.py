@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ifjax.arrays import DTYPES, QTensor, gptq, quantize
+from ifjax.codec.blocks import split_blocks
 from ifjax.formats import Format
 from ifjax.models.adapters import Adapted
 from ifjax.models.decisions import Decision, decide
@@ -397,21 +398,35 @@ def _by_gptq(p: _Parameter, value, how, rule, calibration, transform) -> QTensor
         hessian = np.asarray(transform.hessian(hessian))
     first, last = p.site.axes[0], p.site.axes[-1]
     before, after = value.shape[:first], value.shape[value.ndim + last + 1 :]
-    rows = value.reshape(*before, -1, *after)
-    q = gptq(rows, hessian, how.fmt, axis=last, loss=rule.loss, search=how.search)
+    rows = value.reshape(*before, -1, *after)  # the contracted axes are merged into one
+    merged = last - first
+    own = [a if a > last else a + merged for a in p.decision.amax_axes]
+    q = gptq(rows, hessian, how.fmt, axis=last, loss=rule.loss, search=how.search, amax_axes=own)
     codes, scales = (a.reshape(*value.shape[:last], -1, *after) for a in (q.codes, q.scales))
-    return q.replaced(codes=codes, scales=scales, length=value.shape[last])
+    amax = q.amax
+    if amax is not None and amax.ndim > len(before):
+        amax = amax.reshape(*amax.shape[: len(before)], *[1] * merged, *amax.shape[len(before) :])
+    return q.replaced(codes=codes, scales=scales, amax=amax, length=value.shape[last])
 
 
 @jax.jit
 def _measured(q: QTensor | Adapted, x) -> dict[str, Any]:
-    """Return the share of blocks of other choices than the first, and the sums of squares of x and of the error."""
+    """Return the share of blocks of other choices than the first, sums of squares, and the share of flushed blocks.
+
+    The sums are those of x and of the error. A flushed block has nonzero values and decodes to zeros only; transformed
+    weights are counted as they are stored.
+    """
     base = q.base if isinstance(q, Adapted) else q
     share = (base.choices() > 0).mean() if base.fmt.has_selector else None
     if x is None:
-        return {"choice_share": share, "sqnr_db": None}
-    x = x.astype(jnp.float32)
-    return {"choice_share": share, "sqnr_db": ((x**2).sum(), ((x - q.dequantize(jnp.float32)) ** 2).sum())}
+        return {"choice_share": share, "sqnr_db": None, "flushed_share": None}
+    x, decoded = x.astype(jnp.float32), q.dequantize(jnp.float32)
+    powers = (x**2).sum(), ((x - decoded) ** 2).sum()
+    if isinstance(q, Adapted) and q.transform is not None:
+        x, decoded = q.transform.weights(x, base.axis), base.dequantize(jnp.float32)
+    there, kept = (jnp.any(split_blocks(a, base.fmt.block, base.axis) != 0, axis=base.axis) for a in (x, decoded))
+    flushed = (there & ~kept).sum() / jnp.maximum(there.sum(), 1)
+    return {"choice_share": share, "sqnr_db": powers, "flushed_share": flushed}
 
 
 def _entry(fields: dict[str, Any]) -> Entry:
@@ -419,7 +434,7 @@ def _entry(fields: dict[str, Any]) -> Entry:
 
     It is called after all parameters are dispatched, so that waiting for one does not delay the next.
     """
-    for name in ("choice_share", "sqnr_db"):
+    for name in ("choice_share", "sqnr_db", "flushed_share"):
         value = fields.get(name)
         if any(isinstance(a, Tracer) for a in jax.tree.leaves(value)):
             fields[name] = None

@@ -46,6 +46,8 @@ class Entry:
         expected: False if a rule could not be followed, or if no rule decided about a matrix. `Report.check` fails on
             such entries.
         note: remarks, such as "weights are dequantized for the module's own dot_general".
+        flushed_share: share of the blocks with nonzero values that decode to zeros only, because their scale is below
+            the range of the format's scales; None if it was not measured. `Rule.weight_amax` "row" is a remedy.
 
     Raises:
         ValueError: neither `fmt` nor `reason` is given, or both are.
@@ -66,6 +68,7 @@ class Entry:
     reason: str | None = None
     expected: bool = True
     note: str | None = None
+    flushed_share: float | None = None
 
     def __post_init__(self):
         if (self.fmt is None) == (self.reason is None):
@@ -358,6 +361,7 @@ def _summary(report: Report) -> str:
 
 def _quantized_table(entries: Sequence[Entry], width: int) -> Table:
     groups, notes, several = _lines_of(entries), _notes(entries), len(_rules(entries)) > 1
+    flushed = any(entry.flushed_share for entry in entries)
     rows = []
     for name, group in groups[:_MOST_LINES]:
         first = group[0]
@@ -370,10 +374,12 @@ def _quantized_table(entries: Sequence[Entry], width: int) -> Table:
             _range([entry.bits_per_value for entry in group], ".3f"),
             f"{before:.3g} -> {after:.3g}",
             _range([entry.sqnr_db for entry in group], ".1f"),
-            _range([None if entry.choice_share is None else 100 * entry.choice_share for entry in group], ".0f"),
+            _range(_percent(entry.choice_share for entry in group), ".0f"),
+            *([_range(_percent(entry.flushed_share for entry in group), ".3g")] if flushed else []),
         ]
         rows.append([*row, _shortened(str(first.rule or ""), 24)] if several else row)
-    headings = ["parameter", "shape", "format", "bits", "MB", "SQNR dB", "INT %", *(["rule"] * several)]
+    headings = ["parameter", "shape", "format", "bits", "MB", "SQNR dB", "INT %"]
+    headings += ["flushed %"] * flushed + ["rule"] * several
     more = sum(len(group.entries) for group in groups[_MOST_LINES:])
     if more:
         rows.append([("", f"and {more} more", ""), *[""] * (len(headings) - 1)])
@@ -454,6 +460,10 @@ def _range(values: Iterable[float | None], spec: str) -> str:
     if not there:
         return ""
     return there[0][0] if len(there) == 1 else f"{there[0][0]}..{there[-1][0]}"
+
+
+def _percent(shares: Iterable[float | None]) -> list[float | None]:
+    return [None if share is None else 100 * share for share in shares]
 
 
 def _notes(entries: Iterable[Entry]) -> list[str]:

@@ -49,6 +49,9 @@ class Rule:
         search: search for the weights, as in `ifjax.quantize`.
         block: block length of the weights, in place of their format's. Activations keep the block of `act_fmt`.
         block_2d: square blocks for the weights, as in `ifjax.quantize`.
+        weight_amax: "tensor": one amax per weight; stacked layers and experts have one each. "row": one per output
+            (entry of the axes that are not contracted), for weights whose rows differ by more than the range of the
+            format's scales. `Entry.flushed_share` of the report tells which these are.
         recipe: training recipe, a name or record from `ifjax.recipes`: how the products of the forward and backward
             pass are quantized. Training reads only this field, path, module and whether weight_fmt is None.
         gptq: round the weights with `ifjax.gptq` and the Hessians of `ifjax.calibrate`, instead of each value to
@@ -92,6 +95,7 @@ class Rule:
     search: str | Search | None = None
     block: int | None = None
     block_2d: bool = False
+    weight_amax: Literal["tensor", "row"] = "tensor"
     gptq: bool = False
     recipe: str | Recipe | None = None
     smooth: float | Literal["awq"] | None = None
@@ -125,6 +129,7 @@ class Rule:
         self._need(self.smooth in (None, "awq") or alpha_fits, "smooth", "a number from 0 to 1, 'awq', or None")
         turns = self.rotate in (None, "greedy") or (_is_int(self.rotate) and self.rotate in SIZES)
         self._need(turns, "rotate", f"one of {SIZES}, 'greedy', or None")
+        self._need(self.weight_amax in ("tensor", "row"), "weight_amax", "'tensor' or 'row'")
         amaxes = ("tensor", "token", "static")
         self._need(self.act_amax in amaxes, "act_amax", "'tensor', 'token' or 'static'")
         axis_fits = self.axis is None or (_is_int(self.axis) and self.axis < 0)
@@ -134,6 +139,9 @@ class Rule:
         if (self.smooth is not None or self.rotate is not None) and self.act_amax == "static":
             raise self._error("act_amax", "calibration sees inputs as they are before smoothing and rotation: use "
                               "act_amax='tensor' or 'token'")
+        if self.weight_amax == "row" and self.block_2d:
+            raise self._error("weight_amax", "block_2d shares scales across rows, which then have no amax of their "
+                              "own: leave one out")
         if self.block_2d and self.axis is not None:
             self._need(self.axis >= -2, "axis", "-1 or -2, as block_2d takes squares of the last two axes")
         self._check_effects()
@@ -289,8 +297,13 @@ class Rule:
                     raise self._error(field, f"{field}={getattr(self, field)!r} has no effect {reason}")
 
         if self.weight_fmt is None:
-            weight = ("act_fmt", "loss", "search", "block", "block_2d", "gptq", "recipe", "smooth", "rotate", "axis")
+            weight = (
+                "act_fmt", "loss", "search", "block", "block_2d", "weight_amax", "gptq", "recipe", "smooth", "rotate",
+                "axis",
+            )  # fmt: skip
             check(weight, "with weight_fmt=None, which excludes what matches: leave it out, or name a weight_fmt")
+        elif not get_format(self.weight_fmt).has_tensor_scale:
+            check(("weight_amax",), f"on {get_format(self.weight_fmt).name}, which has no tensor scale: leave it out")
         formats = [fmt for fmt in (self.activation_format, *self.operand_formats.values()) if fmt is not None]
         if not formats:
             check(("act_loss", "act_amax"), "without act_fmt: leave it out, or name an act_fmt")

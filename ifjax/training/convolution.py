@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ifjax.training.product import quantized_dot_general
 from ifjax.training.recipes import Recipe
@@ -19,6 +19,7 @@ def quantized_conv(
     recipe: str | Recipe = "if4",
     key: jax.Array | None = None,
     *,
+    amax: ArrayLike | None = None,
     window_strides: Sequence[int],
     padding: Any,
     lhs_dilation: Sequence[int] | None = None,
@@ -37,7 +38,7 @@ def quantized_conv(
 
     Args:
         x, w: activations and kernel in the layout of `dimension_numbers`.
-        recipe, key: as for `quantized_dot_general`.
+        recipe, key, amax: as for `quantized_dot_general`.
         window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, precision,
             preferred_element_type: as in `jax.lax.conv_general_dilated`.
 
@@ -68,13 +69,13 @@ def quantized_conv(
     columns = jnp.moveaxis(w.reshape(groups, out // groups, features * math.prod(window)), 1, 2)
     if groups == 1:
         y = quantized_dot_general(
-            rows[:, 0], columns[0], (((1,), (0,)), ((), ())), recipe, key, precision=precision,
-            preferred_element_type=preferred_element_type,
+            rows[:, 0], columns[0], (((1,), (0,)), ((), ())), recipe, key, amax=amax,
+            precision=precision, preferred_element_type=preferred_element_type,
         )
     else:
         y = quantized_dot_general(
-            jnp.moveaxis(rows, 1, 0), columns, (((2,), (1,)), ((0,), (0,))), recipe, key, precision=precision,
-            preferred_element_type=preferred_element_type,
+            jnp.moveaxis(rows, 1, 0), columns, (((2,), (1,)), ((0,), (0,))), recipe, key, amax=amax,
+            precision=precision, preferred_element_type=preferred_element_type,
         )
         y = jnp.moveaxis(y, 0, 1)
     y = jnp.moveaxis(y.reshape(batch, *space, out), -1, 1)

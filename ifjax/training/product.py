@@ -106,10 +106,7 @@ def quantized_dot_general(
     )
     numbers = (x_contracted, w_contracted), (x_batch, w_batch)
     dtype = jnp.promote_types(x.dtype, w.dtype)
-    if amax is not None:
-        amax = as_array(amax, jnp.float32)
-        if amax.shape != (3,):
-            raise ValueError(f"amax must be of shape (3,), the maxima of x, w and the gradient of y: got {amax.shape}")
+    amax = checked_amax(amax)
     plain = functools.partial(
         lax.dot_general, dimension_numbers=numbers, precision=precision, preferred_element_type=preferred_element_type
     )
@@ -134,6 +131,16 @@ def quantized_dot_general(
     y: Any = _product(rows, columns, key, amax, settings)
     y = checkpoint_name(y.reshape(result.shape), SAVED)
     return y if out_sharding is None else jax.reshard(y, out_sharding)
+
+
+def checked_amax(amax: ArrayLike | None) -> jax.Array | None:
+    """Return a carried amax as float32 [3], or None; raise ValueError for any other shape."""
+    if amax is None:
+        return None
+    amax = as_array(amax, jnp.float32)
+    if amax.shape != (3,):
+        raise ValueError(f"amax must be of shape (3,), the maxima of x, w and the gradient of y: got {amax.shape}")
+    return amax
 
 
 class Settings(NamedTuple):
@@ -169,17 +176,19 @@ def _product(x, w, key, amax, settings: Settings):
 
 def _forward(x, w, key, amax, settings):
     """Return y and the quantized operands whose product it is."""
-    of_x, of_w, _ = _each(amax)
+    of_x, of_w, _ = three(amax)
     qx = operand_of(x, "fprop", "lhs", -1, key, settings, of_x)
     qw = operand_of(w, "fprop", "rhs", -2, key, settings, of_w)
     return _multiply(qx, qw, -1, -2, settings.dtype, settings.out_dtype, settings.precision), (qx, qw)
 
 
-def _each(amax):
+def three(amax):
+    """Return the amax of x, of w and of y's cotangent, or three times None."""
     return (None, None, None) if amax is None else (amax[0], amax[1], amax[2])
 
 
-def _largest(a):
+def largest(a):
+    """Return the largest finite magnitude in float32."""
     return amax_of(jnp.where(jnp.isfinite(a), jnp.abs(a), 0), ()).astype(jnp.float32)
 
 
@@ -188,7 +197,7 @@ def _product_fwd(x, w, key, amax, settings):
     if recipe.needs_key:
         _check_key(key, recipe)  # checked in the forward pass already, close to the call that lacks the key
     y, (qx, qw) = _forward(x, w, key, amax, settings)
-    of_x, of_w, _ = _each(amax)
+    of_x, of_w, _ = three(amax)
 
     def kept(a, forward, operand, product_name, side, axis, amax):
         if operand.reuse:
@@ -200,13 +209,13 @@ def _product_fwd(x, w, key, amax, settings):
     for_wgrad = kept(x, qx, recipe.wgrad.lhs, "wgrad", "lhs", -2, of_x)
     # Empty slices of x and w. Through them `once` sees a second derivative with respect to x or w.
     nothing = [lax.slice_in_dim(a, 0, 0, axis=a.ndim - 1) for a in (x, w)]
-    maxima = None if amax is None else (_largest(x), _largest(w))
+    maxima = None if amax is None else (largest(x), largest(w))
     return y, (for_dgrad, for_wgrad, nothing, key, amax, maxima)
 
 
 def _product_bwd(settings, residuals, g):
     for_dgrad, for_wgrad, nothing, key, amax, maxima = residuals
-    of_x, of_w, of_g = _each(amax)
+    of_x, of_w, of_g = three(amax)
     g, _ = once(g, nothing)
     left = operand_of(g, "dgrad", "lhs", -1, key, settings, of_g)
     right = operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings, of_w)
@@ -217,7 +226,7 @@ def _product_bwd(settings, residuals, g):
     if isinstance(left, QTensor) and not isinstance(for_wgrad, QTensor):
         like = pad_axis(for_wgrad, left.shape[-2], -2)
     dw = _multiply(left, right, -2, -2, settings.dtype, settings.w_dtype, settings.precision, like)
-    return dx, dw, None, None if maxima is None else jnp.stack([*maxima, _largest(g)])
+    return dx, dw, None, None if maxima is None else jnp.stack([*maxima, largest(g)])
 
 
 _product.defvjp(_product_fwd, _product_bwd)
@@ -269,7 +278,7 @@ def operand_of(a, product_name, side, axis, key, settings, amax=None) -> Any:
     if operand.amax is not None or not operand.how.fmt.has_tensor_scale:
         amax = operand.amax
     elif amax is not None:
-        amax = lax.cond(amax > 0, lambda a, amax: amax, lambda a, amax: _largest(a), a, amax)
+        amax = lax.cond(amax > 0, lambda a, amax: amax, lambda a, amax: largest(a), a, amax)
     return quantize(a, operand.how, axis=axis, key=key if operand.is_random else None, amax=amax)
 
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ifjax.arrays import QTensor
 from ifjax.numerics.byte_order import as_array
 from ifjax.products.dot_general import accumulator, as_varying
 from ifjax.products.ragged import ragged_sharding
-from ifjax.training.product import SAVED, Settings, once, operand_of
+from ifjax.training.product import SAVED, Settings, checked_amax, largest, once, operand_of, three
 from ifjax.training.recipes import Recipe, get_recipe
 
 _WGRAD = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
@@ -28,6 +28,7 @@ def quantized_ragged_dot(
     recipe: str | Recipe = "if4",
     key: jax.Array | None = None,
     *,
+    amax: ArrayLike | None = None,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> jax.Array:
@@ -39,7 +40,7 @@ def quantized_ragged_dot(
 
     Args:
         group_sizes: integers [g], the number of rows of each group; rows beyond their sum give zeros.
-        recipe, key, precision, preferred_element_type: as for `quantized_dot_general`.
+        recipe, key, amax, precision, preferred_element_type: as for `quantized_dot_general`.
 
     Returns:
         An array [m, n].
@@ -55,16 +56,16 @@ def quantized_ragged_dot(
         (5, 8)
     """
     recipe = get_recipe(recipe)
-    x, w, group_sizes = as_array(x), as_array(w), as_array(group_sizes)
+    x, w, group_sizes, amax = as_array(x), as_array(w), as_array(group_sizes), checked_amax(amax)
     sharding = ragged_sharding(x, w)
     if sharding is not None:
         product = functools.partial(
             quantized_ragged_dot, recipe=recipe, precision=precision, preferred_element_type=preferred_element_type
         )
         placed: Any = jax.sharding.auto_axes(
-            lambda x, w, sizes, key: product(x, w, sizes, key=key), out_sharding=sharding
+            lambda x, w, sizes, key, amax: product(x, w, sizes, key=key, amax=amax), out_sharding=sharding
         )
-        return placed(x, w, group_sizes, key)
+        return placed(x, w, group_sizes, key, amax)
     dtype = jnp.promote_types(x.dtype, w.dtype)
     plain = functools.partial(lax.ragged_dot, precision=precision, preferred_element_type=preferred_element_type)
     if not recipe.is_quantized or 0 in (*x.shape, *w.shape):
@@ -82,7 +83,7 @@ def quantized_ragged_dot(
     place = jnp.where(group < g, start + jnp.arange(m), rows)  # out of range: `set` drops these rows
     x, w = as_varying(x, w), as_varying(w, x)
     spread = jnp.zeros((rows, x.shape[1]), x.dtype).at[place].set(x, mode="drop")
-    y: Any = _product(spread, w, filled.astype(group_sizes.dtype), key, settings)
+    y: Any = _product(spread, w, filled.astype(group_sizes.dtype), key, amax, settings)
     return checkpoint_name(y.at[place].get(mode="fill", fill_value=0), SAVED)
 
 
@@ -93,40 +94,44 @@ def _alignment(recipe: Recipe) -> int:
     return math.lcm(*sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _product(x, w, group_sizes, key, settings: Settings):
-    return _forward(x, w, group_sizes, key, settings)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _product(x, w, group_sizes, key, amax, settings: Settings):
+    return _forward(x, w, group_sizes, key, amax, settings)[0]
 
 
-def _forward(x, w, group_sizes, key, settings):
-    qx = operand_of(x, "fprop", "lhs", -1, key, settings)
-    qw = operand_of(w, "fprop", "rhs", -2, key, settings)
+def _forward(x, w, group_sizes, key, amax, settings):
+    of_x, of_w, _ = three(amax)
+    qx = operand_of(x, "fprop", "lhs", -1, key, settings, of_x)
+    qw = operand_of(w, "fprop", "rhs", -2, key, settings, of_w)
     a, b = _dense(qx, settings.dtype), _dense(qw, settings.dtype)
     y = lax.ragged_dot(a, b, group_sizes, settings.precision, accumulator(settings.dtype))
     return y.astype(settings.out_dtype), (qx, qw)
 
 
-def _product_fwd(x, w, group_sizes, key, settings):
-    y, (qx, qw) = _forward(x, w, group_sizes, key, settings)
+def _product_fwd(x, w, group_sizes, key, amax, settings):
+    y, (qx, qw) = _forward(x, w, group_sizes, key, amax, settings)
     recipe = settings.recipe
     nothing = [lax.slice_in_dim(a, 0, 0, axis=a.ndim - 1) for a in (x, w)]
     for_dgrad = qw if recipe.dgrad.rhs.reuse else w
     for_wgrad = qx if recipe.wgrad.lhs.reuse else x
-    return y, (for_dgrad, for_wgrad, nothing, group_sizes, key)
+    maxima = None if amax is None else (largest(x), largest(w))
+    return y, (for_dgrad, for_wgrad, nothing, group_sizes, key, amax, maxima)
 
 
 def _product_bwd(settings, residuals, g):
-    for_dgrad, for_wgrad, nothing, group_sizes, key = residuals
+    for_dgrad, for_wgrad, nothing, group_sizes, key, amax, maxima = residuals
+    of_x, of_w, of_g = three(amax)
     g, _ = once(g, nothing)
     dtype, precision, total = settings.dtype, settings.precision, accumulator(settings.dtype)
-    left = _dense(operand_of(g, "dgrad", "lhs", -1, key, settings), dtype)
-    right = _dense(operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings), dtype)
+    left = _dense(operand_of(g, "dgrad", "lhs", -1, key, settings, of_g), dtype)
+    right = _dense(operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings, of_w), dtype)
     dx = lax.ragged_dot(left, jnp.swapaxes(right, 1, 2), group_sizes, precision, total)
-    left = _dense(operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings), dtype)
-    right = _dense(operand_of(g, "wgrad", "rhs", -2, key, settings), dtype)
+    left = _dense(operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings, of_x), dtype)
+    right = _dense(operand_of(g, "wgrad", "rhs", -2, key, settings, of_g), dtype)
     dw = lax.ragged_dot_general(left, right, group_sizes, _WGRAD, precision, total)
     no_sizes = np.zeros(group_sizes.shape, jax.dtypes.float0)
-    return dx.astype(settings.x_dtype), dw.astype(settings.w_dtype), no_sizes, None
+    maxima = None if maxima is None else jnp.stack([*maxima, largest(g)])
+    return dx.astype(settings.x_dtype), dw.astype(settings.w_dtype), no_sizes, None, maxima
 
 
 _product.defvjp(_product_fwd, _product_bwd)

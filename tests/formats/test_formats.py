@@ -20,6 +20,7 @@ from ifjax.formats import (
     INT4,
     INT6,
     SCALES,
+    UE5M3,
     Candidate,
     Format,
     Grid,
@@ -170,9 +171,17 @@ def test_more_candidates_than_two_fit_if_their_decodings_do():
     assert fmt.has_selector and len(fmt.decodings) == 2
 
 
-def test_a_scale_without_a_free_bit_takes_one_decoding():
-    with pytest.raises(ValueError, match="2 different decodings do not fit the 0 free bits of a header of e8m0"):
-        Format("mine", candidates((E2M1, 1), (INT4, 6 / 7)), 32, E8M0, tensor_peak=None)
+@pytest.mark.parametrize("scale", [UE5M3, E8M0], ids=lambda scale: scale.name)
+def test_a_scale_without_a_free_bit_takes_one_decoding(scale):
+    """UE5M3 uses the bit in which if4, split87 and razer_act keep their selector."""
+    refusal = f"2 different decodings do not fit a header of {scale.name}, which has no free bit for a selector: use at"
+    two = candidates((E2M1, 1), (INT4, 6 / 7))
+    with pytest.raises(ValueError, match=f"^mine: {refusal} most 1 different"):
+        Format("mine", two, 32, scale, tensor_peak=None)
+    for name in ("if4", "split87", "razer_act", "mixfp4"):
+        with pytest.raises(ValueError, match=f"^{name}: {refusal}"):
+            dataclasses.replace(FORMATS[name], scale=scale)
+    assert dataclasses.replace(FORMATS["fouroversix"], scale=UE5M3).has_selector is False  # two scales, one decoding
 
 
 def test_candidates_have_codes_of_one_width():

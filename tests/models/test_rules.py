@@ -203,6 +203,10 @@ def test_no_format_means_left_alone():
          "block_2d: halves scales parts of a block, which squares cannot share: use 1-D blocks"),
         ("optional", {"optional": None}, "optional must be True or False, got None"),
         ("act_amax", {"act_fmt": "if4", "act_amax": "row"}, "act_amax must be 'tensor', 'token' or 'static', got"),
+        ("weight_amax", {"weight_amax": "token"}, "weight_amax must be 'tensor' or 'row', got 'token'"),
+        ("weight_amax", {"weight_amax": "row", "block_2d": True}, "block_2d shares scales across rows"),
+        ("weight_amax", {"weight_amax": "row", "weight_fmt": "mxfp4"}, "no effect on mxfp4, which has no tensor scale"),
+        ("weight_amax", {"weight_amax": "row", "weight_fmt": None}, "has no effect with weight_fmt=None"),
         ("axis", {"axis": 0}, "axis must be an integer < 0, counted from the last axis (-2 for a matrix [in, out])"),
         ("axis", {"axis": -3, "block_2d": True}, "axis must be -1 or -2, as block_2d takes squares"),
         ("operands", {"operands": {"qeury": "if4"}}, "not 'qeury'; did you mean query"),
@@ -281,6 +285,8 @@ def rules_of_all_kinds(draw):
         runs = get_format(values["weight_fmt"]).scale.runs
         lengths = st.sampled_from([16, 64]) if runs else st.integers(1, 64)
         values |= {"block": draw(st.none() | lengths), "block_2d": not runs and draw(st.booleans())}
+        if get_format(values["weight_fmt"]).has_tensor_scale and not values["block_2d"]:
+            values["weight_amax"] = draw(st.sampled_from(["tensor", "row"]))
         values |= {"axis": draw(st.sampled_from([None, -1, -2])), "act_fmt": draw(st.none() | formats)}
     inputs = [fmt for fmt in (values.get("act_fmt"), *values["operands"].values()) if fmt is not None]
     if inputs:
@@ -333,7 +339,7 @@ def test_a_file_by_hand_may_use_all_of_yaml_but_aliases(tmp_path):
 # What follows the file's name, or with "..." at its end the beginning of that.
 ALL_KEYS = (
     "act_amax, act_fmt, act_loss, axis, block, block_2d, gptq, loss, module, operands, optional, path, recipe, rotate, "
-    "search, smooth, weight_fmt"
+    "search, smooth, weight_amax, weight_fmt"
 )
 NO_LIST = 'needs a list of rules, as in `- path: .*`, in JSON [{"path": ".*"}]'
 NO_EXPRESSION = (
@@ -346,7 +352,8 @@ NO_RECORD = "not a format record (see Format.to_dict): "
 
 YAML_FAULTS = {
     "unknown key": (
-        "- path: a\n  weight_format: if4\n", "rule 1: unknown key 'weight_format'; did you mean weight_fmt, act_fmt?",
+        "- path: a\n  weight_format: if4\n",
+        "rule 1: unknown key 'weight_format'; did you mean weight_fmt, weight_amax, act_fmt?",
     ),
     "far key": ("- path: a\n- path: a\n  zzz: 1\n", f"rule 2: unknown key 'zzz'; did you mean {ALL_KEYS}?"),
     "number as key": ("- path: a\n  3: 1\n", f"rule 1: unknown key 3; did you mean {ALL_KEYS}?"),
@@ -422,7 +429,7 @@ YAML_FAULTS = {
 JSON_FAULTS = {
     "unknown key": (
         '[\n {"path": "a",\n  "weight_format": "if4"}\n]',
-        "rule 1: unknown key 'weight_format'; did you mean weight_fmt, act_fmt?",
+        "rule 1: unknown key 'weight_format'; did you mean weight_fmt, weight_amax, act_fmt?",
     ),
     "unknown format": (
         '[{"path": "a"},\n {"path": "b", "weight_fmt":\n "if5"}]',

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from ifjax.arrays import QTensor, quantize
 from ifjax.codec import Encoding
@@ -61,7 +62,9 @@ def inference(
     return _Inference(() if rules is None else as_rules(rules), calibration)
 
 
-def training(rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantize") -> Callable[..., Any]:
+def training(
+    rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantize", amax: str | None = None
+) -> Callable[..., Any]:
     """Return a method interceptor (for `nn.intercept_methods`) that trains products with the rules' recipes.
 
     Dense, DenseGeneral, Einsum and Embed.attend layers whose rule has a `recipe` use `ifjax.quantized_dot_general`,
@@ -79,10 +82,14 @@ def training(rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantiz
             that recipe. The papers also keep the last blocks in high precision:
             (Rule("layers_1[0-1]/.*", None), Rule(".*", recipe="if4")).
         rng: name of Flax's random stream.
+        amax: name of a variable collection that carries the amax of each layer's operands from step to step, as
+            `quantized_dot_general` takes it: float32 [3] per kernel. `model.init` under the interceptor adds it, with
+            zeros: the operands' own amax. The gradient with respect to it holds the new values. nn.scan and nn.vmap
+            need it in their variable_axes. None carries nothing.
 
     Raises:
         ValueError: no rule has a recipe. When the intercepted model runs: a matched parameter is packed; a pass draws
-            noise and there is no such stream.
+            noise and there is no such stream; a layer has no variable in the collection `amax`, or is called twice.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -95,7 +102,7 @@ def training(rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantiz
         >>> jax.jit(jax.grad(loss))(params, jax.random.key(1))["params"]["kernel"].shape
         (32, 16)
     """
-    return _Training(training_rules(rules), rng)
+    return _Training(training_rules(rules), rng, amax)
 
 
 class Noting(Census):
@@ -188,7 +195,8 @@ class _Inference(Watcher):
             raise ValueError(f"{site.path!r}: gptq needs packed parameters: make them with ifjax.quantize_params")
         if decision.rule.smooth is not None or decision.rule.rotate is not None:
             raise ValueError(f"{site.path!r}: smooth and rotate are for ifjax.quantized, on packed parameters")
-        return quantize(without_gradient(kernel, site.path), decision.weights, axis=decision.axis)
+        kernel = without_gradient(kernel, site.path)
+        return quantize(kernel, decision.weights, axis=decision.axis, amax_axes=decision.amax_axes)
 
     def _encodings(self, site: Site, decision: Decision) -> dict[str, Encoding]:
         """Return the encodings of the layer's activations by operand name, "input" for a layer with a kernel."""
@@ -212,13 +220,14 @@ class _Training(Watcher):
     Flax calls it for each method of each module, possibly several times, so its effect depends only on its arguments.
     """
 
-    def __init__(self, rules: tuple[Rule, ...], rng: str):
+    def __init__(self, rules: tuple[Rule, ...], rng: str, amax: str | None):
         super().__init__()
-        self.rules, self.rng = rules, rng
+        self.rules, self.rng, self.amax = rules, rng, amax
 
     def __call__(self, next_fun, args, kwargs, context):
         layer, module = layer_of(context), context.module
         if module.is_initializing():
+            self._initialize(layer, module)
             return next_fun(*args, **kwargs)
         self.note(module)
         if layer is None:
@@ -236,10 +245,40 @@ class _Training(Watcher):
         if recipe.needs_key and module.has_rng(self.rng):  # without a key, the first pass that needs one raises
             key = module.make_rng(self.rng)
 
+        amax = self._carried(layer, module) if recipe.is_quantized else None
+
         def product(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **options):
             return quantized_dot_general(
-                lhs, rhs, dimension_numbers, recipe, key, precision=precision,
+                lhs, rhs, dimension_numbers, recipe, key, amax=amax, precision=precision,
                 preferred_element_type=preferred_element_type, **options,
             )  # fmt: skip
 
         return layer.run(module, next_fun, args, kwargs, Operands(product=product))
+
+    def _initialize(self, layer, module) -> None:
+        """Add the layer's variable to the collection of carried amaxes."""
+        if self.amax is None or layer is None or layer.kernel is None:
+            return
+        site = site_of(module, layer)._replace(axes=(-1,)).in_training()
+        recipe = decide(self.rules, site).recipe
+        if recipe is not None and recipe.is_quantized and not module.has_variable(self.amax, layer.kernel):
+            module.scope.variable(self.amax, layer.kernel, jnp.zeros, 3, jnp.float32)
+
+    def _carried(self, layer, module) -> Any:
+        """Return the layer's carried amaxes, float32 [3]; None if none are carried."""
+        if self.amax is None:
+            return None
+        path, root = "/".join(module.path), module.scope.root
+        if not module.has_variable(self.amax, layer.kernel):
+            raise ValueError(
+                f"{path!r} has no variable in the collection {self.amax!r}: call model.init under the interceptor, "
+                "pass the collection to model.apply, and name it in the variable_axes of nn.scan and nn.vmap"
+            )
+        name = f"{path}/{layer.kernel}"
+        if root.name_reserved(name, self.amax):  # Flax forgets reservations when the outermost call returns
+            raise ValueError(
+                f"{path!r} is called twice, and the amaxes of two products cannot be told apart: leave it out by a "
+                "rule without recipe, or train without amax="
+            )
+        root.reserve(name, self.amax)
+        return module.get_variable(self.amax, layer.kernel)
