@@ -58,7 +58,8 @@ class Rule:
             `ifjax.calibrate`.
         rotate: rotate runs of inputs and weights along the contraction axis, after smoothing. 16, 32, 64 or 128 is the
             run length of `ifjax.hadamard`; "greedy" builds a rotation of one block from calibration (DuQuant++).
-            Smoothed or rotated weights run only under `ifjax.quantized`.
+            Both are folded into what makes the inputs where the model's program shows it. Otherwise the inputs are changed
+            at each call, and such weights run only under `ifjax.quantized`; notes of the report say which.
         act_loss: loss for activations and operands.
         act_amax: source of the amax of activations and operands. "tensor": one amax of the current values (one per
             layer or expert if their stacked weights have one each). "token": one amax per row of the current values.

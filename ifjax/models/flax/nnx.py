@@ -18,7 +18,7 @@ from ifjax.models.decisions import decide
 from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import Rule, training_rules
 from ifjax.models.sites import Site, Walk, explained, innermost, join_path, without_matmul
-from ifjax.models.trace import trace_tree
+from ifjax.models.trace import program_of, trace_tree
 from ifjax.training import Recipe, quantized_dot_general
 
 M = TypeVar("M", bound=nnx.Module)
@@ -172,13 +172,20 @@ def walk(model: nnx.Module, sample: Any = None, method: Any = None) -> Walk:
 
 def _traced(model: nnx.Module, known: Walk, sample: Any, method: Any) -> Walk:
     """Return the sites of the traced model, completed from `known`, the sites that its modules give."""
+    return _explained(known, trace_tree(*_function_of(model, method), as_arguments(sample)))
+
+
+def program(model: nnx.Module, sample: Any, method: Any = None) -> tuple[Any, list[str]]:
+    """Return the ClosedJaxpr of an NNX model and the paths of its parameters, which are its first inputs."""
+    return program_of(*_function_of(model, method), as_arguments(sample))
+
+
+def _function_of(model: nnx.Module, method: Any) -> tuple[Any, Any]:
+    """Return a function of a model's state, the arguments and those by keyword; and the state."""
     graph, state = nnx.split(model)
     call: Any = type(model).__call__ if method is None else method
     call = getattr(type(model), call) if isinstance(call, str) else call
-    sites = trace_tree(
-        lambda state, args, kwargs: call(nnx.merge(graph, state), *args, **kwargs), state, as_arguments(sample)
-    )
-    return _explained(known, sites)
+    return lambda state, args, kwargs: call(nnx.merge(graph, state), *args, **kwargs), state
 
 
 def explain(model: nnx.Module, sites: dict[str, Site]) -> Walk:
