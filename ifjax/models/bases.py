@@ -141,7 +141,7 @@ def _one(path, p, parameters, wanted, folder, inputs, found: Bases) -> None:
         if part is None:
             continue
         if part is parts[1] and (rule.smooth is None or fold is not None):
-            own, reason = _fold(folder, path, p, rule.rotation_block, parameters, found)
+            own, reason = _fold(folder, path, p, rule.rotation_run(p.value.shape[p.axis]), parameters, found)
             if own is not None and fold is not None and set(own.members) != set(fold.members):
                 own, reason = None, "other weights share only a part of the change"
         if own is None:

@@ -348,7 +348,7 @@ def _entry_in_training(p: _Parameter) -> Entry:
         reason = reason or f"the rule {rule.path!r} has no recipe"
     return Entry(
         site.parameter, site.module, tuple(p.value.shape), str(p.value.dtype), None if recipe is None else recipe.name,
-        None, 8.0 * p.value.dtype.itemsize, nbytes_of(p.value), nbytes_of(p.value),
+        None, 8 * nbytes_of(p.value) / max(p.value.size, 1), nbytes_of(p.value), nbytes_of(p.value),
         rule=None if rule is None else rule.path, reason=None if recipe is not None else reason,
         expected=not site.axes or site.quantizable or asked is None or reason == LOOKUP,
     )  # fmt: skip
@@ -458,7 +458,7 @@ def _by_gptq(p: _Parameter, value, how, rule, calibration, transform) -> QTensor
     first, last = p.site.axes[0], p.site.axes[-1]
     before, after = value.shape[:first], value.shape[value.ndim + last + 1 :]
     rows = value.reshape(*before, -1, *after)
-    q = gptq(rows, hessian, how.fmt, axis=last, loss=rule.loss, search=how.search)
+    q = gptq(rows, hessian, how.fmt, axis=last, loss=rule.loss, search=how.search, damping=rule.damping)
     codes, scales = (a.reshape(*value.shape[:last], -1, *after) for a in (q.codes, q.scales))
     return q.replaced(codes=codes, scales=scales, length=value.shape[last])
 

@@ -112,7 +112,7 @@ def transform_of(
         return None
     axis, k = axis % w.ndim - w.ndim, w.shape[axis]
     wanted = f"smooth={rule.smooth!r}" if rule.smooth is not None else f"rotate={rule.rotate!r}"
-    n = rule.rotation_block
+    n = rule.rotation_run(k)
     if n is not None and k % n:
         raise ValueError(f"rotate={rule.rotate!r} turns runs of {n}, which do not divide its contraction of {k}")
     if axes and axis != axes[-1]:
@@ -132,7 +132,7 @@ def transform_of(
         assert rows is not None and n is not None
         moved = rows if scale is None else rows / np.asarray(scale)
         rotation = jnp.asarray(greedy_rotation(moved, n).rotation, jnp.float32)
-    return Transform(scale, rotation, 0 if rule.rotate in (None, "greedy") else int(rule.rotate))
+    return Transform(scale, rotation, 0 if n is None or rule.rotate == "greedy" else n)
 
 
 def columns_of(w: Any, axis: int) -> Float[Array, "k n"]:

@@ -216,7 +216,8 @@ def with_recipes(
     those inside attention and recurrent cells. Modules that cannot take a `dot_general` (Einsum, Embed, Conv) stay
     unchanged; a rule that matches nothing else is an error. Parameters and their paths are those of `model`, so any
     optimizer and checkpoint works. `nnx.update(model, nnx.state(trained, nnx.Param))` copies the trained parameters
-    back, for `ifjax.quantize_params`.
+    back, for `ifjax.quantize_params`. Packed parameters (`PackedParam`) are multiplied by as they are stored and get no
+    gradient, for what trains beside them; the recipe rounds the other operands.
 
     Noise comes from a stream in each module, as in nnx.Dropout: its key and count are part of the state, and each call
     draws a new key. Layers that nnx.vmap stacked along the first axes have stacked keys.
@@ -227,7 +228,7 @@ def with_recipes(
 
     Raises:
         TypeError: `model` is not an NNX module.
-        ValueError: a rule has no effect; a recipe needs noise and rngs is None; a matched parameter is packed.
+        ValueError: a rule has no effect; a recipe needs noise and rngs is None.
 
     Example:
         >>> import jax.numpy as jnp
@@ -252,11 +253,10 @@ def with_recipes(
         decision, module = decide(rules, site), modules[site.path]
         if decision.rule is None or decision.rule.recipe is None:
             continue
-        if isinstance(_parameter(module, site).get_raw_value(), QTensor):
-            raise ValueError(f"{site.path!r} is packed, and training needs floats: exclude it by Rule(path, None), or "
-                             "train beside it by ifjax.quantized(fn, rules)")
         if decision.recipe is not None:
-            module.dot_general = nnx.data(_product(decision.recipe, site, module, rngs))
+            packed = isinstance(_parameter(module, site).get_raw_value(), QTensor)
+            recipe = decision.recipe.over_packed() if packed else decision.recipe
+            module.dot_general = nnx.data(_product(recipe, site, module, rngs))
     return copy
 
 
