@@ -45,7 +45,7 @@ def factors(n: int) -> tuple[np.ndarray, ...]:
     """
     base = _base(n) if n > 1 else None
     if base is None:
-        raise ValueError(f"no Hadamard matrix of order {n} is known here: powers of two are, and 12, 20, 28 .. times one")
+        raise ValueError(f"no Hadamard matrix of order {n} is known here: powers of two, and 12, 20 .. times one, are")
     power, parts = n // base, []
     while power > 1:
         parts.append(sylvester(min(power, 16)))
