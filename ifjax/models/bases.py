@@ -82,7 +82,7 @@ def changed_bases(
         parameters: all parameters by path.
         program: a function that returns the ClosedJaxpr of the model and the paths of its first inputs, or None; None
             to fold nothing.
-        inputs: calibrated inputs by the path of the site.
+        inputs: calibrated inputs, as in `Calibration`.
 
     Raises:
         ValueError: as `transform_of`.
@@ -94,6 +94,11 @@ def changed_bases(
         if path not in found.bases:
             _one(path, p, parameters, wanted, folder, inputs, found)
     return found
+
+
+def statistic_of(statistics: Mapping[str, Any], site: Site) -> Any:
+    """Return a site's calibrated statistic: under its own path, or that of the linen module inside a function."""
+    return statistics.get(site.path, statistics.get(site.parameter.rpartition("/")[0]))
 
 
 def is_packed(value: Any) -> bool:
@@ -132,7 +137,7 @@ def _one(path, p, parameters, wanted, folder, inputs, found: Bases) -> None:
     members = [path] if fold is None else [m for m in fold.members if m in wanted]
     others = [columns_of(wanted[m].value, wanted[m].axis) for m in members if m != path]
     try:
-        whole = transform_of(rule, p.value, p.axis, p.site.axes, inputs.get(p.site.path), others)
+        whole = transform_of(rule, p.value, p.axis, p.site.axes, statistic_of(inputs, p.site), others)
     except ValueError as error:
         raise ValueError(f"{p.site.path!r}: {error}") from None
     assert whole is not None

@@ -263,7 +263,8 @@ class _Search:
         return True
 
     def _check_parameter(self, label: np.ndarray) -> None:
-        if self.run is not None and not np.array_equal(np.sort(label.reshape(-1)), np.arange(label.size)):
+        count = self.graph.shapes[self.folder.numbers[self.path]][self.axis]
+        if self.run is not None and not np.array_equal(np.sort(label[label >= 0]), np.arange(count)):
             raise CannotFold("a parameter has only a part of the channels, or repeats them")
 
 
@@ -428,9 +429,9 @@ def turned(w: Any, producer: Producer, rotation: Transform) -> jax.Array:
     """Return a producer's parameter with its channels rotated, as `rotation.inputs` rotates the inputs."""
     label, w = producer.label, jnp.asarray(w)
     own = [i for i in range(w.ndim) if label.shape[i] > 1]
-    rest = [i for i in range(w.ndim) if i not in own]
-    order = np.argsort(label.transpose([*rest, *own]).reshape(-1))
-    moved = w.transpose([*rest, *own])
-    flat = moved.reshape(*moved.shape[: len(rest)], -1)
-    back = rotation.inputs(flat[..., order], -1)[..., np.argsort(order)]
-    return back.reshape(moved.shape).transpose(np.argsort([*rest, *own]))
+    order = [*(i for i in range(w.ndim) if i not in own), *own]
+    moved, channels = w.transpose(order), label.transpose(order).reshape(-1)
+    places = np.argsort(channels, stable=True)[(channels < 0).sum() :]
+    flat = moved.reshape(*moved.shape[: w.ndim - len(own)], -1)
+    flat = flat.at[..., places].set(rotation.inputs(flat[..., places], -1))
+    return flat.reshape(moved.shape).transpose(np.argsort(order))

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from ifjax.arrays import DTYPES, QTensor, gptq, quantize
 from ifjax.formats import Format
 from ifjax.models.adapters import Adapted
-from ifjax.models.bases import Bases, Basis, Wanted, changed_bases, model_program
+from ifjax.models.bases import Bases, Basis, Wanted, changed_bases, model_program, statistic_of
 from ifjax.models.decisions import Decision, decide
 from ifjax.models.leaves import (
     is_leaf,
@@ -407,7 +407,7 @@ def _no_gptq(p: _Parameter, calibration) -> str | None:
     neighbours = axes == tuple(range(axes[0], axes[0] + len(axes)))
     if len(axes) > 1 and not (neighbours and shape[axes[-1]] % how.fmt.block == 0):
         return f"gptq takes several contracted axes of {shape} only if they are neighbours and blocks fit the last"
-    hessian = None if calibration is None else calibration.hessians.get(site.path)
+    hessian = None if calibration is None else statistic_of(calibration.hessians, site)
     if hessian is not None and len(hessian) != math.prod(shape[a] for a in axes):
         return f"gptq needs one product of all inputs, and this takes its {len(hessian)} in groups: leave gptq out"
     return None
@@ -447,7 +447,7 @@ def _rounded(p: _Parameter, value, calibration, transform) -> QTensor:
 
 
 def _by_gptq(p: _Parameter, value, how, rule, calibration, transform) -> QTensor:
-    hessian = None if calibration is None else calibration.hessians.get(p.site.path)
+    hessian = None if calibration is None else statistic_of(calibration.hessians, p.site)
     if hessian is None:
         raise ValueError(
             f"{p.site.path!r}: gptq needs calibration=ifjax.calibrate(...) with these rules"

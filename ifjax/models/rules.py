@@ -59,8 +59,8 @@ class Rule:
             `ifjax.calibrate`.
         rotate: rotate runs of inputs and weights along the contraction axis, after smoothing. A number is the run's
             length for `ifjax.hadamard`, such as 16; "whole" is the longest one that divides the axis: the whole axis if
-            its length is a power of two, or one times 12, 20, 28 and others. "greedy" builds a rotation of one block from
-            calibration (DuQuant++). Smoothing and rotation are folded into what makes the inputs where the model's
+            its length is a power of two, or one times 12, 20, 28 and others. "greedy" builds a rotation of one block
+            from calibration (DuQuant++). Smoothing and rotation are folded into what makes the inputs where the model's
             program shows it. Otherwise inputs are changed at each call, and such weights run only under
             `ifjax.quantized`; notes of the report say which.
         act_loss: loss for activations and operands.

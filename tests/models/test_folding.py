@@ -149,9 +149,7 @@ def test_layers_of_a_scan_and_parts_of_a_joint_projection():
     notes = folded(fn, params, smooth=0.5)
     assert notes["out"] == "smoothing folded into qkv"
     assert notes["qkv"] == "smoothing folded into scale; has the smoothing of out"
-    assert folded(fn, params, rotate=16)["out"] == (
-        "rotation at each call: a parameter has only a part of the channels, or repeats them"
-    )
+    assert folded(fn, params, rotate=16)["out"] == "rotation folded into qkv"
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def training(rules: Iterable[Rule] | Rule | Recipe | str, *, rng: str = "quantiz
     forward and backward. Convolutions, cells with products of their own and modules with their own `dot_general` cannot
     use it and run unchanged. Float parameters stay floats, so any optimizer and checkpoint works, and
     `ifjax.quantize_params` takes the trained parameters. Packed ones are multiplied by as they are stored and get no
-    gradient, for what trains beside them; the recipe rounds the other operands. `ifjax.training_report` shows the effect
-    of the rules and raises if one of them has none.
+    gradient, for what trains beside them; the recipe rounds the other operands. `ifjax.training_report` shows the
+    effect of the rules and raises if one of them has none.
 
     Recipes with noise need a random stream named `rng`: call `model.apply(params, x, rngs={"quantize": key})` with a
     fresh key each step, and put "quantize" into the split_rngs of nn.scan and nn.vmap. Flax folds the module path into
