@@ -24,7 +24,6 @@ from ifjax.models.graph import LAYER, Graph, Node
 from ifjax.models.transforms import Transform
 
 _SUMS = {"add", "add_any", "sub"}
-_SAME = ALIKE | {"neg"}
 
 
 class CannotFold(Exception):
@@ -100,6 +99,8 @@ class Folder:
             node = self.graph.nodes[at]
             if node.name == "dot_general":
                 return node.ins[1 - position], across(self.graph, node, position, label)
+            if len(node.outs) > 1:
+                raise CannotFold("the program takes the weight apart")
             number, label = node.outs[0], forward(self.graph, node, label)
 
 
@@ -214,7 +215,7 @@ class _Search:
         """Return whether a value is a parameter, rearranged at most."""
         while number not in self.folder.parameters:
             at = self.graph.maker.get(number)
-            if at is None or self.graph.nodes[at].name not in (*ALIKE, *_MOVES):
+            if at is None or not moves(self.graph.nodes[at]):
                 return False
             number = self.graph.nodes[at].ins[0]
         return True
@@ -234,11 +235,11 @@ class _Search:
             number, label = node.ins[1 - position], across(self.graph, node, position, label)
             while number not in self.folder.parameters:
                 at = self.graph.maker.get(number, -1)
-                if at < 0 or self.graph.nodes[at].name not in (*ALIKE, *_MOVES) or len(self.graph.readers[number]) > 1:
+                if at < 0 or not moves(self.graph.nodes[at]) or len(self.graph.readers[number]) > 1:
                     return False
                 label, number = backward(self.graph, self.graph.nodes[at], number, label), self.graph.nodes[at].ins[0]
             return self._joins(self.folder.parameters[number], number, label)
-        if node.name not in (*ALIKE, *_MOVES) or position:
+        if not moves(node):
             return False
         for out in node.outs:
             moved = forward(self.graph, node, label, node.outs.index(out))
@@ -271,6 +272,13 @@ class _Search:
 _MOVES = {"transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "slice", "split", LAYER}
 
 
+def moves(node: Node) -> bool:
+    """Return whether an equation only rearranges its one operand, as floats."""
+    if node.name == "convert_element_type" and not jnp.issubdtype(node.params["new_dtype"], jnp.floating):
+        return False
+    return (node.name in ALIKE or node.name in _MOVES) and len(node.ins) == 1
+
+
 def across(graph: Graph, node: Node, position: int, label: np.ndarray) -> np.ndarray:
     """Return the label of a product's other operand, given that of the operand at a position.
 
@@ -294,6 +302,8 @@ def forward(graph: Graph, node: Node, label: np.ndarray, out: int = 0) -> np.nda
         CannotFold: the equation does more.
     """
     name, old, new = node.name, graph.shapes[node.ins[0]], graph.shapes[node.outs[out]]
+    if not moves(node):
+        raise CannotFold(f"{name} comes between")
     if name in ALIKE:
         return label
     if name == LAYER and label.shape[0] == 1:
@@ -321,7 +331,9 @@ def backward(graph: Graph, node: Node, number: int, label: np.ndarray) -> np.nda
     """
     name, new = node.name, graph.shapes[number]
     old = graph.shapes[node.ins[0]] if node.ins else ()
-    if name in _SAME:
+    if not moves(node) and name != "neg":
+        raise CannotFold(f"{name} comes between")
+    if name in ALIKE or name == "neg":
         return label
     if name == LAYER:
         return label[None]

@@ -130,7 +130,8 @@ def fold_params(
     """Fold the smoothing and rotation that rules ask for into float parameters; the function stays what it was.
 
     `quantize_params` does the same before it rounds. Fold first to compare the functions in floats, or to calibrate on
-    the inputs as they are after folding.
+    the inputs as they are after folding. What holds is the program of `model` on `sample`: a method that reads the
+    changed parameters in another way would give other results.
 
     Args:
         params, rules, model, sample, method, calibration: as in `quantize_params`.
