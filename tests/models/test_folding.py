@@ -161,7 +161,7 @@ def test_layers_of_a_scan_and_parts_of_a_joint_projection():
         (lambda p, x: (lambda h: (h * h) @ p["b"])(x @ p["a"]), "mul reads the input, or what it is made of, too"),
         (lambda p, x: x @ p["a"] @ p["b"] @ p["b"], "the program reads the weight more than once"),
         (lambda p, x: x @ p["b"] + x @ p["a"].astype(jnp.bfloat16).astype(jnp.float32), "an input of the function"),
-        (lambda p, x: (lambda h, w: h @ w[0] + h @ w[1])(x @ p["a"], jnp.split(p["b"], 2, 1)), "takes the weight apart"),
+        (lambda p, x: (lambda h, w: h @ w[0] + h @ w[1])(x @ p["a"], jnp.split(p["b"], 2, 1)), "the weight apart"),
         (lambda p, x: (x @ p["a"]).astype(jnp.int32).astype(jnp.float32) @ p["b"], "convert_element_type comes"),
         (lambda p, x: (jax.nn.silu(x @ p["a"]) + 1) @ p["b"], "logistic comes between"),
     ],
