@@ -99,7 +99,7 @@ class Folder:
             node = self.graph.nodes[at]
             if node.name == "dot_general":
                 return node.ins[1 - position], across(self.graph, node, position, label)
-            if len(node.outs) > 1:
+            if len(node.outs) != 1:
                 raise CannotFold("the program takes the weight apart")
             number, label = node.outs[0], forward(self.graph, node, label)
 
