@@ -5,7 +5,7 @@ Rearrange:   dynamic_slice, dynamic_update_slice, concatenate, stack (QTensor al
 Formats:     FORMATS, get_format, learn_format, Format, Candidate, Grid, Scale, TableScale
 Multiply:    dot_general, einsum, matmul, ragged_dot, explain_matmul, prepack
 Models:      quantize_params, fake_quantize_params, calibrate, quantized, trace_products, Site, gptq, trainable_mask
-             Report, plan_formats, FormatPlan, Rule, default_rules, load_rules, save_rules
+             fold_params, Report, plan_formats, FormatPlan, Rule, default_rules, load_rules, save_rules
 Serve:       PackedCache, pack_cache
 Training:    quantized_dot_general, recipes, ms_eden, training_report, optim, lora, partition, combine
 Flax:        interceptors, PackedParam, with_recipes (import flax on first use)
@@ -49,6 +49,7 @@ from ifjax.models import (
     combine,
     default_rules,
     fake_quantize_params,
+    fold_params,
     load_rules,
     pack_cache,
     partition,
@@ -114,6 +115,7 @@ __all__ = [
     "explain_quantize",
     "fake_quantize",
     "fake_quantize_params",
+    "fold_params",
     "get_format",
     "gptq",
     "hadamard",

@@ -44,3 +44,20 @@ def test_generate(generate, tmp_path, capsys):
     assert "--- packed:" in printed and "tokens a second" in printed and printed.count("def ") == 2
     assert figures["packed"]["weights"] < 0.6 * figures["float"]["weights"]  # embedding and head stay
     assert figures["packed"]["cache"] < 0.5 * figures["float"]["cache"]
+
+
+@pytest.mark.clients
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_generate_runs_models_of_transformers_with_their_own_packed_cache(generate, capsys, model):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "FlaxAutoModelForCausalLM"):
+        pytest.skip("transformers 5 has no Flax models")
+    options = f"--model {model} --layers 2 --dim 64 --heads 2 --tokens 6 --temperature 0 --fmt if4 --cache if6"
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        figures = generate["main"]([*options.split(), "--prompt", "def "])
+    printed = capsys.readouterr().out
+    assert "--- float:" in printed and "--- packed:" in printed and printed.count("tokens a second") == 2
+    assert figures["packed"]["weights"] < 0.7 * figures["float"]["weights"]  # embedding and head stay
+    assert figures["packed"]["cache"] < 0.4 * figures["float"]["cache"]
+    assert all(figure["tokens_a_second"] > 0 for figure in figures.values())

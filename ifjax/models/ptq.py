@@ -5,7 +5,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from ifjax.arrays import DTYPES, QTensor, gptq, quantize
 from ifjax.codec.blocks import split_blocks
 from ifjax.formats import Format
 from ifjax.models.adapters import Adapted
+from ifjax.models.bases import Bases, Basis, Wanted, changed_bases, model_program, statistic_of
 from ifjax.models.decisions import Decision, decide
 from ifjax.models.leaves import (
     is_leaf,
@@ -34,7 +35,6 @@ from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import Rule, as_rules, training_rules
 from ifjax.models.sites import LOOKUP, NO_MATRIX, NOT_READ, Site, Walk, innermost, join_path, without_matmul
 from ifjax.models.trace import function_walk
-from ifjax.models.transforms import transform_of
 from ifjax.training.recipes import Recipe
 
 Rules = Iterable[Rule] | Rule | str | Format | None
@@ -119,6 +119,55 @@ def fake_quantize_params(
     return _quantize(params, rules, model, sample, method, calibration, fake=True)
 
 
+def fold_params(
+    params: Any,
+    rules: Rules,
+    *,
+    model: Any,
+    sample: Any = None,
+    method: Any = None,
+    calibration: Any = None,
+) -> tuple[Any, dict[str, str]]:
+    """Fold the smoothing and rotation that rules ask for into float parameters; the function stays what it was.
+
+    `quantize_params` does the same before it rounds. Fold first to compare the functions in floats, or to calibrate on
+    the inputs as they are after folding. What holds is the program of `model` on `sample`: a method that reads the
+    changed parameters in another way would give other results.
+
+    Args:
+        params, rules, model, sample, method, calibration: as in `quantize_params`.
+
+    Returns:
+        The tree with floats of the same shapes and dtypes, and remarks by path: into which parameters a change was
+        folded, or why it has to be made at each call and is not in the result.
+
+    Raises:
+        ValueError, TypeError: as `quantize_params`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import ifjax
+        >>> def fn(params, x):
+        ...     return x @ params["first"] @ params["second"]
+        >>> params, x = {"first": jnp.eye(16), "second": jnp.eye(16)}, jnp.ones((2, 16))
+        >>> folded, notes = ifjax.fold_params(params, ifjax.Rule(".*", rotate=16), model=fn, sample=x)
+        >>> notes["second"], bool(jnp.allclose(fn(folded, x), fn(params, x), atol=1e-6))
+        ('rotation folded into first', True)
+    """
+    rules = as_rules(rules)
+    inner, put_back = split_collection(params)
+    walk = walk_model(model, params, sample, method)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(inner, is_leaf=is_leaf)
+    found = _parameters(leaves, rules, walk)
+    check_used(rules, [p.site for p in found] + _other_sites(found, walk))
+    bases = _bases(found, calibration, lambda: model_program(model, params, sample, method))
+    new = {p.site.parameter: with_value(p.leaf, bases.values[p.site.parameter]) for p in found
+           if p.site.parameter in bases.values}  # fmt: skip
+    tree = jax.tree_util.tree_unflatten(structure, [new.get(join_path(keys), leaf) for keys, leaf in leaves])
+    notes = {path: bases.all_notes(path) for path in (p.site.parameter for p in found)}
+    return put_back(tree), {path: "; ".join(texts) for path, texts in notes.items() if texts}
+
+
 def training_report(
     params: Any, rules: Iterable[Rule] | Rule | Recipe | str, *, model: Any, sample: Any = None, method: Any = None
 ) -> Report:
@@ -193,7 +242,8 @@ def _quantize(params, rules, model, sample, method, calibration, *, fake):
     found = _parameters(leaves, rules, walk)
     if found:
         check_used(rules, [p.site for p in found] + _other_sites(found, walk))
-    done = [_one(p, calibration, fake) for p in found]
+    bases = _bases(found, calibration, None if fake else lambda: model_program(model, params, sample, method))
+    done = [_one(p, calibration, fake, bases) for p in found]
     new = iter([leaf for leaf, _ in done])
     tree = jax.tree_util.tree_unflatten(structure, [next(new) if is_parameter(leaf) else leaf for _, leaf in leaves])
     entries = [_entry(fields) for _, fields in done]
@@ -300,16 +350,18 @@ def _entry_in_training(p: _Parameter) -> Entry:
         reason = reason or f"the rule {rule.path!r} has no recipe"
     return Entry(
         site.parameter, site.module, tuple(p.value.shape), str(p.value.dtype), None if recipe is None else recipe.name,
-        None, 8.0 * p.value.dtype.itemsize, nbytes_of(p.value), nbytes_of(p.value),
+        None, 8 * nbytes_of(p.value) / max(p.value.size, 1), nbytes_of(p.value), nbytes_of(p.value),
         rule=None if rule is None else rule.path, reason=None if recipe is not None else reason,
         expected=not site.axes or site.quantizable or asked is None or reason == LOOKUP,
     )  # fmt: skip
 
 
-def _one(p: _Parameter, calibration, fake):
+def _one(p: _Parameter, calibration, fake, bases: Bases):
     """Return the new leaf and the fields of its entry. Numbers among the fields may still be device arrays."""
     site, decision, before = p.site, p.decision, nbytes_of(p.value)
-    rule = decision.rule
+    rule, path = decision.rule, p.site.parameter
+    if path in bases.values:
+        p = p._replace(value=bases.values[path], leaf=with_value(p.leaf, bases.values[path]))
     about = {
         "path": site.parameter, "module": site.module, "shape": tuple(p.value.shape), "dtype": str(p.value.dtype),
         "bytes_before": before, "rule": None if rule is None else rule.path,
@@ -330,13 +382,15 @@ def _one(p: _Parameter, calibration, fake):
         bits = 8 * before / p.value.size if p.value.size else float("nan")
         return p.leaf, about | {
             "fmt": None, "act_fmt": None, "bits_per_value": bits, "bytes_after": before, "reason": reason,
-            "expected": expected,
+            "expected": expected, "note": "; ".join(bases.all_notes(path)) or None,
         }  # fmt: skip
-    new, act = _packed(p, calibration), decision.activations
+    basis, act = bases.bases.get(path), decision.activations
+    new = _packed(p, calibration, basis)
+    notes = [*decision.notes, *bases.all_notes(path)]
     q = new.base if isinstance(new, Adapted) else new
     entry = about | _measured(new, p.value) | {
         "fmt": q.fmt.name, "act_fmt": None if act is None else act.fmt.name, "bits_per_value": q.bits_per_value,
-        "bytes_after": nbytes_of(new), "note": "; ".join(decision.notes) or None, "expected": decision.expected,
+        "bytes_after": nbytes_of(new), "note": "; ".join(notes) or None, "expected": decision.expected,
     }  # fmt: skip
     if fake:
         entry |= {"bytes_after": before, "bits_per_value": 8.0 * p.value.dtype.itemsize}
@@ -355,24 +409,31 @@ def _no_gptq(p: _Parameter, calibration) -> str | None:
     neighbours = axes == tuple(range(axes[0], axes[0] + len(axes)))
     if len(axes) > 1 and not (neighbours and shape[axes[-1]] % how.fmt.block == 0):
         return f"gptq takes several contracted axes of {shape} only if they are neighbours and blocks fit the last"
-    hessian = None if calibration is None else calibration.hessians.get(site.path)
+    hessian = None if calibration is None else statistic_of(calibration.hessians, site)
     if hessian is not None and len(hessian) != math.prod(shape[a] for a in axes):
         return f"gptq needs one product of all inputs, and this takes its {len(hessian)} in groups: leave gptq out"
     return None
 
 
-def _packed(p: _Parameter, calibration) -> QTensor | Adapted:
+def _bases(found: list[_Parameter], calibration, program: Callable[[], Any] | None) -> Bases:
+    """Return the changes of basis of all parameters; without a program, all of them are made at each call."""
+    def is_refused(p):  # by gptq, so that it stays as it is
+        rule = p.decision.rule
+        return p.decision.reason is None and rule is not None and rule.gptq and _no_gptq(p, calibration) is not None
+
+    parameters = {p.site.parameter: Wanted(p.site, p.value, p.decision) for p in found if not is_refused(p)}
+    return changed_bases(parameters, program, {} if calibration is None else calibration.inputs)
+
+
+def _packed(p: _Parameter, calibration, basis: Basis | None) -> QTensor | Adapted:
+    """Return the packed weight, in the basis of the inputs at each call."""
     decision, value, names = p.decision, jnp.asarray(p.value), getattr(p.leaf, "names", None)
-    assert decision.rule is not None and decision.weights is not None and decision.axis is not None
-    inputs = None if calibration is None else calibration.inputs.get(p.site.path)
-    try:
-        transform = transform_of(decision.rule, value, decision.axis, p.site.axes, inputs)
-    except ValueError as error:
-        raise ValueError(f"{p.site.path!r}: {error}") from None
-    if transform is not None:
-        value = transform.weights(value, decision.axis)
-    q = _rounded(p, value, calibration, transform).replaced(names=names)
-    return q if transform is None else Adapted(q, transform=transform)
+    assert decision.weights is not None and decision.axis is not None
+    online = None if basis is None else basis.online
+    if online is not None:
+        value = online.weights(value, decision.axis)
+    q = _rounded(p, value, calibration, None if basis is None else basis.whole).replaced(names=names)
+    return q if online is None else Adapted(q, transform=online)
 
 
 def _rounded(p: _Parameter, value, calibration, transform) -> QTensor:
@@ -388,7 +449,7 @@ def _rounded(p: _Parameter, value, calibration, transform) -> QTensor:
 
 
 def _by_gptq(p: _Parameter, value, how, rule, calibration, transform) -> QTensor:
-    hessian = None if calibration is None else calibration.hessians.get(p.site.path)
+    hessian = None if calibration is None else statistic_of(calibration.hessians, p.site)
     if hessian is None:
         raise ValueError(
             f"{p.site.path!r}: gptq needs calibration=ifjax.calibrate(...) with these rules"
@@ -401,7 +462,9 @@ def _by_gptq(p: _Parameter, value, how, rule, calibration, transform) -> QTensor
     rows = value.reshape(*before, -1, *after)  # the contracted axes are merged into one
     merged = last - first
     own = [a if a > last else a + merged for a in p.decision.amax_axes]
-    q = gptq(rows, hessian, how.fmt, axis=last, loss=rule.loss, search=how.search, amax_axes=own)
+    q = gptq(
+        rows, hessian, how.fmt, axis=last, loss=rule.loss, search=how.search, amax_axes=own, damping=rule.damping
+    )
     codes, scales = (a.reshape(*value.shape[:last], -1, *after) for a in (q.codes, q.scales))
     amax = q.amax
     if amax is not None and amax.ndim > len(before):

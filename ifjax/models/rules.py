@@ -13,7 +13,7 @@ from ifjax.codec import LOSSES, SEARCHES, BlockLoss, Encoding, Loss, Search
 from ifjax.formats import FORMATS, Format, get_format
 from ifjax.lookup import did_you_mean
 from ifjax.models.patterns import UnsupportedPattern, check_pattern, fullmatch
-from ifjax.numerics.hadamard import SIZES
+from ifjax.numerics.orders import is_order, longest_run
 from ifjax.training import RECIPES, Recipe, get_recipe
 
 # The operands of attention's two products: query times key, and probabilities times value.
@@ -56,13 +56,18 @@ class Rule:
             pass are quantized. Training reads only this field, path, module and whether weight_fmt is None.
         gptq: round the weights with `ifjax.gptq` and the Hessians of `ifjax.calibrate`, instead of each value to
             nearest.
+        damping: of gptq, as in `ifjax.gptq`. With few calibration rows a larger one than 0.01 can serve better.
         smooth: divide the product's inputs by one scale per channel and multiply the weights by it, before both are
             quantized. A number is SmoothQuant's alpha (0.5 in the paper); "awq" searches AWQ's scales. Needs
             `ifjax.calibrate`.
-        rotate: rotate runs of inputs and weights along the contraction axis, after smoothing. 16, 32, 64 or 128 is the
-            run length of `ifjax.hadamard`; "greedy" builds a rotation of one block from calibration (DuQuant++).
-            Smoothed or rotated weights run only under `ifjax.quantized`.
+        rotate: rotate runs of inputs and weights along the contraction axis, after smoothing. A number is the run's
+            length for `ifjax.hadamard`, such as 16; "whole" is the longest one that divides the axis: the whole axis if
+            its length is a power of two, or one times 12, 20, 28 and others. "greedy" builds a rotation of one block
+            from calibration (DuQuant++). Smoothing and rotation are folded into what makes the inputs where the model's
+            program shows it. Otherwise inputs are changed at each call, and such weights run only under
+            `ifjax.quantized`; notes of the report say which.
         act_loss: loss for activations and operands.
+        act_search: search for activations and operands, at each call, as in `ifjax.quantize`.
         act_amax: source of the amax of activations and operands. "tensor": one amax of the current values (one per
             layer or expert if their stacked weights have one each). "token": one amax per row of the current values.
             "static": the amax from calibration.
@@ -97,10 +102,12 @@ class Rule:
     block_2d: bool = False
     weight_amax: Literal["tensor", "row"] = "tensor"
     gptq: bool = False
+    damping: float = 0.01
     recipe: str | Recipe | None = None
     smooth: float | Literal["awq"] | None = None
-    rotate: int | Literal["greedy"] | None = None
+    rotate: int | Literal["greedy", "whole"] | None = None
     act_loss: Loss | None = None
+    act_search: str | Search | None = None
     act_amax: Literal["tensor", "token", "static"] = "tensor"
     axis: int | None = None
     operands: Operands = ()
@@ -127,13 +134,15 @@ class Rule:
         alpha_fits = isinstance(self.smooth, int | float) and not isinstance(self.smooth, bool)
         alpha_fits = alpha_fits and 0 <= float(self.smooth) <= 1  # pyright: ignore[reportArgumentType]
         self._need(self.smooth in (None, "awq") or alpha_fits, "smooth", "a number from 0 to 1, 'awq', or None")
-        turns = self.rotate in (None, "greedy") or (_is_int(self.rotate) and self.rotate in SIZES)
-        self._need(turns, "rotate", f"one of {SIZES}, 'greedy', or None")
+        turns = self.rotate in (None, "greedy", "whole") or (_is_int(self.rotate) and is_order(self.rotate))
+        self._need(turns, "rotate", "a power of two, or one times 12, 20, 28 ..; 'whole', 'greedy', or None")
         self._need(self.weight_amax in ("tensor", "row"), "weight_amax", "'tensor' or 'row'")
         amaxes = ("tensor", "token", "static")
         self._need(self.act_amax in amaxes, "act_amax", "'tensor', 'token' or 'static'")
         axis_fits = self.axis is None or (_is_int(self.axis) and self.axis < 0)
         self._need(axis_fits, "axis", "an integer < 0, counted from the last axis (-2 for a matrix [in, out])")
+        is_number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
+        self._need(is_number and self.damping >= 0, "damping", "a number >= 0")
         if self.gptq and self.block_2d:
             raise self._error("gptq", "gptq feeds errors along one axis, and block_2d shares scales across: use one")
         if (self.smooth is not None or self.rotate is not None) and self.act_amax == "static":
@@ -160,12 +169,15 @@ class Rule:
     @functools.cached_property
     def activations(self) -> Encoding | None:
         """Encoding of the activations; None for weight-only."""
-        return None if self.act_fmt is None else Encoding.of(self.act_fmt, loss=self.act_loss)
+        return None if self.act_fmt is None else Encoding.of(self.act_fmt, loss=self.act_loss, search=self.act_search)
 
     @functools.cached_property
     def operand_encodings(self) -> dict[str, Encoding]:
         """Encodings of attention's quantized operands, by name."""
-        return {name: Encoding.of(fmt, loss=self.act_loss) for name, fmt in self.operand_formats.items()}
+        return {
+            name: Encoding.of(fmt, loss=self.act_loss, search=self.act_search)
+            for name, fmt in self.operand_formats.items()
+        }
 
     @property
     def weight_format(self) -> Format | None:
@@ -185,12 +197,13 @@ class Rule:
         """Format records of attention's quantized operands, by name."""
         return {name: get_format(fmt) for name, fmt in dict(self.operands).items() if fmt is not None}
 
-    @property
-    def rotation_block(self) -> int | None:
-        """Length of the runs that are rotated; None without a rotation."""
+    def rotation_run(self, length: int) -> int | None:
+        """Return the length of the runs that are rotated on a contraction of this length; None without a rotation."""
         if self.rotate is None or self.weight_format is None:
             return None
-        return self.weight_format.block if self.rotate == "greedy" else int(self.rotate)
+        if self.rotate == "greedy":
+            return self.weight_format.block
+        return longest_run(length) if self.rotate == "whole" else int(self.rotate)
 
     @property
     def needs_inputs(self) -> bool:
@@ -280,12 +293,14 @@ class Rule:
         self._set("recipe", RECIPES.name_of(recipe))
 
     def _check_search(self) -> None:
-        if self.search is None:
-            return
-        try:
-            self._set("search", SEARCHES.name_of(SEARCHES.find(self.search)))
-        except (TypeError, ValueError) as error:
-            raise self._error("search", str(error)) from None
+        for field in ("search", "act_search"):
+            search = getattr(self, field)
+            if search is None:
+                continue
+            try:
+                self._set(field, SEARCHES.name_of(SEARCHES.find(search)))
+            except (TypeError, ValueError) as error:
+                raise self._error(field, str(error)) from None
 
     def _check_effects(self) -> None:
         """Raise if an option is set that has no effect."""
@@ -304,9 +319,11 @@ class Rule:
             check(weight, "with weight_fmt=None, which excludes what matches: leave it out, or name a weight_fmt")
         elif not get_format(self.weight_fmt).has_tensor_scale:
             check(("weight_amax",), f"on {get_format(self.weight_fmt).name}, which has no tensor scale: leave it out")
+        if not self.gptq:
+            check(("damping",), "without gptq: leave it out, or write gptq=True")
         formats = [fmt for fmt in (self.activation_format, *self.operand_formats.values()) if fmt is not None]
         if not formats:
-            check(("act_loss", "act_amax"), "without act_fmt: leave it out, or name an act_fmt")
+            check(("act_loss", "act_search", "act_amax"), "without act_fmt: leave it out, or name an act_fmt")
         elif not any(fmt.has_tensor_scale for fmt in formats):
             check(("act_amax",), f"on {formats[0].name}, which has no tensor scale: leave it out")
 

@@ -149,6 +149,8 @@ def classes_of(tree: Any) -> dict[str, str]:
         for depth, key in enumerate(keys):
             if not isinstance(node, Mapping | Sequence) and type(node).__module__.partition(".")[0] != "jax":
                 classes.setdefault(join_path(keys[:depth]), type(node).__name__)
+            if hasattr(node, "get_raw_value"):  # an NNX variable: what is inside is its value
+                break
             if isinstance(key, jax.tree_util.GetAttrKey):
                 node = getattr(node, key.name, None)
             elif isinstance(key, jax.tree_util.SequenceKey | jax.tree_util.DictKey):

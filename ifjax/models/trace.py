@@ -73,22 +73,27 @@ def function_walk(fn: Callable[..., Any], params: Any, sample: Any) -> Walk:
     return Walk(named, classes)
 
 
-def shared_inputs(fn: Callable[..., Any], params: Any, sample: Any) -> dict[str, int]:
-    """Return a number for the other operand of each parameter's first product; equal numbers mean a shared input."""
+def function_program(fn: Callable[..., Any], params: Any, sample: Any) -> tuple[Any, list[str]]:
+    """Return the ClosedJaxpr of a function and the paths of its parameters, which are its first inputs."""
     inner, put_back = split_collection(params)
     args, kwargs = as_arguments(sample)
-    program, paths = _program_of(lambda tree, args, kwargs: fn(put_back(tree), *args, **kwargs), inner, (args, kwargs))
+    return program_of(lambda tree, args, kwargs: fn(put_back(tree), *args, **kwargs), inner, (args, kwargs))
+
+
+def shared_inputs(fn: Callable[..., Any], params: Any, sample: Any) -> dict[str, int]:
+    """Return a number for the other operand of each parameter's first product; equal numbers mean a shared input."""
+    program, paths = function_program(fn, params, sample)
     walk = _followed(program, {path: i for i, path in enumerate(paths)})
     return {path: number for path, number in zip(paths, walk.inputs, strict=True) if number is not None}
 
 
 def trace_tree(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> dict[str, Site]:
     """Return the sites of the tree's parameters by path, in the program of fn(tree, *sample)."""
-    program, paths = _program_of(fn, tree, sample)
+    program, paths = program_of(fn, tree, sample)
     return sites_of(program, {path: i for i, path in enumerate(paths)})
 
 
-def _program_of(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> tuple[Any, list[str]]:
+def program_of(fn: Callable[..., Any], tree: Any, sample: tuple[Any, ...]) -> tuple[Any, list[str]]:
     """Return the ClosedJaxpr of fn(tree, *sample) and the paths of the parameters, which are its first inputs."""
     tree, sample = native_leaves((tree, sample))
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)

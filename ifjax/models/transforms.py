@@ -5,6 +5,7 @@ operands have fewer outliers and lose less in 4 bits.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,6 +80,12 @@ class Transform:
         wide = jnp.asarray(h, jnp.float32).reshape(len(h) // k, k, len(h) // k, k)
         return self.inputs(self.inputs(wide, 1), 3).reshape(h.shape)
 
+    def parts(self) -> tuple["Transform | None", "Transform | None"]:
+        """Return the scaling and the rotation, each None if there is none."""
+        turns = self.rotation is not None or self.hadamard
+        return None if self.scale is None else Transform(self.scale), \
+            dataclasses.replace(self, scale=None) if turns else None
+
     def _rotated(self, y, axis):
         if self.rotation is not None:
             y = _by_runs(y, axis, self.rotation)
@@ -89,10 +96,13 @@ class Transform:
         return scale.reshape([-1 if i == axis % y.ndim else 1 for i in range(y.ndim)])
 
 
-def transform_of(rule: Rule, w: Any, axis: int, axes: tuple[int, ...], inputs: Inputs | None) -> Transform | None:
+def transform_of(
+    rule: Rule, w: Any, axis: int, axes: tuple[int, ...], inputs: Inputs | None, others: Sequence[Any] = ()
+) -> Transform | None:
     """Return the change of basis that a rule asks for, for weights with blocks along `axis` of the contracted `axes`.
 
-    Returns None if the rule has neither smooth nor rotate.
+    Returns None if the rule has neither smooth nor rotate. `others` are weights [K, N] of the same inputs, which share
+    the change.
 
     Raises:
         ValueError: a calibration is missing; the length of runs does not divide that of the axis; blocks do not lie
@@ -102,7 +112,7 @@ def transform_of(rule: Rule, w: Any, axis: int, axes: tuple[int, ...], inputs: I
         return None
     axis, k = axis % w.ndim - w.ndim, w.shape[axis]
     wanted = f"smooth={rule.smooth!r}" if rule.smooth is not None else f"rotate={rule.rotate!r}"
-    n = rule.rotation_block
+    n = rule.rotation_run(k)
     if n is not None and k % n:
         raise ValueError(f"rotate={rule.rotate!r} turns runs of {n}, which do not divide its contraction of {k}")
     if axes and axis != axes[-1]:
@@ -110,7 +120,7 @@ def transform_of(rule: Rule, w: Any, axis: int, axes: tuple[int, ...], inputs: I
     if rule.needs_inputs and inputs is None:
         raise ValueError(f"{wanted} needs calibration=ifjax.calibrate(...) with these rules that has seen this module")
     scale, rotation = None, None
-    columns = jnp.moveaxis(jnp.asarray(w, jnp.float32), axis, 0).reshape(k, -1)
+    columns = jnp.concatenate([columns_of(w, axis), *others], 1)
     rows = None if inputs is None else np.asarray(inputs.rows).reshape(-1, k)
     if rule.smooth == "awq":
         scale = awq_scales(rows, columns, rule.weights).scales  # pyright: ignore[reportArgumentType]
@@ -122,7 +132,12 @@ def transform_of(rule: Rule, w: Any, axis: int, axes: tuple[int, ...], inputs: I
         assert rows is not None and n is not None
         moved = rows if scale is None else rows / np.asarray(scale)
         rotation = jnp.asarray(greedy_rotation(moved, n).rotation, jnp.float32)
-    return Transform(scale, rotation, 0 if rule.rotate in (None, "greedy") else int(rule.rotate))
+    return Transform(scale, rotation, 0 if n is None or rule.rotate == "greedy" else n)
+
+
+def columns_of(w: Any, axis: int) -> Float[Array, "k n"]:
+    """Return weights as a float32 matrix [k, n] with the axis of length k first."""
+    return jnp.moveaxis(jnp.asarray(w, jnp.float32), axis, 0).reshape(w.shape[axis], -1)
 
 
 def _by_runs(y, axis, rotation):

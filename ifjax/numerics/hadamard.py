@@ -18,9 +18,10 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 from ifjax.numerics.byte_order import as_array
+from ifjax.numerics.orders import factors
 from ifjax.numerics.xla import materialize
 
-SIZES = (16, 32, 64, 128)
+SIZES = (16, 32, 64, 128)  # those of training recipes
 
 # The signs of the IF4 reference code, which are those of Transformer Engine.
 FIXED_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
@@ -38,7 +39,8 @@ def hadamard(
     Args:
         x: floats [..., n, ...], n a multiple of `size`.
         axis: the axis of n; for operands of a product, the contraction axis.
-        size: 16, 32, 64 or 128. The papers use 16; 128 mixes eight runs of 16.
+        size: a power of two, or one times 12, 20, 28 and other orders (`ifjax.numerics.orders`), so that the whole axis
+            can be a run: 384 = 12 x 32. The papers use 16; 128 mixes eight runs of 16.
         signs: "fixed" for the papers' sixteen signs, repeated for larger sizes (for which the papers state none); None
             for no signs; or an array [size] of +-1, such as from `random_signs` (not checked if traced).
 
@@ -91,13 +93,13 @@ def random_signs(key: jax.Array, size: int = 16) -> jax.Array:
     Raises:
         ValueError: `size` is not a size of `hadamard`.
     """
-    _check_size(size)
+    factors(size)
     return jax.random.rademacher(key, (size,), jnp.int8)
 
 
 def _rotate(x, axis, size, signs, *, inverse):
     x = as_array(x)
-    _check_size(size)
+    factors(size)  # raises for other sizes
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating-point, got {x.dtype}: write x.astype(jnp.float32)")
     if not -x.ndim <= axis < x.ndim:
@@ -113,11 +115,11 @@ def _rotate(x, axis, size, signs, *, inverse):
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     # The axis is split and never merged with another, so arrays keep their sharding.
     split = x.reshape(*x.shape[:axis], runs, size, *x.shape[axis + 1 :]).astype(wide)
-    if isinstance(signs, Tracer):
-        by_place = signs.astype(wide).reshape(*[1] * (axis + 1), size, *[1] * (x.ndim - axis - 1))
+    if isinstance(signs, Tracer) or size > max(SIZES):  # tables of long runs would be large
+        by_place = jnp.asarray(signs, wide).reshape(*[1] * (axis + 1), size, *[1] * (x.ndim - axis - 1))
         before, after = (None, by_place) if inverse else (by_place, None)
         split = split if before is None else split * before
-        sums = _sums.bind(split, axis=axis + 1, signs=(1,) * size, inverse=False)
+        sums = _sums.bind(split, axis=axis + 1, signs=(1,) * size, inverse=inverse)
         sums = sums if after is None else sums * after
     else:
         sums = _sums.bind(split, axis=axis + 1, signs=tuple(int(sign) for sign in signs), inverse=inverse)
@@ -134,36 +136,35 @@ _sums.def_abstract_eval(lambda x, **_: x)
 def _add_up(x, *, axis, signs, inverse):
     """Compute the sums in the order of the fast transform (neighbours first, then pairs, ...): same bits everywhere.
 
-    Each result is a separate summation tree. This needs more additions than the fast transform but less time on a CPU,
-    because no data moves. Products with +-1 are exact, so contraction to FMA changes no bits.
+    Each result is a separate summation tree for each factor of the matrix. This needs more additions than the fast
+    transform but less time on a CPU, because no data moves. Products with +-1 are exact, so contraction to FMA changes
+    no bits.
     """
-    size, first = x.shape[axis], min(x.shape[axis], 16)
-    rows = size // first
-    x = x.reshape(*x.shape[:axis], rows, first, *x.shape[axis + 1 :])
-    # Coefficients of both levels are indexed [from, to]. Signs apply to the input, or with `inverse` to the output.
-    within = np.broadcast_to(_sylvester(first)[:, None, :], (first, rows, first))
-    across = np.broadcast_to(_sylvester(rows)[:, :, None], (rows, rows, first))
-    s = np.asarray(signs, np.int8).reshape(rows, first)
-    if not inverse:
-        within = within * s.T[:, :, None]
-    elif rows == 1:
-        within = within * s
-    else:
-        across = across * s
-
-    def level(x, at, coefficients):
-        """Return the sum over i of x[i] * coefficients[i] along axis `at`, as a balanced tree."""
-        shape = (1,) * axis + coefficients.shape[1:] + (1,) * (x.ndim - axis - 2)
-        coefficients = coefficients.astype(x.dtype).reshape(len(coefficients), *shape)
-        parts = [lax.slice_in_dim(x, i, i + 1, axis=at) * c for i, c in enumerate(coefficients)]
+    matrices = factors(x.shape[axis])
+    lengths = tuple(map(len, matrices))
+    shape, rest = x.shape, x.ndim - axis - 1
+    s = np.asarray(signs, np.int8).reshape(lengths)
+    y = x.reshape(*shape[:axis], *lengths, *shape[axis + 1 :])
+    for at in reversed(range(len(matrices))):
+        # Coefficients are indexed [from, to], with `to` among the axes of all factors. Signs apply to the input, or
+        # with `inverse` to the output.
+        places = [1] * len(lengths)
+        places[at] = lengths[at]
+        matrix = matrices[at].T if inverse else matrices[at]
+        coefficients = matrix.reshape(lengths[at], *places)
+        if at == len(matrices) - 1 and not inverse:
+            coefficients = coefficients * np.moveaxis(s, at, 0)[..., None]
+        if at == 0 and inverse:
+            coefficients = coefficients * s[None]
+        if at < len(matrices) - 1:
+            y = materialize(lambda y: y, y)
+        coefficients = coefficients.reshape(*coefficients.shape, *[1] * rest).astype(x.dtype)
+        parts = [lax.slice_in_dim(y, i, i + 1, axis=axis + at) * c.reshape((1,) * axis + c.shape)
+                 for i, c in enumerate(coefficients)]  # fmt: skip
         while len(parts) > 1:
-            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
-
-    y = level(x, axis + 1, within)
-    if rows > 1:
-        y = level(materialize(lambda y: y, y), axis, across)
-    return y.reshape(*x.shape[:axis], size, *x.shape[axis + 2 :])
+            parts = [*(a + b for a, b in zip(parts[::2], parts[1::2], strict=False)), *parts[len(parts) // 2 * 2 :]]
+        y = parts[0]
+    return y.reshape(shape)
 
 
 def _batched(args, axes, *, axis, **params):
@@ -179,11 +180,6 @@ ad.deflinear2(
 )
 
 
-def _check_size(size):
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {SIZES}, got {size}")
-
-
 def signs_of(signs: Any, size: int) -> Any:
     """Return the signs that `hadamard` takes as an array [size] of numbers, or traced.
 
@@ -195,7 +191,7 @@ def signs_of(signs: Any, size: int) -> Any:
     if isinstance(signs, str):
         if signs != "fixed":
             raise ValueError(f"signs must be 'fixed', None or an array of {size} values +-1, got {signs!r}")
-        return np.tile(np.asarray(FIXED_SIGNS, np.int8), size // 16)
+        return np.resize(np.asarray(FIXED_SIGNS, np.int8), size)
     if np.shape(signs) != (size,):
         raise ValueError(
             f"signs must have shape ({size},), one for each position of a run, got {np.shape(signs)}: "
@@ -207,12 +203,3 @@ def signs_of(signs: Any, size: int) -> Any:
     if not np.all(np.abs(signs) == 1):
         raise ValueError(f"signs must be +1 or -1, got {signs}")
     return signs
-
-
-def _sylvester(size):
-    """Return the int8 Sylvester-Hadamard matrix, H_2n = [[H_n, H_n], [H_n, -H_n]].
-
-    Entry (i, j) is -1 where i and j share an odd number of one bits.
-    """
-    i = np.arange(size)
-    return 1 - 2 * (np.bitwise_count(i[:, None] & i) & 1).astype(np.int8)

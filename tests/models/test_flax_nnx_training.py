@@ -178,6 +178,16 @@ def test_refusals():
         ifjax.with_recipes(model, Rule(".*"))
     with pytest.raises(TypeError, match=r"nnx\.Module"):
         ifjax.with_recipes(object(), PLAIN)
-    packed, _ = ifjax.quantize_params(nnx.state(model), Rule("first", "nvfp4"), model=model)
-    with pytest.raises(ValueError, match="'first' is packed, and training needs floats"):
-        ifjax.with_recipes(nnx.merge(nnx.graphdef(model), packed), Rule(".*", recipe=PLAIN))
+
+
+def test_packed_layers_multiply_as_they_are_stored_beside_what_trains():
+    """4-bit QLoRA: the base is packed, what it is multiplied with is rounded, and the gradient goes on to the rest."""
+    first = nnx.Linear(32, 48, rngs=nnx.Rngs(0))
+    packed, _ = ifjax.quantize_params(nnx.state(first), Rule(".*", "nvfp4"), model=first)
+    base, x = nnx.merge(nnx.graphdef(first), packed), normal(4, 32)
+    trained = ifjax.with_recipes(base, PLAIN)
+    np.testing.assert_allclose(
+        trained(x), ifjax.fake_quantize(x, "nvfp4") @ packed["kernel"].get_raw_value().dequantize(), atol=1e-5
+    )
+    grads = nnx.grad(lambda model, x: model(x).sum(), argnums=nnx.DiffState(0, nnx.Param))(trained, x)
+    assert set(grads) == {"bias"}

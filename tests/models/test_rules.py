@@ -216,6 +216,10 @@ def test_no_format_means_left_alone():
         ("act_fmt", {"weight_fmt": None, "act_fmt": "if4"}, "act_fmt='if4' has no effect with weight_fmt=None"),
         ("act_amax", {"act_amax": "token"}, "act_amax='token' has no effect without act_fmt"),
         ("act_loss", {"act_loss": "mae"}, "act_loss='mae' has no effect without act_fmt"),
+        ("act_search", {"act_search": "fast"}, "act_search='fast' has no effect without act_fmt"),
+        ("act_search", {"act_fmt": "if4", "act_search": "quick"}, "quick"),
+        ("damping", {"damping": 0.1}, "damping=0.1 has no effect without gptq"),
+        ("damping", {"gptq": True, "damping": -1}, "damping must be a number >= 0"),
         ("act_amax", {"act_fmt": "mxfp4", "act_amax": "static"}, "no effect on mxfp4, which has no tensor scale"),
     ],
 )  # fmt: skip
@@ -338,8 +342,8 @@ def test_a_file_by_hand_may_use_all_of_yaml_but_aliases(tmp_path):
 
 # What follows the file's name, or with "..." at its end the beginning of that.
 ALL_KEYS = (
-    "act_amax, act_fmt, act_loss, axis, block, block_2d, gptq, loss, module, operands, optional, path, recipe, rotate, "
-    "search, smooth, weight_amax, weight_fmt"
+    "act_amax, act_fmt, act_loss, act_search, axis, block, block_2d, damping, gptq, loss, module, operands, optional, "
+    "path, recipe, rotate, search, smooth, weight_amax, weight_fmt"
 )
 NO_LIST = 'needs a list of rules, as in `- path: .*`, in JSON [{"path": ".*"}]'
 NO_EXPRESSION = (

@@ -69,9 +69,10 @@ def training(
 
     Dense, DenseGeneral, Einsum and Embed.attend layers whose rule has a `recipe` use `ifjax.quantized_dot_general`,
     forward and backward. Convolutions, cells with products of their own and modules with their own `dot_general` cannot
-    use it and run unchanged. Parameters stay floats, so any optimizer and checkpoint works, and
-    `ifjax.quantize_params` takes the trained parameters. `ifjax.training_report` shows the effect of the rules and
-    raises if one of them has none.
+    use it and run unchanged. Float parameters stay floats, so any optimizer and checkpoint works, and
+    `ifjax.quantize_params` takes the trained parameters. Packed ones are multiplied by as they are stored and get no
+    gradient, for what trains beside them; the recipe rounds the other operands. `ifjax.training_report` shows the
+    effect of the rules and raises if one of them has none.
 
     Recipes with noise need a random stream named `rng`: call `model.apply(params, x, rngs={"quantize": key})` with a
     fresh key each step, and put "quantize" into the split_rngs of nn.scan and nn.vmap. Flax folds the module path into
@@ -88,8 +89,8 @@ def training(
             need it in their variable_axes. None carries nothing.
 
     Raises:
-        ValueError: no rule has a recipe. When the intercepted model runs: a matched parameter is packed; a pass draws
-            noise and there is no such stream; a layer has no variable in the collection `amax`, or is called twice.
+        ValueError: no rule has a recipe. When the intercepted model runs: a pass draws noise and there is no such
+            stream; a layer has no variable in the collection `amax`, or is called twice.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -240,8 +241,7 @@ class _Training(Watcher):
         if recipe is None or layer.kernel is None:
             return next_fun(*args, **kwargs)
         if isinstance(module.get_variable("params", layer.kernel), QTensor):
-            raise ValueError(f"{site.path!r} is packed, and training needs floats: use ifjax.interceptors.inference, "
-                             "or ifjax.quantized to train beside it")
+            recipe = recipe.over_packed()
         if recipe.needs_key and module.has_rng(self.rng):  # without a key, the first pass that needs one raises
             key = module.make_rng(self.rng)
 

@@ -26,7 +26,7 @@ from ifjax.models.arguments import as_arguments
 from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import OPERANDS, Rule
 from ifjax.models.sites import LOOKUP, Site, Walk, explained, innermost, join_path, without_matmul
-from ifjax.models.trace import trace_tree
+from ifjax.models.trace import program_of, trace_tree
 from ifjax.products import dot_general, einsum
 from ifjax.products.einsum import einsum_of_two
 
@@ -360,31 +360,43 @@ class Census:
         return Walk(found | {path: site for path, site in self.layers.items() if site.operands}, self.modules)
 
 
+def program(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> tuple[Any, list[str]]:
+    """Return the ClosedJaxpr of a linen model and the paths of its parameters, which are its first inputs."""
+    return _traced(model, variables, method, lambda apply: program_of(apply, variables["params"], as_arguments(sample)))
+
+
+def _traced(model: nn.Module, variables: Any, method: Any, trace: Callable[[Any], Any]) -> Any:
+    """Return trace(a function of the parameters, the arguments and those by keyword)."""
+
+    def applied(mutable):
+        return lambda params, args, kwargs: model.apply(
+            {**variables, "params": params}, *args, **kwargs, rngs={"params": jax.random.key(0)}, mutable=mutable,
+            method=method,
+        )  # fmt: skip
+
+    try:
+        return trace(applied(DenyList("params")))
+    except ScopeCollectionNotFound:  # nn.map_variables(init=True) initializes wherever something is mutable
+        return trace(applied(False))
+
+
 def walk(model: nn.Module, variables: Any, sample: Any, method: Any = None) -> Walk:
     """Trace a linen model on shapes; return the sites of its parameters and its modules.
 
     An exception that the model raises gets a note about the sample.
     """
-    args, kwargs = as_arguments(sample)
-
-    def walked(mutable):
+    def walked(apply):
         census = Census()
 
-        def apply(params, args, kwargs):
+        def noted(*arguments):
             with nn.intercept_methods(census):
-                return model.apply(
-                    {**variables, "params": params}, *args, **kwargs, rngs={"params": jax.random.key(0)},
-                    mutable=mutable, method=method,
-                )  # fmt: skip
+                return apply(*arguments)
 
-        sites = trace_tree(apply, variables["params"], (args, kwargs))
+        sites = trace_tree(noted, variables["params"], as_arguments(sample))
         return census.explain(sites.values())
 
     try:
-        try:
-            return walked(DenyList("params"))
-        except ScopeCollectionNotFound:  # nn.map_variables(init=True) initializes wherever something is mutable
-            return walked(False)
+        return _traced(model, variables, method, walked)
     except Exception as error:
         error.add_note(
             "This came up while ifjax evaluated the model without numbers, to find its kernels. Does "

@@ -18,7 +18,7 @@ from ifjax.models.decisions import decide
 from ifjax.models.rule_checks import check_used
 from ifjax.models.rules import Rule, training_rules
 from ifjax.models.sites import Site, Walk, explained, innermost, join_path, without_matmul
-from ifjax.models.trace import trace_tree
+from ifjax.models.trace import program_of, trace_tree
 from ifjax.training import Recipe, quantized_dot_general
 
 M = TypeVar("M", bound=nnx.Module)
@@ -173,13 +173,20 @@ def walk(model: nnx.Module, sample: Any = None, method: Any = None) -> Walk:
 
 def _traced(model: nnx.Module, known: Walk, sample: Any, method: Any) -> Walk:
     """Return the sites of the traced model, completed from `known`, the sites that its modules give."""
+    return _explained(known, trace_tree(*_function_of(model, method), as_arguments(sample)))
+
+
+def program(model: nnx.Module, sample: Any, method: Any = None) -> tuple[Any, list[str]]:
+    """Return the ClosedJaxpr of an NNX model and the paths of its parameters, which are its first inputs."""
+    return program_of(*_function_of(model, method), as_arguments(sample))
+
+
+def _function_of(model: nnx.Module, method: Any) -> tuple[Any, Any]:
+    """Return a function of a model's state, the arguments and those by keyword; and the state."""
     graph, state = nnx.split(model)
     call: Any = type(model).__call__ if method is None else method
     call = getattr(type(model), call) if isinstance(call, str) else call
-    sites = trace_tree(
-        lambda state, args, kwargs: call(nnx.merge(graph, state), *args, **kwargs), state, as_arguments(sample)
-    )
-    return _explained(known, sites)
+    return lambda state, args, kwargs: call(nnx.merge(graph, state), *args, **kwargs), state
 
 
 def explain(model: nnx.Module, sites: dict[str, Site]) -> Walk:
@@ -210,7 +217,8 @@ def with_recipes(
     those inside attention and recurrent cells. Modules that cannot take a `dot_general` (Einsum, Embed, Conv) stay
     unchanged; a rule that matches nothing else is an error. Parameters and their paths are those of `model`, so any
     optimizer and checkpoint works. `nnx.update(model, nnx.state(trained, nnx.Param))` copies the trained parameters
-    back, for `ifjax.quantize_params`.
+    back, for `ifjax.quantize_params`. Packed parameters (`PackedParam`) are multiplied by as they are stored and get no
+    gradient, for what trains beside them; the recipe rounds the other operands.
 
     Noise comes from a stream in each module, as in nnx.Dropout: its key and count are part of the state, and each call
     draws a new key. Layers that nnx.vmap stacked along the first axes have stacked keys.
@@ -221,7 +229,7 @@ def with_recipes(
 
     Raises:
         TypeError: `model` is not an NNX module.
-        ValueError: a rule has no effect; a recipe needs noise and rngs is None; a matched parameter is packed.
+        ValueError: a rule has no effect; a recipe needs noise and rngs is None.
 
     Example:
         >>> import jax.numpy as jnp
@@ -246,11 +254,10 @@ def with_recipes(
         decision, module = decide(rules, site), modules[site.path]
         if decision.rule is None or decision.rule.recipe is None:
             continue
-        if isinstance(_parameter(module, site).get_raw_value(), QTensor):
-            raise ValueError(f"{site.path!r} is packed, and training needs floats: exclude it by Rule(path, None), or "
-                             "train beside it by ifjax.quantized(fn, rules)")
         if decision.recipe is not None:
-            module.dot_general = nnx.data(_product(decision.recipe, site, module, rngs))
+            packed = isinstance(_parameter(module, site).get_raw_value(), QTensor)
+            recipe = decision.recipe.over_packed() if packed else decision.recipe
+            module.dot_general = nnx.data(_product(recipe, site, module, rngs))
     return copy
 
 
