@@ -113,6 +113,7 @@ class Attention(nn.Module):
         return x + nn.Dense(32)(h)
 
 
+@pytest.mark.slow
 def test_linen_norms_with_biases_and_relu():
     model = Attention()
     params = initialized(model, X)
@@ -137,6 +138,7 @@ def test_nnx():
     )
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan_and_parts_of_a_joint_projection():
     def fn(params, x):
         def layer(x, w):

@@ -332,6 +332,7 @@ def test_a_sharded_array_stays_where_it_is(spec, axis):
     assert not re.findall("all-gather|all-to-all|all-reduce|collective-permute", compiled)
 
 
+@pytest.mark.by_default("12", "28", "256")
 @pytest.mark.parametrize("size", [2, 8, 12, 20, 28, 36, 60, 256, 384])
 def test_other_orders_are_orthogonal_too(size):
     """Powers of two, and Paley's orders times one: 384 is the whole axis of a BERT, 12 x 32."""
