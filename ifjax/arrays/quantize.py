@@ -23,7 +23,7 @@ from ifjax.codec.headers import has_unsound, header_words
 from ifjax.formats import Format
 from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.devices import device_kind
-from ifjax.numerics.hadamard import hadamard, signs_of
+from ifjax.numerics.hadamard import SIZES, hadamard, signs_of
 from ifjax.numerics.packing import pack
 from ifjax.numerics.proofs import by_both, difference, fault_of, numbers_to_check
 from ifjax.numerics.xla import opaque
@@ -157,7 +157,7 @@ def quantize_rotated(
 ) -> QTensor:  # fmt: skip
     """Return quantize(hadamard(x, axis=axis, size=size, signs=signs), how, ...); a kernel may do both in one pass."""
     signs, encoder = signs_of(signs, size), encoder_for(device_kind())
-    if encoder is not None and not isinstance(signs, Tracer):
+    if encoder is not None and size in SIZES and not isinstance(signs, Tracer):
         rotation = Rotated(size, tuple(int(sign) for sign in signs))
         reason = refusal(encoder, x, how, axis, 0, is_weighed=False, is_clipped=False, rotation=rotation)
         if reason is None:
