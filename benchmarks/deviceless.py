@@ -131,7 +131,8 @@ def compile_for(target: str, function, arguments):
 
 # Operations that move no data, and ends of operations that are counted at their start.
 FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "after-all", "iota", "async-done",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done", "after-all", "iota",
+    "async-done",
 }  # fmt: skip
 LAUNCHED = {
     "fusion", "custom-call", "convolution", "dot", "copy", "reduce", "transpose", "sort", "while", "conditional",
@@ -162,6 +163,10 @@ def traffic(hlo: str) -> tuple[int, int]:
         operands = re.findall(r"%([^\s,()]+)", rest.split("), ")[0])
         if kind == "copy-start":  # its result lists source and destination
             moved += bytes_of(shape)
+            continue
+        if kind == "slice-start":  # its result lists the source as a whole and the slice, which alone is read
+            part = re.findall(r"\w+\[[\d,]*\](?:\{[^{}]*\})?", shape)[1]
+            moved += bytes_of(part) + bytes_of(part.replace("S(1)", ""))
             continue
         moved += bytes_of(shape) + sum(bytes_of(shapes.get(operand, "")) for operand in operands)
         launched += kind in LAUNCHED
