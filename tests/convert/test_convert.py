@@ -282,7 +282,7 @@ def test_a_formats_name_leaves_embeddings_heads_and_what_is_no_matrix(tmp_path):
 def test_the_report_of_a_plan_has_the_sizes_that_the_file_has(tmp_path):
     work = plan(model(tmp_path), "mxfp4", dtype="bfloat16")
     path, report = work.write(tmp_path / "q.safetensors")
-    planned = [dataclasses.replace(e, sqnr_db=None, choice_share=None) for e in report.entries]
+    planned = [dataclasses.replace(e, sqnr_db=None, choice_share=None, flushed_share=None) for e in report.entries]
     assert planned == list(work.report.entries)
     file = ifjax.open_file(path)
     assert report.totals.bytes_after == sum(entry.nbytes for entry in file.entries.values())
