@@ -4,6 +4,7 @@ The platform is left alone, so that on a machine with a GPU the same tests, the 
 """
 
 import fnmatch
+import functools
 import gc
 import importlib.util
 import os
@@ -53,7 +54,7 @@ def _compile_quickly_and_forget(request: pytest.FixtureRequest, monkeypatch_modu
     """
     quick = request.path.parent.name not in OPTIMIZED
     jax.config.update("jax_disable_most_optimizations", quick)
-    if quick:
+    if quick and _is_known():
         monkeypatch_module.setattr(compiler, "get_compile_options", _options_without_fusion_emitters)
     yield
     jax.clear_caches()
@@ -62,12 +63,23 @@ def _compile_quickly_and_forget(request: pytest.FixtureRequest, monkeypatch_modu
 # JAX has no setting for options of all programs of a part of a process, hence its private function.
 compiler = importlib.import_module("jax._src.compiler")
 _options = compiler.get_compile_options
+WITHOUT_FUSION_EMITTERS = {"xla_cpu_use_fusion_emitters": False}
 
 
 def _options_without_fusion_emitters(*args: Any, **kwargs: Any) -> Any:
     options = _options(*args, **kwargs)
-    options.env_option_overrides = [*options.env_option_overrides, ("xla_cpu_use_fusion_emitters", False)]
+    options.env_option_overrides = [*options.env_option_overrides, *WITHOUT_FUSION_EMITTERS.items()]
     return options
+
+
+@functools.cache
+def _is_known() -> bool:
+    """Whether XLA has the option; that of jax 0.12 has not."""
+    try:
+        jax.jit(lambda x: x, compiler_options=WITHOUT_FUSION_EMITTERS).lower(1.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
