@@ -225,6 +225,7 @@ def interpreted(monkeypatch):
         return matmul(x, *args, **settings, interpret=True)
 
     monkeypatch.setattr(tpu_matmul, "matmul", record)
+    jax.clear_caches()  # programs of other cases call other records
     return calls
 
 
