@@ -130,11 +130,14 @@ def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]
 
     `jax.lax.platform_dependent` traces both functions wherever it is traced. Half of the time that the codec took to
     trace on a CPU went into programs for other platforms, so `default` is traced only once a program for another
-    platform is lowered. Both functions must return the same types.
+    platform is lowered. Functions that hold traced values cannot wait for that, and are traced here. Both functions
+    must return the same types, and hold traced values only if both do.
     """
     flat, tree = jax.tree.flatten(args)
     ways = [jax.jit(lambda *flat, f=f: f(*jax.tree.unflatten(tree, flat))) for f in (cpu, default)]
     jaxpr, shapes = jax.make_jaxpr(ways[0], return_shape=True)(*flat)
+    if any(isinstance(a, jax.core.Tracer) for a in jaxpr.consts):
+        return lax.platform_dependent(*args, cpu=cpu, default=default)
     traced = jax.extend.core.jaxpr_as_fun(jaxpr)
     results = _by_platform.bind(*flat, cpu=traced, default=ways[1], results=tuple(jaxpr.out_avals))
     return jax.tree.unflatten(jax.tree.structure(shapes), results)

@@ -289,3 +289,13 @@ def test_quotients_are_corrected_everywhere_but_on_cpu():
     assert corrected not in lowered_for("cpu", divide, A, A)
     assert corrected in lowered_for("cuda", divide, A, A)
     assert corrected in lowered_for("tpu", divide, A, A)
+
+
+def test_functions_may_hold_traced_values():
+    def f(x, scale):
+        return materialize(lambda x: x.max() * scale, x)
+
+    want = A[0].max() * np.float32(3)
+    assert_array_equal(jax.jit(f)(A[0], np.float32(3)), want)
+    assert_array_equal(jax.vmap(f, (0, None))(A[:2], np.float32(3)), A[:2].max(-1) * np.float32(3))
+    assert_array_equal(jax.grad(lambda s: f(A[0], s))(np.float32(3)), A[0].max())
