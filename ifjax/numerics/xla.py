@@ -122,7 +122,14 @@ def _zero_of_first(axis_size, in_batched, bits):
 _by_platform = jax.extend.core.Primitive("by_platform")
 _by_platform.multiple_results = True
 _by_platform.def_abstract_eval(lambda *_, results, **__: list(results))
-_by_platform.def_impl(lambda *args, **params: jax.jit(functools.partial(_by_platform.bind, **params))(*args))
+
+
+@_by_platform.def_impl
+def _run_by_platform(*args, cpu, default, results):
+    if jax.config.jax_disable_jit:  # arrays may be on a CPU beside an accelerator, and `default` is right there, too
+        return jax.tree.leaves((cpu if jax.default_backend() == "cpu" else default)(*args))
+    params = {"cpu": cpu, "default": default, "results": results}
+    return jax.jit(functools.partial(_by_platform.bind, **params))(*args)
 
 
 def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:

@@ -297,5 +297,7 @@ def test_functions_may_hold_traced_values():
 
     want = A[0].max() * np.float32(3)
     assert_array_equal(jax.jit(f)(A[0], np.float32(3)), want)
+    with jax.disable_jit():
+        assert_array_equal(f(A[0], np.float32(3)), want)
     assert_array_equal(jax.vmap(f, (0, None))(A[:2], np.float32(3)), A[:2].max(-1) * np.float32(3))
     assert_array_equal(jax.grad(lambda s: f(A[0], s))(np.float32(3)), A[0].max())
