@@ -14,6 +14,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.interpreters import ad, batching, mlir
@@ -126,7 +127,8 @@ _by_platform.def_abstract_eval(lambda *_, results, **__: list(results))
 
 @_by_platform.def_impl
 def _run_by_platform(*args, cpu, default, results):
-    if jax.config.jax_disable_jit:  # arrays may be on a CPU beside an accelerator, and `default` is right there, too
+    # Arrays may be on a CPU beside an accelerator: `default` is right there, too.
+    if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
         return jax.tree.leaves((cpu if jax.default_backend() == "cpu" else default)(*args))
     params = {"cpu": cpu, "default": default, "results": results}
     return jax.jit(functools.partial(_by_platform.bind, **params))(*args)
@@ -143,7 +145,7 @@ def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]
     flat, tree = jax.tree.flatten(args)
     ways = [jax.jit(lambda *flat, f=f: f(*jax.tree.unflatten(tree, flat))) for f in (cpu, default)]
     jaxpr, shapes = jax.make_jaxpr(ways[0], return_shape=True)(*flat)
-    if any(isinstance(a, jax.core.Tracer) for a in jaxpr.consts):
+    if any(isinstance(a, Tracer) for a in jaxpr.consts):
         return lax.platform_dependent(*args, cpu=cpu, default=default)
     traced = jax.extend.core.jaxpr_as_fun(jaxpr)
     results = _by_platform.bind(*flat, cpu=traced, default=ways[1], results=tuple(jaxpr.out_avals))
