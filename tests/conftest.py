@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,40 +40,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ifjax")
 
 
-# Where bits are decided: there XLA may fuse, contract and reorder as it does for users.
-OPTIMIZED = {"numerics", "formats", "codec", "measure"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly_and_forget(request: pytest.FixtureRequest, monkeypatch_module: pytest.MonkeyPatch):
-    """Compile without LLVM's optimizations and XLA's emitters of fusions above the codec; forget each file's programs.
-
-    Compiling is two thirds of the time here, and these emitters are two fifths of it. Thousands of programs take
-    gigabytes and slow down compiling more; a persistent cache was tried and saved nothing, since one program in ten is
-    compiled twice.
-    """
-    quick = request.path.parent.name not in OPTIMIZED
-    jax.config.update("jax_disable_most_optimizations", quick)
-    if quick and _is_known():
-        monkeypatch_module.setattr(compiler, "get_compile_options", _options_without_fusion_emitters)
-    yield
-    jax.clear_caches()
-
-
 # JAX has no setting for options of all programs of a part of a process, hence its private function.
 compiler = importlib.import_module("jax._src.compiler")
-_options = compiler.get_compile_options
+get_compile_options = compiler.get_compile_options
 WITHOUT_FUSION_EMITTERS = {"xla_cpu_use_fusion_emitters": False}
 
 
-def _options_without_fusion_emitters(*args: Any, **kwargs: Any) -> Any:
-    options = _options(*args, **kwargs)
+def options_without_fusion_emitters(*args: Any, **kwargs: Any) -> Any:
+    options = get_compile_options(*args, **kwargs)
     options.env_option_overrides = [*options.env_option_overrides, *WITHOUT_FUSION_EMITTERS.items()]
     return options
 
 
 @functools.cache
-def _is_known() -> bool:
+def xla_has_fusion_emitters_option() -> bool:
     """Whether XLA has the option; that of jax 0.12 has not."""
     try:
         jax.jit(lambda x: x, compiler_options=WITHOUT_FUSION_EMITTERS).lower(1.0).compile()
@@ -82,10 +62,25 @@ def _is_known() -> bool:
     return True
 
 
-@pytest.fixture(scope="module")
-def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+# Where bits are decided: there XLA may fuse, contract and reorder as it does for users.
+OPTIMIZED = {"numerics", "formats", "codec", "measure"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly_and_forget(request: pytest.FixtureRequest):
+    """Compile without LLVM's optimizations and XLA's emitters of fusions above the codec; forget each file's programs.
+
+    Compiling is two thirds of the time here, and these emitters are two fifths of it. Thousands of programs take
+    gigabytes and slow down compiling more; a persistent cache was tried and saved nothing, since one program in ten is
+    compiled twice.
+    """
+    quick = request.path.parent.name not in OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", quick)
     with pytest.MonkeyPatch.context() as patch:
-        yield patch
+        if quick and xla_has_fusion_emitters_option():
+            patch.setattr(compiler, "get_compile_options", options_without_fusion_emitters)
+        yield
+    jax.clear_caches()
 
 
 def pytest_collection_finish() -> None:

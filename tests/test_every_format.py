@@ -7,17 +7,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.testing import assert_array_equal
 from samples import normal
+from test_sharding import assert_same
 
 import ifjax
 from ifjax import cli, plots
 
 pytestmark = pytest.mark.slow
-
-
-def assert_same(q, other):
-    assert q.blocking == other.blocking
-    for a, b in zip(jax.tree.leaves(q), jax.tree.leaves(other), strict=True):
-        assert_array_equal(a, b)
 
 
 @pytest.fixture(params=ifjax.FORMATS)
