@@ -33,8 +33,6 @@ def test_values_are_the_same_along_other_axes_and_under_transformations(fmt, x):
     assert q.dtype == x.dtype and np.square(values - x).sum() < 0.1 * np.square(x).sum()  # mxfp3: .068
     first = ifjax.quantize(np.moveaxis(x, -1, 0), fmt, axis=0, amax_axes=(1,) * fmt.has_tensor_scale)
     assert_array_equal(np.moveaxis(np.asarray(first.dequantize()), 0, -1), values)
-    mapped = jax.vmap(lambda x: ifjax.quantize(x, fmt).dequantize())(x)
-    assert_array_equal(mapped, values)
     faked, pull = jax.vjp(jax.vmap(lambda x: ifjax.fake_quantize(x, fmt)), x)
     assert_array_equal(faked, values)
     assert_array_equal(pull(faked)[0], values)

@@ -445,14 +445,6 @@ def test_fake_quantize_is_quantize_and_dequantize(name, rounding, dtype, axis):
     np.testing.assert_array_equal(ifjax.fake_quantize(x, fmt, axis=axis, **settings), q.dequantize())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ifjax.FORMATS)
-def test_fake_quantize_is_quantize_and_dequantize_for_every_record(name):
-    x = normal(3, 70, seed=14)
-    q = ifjax.quantize(x, name)
-    np.testing.assert_array_equal(ifjax.fake_quantize(x, name), q.dequantize())
-
-
 @pytest.mark.by_default("2-D")
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_fake_quantize_is_quantize_and_dequantize_for_every_argument(settings):

@@ -102,14 +102,6 @@ def test_any_axes_may_be_contracted_batched_and_blocked(case):
     assert_product(ifjax.dot_general(*operands, dims), spec, *values)
 
 
-@pytest.mark.by_default("if4")
-@pytest.mark.parametrize("name", [n for n, f in ifjax.FORMATS.items() if f.name == n and not n.endswith("_bs8")])
-def test_every_format_multiplies(name):
-    x = normal(3, 40)
-    q = ifjax.quantize(normal(5, 40, seed=1), name)
-    assert_product(ifjax.einsum("mk,nk->mn", x, q), "mk,nk->mn", x, q)
-
-
 @pytest.mark.by_default("1.0-float16")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("magnitude", [1e-6, 1.0, 3e4])

@@ -196,8 +196,10 @@ def test_bf16_is_dot_general_itself():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32")])
-@small_or_slow
+@pytest.mark.parametrize(
+    "recipe, dtypes",
+    [(SMALL, ("float16", "float16")), (SMALL, ("bfloat16", "float32")), ("quartet2", ("bfloat16", "bfloat16"))],
+)
 def test_cotangents_have_the_dtypes_of_their_primals(recipe, dtypes):
     x, w, wide = X.astype(dtypes[0]), W.astype(dtypes[1]), jnp.dtype(dtypes[1])
     with jax.numpy_dtype_promotion("standard"):  # else two types are refused, as everywhere in jax
