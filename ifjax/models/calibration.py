@@ -1,9 +1,7 @@
 """Calibration: statistics of activations, collected while a model runs on example batches."""
 
-import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,13 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifjax.arrays import QTensor
 from ifjax.formats import Format
-from ifjax.models.adapters import Adapted
-from ifjax.models.arguments import as_arguments, joined, split_arrays
+from ifjax.models.arguments import as_arguments
 from ifjax.models.decisions import Decision
-from ifjax.models.functions import Quantized, inside
-from ifjax.models.leaves import abstract
+from ifjax.models.functions import Quantized
 from ifjax.models.rewrite import How
 from ifjax.models.rules import Rule, as_rules
 from ifjax.models.shown import bar_on_stderr
@@ -59,12 +54,11 @@ def calibrate(
     Rules with act_amax="static" need amaxes, gptq=True needs Hessians, smooth and rotate="greedy" need inputs. Each
     batch is one call of the jitted model. Its parameters may be floats or packed; activations are not quantized.
     Statistics leave the program through callbacks, so the model may scan, remat and vmap. A layer is not seen if no
-    result of `apply` depends on it. Inputs of linen layers are collected where the layers are called; those of any
-    other function (NNX, Equinox, Haiku, plain JAX) where its traced program multiplies by a parameter.
+    result of `apply` depends on it. Inputs are collected where the traced program multiplies by a parameter, whichever
+    module does so, and those of linen's attention where it is called.
 
     Args:
-        apply: a function such as `model.apply`, jitted or not. It must call only one model, because the paths of two
-            would mix.
+        apply: a function such as `model.apply`, jitted or not.
         params: the first argument of `apply`.
         batches: the other arguments: each batch a tuple of positional ones, a mapping of keyword ones, or the only one.
             Values other than arrays, such as flags, are static. Batches of equal shapes compile once.
@@ -102,23 +96,16 @@ def calibrate(
     if not any(needs_statistics(rule) for rule in rules):
         raise ValueError("no rule needs calibration: give one act_fmt with act_amax='static', gptq=True, or smooth=")
     statistics = Statistics(percentile if statistic == "percentile" else None)
-    watcher: Any
-    run, watcher = _by_modules(apply, rules, statistics)
+    program = Quantized(apply, rules, None, None, 0, statistics)
     count, params = 0, native_leaves(params)
     with bar_on_stderr(progress) as bar:
         for batch in bar.track(batches, description="calibrating"):
-            arguments = split_arrays(as_arguments(batch))
-            if not count:
-                run.trace(_dense(params), *arguments)
-                if not watcher.modules:
-                    run, watcher = _by_program(apply, rules, statistics), None
-            jax.block_until_ready(run(params, *arguments))
+            args, kwargs = as_arguments(batch)
+            jax.block_until_ready(program(params, *args, **kwargs))
             statistics.end_batch()
             count += 1
     if not count:
         raise ValueError("calibration needs at least one batch")
-    if watcher is not None:
-        watcher.check(rules)
     combine = max if statistic == "max" else lambda values: sum(values) / len(values)
     amax = {path: float(combine(values)) for path, values in statistics.amax.items()}
     wrong = [path for path, value in amax.items() if not np.isfinite(value)]
@@ -136,51 +123,6 @@ def needs_statistics(rule: Rule | None) -> bool:
 def _wants_amax(rule: Rule) -> bool:
     formats = [rule.activation_format, *rule.operand_formats.values()]
     return rule.act_amax == "static" and any(fmt is not None and fmt.has_tensor_scale for fmt in formats)
-
-
-def _by_modules(apply, rules, statistics):
-    """Return a jitted function that collects in linen modules, and the watcher that it calls them under."""
-    watcher = _NoModules()
-    if "flax.linen" in sys.modules:
-        from ifjax.models.flax.collector import Collector
-
-        watcher = Collector(rules, statistics)
-    key = object()  # keeps jitted functions from reusing the programs with this call's callbacks elsewhere
-
-    def run(params, arrays, static):
-        args, kwargs = joined(arrays, static)
-        with inside(key), watcher.watching():
-            return apply(params, *args, **kwargs)
-
-    return jax.jit(run, static_argnums=2), watcher
-
-
-def _dense(params):
-    """Return the tree with arrays' shapes in place of packed parameters, so that any function can be traced with it."""
-    def is_packed(leaf):
-        return isinstance(leaf, QTensor | Adapted)
-
-    return jax.tree.map(lambda leaf: abstract(leaf) if is_packed(leaf) else leaf, params, is_leaf=is_packed)
-
-
-def _by_program(apply, rules, statistics):
-    """Return a function that collects where the traced program multiplies by a parameter."""
-    program = Quantized(apply, rules, None, None, 0, statistics)
-
-    def run(params, arrays, static):
-        args, kwargs = joined(arrays, static)
-        return program(params, *args, **kwargs)
-
-    return run
-
-
-class _NoModules:
-    """Stands in for the watcher of linen modules when flax.linen is not imported."""
-
-    modules: Mapping[str, str] = {}
-
-    def watching(self) -> Any:
-        return contextlib.nullcontext()
 
 
 class Statistics:

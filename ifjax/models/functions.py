@@ -158,7 +158,7 @@ class Quantized:
         """Trace fn; return its array results, new values of changed variables, and an `_Info` as static data."""
         leaves = spec.filled(arrays)
         args, kwargs = jax.tree.unflatten(spec.structure, leaves)
-        modules = _modules_of(self.rules, self.calibration)
+        modules = _modules_of(self.rules, self.calibration, self.statistics)
         with inside(object()), modules:
             result = self._target(*args, **kwargs)
         out, structure = jax.tree.flatten(result)
@@ -417,13 +417,13 @@ class _NoModules:
         return Walk({site.parameter: site for site in sites}, {})
 
 
-def _modules_of(rules: tuple[Rule, ...], calibration: Any) -> Any:
+def _modules_of(rules: tuple[Rule, ...], calibration: Any, statistics: Any) -> Any:
     """Return a context that records the linen modules called inside it."""
     if "flax.linen" not in sys.modules:
         return _NoModules()
     from ifjax.models.flax.interceptors import Noting
 
-    return Noting(rules, calibration)
+    return Noting(rules, calibration, statistics)
 
 
 def _walk(closed: Any, info: _Info, call: _Call) -> Walk:

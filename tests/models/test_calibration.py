@@ -1,5 +1,6 @@
-"""Calibration of functions and models that are no linen modules: by the products of their traced program."""
+"""Calibration by the products of a traced program, whichever module multiplies."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +62,41 @@ def test_modules_of_nnx_and_flags():
 
     found = ifjax.calibrate(call, model, batches, rule, progress=False)
     assert list(found.amax.values()) == [2 * float(max(np.abs(x).max() for x in BATCHES))]
+
+
+def test_modules_of_linen_that_are_of_no_known_class():
+    class Transposed(nn.Module):  # as Conv1D of transformers' GPT-2
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("kernel", nn.initializers.lecun_normal(), (48, 32)).T
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(16, name="down")(jnp.tanh(Transposed(name="up")(x)))
+
+    model = Block()
+    params = model.init(jax.random.key(0), BATCHES[0])["params"]
+    batches = [(x,) for x in BATCHES]
+    rules = Rule(".*", "nvfp4", smooth=0.5, act_fmt="nvfp4", gptq=True)
+
+    def fn(p, x):
+        return model.apply({"params": p}, x)
+
+    found = ifjax.calibrate(fn, params, batches, rules, progress=False)
+    x = np.concatenate([np.asarray(b) for b in BATCHES])
+    h = np.tanh(x @ np.asarray(params["up"]["kernel"]).T)
+    assert found.hessians.keys() == found.inputs.keys() == {"up/kernel", "down"}
+    for path, rows in {"up/kernel": x, "down": h}.items():
+        np.testing.assert_allclose(found.hessians[path], rows.T @ rows, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(found.inputs[path].largest, np.abs(rows).max(0), rtol=1e-5)
+    packed, report = ifjax.quantize_params(params, rules, model=fn, sample=batches[0], calibration=found)
+    assert report.check().totals.quantized == 2
+    got, wanted = ifjax.quantized(fn, rules, calibration=found)(packed, BATCHES[0]), fn(params, BATCHES[0])
+    assert 1e-3 < np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 0.2
+    static = Rule(".*", "nvfp4", act_fmt="nvfp4", act_amax="static")
+    peaks = ifjax.calibrate(fn, params, batches, static, progress=False).amax
+    assert peaks == {"up/kernel": np.abs(x).max(), "down": pytest.approx(np.abs(h).max(), rel=1e-5)}
 
 
 def test_layers_of_a_scan_share_their_statistics_and_wrong_rules_are_told():

@@ -11,9 +11,9 @@ from ifjax.arrays import QTensor, quantize
 from ifjax.codec import Encoding
 from ifjax.formats import Format
 from ifjax.models.activations import quantized_activation, static_amax, without_gradient
-from ifjax.models.calibration import Calibration, value_name
+from ifjax.models.calibration import Calibration, Statistics, needs_statistics, value_name
 from ifjax.models.decisions import Decision, decide
-from ifjax.models.flax.linen import Census, Layer, Operands, Watcher, layer_of, site_of
+from ifjax.models.flax.linen import Census, Layer, Operands, layer_of, site_of
 from ifjax.models.rules import OPERANDS, Rule, as_rules, training_rules
 from ifjax.models.sites import Site
 from ifjax.training import Recipe, quantized_dot_general
@@ -110,12 +110,12 @@ class Noting(Census):
     """A context that records the linen modules called inside it and quantizes attention's products by the rules.
 
     Attention's products have no parameter, so they cannot be found in the traced program. All other products are left
-    to the rewriting of that program.
+    to the rewriting of that program. With statistics it collects those of attention's operands instead.
     """
 
-    def __init__(self, rules: tuple[Rule, ...], calibration: Any):
+    def __init__(self, rules: tuple[Rule, ...], calibration: Calibration | None, statistics: Statistics | None):
         super().__init__()
-        self._rules, self._attention = rules, _Inference(rules, calibration)
+        self._attention = _Inference(rules, calibration) if statistics is None else _Collecting(rules, statistics)
 
     def __enter__(self) -> "Noting":
         self._context = nn.intercept_methods(self)
@@ -133,21 +133,40 @@ class Noting(Census):
         return super().__call__(next_fun, args, kwargs, context)
 
 
-class _Inference(Watcher):
+class _Collecting:
+    """The interceptor that collects statistics of attention's operands; products are not changed."""
+
+    def __init__(self, rules: tuple[Rule, ...], statistics: Statistics):
+        self.rules, self.statistics = rules, statistics
+
+    def __call__(self, next_fun, args, kwargs, context):
+        layer, module = layer_of(context), context.module
+        assert layer is not None
+        site = site_of(module, layer)
+        decision = decide(self.rules, site)
+        rule = decision.rule
+        if rule is None or not decision.operands or not needs_statistics(rule):
+            return next_fun(*args, **kwargs)
+
+        def activation(x, axes, operand):
+            return self.statistics.collect(x, axes, rule, site.path, operand, operand in decision.operands)
+
+        return layer.run(module, next_fun, args, kwargs, Operands(activation=activation))
+
+
+class _Inference:
     """The interceptor of `inference`.
 
     Flax calls it for each method of each module, possibly several times, so its effect depends only on its arguments.
     """
 
     def __init__(self, rules: tuple[Rule, ...], calibration: Calibration | None):
-        super().__init__()
         self.rules, self.calibration = rules, calibration
 
     def __call__(self, next_fun, args, kwargs, context):
         layer, module = layer_of(context), context.module
         if module.is_initializing():
             return next_fun(*args, **kwargs)
-        path, _ = self.note(module)
         if layer is None:
             return next_fun(*args, **kwargs)
         site, kernel = self._site(layer, module, args, kwargs)
@@ -163,17 +182,17 @@ class _Inference(Watcher):
                 return x
             if operand in OPERANDS[:2] and x.shape[axes[0]] < how.fmt.block:
                 raise ValueError(
-                    f"{path!r}: the head size of {operand} is {x.shape[axes[0]]}, below the block of {how.fmt.block} "
-                    f"of {how.fmt.name}: take shorter blocks"
+                    f"{site.path!r}: the head size of {operand} is {x.shape[axes[0]]}, below the block of "
+                    f"{how.fmt.block} of {how.fmt.name}: take shorter blocks"
                 )
             known = None if self.calibration is None else self.calibration.amax
-            amax = static_amax(known, value_name(path, operand)) if rule.act_amax == "static" else None
+            amax = static_amax(known, value_name(site.path, operand)) if rule.act_amax == "static" else None
             return quantized_activation(x, axes, how, rule.act_amax, amax)
 
         return layer.run(module, next_fun, args, kwargs, Operands(weights, activation))
 
     def _site(self, layer: Layer, module, args, kwargs) -> tuple[Site, Any]:
-        """Record the layer's site; return the site and the unboxed kernel (None if there is none)."""
+        """Return the layer's site and the unboxed kernel (None if there is none)."""
         site, kernel = site_of(module, layer), None
         if layer.kernel is not None:
             kernel = module.get_variable("params", layer.kernel)
@@ -183,7 +202,6 @@ class _Inference(Watcher):
             kernel = kernel.unbox() if not packed and hasattr(kernel, "unbox") else kernel
             axes = layer.axes(module, args, kwargs, kernel.ndim)
             site = site._replace(shape=tuple(kernel.shape), axes=axes, packed=packed)
-        self.layers[site.parameter] = site
         return site, kernel
 
     def _weights(self, site: Site, kernel: Any, decision: Decision) -> QTensor | None:
@@ -215,14 +233,13 @@ class _Inference(Watcher):
         return dict(decision.operands)
 
 
-class _Training(Watcher):
+class _Training:
     """The interceptor of `training`.
 
     Flax calls it for each method of each module, possibly several times, so its effect depends only on its arguments.
     """
 
     def __init__(self, rules: tuple[Rule, ...], rng: str, amax: str | None):
-        super().__init__()
         self.rules, self.rng, self.amax = rules, rng, amax
 
     def __call__(self, next_fun, args, kwargs, context):
@@ -230,15 +247,11 @@ class _Training(Watcher):
         if module.is_initializing():
             self._initialize(layer, module)
             return next_fun(*args, **kwargs)
-        self.note(module)
-        if layer is None:
+        if layer is None or layer.kernel is None:
             return next_fun(*args, **kwargs)
-        site = site_of(module, layer)
-        site = site._replace(axes=(-1,) if layer.kernel else ()).in_training()
-        if site.parameter not in self.layers or site.reason is None:  # attend takes precedence over Embed's look-up
-            self.layers[site.parameter] = site
+        site = site_of(module, layer)._replace(axes=(-1,)).in_training()
         recipe, key = decide(self.rules, site).recipe, None
-        if recipe is None or layer.kernel is None:
+        if recipe is None:
             return next_fun(*args, **kwargs)
         if isinstance(module.get_variable("params", layer.kernel), QTensor):
             recipe = recipe.over_packed()

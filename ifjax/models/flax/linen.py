@@ -5,7 +5,6 @@ recognized, too; a subclass that replaces it is not.
 """
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -23,9 +22,8 @@ from opt_einsum.parser import parse_einsum_input
 from ifjax.arrays import QTensor
 from ifjax.models.activations import multiplied, rounded
 from ifjax.models.arguments import as_arguments
-from ifjax.models.rule_checks import check_used
-from ifjax.models.rules import OPERANDS, Rule
-from ifjax.models.sites import LOOKUP, Site, Walk, explained, innermost, join_path, without_matmul
+from ifjax.models.rules import OPERANDS
+from ifjax.models.sites import LOOKUP, Site, Walk, explained, innermost, join_path
 from ifjax.models.trace import program_of, trace_tree
 from ifjax.products import dot_general, einsum
 from ifjax.products.einsum import einsum_of_two
@@ -229,47 +227,6 @@ def _rounded(operands, x, axes, operand="input"):
 
 def _multiplied(operands, x, w, axes, product):
     return multiplied(x, w, lambda x: operands.activation(x, axes, "input"), product)
-
-
-class Watcher:
-    """Records the modules, layers and parameters that an interceptor sees, to find rules without effect."""
-
-    def __init__(self):
-        self.layers: dict[str, Site] = {}  # by the kernel's path, or the module's path without a kernel
-        self.modules: dict[str, str] = {}
-        self.parameters: dict[str, Any] = {}
-
-    def note(self, module: nn.Module) -> tuple[str, str]:
-        """Record a module that is called; return its path and class name."""
-        path, name = join_path(module.path), type(module).__name__
-        self.modules.setdefault(path, name)
-        if module.path == ():
-            params = module.variables.get("params", {})
-            leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda a: hasattr(a, "unbox"))
-            self.parameters |= {join_path(keys): leaf for keys, leaf in leaves}
-        return path, name
-
-    def check(self, rules: tuple[Rule, ...]) -> None:
-        """Raise if a rule has no effect, as `quantize_params` does.
-
-        Modules that were not called are accepted as matches, because another method may call them.
-        """
-        sites, uncalled = list(self.layers.values()), set()
-        for path, leaf in self.parameters.items():
-            owner = path.rpartition("/")[0]
-            if owner not in self.modules:
-                uncalled |= {owner[:i] for i, c in enumerate(owner) if c == "/"} | {owner}
-            if path not in self.layers:
-                module = innermost(path, self.modules)
-                packed = isinstance(leaf, QTensor)
-                shape = jnp.shape(leaf if packed else meta.unbox(leaf))
-                sites.append(Site(path, path, module, shape, packed=packed))
-        sites += without_matmul(self.modules, sites)
-        sites += [Site(path, path, packed=True) for path in sorted(uncalled - self.modules.keys())]
-        lenient = [
-            dataclasses.replace(rule, optional=True) if uncalled and rule.module is not None else rule for rule in rules
-        ]
-        check_used(lenient, sites)
 
 
 @contextlib.contextmanager
