@@ -204,10 +204,10 @@ class _Program:
             site = site.in_training() if trains else site
             sites.append(site)
             decision = decide(rules, site)
-            if owner.statistics is not None:
-                self.hows[i] = owner.statistics.expect(site.path, decision)
-            else:
+            if owner.statistics is None:
                 self._decide(i, value, site, decision, trains)
+            elif decision.weights is not None or (_is_packed(value) and decision.reason is None):
+                self.hows[i] = owner.statistics.expect(site.path, decision)
         for i, value in enumerate(call.arrays):
             if _is_wrapped(value) and self.hows[i] is None:
                 self.hows[i] = How(is_state=i not in call.parameters.values())

@@ -68,12 +68,15 @@ def test_modules_of_linen_that_are_of_no_known_class():
     class Transposed(nn.Module):  # as Conv1D of transformers' GPT-2
         @nn.compact
         def __call__(self, x):
-            return x @ self.param("kernel", nn.initializers.lecun_normal(), (48, 32)).T
+            bias = self.param("bias", nn.initializers.normal(0.1), (48,))
+            return x @ self.param("kernel", nn.initializers.lecun_normal(), (48, 32)).T + bias[None]
 
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(16, name="down")(jnp.tanh(Transposed(name="up")(x)))
+            h = jnp.tanh(Transposed(name="up")(x))
+            parts = h.reshape(-1, 2, 24) + self.param("bias", nn.initializers.normal(0.1), (2, 24))[None]
+            return nn.Dense(16, name="down")(h) + jnp.einsum("bhk,bhk->b", parts, parts)[:, None] / 99
 
     model = Block()
     params = model.init(jax.random.key(0), BATCHES[0])["params"]
@@ -85,7 +88,7 @@ def test_modules_of_linen_that_are_of_no_known_class():
 
     found = ifjax.calibrate(fn, params, batches, rules, progress=False)
     x = np.concatenate([np.asarray(b) for b in BATCHES])
-    h = np.tanh(x @ np.asarray(params["up"]["kernel"]).T)
+    h = np.tanh(x @ np.asarray(params["up"]["kernel"]).T + params["up"]["bias"][None])
     assert found.hessians.keys() == found.inputs.keys() == {"up/kernel", "down"}
     for path, rows in {"up/kernel": x, "down": h}.items():
         np.testing.assert_allclose(found.hessians[path], rows.T @ rows, rtol=1e-4, atol=1e-3)
