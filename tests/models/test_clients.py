@@ -340,8 +340,8 @@ def test_programs_that_rules_leave_alone_stay_equal_equation_by_equation(make):
 
 
 # Products whose change is folded, of all that are packed: the values of attention go straight into the output's
-# projection.
-FOLDED = {(gpt2, "smooth", 0.5): (8, 8), (gpt2, "rotate", 16): (2, 8),
+# projection. Scales do not pass GPT-2's GELU, which its c_proj of the MLP reads.
+FOLDED = {(gpt2, "smooth", 0.5): (6, 8), (gpt2, "rotate", 16): (2, 8),
           (llama, "smooth", 0.5): (14, 14), (llama, "rotate", 16): (2, 14),
           (tunix_llama, "smooth", 0.5): (14, 14), (tunix_llama, "rotate", 16): (2, 14)}  # fmt: skip
 
