@@ -1,6 +1,6 @@
 """Models that others wrote, of a few small layers with random weights: found, packed, rounded, trained, generating.
 
-Needs the extra `clients`; without it what is missing is skipped.
+Needs the extra `clients`, and google-research/vmoe with vision_transformer on the path; what is missing is skipped.
 """
 
 import contextlib
