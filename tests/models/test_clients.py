@@ -302,7 +302,6 @@ def test_models_of_others_are_found_packed_rounded_and_trained(make):
     assert 0.5 < alike / total < 2
 
 
-
 @pytest.mark.parametrize("make", CLIENTS)
 def test_models_of_others_come_back_from_files(make, tmp_path):
     fn, params, x, _ = make()
