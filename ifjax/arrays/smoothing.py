@@ -11,9 +11,10 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from ifjax.arrays.quantize import quantize
+from ifjax.arrays.quantize import fake_quantize, quantize
 from ifjax.codec import Encoding
 from ifjax.formats import Format
+from ifjax.numerics.hadamard import hadamard
 
 
 def smooth_scales(
@@ -64,6 +65,8 @@ def awq_scales(
     fmt: str | Format | Encoding = "if4",
     *,
     x_mean: Float[ArrayLike, " k"] | None = None,
+    act_fmt: str | Format | Encoding | None = None,
+    rotate: int = 0,
 ) -> Awq:
     """Return AWQ's scales: the power of the activations' mean magnitudes that gives the least error of the product.
 
@@ -72,8 +75,11 @@ def awq_scales(
         w: the weights, quantized along k.
         fmt: the format of the weights, as for `ifjax.quantize`.
         x_mean: mean magnitude of each input channel; by default that of x.
+        act_fmt: the format of the inputs; None, as in AWQ, leaves them in floats.
+        rotate: run length of the `ifjax.hadamard` that follows the scales; 0 for none.
 
-    Source: arXiv 2306.00978.
+    Source: arXiv 2306.00978. `act_fmt` and `rotate` are ours: scales that serve weights alone can spread the inputs
+    so far that 4 bits lose them.
 
     Example:
         >>> import jax
@@ -90,8 +96,13 @@ def awq_scales(
     def tried(exponent):
         s = jnp.maximum(magnitudes**exponent, 1e-4)
         s = s / jnp.sqrt(s.max() * s.min())
-        rounded = quantize(w * s[:, None], fmt, axis=0).dequantize()
-        return s, ((jnp.matmul(x / s[None], rounded, precision="highest") - exact) ** 2).mean()
+        inputs, weights = x / s[None], w * s[:, None]
+        if rotate:
+            inputs, weights = hadamard(inputs, size=rotate), hadamard(weights, axis=0, size=rotate)
+        if act_fmt is not None:
+            inputs = fake_quantize(inputs, act_fmt)
+        rounded = quantize(weights, fmt, axis=0).dequantize()
+        return s, ((jnp.matmul(inputs, rounded, precision="highest") - exact) ** 2).mean()
 
     scales, losses = zip(*(tried(jnp.float32(i / 20)) for i in range(20)), strict=True)
     losses = np.asarray(losses, np.float64)

@@ -126,7 +126,8 @@ def _folder(parameters: Mapping[str, Wanted], program: Callable[[], Any]) -> Fol
 
 def _method(p: Wanted) -> tuple[Any, ...]:
     rule = p.decision.rule
-    return () if rule is None else (rule.smooth, rule.rotate, rule.weights if rule.smooth == "awq" else None)
+    searched = rule is not None and rule.smooth == "awq"  # with these formats
+    return () if rule is None else (rule.smooth, rule.rotate, (rule.weights, rule.activations) if searched else None)
 
 
 def _one(path, p, parameters, wanted, folder, inputs, found: Bases) -> None:

@@ -58,8 +58,8 @@ class Rule:
             nearest.
         damping: of gptq, as in `ifjax.gptq`. With few calibration rows a larger one than 0.01 can serve better.
         smooth: divide the product's inputs by one scale per channel and multiply the weights by it, before both are
-            quantized. A number is SmoothQuant's alpha (0.5 in the paper); "awq" searches AWQ's scales. Needs
-            `ifjax.calibrate`.
+            quantized. A number is SmoothQuant's alpha (0.5 in the paper); "awq" searches AWQ's scales, with
+            this rule's formats and rotation. Needs `ifjax.calibrate`.
         rotate: rotate runs of inputs and weights along the contraction axis, after smoothing. A number is the run's
             length for `ifjax.hadamard`, such as 16; "whole" is the longest one that divides the axis: the whole axis if
             its length is a power of two, or one times 12, 20, 28 and others. "greedy" builds a rotation of one block

@@ -122,8 +122,10 @@ def transform_of(
     scale, rotation = None, None
     columns = jnp.concatenate([columns_of(w, axis), *others], 1)
     rows = None if inputs is None else np.asarray(inputs.rows).reshape(-1, k)
+    run = 0 if n is None or rule.rotate == "greedy" else n
     if rule.smooth == "awq":
-        scale = awq_scales(rows, columns, rule.weights).scales  # pyright: ignore[reportArgumentType]
+        assert rows is not None and rule.weights is not None
+        scale = awq_scales(rows, columns, rule.weights, act_fmt=rule.activations, rotate=run).scales
     elif rule.smooth is not None:
         assert inputs is not None
         largest = np.asarray(inputs.largest).reshape(-1, k).max(0)
@@ -132,7 +134,7 @@ def transform_of(
         assert rows is not None and n is not None
         moved = rows if scale is None else rows / np.asarray(scale)
         rotation = jnp.asarray(greedy_rotation(moved, n).rotation, jnp.float32)
-    return Transform(scale, rotation, 0 if n is None or rule.rotate == "greedy" else n)
+    return Transform(scale, rotation, run)
 
 
 def columns_of(w: Any, axis: int) -> Float[Array, "k n"]:

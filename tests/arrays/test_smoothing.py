@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ifjax
 from ifjax.arrays.smoothing import awq_scales, smooth_scales
+from ifjax.numerics.hadamard import hadamard
 from ifjax.numerics.rotations import base_rotation, greedy_rotation
 
 
@@ -40,3 +42,20 @@ def test_rotations_are_orthogonal_and_lower_outliers():
         greedy_rotation(rows[:, :20], 16)
     with pytest.raises(ValueError, match="alpha"):
         smooth_scales(jnp.ones(4), jnp.ones(4), 1.5)
+
+
+def test_awq_sees_the_product_as_it_will_run():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(32, 64)).astype(np.float32), rng.normal(size=(64, 32)).astype(np.float32)
+    x[:, ::16] *= rng.random((32, 4)) < 0.06  # seldom used: a small mean, and large values
+    x[:, ::16] *= 20
+    weights_alone, whole = (awq_scales(x, w, "nvfp4", rotate=16, act_fmt=fmt) for fmt in (None, "nvfp4"))
+
+    def error(scales):
+        y, v = hadamard(x / scales[None]), hadamard(w * scales[:, None], axis=0)
+        y, v = ifjax.fake_quantize(y, "nvfp4"), ifjax.fake_quantize(v, "nvfp4", axis=0)
+        return float(((jnp.matmul(y, v, precision="highest") - x @ w) ** 2).mean())
+
+    np.testing.assert_allclose(whole.losses[whole.index], error(whole.scales), rtol=1e-4)
+    assert whole.index == whole.losses.argmin()
+    assert error(whole.scales) < error(weights_alone.scales)

@@ -53,7 +53,7 @@ def quantized_by(rules, rows=X):
 @pytest.mark.by_default("*32}", "*greedy*")
 @pytest.mark.parametrize(
     "how", [{"rotate": 16}, {"rotate": "greedy"}, {"smooth": 0.5}, {"smooth": 0.5, "rotate": 32},
-              {"rotate": "whole"}], ids=str
+              {"rotate": "whole"}, {"smooth": "awq", "rotate": 16}], ids=str
 )
 def test_the_function_stays_what_it_was(how):
     """The transform of weights and that of inputs cancel: to 1e-5 in float32."""
