@@ -20,6 +20,22 @@ from ifjax.formats import Candidate, Grid, TableScale
 _EXPONENT = np.int32(0x7F800000)
 
 
+class Machine(Protocol):
+    """Instructions that some processors have for what takes others several."""
+
+    def fma(self, a: jax.Array, b: Any, c: jax.Array) -> jax.Array:
+        """Return a * b + c, rounded once. `b` is an array or a Python number."""
+        ...
+
+    def maximum(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Return the larger of two floats, NaN if one is."""
+        ...
+
+    def permute(self, a: jax.Array, b: jax.Array, selector: int) -> jax.Array:
+        """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits."""
+        ...
+
+
 class PlaceGrid(Protocol):
     """Interface for rounding one number to a grid. A `place` is the grid's own representation of a rounded number."""
 
@@ -33,12 +49,26 @@ class PlaceGrid(Protocol):
         """Whether the grid rounds magnitudes to codes without a sign."""
         ...
 
-    def rounded(self, y: jax.Array, noise: jax.Array | None) -> Any:
+    @property
+    def is_uniform(self) -> bool:
+        """Whether a place is (sum, value), where the sum is the value plus `zero`, a number of two bits."""
+        ...
+
+    @property
+    def zero(self) -> np.float32:
+        """See `is_uniform`."""
+        ...
+
+    def rounded(self, y: jax.Array, noise: jax.Array | None, machine: "Machine | None" = None) -> Any:
         """Round y to a place; noise as for `Grid.round`."""
         ...
 
     def code(self, place: Any, shift: int) -> jax.Array:
         """Return the int32 code of a place, shifted left."""
+        ...
+
+    def low_bits(self, place: Any) -> jax.Array:
+        """Return an int32 whose lowest bits are the code of a place; its other bits are arbitrary."""
         ...
 
     def value(self, place: Any, levels: Sequence[jax.Array]) -> jax.Array:
@@ -70,8 +100,8 @@ def payload_of(scale: TableScale, y: jax.Array) -> jax.Array:
 
 
 def _floats(grid: Grid) -> "_Floats | None":
-    m = grid.mantissa_bits or 0
-    is_float = m and grid.ties == "even" and len(grid.magnitudes) > 2 << m
+    m, count = grid.mantissa_bits or 0, len(grid.magnitudes)
+    is_float = m and grid.ties == "even" and (count > 2 << m or count == 2 << m <= 8)
     return _Floats.of(grid.magnitudes, grid.max, m) if is_float else None
 
 
@@ -99,28 +129,49 @@ class _Floats:
     def listed(self):
         return tuple(range(1 << self.m, 2 << self.m))
 
-    def rounded(self, y, noise):
+    def rounded(self, y, noise, machine=None):
         """Return (sum, value): adding a large number to y rounds it to a step of its binade, half to even.
 
         The lowest bits of the sum count steps, and its exponent counts binades.
         """
-        top = self.largest
+        top, m = self.largest, self.m
         y = jnp.minimum(y, top) if noise is None else y
+        if self.is_uniform:
+            y = y if noise is None else jnp.minimum(y + noise * np.float32(self.lowest * 2.0**-m), top)
+            total = y + self.zero
+            return total, total - self.zero
         binade = as_float(bits_of(jnp.maximum(y, self.lowest)) & _EXPONENT)
         if noise is not None:
             # A number beyond the grid counts as in the last binade. The sum is y / step plus the noise, times the step.
             binade = jnp.minimum(binade, (top.view(np.int32) & _EXPONENT).view(np.float32))
-            y = jnp.minimum(y + noise * (binade * np.float32(2.0**-self.m)), top)
+            y = jnp.minimum(y + noise * (binade * np.float32(2.0**-m)), top)
         # Adding `_lift` more steps makes the lowest bits of the sum those of the code.
-        large = binade * np.float32(2.0 ** (23 - self.m) + self._lift * 2.0**-self.m)
+        factor = 2.0 ** (23 - m) + self._lift * 2.0**-m
+        if machine is not None:
+            total = machine.fma(binade, factor, y)
+            return total, machine.fma(binade, -factor, total)
+        large = binade * np.float32(factor)
         total = y + large
         return total, total - large
 
     def code(self, place, shift):
+        code = self.low_bits(place) & np.int32(self.count - 1)
+        return code << shift if shift else code
+
+    def low_bits(self, place):
         total = bits_of(place[0])
         # The code is the number of steps, with 2^m steps for each binade.
-        code = total + lax.shift_right_logical(total, np.int32(23 - self.m)) & np.int32(self.count - 1)
-        return code << shift if shift else code
+        return total if self.is_uniform else total + lax.shift_right_logical(total, np.int32(23 - self.m))
+
+    @property
+    def is_uniform(self):
+        """Whether all steps are equal, as in a single binade."""
+        return self.count == 2 << self.m
+
+    @property
+    def zero(self):
+        """The sum of 0 in a uniform grid: a number of two bits, which noise cannot move out of its binade."""
+        return np.float32(self.lowest * 1.5 * 2.0 ** (23 - self.m))
 
     def value(self, place, levels):
         bits = bits_of(place[1])
@@ -144,6 +195,8 @@ class _Searched:
     """A grid rounded by binary search. A place is the bits of an index into an ascending list, highest first."""
 
     grid: Grid
+    is_uniform = False
+    zero = np.float32(0)
 
     @property
     def listed(self) -> tuple[int, ...]:
@@ -158,6 +211,12 @@ class _Searched:
             masks.append(y > select(masks, edges[half - 1 :: 2 * half]))
         return masks
 
+    def code(self, place, shift) -> jax.Array:
+        raise NotImplementedError
+
+    def low_bits(self, place):
+        return self.code(place, 0)
+
     def value(self, place, levels):
         return select(place, levels)
 
@@ -171,7 +230,7 @@ class _Magnitudes(_Searched):
     def listed(self):
         return tuple(range(len(self.grid.magnitudes)))
 
-    def rounded(self, y, noise):
+    def rounded(self, y, noise, machine=None):
         if noise is None:
             return self._search(y, self.grid.edges)
         if self.grid.mantissa_bits and self.grid.ties == "even":  # all steps are equal, as the grid has one binade
@@ -195,7 +254,7 @@ class _Signed(_Magnitudes):
         negative[0] = 0 if self.grid.zero == "unsigned" else negative[0]
         return (*range(count), *negative)
 
-    def rounded(self, y, noise):
+    def rounded(self, y, noise, machine=None):
         magnitude, floats = jnp.abs(y), _floats(self.grid)
         if noise is not None and floats:
             (_, magnitude), noise = floats.rounded(magnitude, noise), None
@@ -215,7 +274,7 @@ class _Sorted(_Searched):
         count = 1 << (len(self.grid.order) - 1).bit_length()
         return self.grid.order + self.grid.order[-1:] * (count - len(self.grid.order))
 
-    def rounded(self, y, noise):
+    def rounded(self, y, noise, machine=None):
         if noise is None:
             return self._search(y, self.grid.edges)
         return self._search(self.grid.position(y) + noise, _halves(self.grid))

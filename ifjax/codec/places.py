@@ -20,7 +20,7 @@ from ifjax.codec.decode import decode, grid_values, narrowed, scaled
 from ifjax.codec.encode import Encoding, codes_of, inverse_for
 from ifjax.codec.headers import LARGE_AMAX, TensorScale, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss
-from ifjax.codec.place_grids import payload_of, place_grid, select
+from ifjax.codec.place_grids import Machine, payload_of, place_grid, select
 from ifjax.codec.rounding import noise_of, uniform_noise
 from ifjax.codec.search import better
 from ifjax.formats import Candidate, Format, Grid, TableScale
@@ -191,18 +191,21 @@ class PlaceCodec:
 
     def encode(
         self, xs: Sequence[jax.Array], noise: Any, scalars: Sequence[Any], lookup: Lookup, *, wants_codes: bool,
-        wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None,
+        wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None, machine: Machine | None = None,
     ) -> Block:  # fmt: skip
         """Encode a block, given its float32 places xs. `noise` holds a list for each candidate, or is None.
 
         For 2-D blocks, `across` maps (op, a) to the reduction of a by op over the rows of a 2-D block, in the order of
-        `tree`.
+        `tree`. `machine` has instructions that save others and change no bits.
         """
         power, amax, ratio, back = scalars
         tensor = Tensor(power, amax, ratio, back, lookup)
         fmt, chooses = self.fmt, len(self.fmt.candidates) > 1
         loss = cast(BlockLoss, self.how.loss)  # see `encoder_refusal`
-        peak = tree(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs])
+        if machine is None:
+            peak = tree(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs])
+        else:
+            peak = bits_of(tree(machine.maximum, [jnp.abs(x) for x in xs]))
         peak = peak if across is None else across(jnp.maximum, peak)
         is_poisoned = peak >= np.int32(0x7F800000 + fmt.saturates)
         unit = power_near(as_float(peak)) if chooses and not fmt.has_tensor_scale else None
@@ -211,12 +214,12 @@ class PlaceCodec:
         trials, known = [], {}
         for i, c in enumerate(fmt.candidates):
             if (c.peak, c.scale_multiplier) not in known:
-                payload = jnp.where(is_poisoned, fmt.scale.nan, self._payload(c, peak, tensor))
+                payload = jnp.where(is_poisoned, fmt.scale.nan, self._payload(c, peak, tensor, machine))
                 inverse = _look_up(lookup, 0, payload, self.pages)
                 known[c.peak, c.scale_multiplier] = payload, inverse, [x * inverse for x in numbers]
             payload, inverse, ys = known[c.peak, c.scale_multiplier]
             rs = [None] * len(xs) if noise is None else noise[i]
-            trial = _Trial(self, i, payload, inverse, tensor, xs, ys, rs)
+            trial = _Trial(self, i, payload, inverse, tensor, xs, ys, rs, machine)
             words = trial.words() if wants_codes else []
             values = trial.values(given=not chooses) if chooses or wants_values else []
             lost = None
@@ -283,15 +286,15 @@ class PlaceCodec:
         even = getattr(self.how.loss, "term", None) in [loss.term for loss in LOSSES.values()]
         return even and all(grid is not None and grid.is_symmetric for grid in grids)
 
-    def _payload(self, c, peak, tensor):
+    def _payload(self, c, peak, tensor, machine):
         """Return a candidate's payload for a block whose largest magnitude has the bits `peak`."""
         fmt, quantum, peak = self.fmt, self.fmt.block_peak(c, self.how.headroom), as_float(peak)
         if fmt.has_tensor_scale:
-            scale = _over(peak * tensor.power, quantum) * tensor.ratio
+            scale = _over(peak * tensor.power, quantum, machine) * tensor.ratio
         else:
             # Small peaks are scaled up, so that their quotients are normal numbers, whose last bits can be corrected.
             is_small = peak < np.float32(2.0**-60)
-            scale = _over(jnp.where(is_small, peak * np.float32(2.0**64), peak), quantum)
+            scale = _over(jnp.where(is_small, peak * np.float32(2.0**64), peak), quantum, machine)
             scale = jnp.where(is_small, scale * np.float32(2.0**-64), scale)
             scale = jnp.where(peak > 0, jnp.maximum(scale, np.float32(2.0**-126)), 0)
         scale = scale if c.scale_multiplier == 1 else scale * np.float32(c.scale_multiplier)
@@ -302,10 +305,10 @@ class PlaceCodec:
 class _Trial:
     """A block as candidate i encodes it. ys are xs scaled by `inverse`, as magnitudes if the codec works on those."""
 
-    def __init__(self, codec: PlaceCodec, i: int, payload, inverse, tensor: Tensor, xs, ys, rs):
+    def __init__(self, codec: PlaceCodec, i: int, payload, inverse, tensor: Tensor, xs, ys, rs, machine):
         self.codec, self.i, self.c = codec, i, codec.fmt.candidates[i]
         self.grid = place_grid(self.c)
-        self.payload, self.inverse, self.tensor, self.xs = payload, inverse, tensor, xs
+        self.payload, self.inverse, self.tensor, self.xs, self.machine = payload, inverse, tensor, xs, machine
         fmt = codec.fmt
         if self.grid is None:
             power = tensor.power if fmt.has_tensor_scale else 1
@@ -317,7 +320,7 @@ class _Trial:
         ys = [jnp.abs(y) for y in ys] if self.is_signed_last else ys
         ys = ys if factor == 1 else [y * factor for y in ys]
         ys = [y - np.float32(self.c.offset) for y in ys] if self.c.offset else ys
-        self.places = [self.grid.rounded(y, r) for y, r in zip(ys, rs, strict=True)]
+        self.places = [self.grid.rounded(y, r, machine) for y, r in zip(ys, rs, strict=True)]
 
     @property
     def is_signed_last(self) -> bool:
@@ -333,8 +336,13 @@ class _Trial:
         if not self.grid.is_symmetric:
             return _packed([functools.partial(code, place) for place in self.places], bits)
         if bits == 4:
-            words = _packed([functools.partial(code, place) for place in self.places], bits)
-            words = [_with_signs(word, self.xs[8 * i :][:8], self.c.grid) for i, word in enumerate(words)]
+            if self.machine is None:
+                words = _packed([functools.partial(code, place) for place in self.places], bits)
+                signs = [_signs_of(self.xs[8 * i :][:8]) for i in range(len(words))]
+            else:
+                words = _permuted([self.grid.low_bits(place) for place in self.places], 0, 7, self.machine)
+                signs = _permuted([bits_of(x) for x in self.xs], 3, 8, self.machine)
+            words = [_with_signs(word, sign, self.c.grid) for word, sign in zip(words, signs, strict=True)]
         else:
             codes = [_with_sign(code(place, 0), x, self.c.grid) for place, x in zip(self.places, self.xs, strict=True)]
             words = _packed([functools.partial(jnp.left_shift, code) for code in codes], bits)
@@ -346,6 +354,10 @@ class _Trial:
         finish = functools.partial(codec.given, tensor=tensor) if given else lambda value: value
         if self.grid is None:
             return [finish(self._decoded(grid_values(code, c.decoding))) for code in self.places]
+        if self.machine is not None and fmt.has_tensor_scale and self.grid.is_uniform:
+            scale = fmt.scale.decode(self.payload)
+            zero = scale * -self.grid.zero
+            return [finish(self._times_amax(self.machine.fma(total, scale, zero))) for total, _ in self.places]
         if fmt.has_tensor_scale:
             row = codec.first_row(self.i)
             rows = range(row, row + len(_listed(c)) * codec.pages, codec.pages)
@@ -371,13 +383,13 @@ class _Trial:
 
     def _decoded(self, value):
         """Return a grid value multiplied by its scales, in units of the loss (see `decode.scaled`)."""
-        fmt, c, scale = self.codec.fmt, self.c, self.codec.fmt.scale.decode(self.payload)
-        d = value * scale
+        return self._times_amax(value * self.codec.fmt.scale.decode(self.payload))
+
+    def _times_amax(self, d):
+        fmt, step = self.codec.fmt, np.float32(self.c.step)
         d = d * self.tensor.amax if fmt.has_tensor_scale else d
-        d = d if c.step == 1 else d * np.float32(c.step)
-        if not fmt.has_tensor_scale:
-            return d
-        return _over(d, fmt.tensor_constant(self.codec.how.headroom))
+        d = d if step == 1 else d * step
+        return _over(d, fmt.tensor_constant(self.codec.how.headroom), self.machine) if fmt.has_tensor_scale else d
 
 
 def _listed(c: Candidate) -> tuple[int, ...]:
@@ -426,9 +438,20 @@ def _look_up(lookup: Lookup, row, index, pages):
     return jnp.where(index < LANES, lookup(row, low), lookup(row + 1, low))
 
 
-def _over(a: jax.Array, b: np.float32) -> jax.Array:
-    """Return a / b, correctly rounded. The product with the reciprocal is within 1.5 units and is then corrected."""
-    return correct_quotient(a, jnp.full_like(a, b), a * np.float32(1 / np.float64(b)))
+def _over(a: jax.Array, b: np.float32, machine: Machine | None = None) -> jax.Array:
+    """Return a / b, correctly rounded. The product with the reciprocal is within 1.5 units and is then corrected.
+
+    A fused remainder corrects a quotient within one unit (Markstein): the product, if the reciprocal is so exact that
+    it adds no more than half a unit to its own rounding, or else the product corrected once.
+    """
+    inverse = np.float32(1 / np.float64(b))
+    quotient = a * inverse
+    if machine is None:
+        return correct_quotient(a, jnp.full_like(a, b), quotient)
+    is_exact = abs(np.float64(inverse) * np.float64(b) - 1) <= 2.0**-25
+    for _ in range(1 if is_exact else 2):
+        quotient = machine.fma(machine.fma(quotient, -float(b), a), float(inverse), quotient)
+    return quotient
 
 
 def _error(x, value, unit):
@@ -450,10 +473,32 @@ def _packed(codes, bits: int) -> list[jax.Array]:
     return [tree(jnp.bitwise_or, parts) for parts in words]
 
 
-def _with_signs(word, xs, grid: Grid):
-    """Combine a word of eight 4-bit magnitude codes with the signs of the eight numbers xs."""
+def _permuted(numbers, byte: int, mask: int, machine: Machine) -> list[jax.Array]:
+    """Return int32 words with a nibble of each of the numbers, the first in the lowest bits.
+
+    It is (byte & mask) of the number's byte, or of that byte shifted down by 4 for the byte 3.
+    """
+    selector = byte | byte + 4 << 4
+    words = []
+    for i in range(0, len(numbers), 8):
+        even, odd = (
+            machine.permute(machine.permute(a, b, selector), machine.permute(c, d, selector), 0x5410)
+            for a, b, c, d in (numbers[i : i + 8 : 2], numbers[i + 1 : i + 8 : 2])
+        )
+        even, odd = (even, odd << 4) if byte == 0 else (lax.shift_right_logical(even, np.int32(4)), odd)
+        masks = [np.uint32(mask * times).view(np.int32) for times in (0x01010101, 0x10101010)]
+        words.append(even & masks[0] | odd & masks[1])
+    return words
+
+
+def _signs_of(xs):
+    """Return a word whose nibbles have the signs of eight numbers in their highest bits."""
     signs = [lax.shift_right_logical(bits_of(x), np.int32(28 - 4 * i)) & _bit(4 * i + 3) for i, x in enumerate(xs)]
-    signs = tree(jnp.bitwise_or, signs)
+    return tree(jnp.bitwise_or, signs)
+
+
+def _with_signs(word, signs, grid: Grid):
+    """Combine a word of eight 4-bit magnitude codes with the signs of the eight numbers."""
     if grid.zero == "unsigned":
         signs = signs & (word + np.int32(0x77777777))  # bit 3 of a nibble that is not zero
     if not grid.is_twos_complement:
