@@ -6,6 +6,7 @@ is symmetric, it rounds magnitudes, and the caller handles the signs.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -49,16 +50,6 @@ class PlaceGrid(Protocol):
         """Whether the grid rounds magnitudes to codes without a sign."""
         ...
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether a place is (sum, value), where the sum is the value plus `zero`, a number of two bits."""
-        ...
-
-    @property
-    def zero(self) -> np.float32:
-        """See `is_uniform`."""
-        ...
-
     def rounded(self, y: jax.Array, noise: jax.Array | None, machine: "Machine | None" = None) -> Any:
         """Round y to a place; noise as for `Grid.round`."""
         ...
@@ -68,7 +59,7 @@ class PlaceGrid(Protocol):
         ...
 
     def low_bits(self, place: Any) -> jax.Array:
-        """Return an int32 whose lowest bits are the code of a place; its other bits are arbitrary."""
+        """Return an int32 whose lowest three bits are a code below 8; its other bits are arbitrary."""
         ...
 
     def value(self, place: Any, levels: Sequence[jax.Array]) -> jax.Array:
@@ -100,8 +91,8 @@ def payload_of(scale: TableScale, y: jax.Array) -> jax.Array:
 
 
 def _floats(grid: Grid) -> "_Floats | None":
-    m, count = grid.mantissa_bits or 0, len(grid.magnitudes)
-    is_float = m and grid.ties == "even" and (count > 2 << m or count == 2 << m <= 8)
+    m = grid.mantissa_bits or 0
+    is_float = m and grid.ties == "even" and len(grid.magnitudes) > 2 << m
     return _Floats.of(grid.magnitudes, grid.max, m) if is_float else None
 
 
@@ -136,10 +127,6 @@ class _Floats:
         """
         top, m = self.largest, self.m
         y = jnp.minimum(y, top) if noise is None else y
-        if self.is_uniform:
-            y = y if noise is None else jnp.minimum(y + noise * np.float32(self.lowest * 2.0**-m), top)
-            total = y + self.zero
-            return total, total - self.zero
         binade = as_float(bits_of(jnp.maximum(y, self.lowest)) & _EXPONENT)
         if noise is not None:
             # A number beyond the grid counts as in the last binade. The sum is y / step plus the noise, times the step.
@@ -161,17 +148,8 @@ class _Floats:
     def low_bits(self, place):
         total = bits_of(place[0])
         # The code is the number of steps, with 2^m steps for each binade.
-        return total if self.is_uniform else total + lax.shift_right_logical(total, np.int32(23 - self.m))
-
-    @property
-    def is_uniform(self):
-        """Whether all steps are equal, as in a single binade."""
-        return self.count == 2 << self.m
-
-    @property
-    def zero(self):
-        """The sum of 0 in a uniform grid: a number of two bits, which noise cannot move out of its binade."""
-        return np.float32(self.lowest * 1.5 * 2.0 ** (23 - self.m))
+        total = total + lax.shift_right_logical(total, np.int32(23 - self.m))
+        return total if self.count >= 8 else total & np.int32(self.count - 1)
 
     def value(self, place, levels):
         bits = bits_of(place[1])
@@ -191,12 +169,53 @@ class _Floats:
 
 
 @dataclasses.dataclass(frozen=True)
+class Steps:
+    """At most eight magnitudes that are multiples of a step, for a `Machine`. A place is the magnitude plus `zero`.
+
+    Attributes:
+        step: the difference of two magnitudes, a power of two.
+        largest: the largest magnitude.
+    """
+
+    step: np.float32
+    largest: np.float32
+    is_symmetric = True
+
+    @classmethod
+    def of(cls, c: Candidate) -> "Steps | None":
+        """Return the grid of a candidate, or None if it is not of this kind."""
+        ends = c.grid.magnitudes
+        step = ends[1] if 1 < len(ends) <= 8 else 0.0
+        if c.offset or c.grid.ties != "even" or c.grid.zero == "negative" or math.frexp(step)[0] != 0.5:
+            return None
+        is_taken = ends == tuple(i * step for i in range(len(ends)))
+        return cls(np.float32(step), np.float32(ends[-1])) if is_taken else None
+
+    @property
+    def zero(self) -> np.float32:
+        """A number of two bits, to which one adds in steps of the grid, and which noise keeps in its binade."""
+        return np.float32(1.5 * 2.0**23 * self.step)
+
+    def rounded(self, y: jax.Array, noise: jax.Array | None, machine: Machine | None = None) -> jax.Array:
+        """Round y >= 0 to a place; noise as for `Grid.round`."""
+        del machine
+        y = y if noise is None else y + noise * self.step
+        return jnp.minimum(y, self.largest) + self.zero
+
+    def code(self, place: jax.Array, shift: int) -> jax.Array:
+        """Return the int32 code of a place, shifted left."""
+        return (bits_of(place) & 7) << shift
+
+    def low_bits(self, place: jax.Array) -> jax.Array:
+        """Return an int32 whose lowest three bits are the code of a place."""
+        return bits_of(place)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Searched:
     """A grid rounded by binary search. A place is the bits of an index into an ascending list, highest first."""
 
     grid: Grid
-    is_uniform = False
-    zero = np.float32(0)
 
     @property
     def listed(self) -> tuple[int, ...]:

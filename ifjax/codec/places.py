@@ -20,7 +20,7 @@ from ifjax.codec.decode import decode, grid_values, narrowed, scaled
 from ifjax.codec.encode import Encoding, codes_of, inverse_for
 from ifjax.codec.headers import LARGE_AMAX, TensorScale, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss
-from ifjax.codec.place_grids import Machine, payload_of, place_grid, select
+from ifjax.codec.place_grids import Machine, Steps, payload_of, place_grid, select
 from ifjax.codec.rounding import noise_of, uniform_noise
 from ifjax.codec.search import better
 from ifjax.formats import Candidate, Format, Grid, TableScale
@@ -308,6 +308,8 @@ class _Trial:
     def __init__(self, codec: PlaceCodec, i: int, payload, inverse, tensor: Tensor, xs, ys, rs, machine):
         self.codec, self.i, self.c = codec, i, codec.fmt.candidates[i]
         self.grid = place_grid(self.c)
+        if machine is not None and codec._on_magnitudes and codec.fmt.has_tensor_scale:
+            self.grid = Steps.of(self.c) or self.grid
         self.payload, self.inverse, self.tensor, self.xs, self.machine = payload, inverse, tensor, xs, machine
         fmt = codec.fmt
         if self.grid is None:
@@ -350,14 +352,15 @@ class _Trial:
 
     def values(self, given: bool) -> list[jax.Array]:
         """Return the decoded values, in units of the loss, or with `given` as they are returned to the caller."""
-        codec, fmt, c, tensor = self.codec, self.codec.fmt, self.c, self.tensor
+        codec, fmt, c, tensor, grid = self.codec, self.codec.fmt, self.c, self.tensor, self.grid
         finish = functools.partial(codec.given, tensor=tensor) if given else lambda value: value
-        if self.grid is None:
+        if grid is None:
             return [finish(self._decoded(grid_values(code, c.decoding))) for code in self.places]
-        if self.machine is not None and fmt.has_tensor_scale and self.grid.is_uniform:
+        if isinstance(grid, Steps):  # fewer instructions than to choose among levels
+            assert self.machine is not None
             scale = fmt.scale.decode(self.payload)
-            zero = scale * -self.grid.zero
-            return [finish(self._times_amax(self.machine.fma(total, scale, zero))) for total, _ in self.places]
+            zero = scale * -grid.zero
+            return [finish(self._times_amax(self.machine.fma(total, scale, zero))) for total in self.places]
         if fmt.has_tensor_scale:
             row = codec.first_row(self.i)
             rows = range(row, row + len(_listed(c)) * codec.pages, codec.pages)
@@ -365,7 +368,7 @@ class _Trial:
         else:
             levels = [self._decoded(np.float32(c.grid.values[k]) + np.float32(c.offset)) for k in _listed(c)]
         levels = [finish(level) for level in levels]
-        values = [self.grid.value(place, levels) for place in self.places]
+        values = [grid.value(place, levels) for place in self.places]
         if self.is_signed_last:
             mask = self.sign_mask()
             values = [_signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]
