@@ -198,7 +198,8 @@ def instructions(folder: Path, architecture: str, block: int = 16) -> dict:
         binary = file.with_suffix(".cubin")
         command = [tools / "ptxas", "-v", f"-arch={architecture}", file, "-o", binary]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        listing = subprocess.run([tools / "nvdisasm", "-c", binary], check=True, capture_output=True, text=True).stdout
+        command = [tools / "nvdisasm", "-c", binary]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", listing)
         found["per_value"] = sum(name != "NOP" for name in names) / block
         found["registers"] = int(re.findall(r"Used (\d+) registers", said)[0])
@@ -260,7 +261,8 @@ def table(rows: list[dict]) -> str:
     def cell(row, key, form):
         return form.format(row[key]) if row.get(key) is not None else ""
 
-    columns = ("target", "program", "floor, MiB", "MiB", "times floor", "temp, MiB", "kernels", "us", "a value", "seconds")
+    columns = ("target", "program", "floor, MiB", "MiB", "times floor", "temp, MiB", "kernels", "us", "a value")
+    columns += ("seconds",)
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         if "error" in row:

@@ -11,11 +11,11 @@ This module has not run on a GPU. It is compiled for an H200 and run in the inte
 
 import functools
 import math
+import struct
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -147,7 +147,7 @@ class Instructions:
     def fma(a: jax.Array, b: Any, c: jax.Array) -> jax.Array:
         """Return a * b + c, rounded once. `b` is an array or a Python number."""
         if isinstance(b, float):
-            return _asm(f"fma.rn.f32 $0, $1, 0f{np.float32(b).view(np.uint32):08X}, $2;", "=f,f,f", a, c)
+            return _asm(f"fma.rn.f32 $0, $1, 0f{struct.pack('>f', b).hex()}, $2;", "=f,f,f", a, c)
         return _asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
 
     @staticmethod
@@ -237,7 +237,7 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
     if x.dtype == jnp.int32:
         count = codec.block * dtype.itemsize // 4
         words = _load_words(x, at.index(matrix, block * count, across, at.count * count), count, mask)
-        xs = _floats(words, dtype)
+        xs = _floats(words, dtype, machine)
     else:
         xs = [_load(x.at[i], each).astype(jnp.float32) for i, each in zip(ats, masks, strict=True)]
     if rotation is not None:
@@ -318,10 +318,14 @@ def _store_words(ref, first, words, mask):
         plgpu.store(ref.at[index], some[0].reshape(index.shape), mask=where)
 
 
-def _floats(words, dtype):
+def _floats(words, dtype, machine):
     """Return the float32 values of words that hold numbers of this type, the first in the lowest bits."""
-    bits = words if dtype == jnp.float32 else [half for word in words for half in (word << 16, word & -(2**16))]
-    return [lax.bitcast_convert_type(each, jnp.float32) for each in bits]
+    if dtype != jnp.float32 and machine is None:
+        words = [half for word in words for half in (word << 16, word & -(2**16))]
+    elif dtype != jnp.float32:
+        # LLVM would mask the halves once more for their magnitudes, which cost nothing as modifiers of operands.
+        words = [machine.permute(word, jnp.zeros_like(word), half) for word in words for half in (0x1044, 0x3244)]
+    return [lax.bitcast_convert_type(word, jnp.float32) for word in words]
 
 
 def _store_values(ref, at, where, values, ats, masks, dtype):

@@ -50,6 +50,11 @@ class PlaceGrid(Protocol):
         """Whether the grid rounds magnitudes to codes without a sign."""
         ...
 
+    @property
+    def unbounded(self) -> "PlaceGrid":
+        """The grid for numbers of which none, nor its nearest value, lies beyond the grid, when no noise is added."""
+        ...
+
     def rounded(self, y: jax.Array, noise: jax.Array | None, machine: "Machine | None" = None) -> Any:
         """Round y to a place; noise as for `Grid.round`."""
         ...
@@ -120,13 +125,18 @@ class _Floats:
     def listed(self):
         return tuple(range(1 << self.m, 2 << self.m))
 
+    @property
+    def unbounded(self):
+        """The grid for numbers of which none rounds to a value beyond it, when no noise is added."""
+        return dataclasses.replace(self, largest=np.float32(np.inf))
+
     def rounded(self, y, noise, machine=None):
         """Return (sum, value): adding a large number to y rounds it to a step of its binade, half to even.
 
         The lowest bits of the sum count steps, and its exponent counts binades.
         """
         top, m = self.largest, self.m
-        y = jnp.minimum(y, top) if noise is None else y
+        y = jnp.minimum(y, top) if noise is None and top < np.inf else y
         binade = as_float(bits_of(jnp.maximum(y, self.lowest)) & _EXPONENT)
         if noise is not None:
             # A number beyond the grid counts as in the last binade. The sum is y / step plus the noise, times the step.
@@ -196,11 +206,16 @@ class Steps:
         """A number of two bits, to which one adds in steps of the grid, and which noise keeps in its binade."""
         return np.float32(1.5 * 2.0**23 * self.step)
 
+    @property
+    def unbounded(self):
+        """The grid for numbers of which none rounds to a value beyond it, when no noise is added."""
+        return dataclasses.replace(self, largest=np.float32(np.inf))
+
     def rounded(self, y: jax.Array, noise: jax.Array | None, machine: Machine | None = None) -> jax.Array:
         """Round y >= 0 to a place; noise as for `Grid.round`."""
         del machine
         y = y if noise is None else y + noise * self.step
-        return jnp.minimum(y, self.largest) + self.zero
+        return (jnp.minimum(y, self.largest) if self.largest < np.inf else y) + self.zero
 
     def code(self, place: jax.Array, shift: int) -> jax.Array:
         """Return the int32 code of a place, shifted left."""
@@ -220,6 +235,10 @@ class _Searched:
     @property
     def listed(self) -> tuple[int, ...]:
         raise NotImplementedError
+
+    @property
+    def unbounded(self):
+        return self
 
     def _search(self, y, edges) -> list[jax.Array]:
         depth = len(edges).bit_length()

@@ -7,6 +7,7 @@ values beforehand, with the codec's own functions.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -216,7 +217,10 @@ class PlaceCodec:
             if (c.peak, c.scale_multiplier) not in known:
                 payload = jnp.where(is_poisoned, fmt.scale.nan, self._payload(c, peak, tensor, machine))
                 inverse = _look_up(lookup, 0, payload, self.pages)
-                known[c.peak, c.scale_multiplier] = payload, inverse, [x * inverse for x in numbers]
+                ys = [x * inverse for x in numbers]
+                if machine is not None and noise is None and self._end is not None:
+                    ys = [jnp.minimum(y, self._end) for y in ys]
+                known[c.peak, c.scale_multiplier] = payload, inverse, ys
             payload, inverse, ys = known[c.peak, c.scale_multiplier]
             rs = [None] * len(xs) if noise is None else noise[i]
             trial = _Trial(self, i, payload, inverse, tensor, xs, ys, rs, machine)
@@ -286,15 +290,28 @@ class PlaceCodec:
         even = getattr(self.how.loss, "term", None) in [loss.term for loss in LOSSES.values()]
         return even and all(grid is not None and grid.is_symmetric for grid in grids)
 
+    @functools.cached_property
+    def _end(self) -> np.float32 | None:
+        """A number at which scaled magnitudes may be clamped once for all candidates; None if there is none.
+
+        In units of each candidate it rounds to the largest magnitude.
+        """
+        if not self._on_magnitudes:
+            return None
+        fmt, end = self.fmt, np.float32(self.fmt.grid.max)
+        ends = [end * fmt.input_factor(c) for c in fmt.candidates]
+        is_shared = all(abs(e - c.grid.max) < 1e-6 * c.grid.max for e, c in zip(ends, fmt.candidates, strict=True))
+        return end if is_shared else None
+
     def _payload(self, c, peak, tensor, machine):
         """Return a candidate's payload for a block whose largest magnitude has the bits `peak`."""
         fmt, quantum, peak = self.fmt, self.fmt.block_peak(c, self.how.headroom), as_float(peak)
         if fmt.has_tensor_scale:
-            scale = _over(peak * tensor.power, quantum, machine) * tensor.ratio
+            scale = over(peak * tensor.power, quantum, machine) * tensor.ratio
         else:
             # Small peaks are scaled up, so that their quotients are normal numbers, whose last bits can be corrected.
             is_small = peak < np.float32(2.0**-60)
-            scale = _over(jnp.where(is_small, peak * np.float32(2.0**64), peak), quantum, machine)
+            scale = over(jnp.where(is_small, peak * np.float32(2.0**64), peak), quantum, machine)
             scale = jnp.where(is_small, scale * np.float32(2.0**-64), scale)
             scale = jnp.where(peak > 0, jnp.maximum(scale, np.float32(2.0**-126)), 0)
         scale = scale if c.scale_multiplier == 1 else scale * np.float32(c.scale_multiplier)
@@ -310,6 +327,8 @@ class _Trial:
         self.grid = place_grid(self.c)
         if machine is not None and codec._on_magnitudes and codec.fmt.has_tensor_scale:
             self.grid = Steps.of(self.c) or self.grid
+        if machine is not None and rs[0] is None and codec._end is not None and self.grid is not None:
+            self.grid = self.grid.unbounded
         self.payload, self.inverse, self.tensor, self.xs, self.machine = payload, inverse, tensor, xs, machine
         fmt = codec.fmt
         if self.grid is None:
@@ -392,7 +411,7 @@ class _Trial:
         fmt, step = self.codec.fmt, np.float32(self.c.step)
         d = d * self.tensor.amax if fmt.has_tensor_scale else d
         d = d if step == 1 else d * step
-        return _over(d, fmt.tensor_constant(self.codec.how.headroom), self.machine) if fmt.has_tensor_scale else d
+        return over(d, fmt.tensor_constant(self.codec.how.headroom), self.machine) if fmt.has_tensor_scale else d
 
 
 def _listed(c: Candidate) -> tuple[int, ...]:
@@ -441,18 +460,22 @@ def _look_up(lookup: Lookup, row, index, pages):
     return jnp.where(index < LANES, lookup(row, low), lookup(row + 1, low))
 
 
-def _over(a: jax.Array, b: np.float32, machine: Machine | None = None) -> jax.Array:
+def over(a: jax.Array, b: np.float32, machine: Machine | None = None) -> jax.Array:
     """Return a / b, correctly rounded. The product with the reciprocal is within 1.5 units and is then corrected.
 
-    A fused remainder corrects a quotient within one unit (Markstein): the product, if the reciprocal is so exact that
-    it adds no more than half a unit to its own rounding, or else the product corrected once.
+    With fused multiply-adds, two numbers represent 1 / b, with a relative error below 2^-48. That rounds correctly if b
+    is an integer below 2^20 times a power of two: a / b is then at least 2^-21 units from the middle of two floats
+    (Brisebarre and Muller). Otherwise a fused remainder corrects a quotient within one unit (Markstein): the product,
+    if the reciprocal adds no more than half a unit to its rounding, or else the product corrected once.
     """
-    inverse = np.float32(1 / np.float64(b))
+    exact, inverse = 1 / np.float64(b), np.float32(1 / np.float64(b))
     quotient = a * inverse
     if machine is None:
         return correct_quotient(a, jnp.full_like(a, b), quotient)
-    is_exact = abs(np.float64(inverse) * np.float64(b) - 1) <= 2.0**-25
-    for _ in range(1 if is_exact else 2):
+    mantissa = int(math.frexp(b)[0] * 2**24)
+    if mantissa // (mantissa & -mantissa) < 2**20:
+        return machine.fma(a, float(inverse), a * np.float32(exact - np.float64(inverse)))
+    for _ in range(1 if abs(np.float64(inverse) * np.float64(b) - 1) <= 2.0**-25 else 2):
         quotient = machine.fma(machine.fma(quotient, -float(b), a), float(inverse), quotient)
     return quotient
 

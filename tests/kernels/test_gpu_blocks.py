@@ -13,7 +13,7 @@ import ifjax
 from ifjax.arrays import ENCODERS, Encoder
 from ifjax.arrays.quantize import quantize_rotated
 from ifjax.codec import Encoding
-from ifjax.codec.places import PlaceCodec
+from ifjax.codec.places import PlaceCodec, over
 from pallas_kernels import gpu_blocks
 
 
@@ -83,6 +83,13 @@ def test_instructions_of_a_gpu_change_no_bits(name, rounding):
 
     for got, expected in zip(jax.tree.leaves(encode(Emulated)), jax.tree.leaves(encode(None)), strict=True):
         assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("b", [6.0, 2688.0, 1536.0, 7.0, 2688 * 16 / 17, 6 * 16 / 17, 1.0000001, 1.9999999])
+def test_fused_quotients_are_correctly_rounded(b):
+    a = np.random.default_rng(0).integers(0x3F800000, 0x40800000, 2**18, np.int32).view(np.float32)
+    exact = (a.astype(np.float64) / np.float64(np.float32(b))).astype(np.float32)  # no quotient is near a tie
+    assert_array_equal(over(jnp.asarray(a), np.float32(b), Emulated), exact)
 
 
 # Threads that have no block, last blocks that are not full, matrices with an amax of their own.
