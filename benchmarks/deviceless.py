@@ -175,7 +175,7 @@ def traffic(hlo: str) -> tuple[int, int]:
     return moved, launched
 
 
-def bundles(folder: Path, block: int = 16) -> float | None:
+def bundles(folder: Path, block: int) -> float | None:
     """Return the cycles of kernels that encode or decode SIDE x SIDE values, from libtpu's dump; None without one."""
     for file in folder.glob("*code_blocks*-final_bundles.txt"):
         if "schedule" in file.name:
@@ -188,7 +188,7 @@ def bundles(folder: Path, block: int = 16) -> float | None:
     return None
 
 
-def instructions(folder: Path, architecture: str, block: int = 16) -> dict:
+def instructions(folder: Path, architecture: str, block: int) -> dict:
     """Return the instructions a value and the registers of kernels that encode or decode, from XLA's dump of PTX."""
     found = {}
     for file in folder.glob("*.ptx"):
@@ -211,6 +211,8 @@ def work(target: str, names: list[str], folder: Path) -> None:
     """Compile programs for a target and print a JSON line for each."""
     import jax
 
+    import ifjax
+
     compile_for(target, lambda x: x + 1, (jax.ShapeDtypeStruct((8,), "float32"),))  # starts the compiler
     for name, (function, arguments, floor) in programs().items():
         if names and name not in names:
@@ -225,11 +227,12 @@ def work(target: str, names: list[str], folder: Path) -> None:
             continue
         moved, row["kernels"] = traffic(program.as_text())
         row |= {"mib": moved / MIB, "temp": program.memory_analysis().temp_size_in_bytes / MIB}
-        cycles = bundles(folder) if target in GHZ and floor is not None else None
+        block = ifjax.get_format(name.split()[1].rstrip(",")).block if floor is not None else 0
+        cycles = bundles(folder, block) if target in GHZ and floor is not None else None
         if cycles is not None:
             row["us"] = cycles / GHZ[target] / 1e3
         if target in GPUS and floor is not None:
-            row |= instructions(folder, f"sm_{GPUS[target]['major']}0a")
+            row |= instructions(folder, f"sm_{GPUS[target]['major']}0a", block)
         print(json.dumps(row), flush=True)
 
 
