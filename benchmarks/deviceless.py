@@ -11,6 +11,8 @@ No program is run: each is compiled for the target, and the compiled program is 
     temp       the peak memory of temporaries
     kernels    the number of operations of the compiled program that the device launches
     us         on TPUs only: the time of the encoder's VLIW bundles, at one per cycle, without stalls and the amax pass
+    a value    on GPUs only: the instructions of a thread of the encoder or decoder, for each of its values, and its
+               registers; spills, if there are any. ptxas and nvdisasm of CUDA 13 tell
     seconds    the time to trace, lower and compile on this machine
 
 Each target has its own process. The table is written to standard output as Markdown.
@@ -173,7 +175,7 @@ def traffic(hlo: str) -> tuple[int, int]:
     return moved, launched
 
 
-def bundles(folder: Path, block: int = 16) -> float | None:
+def bundles(folder: Path, block: int) -> float | None:
     """Return the cycles of kernels that encode or decode SIDE x SIDE values, from libtpu's dump; None without one."""
     for file in folder.glob("*code_blocks*-final_bundles.txt"):
         if "schedule" in file.name:
@@ -186,9 +188,30 @@ def bundles(folder: Path, block: int = 16) -> float | None:
     return None
 
 
+def instructions(folder: Path, architecture: str, block: int) -> dict:
+    """Return the instructions a value and the registers of kernels that encode or decode, from XLA's dump of PTX."""
+    found = {}
+    for file in folder.glob("*.ptx"):
+        if not re.search(r"\.entry (en|de)code_blocks\(", file.read_text()):
+            continue
+        tools = Path(next(iter(importlib.import_module("nvidia.cu13").__path__))) / "bin"
+        binary = file.with_suffix(".cubin")
+        command = [tools / "ptxas", "-v", f"-arch={architecture}", file, "-o", binary]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        command = [tools / "nvdisasm", "-c", binary]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", listing)
+        found["per_value"] = sum(name != "NOP" for name in names) / block
+        found["registers"] = int(re.findall(r"Used (\d+) registers", said)[0])
+        found["spilled"] = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    return found
+
+
 def work(target: str, names: list[str], folder: Path) -> None:
     """Compile programs for a target and print a JSON line for each."""
     import jax
+
+    import ifjax
 
     compile_for(target, lambda x: x + 1, (jax.ShapeDtypeStruct((8,), "float32"),))  # starts the compiler
     for name, (function, arguments, floor) in programs().items():
@@ -204,9 +227,12 @@ def work(target: str, names: list[str], folder: Path) -> None:
             continue
         moved, row["kernels"] = traffic(program.as_text())
         row |= {"mib": moved / MIB, "temp": program.memory_analysis().temp_size_in_bytes / MIB}
-        cycles = bundles(folder) if target in GHZ and floor is not None else None
+        block = ifjax.get_format(name.split()[1].rstrip(",")).block if floor is not None else 0
+        cycles = bundles(folder, block) if target in GHZ and floor is not None else None
         if cycles is not None:
             row["us"] = cycles / GHZ[target] / 1e3
+        if target in GPUS and floor is not None:
+            row |= instructions(folder, f"sm_{GPUS[target]['major']}0a", block)
         print(json.dumps(row), flush=True)
 
 
@@ -220,6 +246,8 @@ def rows_of(target: str, names: list[str]) -> list[dict]:
         settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
         if target in GHZ:
             settings["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        else:
+            settings["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
         command = [sys.executable, __file__, "--worker", folder, "--targets", target, "--programs", *names]
         found = []
         with subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True) as process:
@@ -236,15 +264,18 @@ def table(rows: list[dict]) -> str:
     def cell(row, key, form):
         return form.format(row[key]) if row.get(key) is not None else ""
 
-    columns = ("target", "program", "floor, MiB", "MiB", "times floor", "temp, MiB", "kernels", "us", "seconds")
+    columns = ("target", "program", "floor, MiB", "MiB", "times floor", "temp, MiB", "kernels", "us", "a value")
+    columns += ("seconds",)
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['target']} | {row['program']} | {row['error']} | | | | | | |")
+            lines.append(f"| {row['target']} | {row['program']} | {row['error']} | | | | | | | |")
             continue
         ratio = f"{row['mib'] / row['floor']:.2f}" if row["floor"] else ""
         numbers = [cell(row, "floor", "{:.0f}"), cell(row, "mib", "{:.0f}"), ratio, cell(row, "temp", "{:.1f}")]
-        numbers += [cell(row, "kernels", "{}"), cell(row, "us", "{:.0f}"), cell(row, "seconds", "{:.1f}")]
+        a_value = cell(row, "per_value", "{:.1f}") + cell(row, "registers", " ({} registers)")
+        a_value += f", {row['spilled']} bytes spilled" if row.get("spilled") else ""
+        numbers += [cell(row, "kernels", "{}"), cell(row, "us", "{:.0f}"), a_value, cell(row, "seconds", "{:.1f}")]
         lines.append("| " + " | ".join([row["target"], row["program"], *numbers]) + " |")
     return "\n".join(lines)
 

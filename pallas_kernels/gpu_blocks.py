@@ -3,14 +3,15 @@
 The interface is that of `pallas_kernels.tpu_blocks`: the number format's arithmetic is passed as a `Codec`. Each thread
 processes a whole block, so that its scale is computed once and its values stay in registers. With blocks along rows
 (axis=-2) adjacent threads read adjacent columns. With blocks along columns (axis=-1) each thread reads the bytes of its
-own block, which lie in one sector. The blocks of a square belong to adjacent threads. Only requested outputs are
-written to memory.
+own block, which lie in one sector, as words of 32 bits. The blocks of a square belong to adjacent threads. Only
+requested outputs are written to memory.
 
 This module has not run on a GPU. It is compiled for an H200 and run in the interpreter.
 """
 
 import functools
 import math
+import struct
 from typing import Any
 
 import jax
@@ -68,9 +69,9 @@ def encode(
     if codec.noises and noise is None:
         raise ValueError("this codec draws noise, got noise=None: pass a Noise")
     del scalars  # they are in the last row of the tables: a slice of its own would cost a launch
-    at, args = _Blocks(x.shape, axis, codec), [tables, x]
+    at, numbers = _Blocks(x.shape, axis, codec), [tables]
     if codec.noises and noise is not None:
-        args += [noise.base, noise.strides, noise.seeds]
+        numbers += [noise.base, noise.strides, noise.seeds]
     shapes = []
     if wants_codes:
         lengths = at.count * codec.block * codec.bits // 8, at.count
@@ -78,10 +79,10 @@ def encode(
     if wants_values:
         shapes.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
     body = functools.partial(
-        _encode_blocks, at=at, codec=codec, own=len(tables) > 1, rotation=rotation, wants_codes=wants_codes,
-        wants_values=wants_values,
+        _encode_blocks, at=at, codec=codec, dtype=x.dtype, own=len(tables) > 1, rotation=rotation,
+        wants_codes=wants_codes, wants_values=wants_values, machine=None if interpret else Instructions,
     )  # fmt: skip
-    return _run(body, "encode_blocks", at, args, shapes, interpret)
+    return _run(body, "encode_blocks", at, [x], numbers, shapes, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "axis", "length", "dtype", "interpret"))
@@ -100,16 +101,20 @@ def decode(
     shape = list(codes.shape)
     shape[axis] = length
     at = _Blocks(tuple(shape), axis, codec)
-    body = functools.partial(_decode_blocks, at=at, codec=codec, own=len(tables) > 1)
-    (values,) = _run(
-        body, "decode_blocks", at, [tables, codes, headers], [jax.ShapeDtypeStruct(tuple(shape), dtype)], interpret
-    )
+    body = functools.partial(_decode_blocks, at=at, codec=codec, dtype=dtype, own=len(tables) > 1)
+    shapes = [jax.ShapeDtypeStruct(tuple(shape), dtype)]
+    (values,) = _run(body, "decode_blocks", at, [codes, headers], [tables], shapes, interpret)
     return values
 
 
-def _run(body, name, at, args, shapes, interpret):
+def _run(body, name, at, arrays, numbers, shapes, interpret):
     whole = pl.BlockSpec(memory_space=pl.ANY)
     flat = [jax.ShapeDtypeStruct((math.prod(s.shape),), s.dtype) for s in shapes]
+    flat = [
+        jax.ShapeDtypeStruct((f.size * f.dtype.itemsize // 4,), jnp.int32) if at.in_words(s) else f
+        for f, s in zip(flat, shapes, strict=True)
+    ]
+    args = [_as_words(a) if at.in_words(a) else a.reshape(-1) for a in arrays] + [a.reshape(-1) for a in numbers]
     moved = sum(a.size * a.dtype.itemsize for a in [*args, *shapes])
     found = pl.pallas_call(
         body,
@@ -121,8 +126,48 @@ def _run(body, name, at, args, shapes, interpret):
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),
         interpret=interpret,
         name=name,
-    )(*(a.reshape(-1) for a in args))
-    return [a.reshape(s.shape) for a, s in zip(found, shapes, strict=True)]
+    )(*args)
+    return [_of_words(a, s) if at.in_words(s) else a.reshape(s.shape) for a, s in zip(found, shapes, strict=True)]
+
+
+def _as_words(a):
+    """Return the bytes of an array as int32 [n], which XLA does not copy."""
+    parts = 4 // a.dtype.itemsize
+    return lax.bitcast_convert_type(a.reshape((-1,) if parts == 1 else (-1, parts)), jnp.int32)
+
+
+def _of_words(words, like):
+    return lax.bitcast_convert_type(words, like.dtype).reshape(like.shape)
+
+
+class Instructions:
+    """Instructions that Triton does not make of arithmetic."""
+
+    @staticmethod
+    def fma(a: jax.Array, b: Any, c: jax.Array) -> jax.Array:
+        """Return a * b + c, rounded once. `b` is an array or a Python number."""
+        if isinstance(b, float):
+            return _asm(f"fma.rn.f32 $0, $1, 0f{struct.pack('>f', b).hex()}, $2;", "=f,f,f", a, c)
+        return _asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
+
+    @staticmethod
+    def maximum(a: jax.Array, b: jax.Array) -> jax.Array:
+        """Return the larger of two floats, NaN if one is."""
+        return _asm("max.NaN.f32 $0, $1, $2;", "=f,f,f", a, b)
+
+    @staticmethod
+    def permute(a: jax.Array, b: jax.Array, selector: int) -> jax.Array:
+        """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits."""
+        return _asm(f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", a, b)
+
+
+def _asm(text, constraints, *args):
+    args = jnp.broadcast_arrays(*args)
+    like = jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)
+    (found,) = plgpu.elementwise_inline_asm(
+        text, args=args, constraints=constraints, pack=1, result_shape_dtypes=[like]
+    )
+    return found
 
 
 class _Blocks:
@@ -139,13 +184,22 @@ class _Blocks:
         self.together = codec.block if codec.is_square else 1
         self.groups = -(-self.across // self.together)
         self.threads = self.groups * self.together * self.count
+        self.has_full_blocks = self.along % codec.block == 0
+        self.has_idle_threads = self.threads % THREADS > 0 or self.across % self.together > 0
+
+    def in_words(self, a):
+        """Whether each block has whole words of its own in an array [L, R, C], adjacent in memory."""
+        return self.axis == -1 and self.has_full_blocks and a.shape[-1] * a.dtype.itemsize % (4 * self.count) == 0
 
     def with_length(self, length):
         """Return the shape with another length along the blocked axis."""
         return (*self.shape[:-1], length) if self.axis == -1 else (self.shape[0], length, self.shape[2])
 
     def here(self):
-        """Return (matrix, block along the axis, row or column across, whether it exists) of the program's threads."""
+        """Return (matrix, block along the axis, row or column across, mask of those that exist) of the threads.
+
+        The mask is None if all exist.
+        """
         thread = pl.program_id(1) * THREADS + lax.iota(jnp.int32, THREADS)
         is_there, place = thread < self.threads, thread % self.together
         group = thread // self.together
@@ -154,7 +208,8 @@ class _Blocks:
         else:
             block, group = group // self.groups, group % self.groups
         across = group * self.together + place
-        return pl.program_id(0), block, across, is_there & (across < self.across)
+        mask = is_there & (across < self.across) if self.has_idle_threads else None
+        return pl.program_id(0), block, across, mask
 
     def index(self, matrix, along, across, length):
         """Return the flat index of an element of [L, ...] whose length along the blocked axis is `length`."""
@@ -163,18 +218,30 @@ class _Blocks:
         return (matrix * length + along) * self.across + across
 
 
-def _encode_blocks(tables, x, *refs, at, codec, own, rotation, wants_codes, wants_values):
+    def masks(self, places, mask):
+        """Return for each place of a block the mask of the threads for which it exists; None for all."""
+        if self.has_full_blocks:
+            return [mask] * len(places)
+        is_inside = [place < self.along for place in places]
+        return is_inside if mask is None else [mask & each for each in is_inside]
+
+
+def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_codes, wants_values, machine):
     refs = iter(refs)
     numbers = [next(refs) for _ in range(3)] if codec.noises else None
     codes, headers = (next(refs), next(refs)) if wants_codes else (None, None)
     values = next(refs) if wants_values else None
-    matrix, block, across, is_there = at.here()
+    matrix, block, across, mask = at.here()
     places = [block * codec.block + i for i in range(codec.block)]
-    masks = [is_there & (place < at.along) for place in places]
-    ats = [at.index(matrix, place, across, at.along) for place in places]
-    xs = [plgpu.load(x.at[i], mask=mask, other=0.0).astype(jnp.float32) for i, mask in zip(ats, masks, strict=True)]
+    masks, ats = at.masks(places, mask), [at.index(matrix, place, across, at.along) for place in places]
+    if x.dtype == jnp.int32:
+        count = codec.block * dtype.itemsize // 4
+        words = _load_words(x, at.index(matrix, block * count, across, at.count * count), count, mask)
+        xs = _floats(words, dtype, machine)
+    else:
+        xs = [_load(x.at[i], each).astype(jnp.float32) for i, each in zip(ats, masks, strict=True)]
     if rotation is not None:
-        xs = [rounded(y, x.dtype) for y in _rotated(xs, rotation)]
+        xs = [rounded(y, dtype) for y in _rotated(xs, rotation)]
     end = tables.shape[0] // at.matrices * (matrix + 1) if own else tables.shape[0]
     known = [tables[end - LANES + i] for i in range(codec.scalars)]
     noise = None
@@ -189,32 +256,89 @@ def _encode_blocks(tables, x, *refs, at, codec, own, rotation, wants_codes, want
         noise = list(zip(*drawn, strict=True))
     words, header, some = codec.encode(
         xs, noise, known, _lookup(tables, at, matrix, own), wants_codes=wants_codes, wants_values=wants_values,
-        across=functools.partial(_across, size=codec.block) if codec.is_square else None,
+        across=functools.partial(_across, size=codec.block) if codec.is_square else None, machine=machine,
     )  # fmt: skip
     if codes is not None and headers is not None:
         nbytes = codec.block * codec.bits // 8
-        for i in range(nbytes):
-            byte = lax.shift_right_logical(words[i // 4], 8 * (i % 4)).astype(jnp.uint8)
-            plgpu.store(codes.at[at.index(matrix, block * nbytes + i, across, at.count * nbytes)], byte, mask=is_there)
-        plgpu.store(headers.at[at.index(matrix, block, across, at.count)], header.astype(jnp.uint8), mask=is_there)
+        if codes.dtype == jnp.int32:
+            _store_words(codes, at.index(matrix, block * len(words), across, at.count * len(words)), words, mask)
+        else:
+            for i in range(nbytes):
+                byte = lax.shift_right_logical(words[i // 4], 8 * (i % 4)).astype(jnp.uint8)
+                plgpu.store(codes.at[at.index(matrix, block * nbytes + i, across, at.count * nbytes)], byte, mask=mask)
+        plgpu.store(headers.at[at.index(matrix, block, across, at.count)], header.astype(jnp.uint8), mask=mask)
     if values is not None:
-        for i, mask, value in zip(ats, masks, some, strict=True):
-            plgpu.store(values.at[i], value.astype(x.dtype), mask=mask)
+        _store_values(values, at, (matrix, block, across), some, ats, masks, dtype)
 
 
-def _decode_blocks(tables, codes, headers, out, *, at, codec, own):
-    matrix, block, across, is_there = at.here()
+def _decode_blocks(codes, headers, tables, out, *, at, codec, dtype, own):
+    matrix, block, across, mask = at.here()
     nbytes = codec.block * codec.bits // 8
-    words = [0] * -(-nbytes // 4)
-    for i in range(nbytes):
-        source = codes.at[at.index(matrix, block * nbytes + i, across, at.count * nbytes)]
-        byte = plgpu.load(source, mask=is_there, other=0)
-        words[i // 4] = words[i // 4] | byte.astype(jnp.int32) << 8 * (i % 4)
-    header = plgpu.load(headers.at[at.index(matrix, block, across, at.count)], mask=is_there, other=0).astype(jnp.int32)
-    for i, value in enumerate(codec.decode(words, header, _lookup(tables, at, matrix, own))):
-        place = block * codec.block + i
-        target = out.at[at.index(matrix, place, across, at.along)]
-        plgpu.store(target, value.astype(out.dtype), mask=is_there & (place < at.along))
+    if codes.dtype == jnp.int32:
+        count = nbytes // 4
+        words = _load_words(codes, at.index(matrix, block * count, across, at.count * count), count, mask)
+    else:
+        words = [0] * -(-nbytes // 4)
+        for i in range(nbytes):
+            byte = _load(codes.at[at.index(matrix, block * nbytes + i, across, at.count * nbytes)], mask)
+            words[i // 4] = words[i // 4] | byte.astype(jnp.int32) << 8 * (i % 4)
+    header = _load(headers.at[at.index(matrix, block, across, at.count)], mask).astype(jnp.int32)
+    places = [block * codec.block + i for i in range(codec.block)]
+    ats = [at.index(matrix, place, across, at.along) for place in places]
+    found = codec.decode(words, header, _lookup(tables, at, matrix, own))
+    _store_values(out, at, (matrix, block, across), found, ats, at.masks(places, mask), dtype)
+
+
+def _load(ref, mask):
+    return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
+
+
+def _load_words(ref, first, count, mask):
+    """Return `count` adjacent words for each thread, from the index `first` on; up to four are one instruction."""
+    size = min(count, 4)
+    words = []
+    for start in range(0, count, size):
+        index = first[:, None] + (start + lax.iota(jnp.int32, size))[None]
+        some = _load(ref.at[index], None if mask is None else jnp.broadcast_to(mask[:, None], index.shape))
+        parts = lax.split(some, [1] * size, axis=1) if size > 1 else [some]
+        words += [part.reshape(-1) for part in parts]
+    return words
+
+
+def _store_words(ref, first, words, mask):
+    """Store adjacent words of each thread, from the index `first` on; up to four are one instruction."""
+    size = min(len(words), 4)
+    for start in range(0, len(words), size):
+        some = words[start : start + size]
+        while len(some) > 1:
+            half = len(some) // 2
+            some = [jnp.stack(pair, axis=-1) for pair in zip(some[:half], some[half:], strict=True)]
+        index = first[:, None] + (start + lax.iota(jnp.int32, size))[None]
+        where = None if mask is None else jnp.broadcast_to(mask[:, None], index.shape)
+        plgpu.store(ref.at[index], some[0].reshape(index.shape), mask=where)
+
+
+def _floats(words, dtype, machine):
+    """Return the float32 values of words that hold numbers of this type, the first in the lowest bits."""
+    if dtype != jnp.float32 and machine is None:
+        words = [half for word in words for half in (word << 16, word & -(2**16))]
+    elif dtype != jnp.float32:
+        # LLVM would mask the halves once more for their magnitudes, which cost nothing as modifiers of operands.
+        words = [machine.permute(word, jnp.zeros_like(word), half) for word in words for half in (0x1044, 0x3244)]
+    return [lax.bitcast_convert_type(word, jnp.float32) for word in words]
+
+
+def _store_values(ref, at, where, values, ats, masks, dtype):
+    """Store the values of blocks, float32 numbers that `dtype` represents."""
+    if ref.dtype != jnp.int32:
+        for i, mask, value in zip(ats, masks, values, strict=True):
+            plgpu.store(ref.at[i], value.astype(dtype), mask=mask)
+        return
+    words = [lax.bitcast_convert_type(value, jnp.int32) for value in values]
+    if dtype != jnp.float32:
+        words = [lax.shift_right_logical(a, 16) | b for a, b in zip(words[::2], words[1::2], strict=True)]
+    matrix, block, across = where
+    _store_words(ref, at.index(matrix, block * len(words), across, at.count * len(words)), words, masks[0])
 
 
 def _rotated(xs, rotation):

@@ -55,11 +55,12 @@ class Codec(Protocol):
 
     def encode(
         self, xs: Sequence[jax.Array], noise: Any, scalars: Sequence[Any], lookup: Lookup, *, wants_codes: bool,
-        wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None,
+        wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None, machine: Any = None,
     ) -> tuple[Sequence[jax.Array], jax.Array, Sequence[jax.Array]]:  # fmt: skip
         """Encode float32 places to (int32 words of codes, int32 header, float32 values rounded to the dtype of x).
 
         For square blocks, `across(op, place)` reduces a place over the blocks of each square by a commutative op.
+        `machine` has instructions as those of `gpu_blocks.Instructions`; None if the device has none of them.
         """
         ...
 

@@ -6,6 +6,7 @@ is symmetric, it rounds magnitudes, and the caller handles the signs.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,6 +19,22 @@ from ifjax.codec.blocks import as_float, bits_of
 from ifjax.formats import Candidate, Grid, TableScale
 
 _EXPONENT = np.int32(0x7F800000)
+
+
+class Machine(Protocol):
+    """Instructions that some processors have for what takes others several."""
+
+    def fma(self, a: jax.Array, b: Any, c: jax.Array) -> jax.Array:
+        """Return a * b + c, rounded once. `b` is an array or a Python number."""
+        ...
+
+    def maximum(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Return the larger of two floats, NaN if one is."""
+        ...
+
+    def permute(self, a: jax.Array, b: jax.Array, selector: int) -> jax.Array:
+        """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits."""
+        ...
 
 
 class PlaceGrid(Protocol):
@@ -33,12 +50,21 @@ class PlaceGrid(Protocol):
         """Whether the grid rounds magnitudes to codes without a sign."""
         ...
 
-    def rounded(self, y: jax.Array, noise: jax.Array | None) -> Any:
+    @property
+    def unbounded(self) -> "PlaceGrid":
+        """The grid for numbers of which none, nor its nearest value, lies beyond the grid, when no noise is added."""
+        ...
+
+    def rounded(self, y: jax.Array, noise: jax.Array | None, machine: "Machine | None" = None) -> Any:
         """Round y to a place; noise as for `Grid.round`."""
         ...
 
     def code(self, place: Any, shift: int) -> jax.Array:
         """Return the int32 code of a place, shifted left."""
+        ...
+
+    def low_bits(self, place: Any) -> jax.Array:
+        """Return an int32 whose lowest three bits are a code below 8; its other bits are arbitrary."""
         ...
 
     def value(self, place: Any, levels: Sequence[jax.Array]) -> jax.Array:
@@ -99,28 +125,41 @@ class _Floats:
     def listed(self):
         return tuple(range(1 << self.m, 2 << self.m))
 
-    def rounded(self, y, noise):
+    @property
+    def unbounded(self):
+        """The grid for numbers of which none rounds to a value beyond it, when no noise is added."""
+        return dataclasses.replace(self, largest=np.float32(np.inf))
+
+    def rounded(self, y, noise, machine=None):
         """Return (sum, value): adding a large number to y rounds it to a step of its binade, half to even.
 
         The lowest bits of the sum count steps, and its exponent counts binades.
         """
-        top = self.largest
-        y = jnp.minimum(y, top) if noise is None else y
+        top, m = self.largest, self.m
+        y = jnp.minimum(y, top) if noise is None and top < np.inf else y
         binade = as_float(bits_of(jnp.maximum(y, self.lowest)) & _EXPONENT)
         if noise is not None:
             # A number beyond the grid counts as in the last binade. The sum is y / step plus the noise, times the step.
             binade = jnp.minimum(binade, (top.view(np.int32) & _EXPONENT).view(np.float32))
-            y = jnp.minimum(y + noise * (binade * np.float32(2.0**-self.m)), top)
+            y = jnp.minimum(y + noise * (binade * np.float32(2.0**-m)), top)
         # Adding `_lift` more steps makes the lowest bits of the sum those of the code.
-        large = binade * np.float32(2.0 ** (23 - self.m) + self._lift * 2.0**-self.m)
+        factor = 2.0 ** (23 - m) + self._lift * 2.0**-m
+        if machine is not None:
+            total = machine.fma(binade, factor, y)
+            return total, machine.fma(binade, -factor, total)
+        large = binade * np.float32(factor)
         total = y + large
         return total, total - large
 
     def code(self, place, shift):
+        code = self.low_bits(place) & np.int32(self.count - 1)
+        return code << shift if shift else code
+
+    def low_bits(self, place):
         total = bits_of(place[0])
         # The code is the number of steps, with 2^m steps for each binade.
-        code = total + lax.shift_right_logical(total, np.int32(23 - self.m)) & np.int32(self.count - 1)
-        return code << shift if shift else code
+        total = total + lax.shift_right_logical(total, np.int32(23 - self.m))
+        return total if self.count >= 8 else total & np.int32(self.count - 1)
 
     def value(self, place, levels):
         bits = bits_of(place[1])
@@ -140,6 +179,54 @@ class _Floats:
 
 
 @dataclasses.dataclass(frozen=True)
+class Steps:
+    """At most eight magnitudes that are multiples of a step, for a `Machine`. A place is the magnitude plus `zero`.
+
+    Attributes:
+        step: the difference of two magnitudes, a power of two.
+        largest: the largest magnitude.
+    """
+
+    step: np.float32
+    largest: np.float32
+    is_symmetric = True
+
+    @classmethod
+    def of(cls, c: Candidate) -> "Steps | None":
+        """Return the grid of a candidate, or None if it is not of this kind."""
+        ends = c.grid.magnitudes
+        step = ends[1] if 1 < len(ends) <= 8 else 0.0
+        if c.offset or c.grid.ties != "even" or c.grid.zero == "negative" or math.frexp(step)[0] != 0.5:
+            return None
+        is_taken = ends == tuple(i * step for i in range(len(ends)))
+        return cls(np.float32(step), np.float32(ends[-1])) if is_taken else None
+
+    @property
+    def zero(self) -> np.float32:
+        """A number of two bits, to which one adds in steps of the grid, and which noise keeps in its binade."""
+        return np.float32(1.5 * 2.0**23 * self.step)
+
+    @property
+    def unbounded(self):
+        """The grid for numbers of which none rounds to a value beyond it, when no noise is added."""
+        return dataclasses.replace(self, largest=np.float32(np.inf))
+
+    def rounded(self, y: jax.Array, noise: jax.Array | None, machine: Machine | None = None) -> jax.Array:
+        """Round y >= 0 to a place; noise as for `Grid.round`."""
+        del machine
+        y = y if noise is None else y + noise * self.step
+        return (jnp.minimum(y, self.largest) if self.largest < np.inf else y) + self.zero
+
+    def code(self, place: jax.Array, shift: int) -> jax.Array:
+        """Return the int32 code of a place, shifted left."""
+        return (bits_of(place) & 7) << shift
+
+    def low_bits(self, place: jax.Array) -> jax.Array:
+        """Return an int32 whose lowest three bits are the code of a place."""
+        return bits_of(place)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Searched:
     """A grid rounded by binary search. A place is the bits of an index into an ascending list, highest first."""
 
@@ -149,6 +236,10 @@ class _Searched:
     def listed(self) -> tuple[int, ...]:
         raise NotImplementedError
 
+    @property
+    def unbounded(self):
+        return self
+
     def _search(self, y, edges) -> list[jax.Array]:
         depth = len(edges).bit_length()
         edges = [*edges, *[np.float32(np.inf)] * (2**depth - 1 - len(edges))]
@@ -157,6 +248,12 @@ class _Searched:
             half = 2 ** (depth - 1 - level)
             masks.append(y > select(masks, edges[half - 1 :: 2 * half]))
         return masks
+
+    def code(self, place, shift) -> jax.Array:
+        raise NotImplementedError
+
+    def low_bits(self, place):
+        return self.code(place, 0)
 
     def value(self, place, levels):
         return select(place, levels)
@@ -171,7 +268,7 @@ class _Magnitudes(_Searched):
     def listed(self):
         return tuple(range(len(self.grid.magnitudes)))
 
-    def rounded(self, y, noise):
+    def rounded(self, y, noise, machine=None):
         if noise is None:
             return self._search(y, self.grid.edges)
         if self.grid.mantissa_bits and self.grid.ties == "even":  # all steps are equal, as the grid has one binade
@@ -195,7 +292,7 @@ class _Signed(_Magnitudes):
         negative[0] = 0 if self.grid.zero == "unsigned" else negative[0]
         return (*range(count), *negative)
 
-    def rounded(self, y, noise):
+    def rounded(self, y, noise, machine=None):
         magnitude, floats = jnp.abs(y), _floats(self.grid)
         if noise is not None and floats:
             (_, magnitude), noise = floats.rounded(magnitude, noise), None
@@ -215,7 +312,7 @@ class _Sorted(_Searched):
         count = 1 << (len(self.grid.order) - 1).bit_length()
         return self.grid.order + self.grid.order[-1:] * (count - len(self.grid.order))
 
-    def rounded(self, y, noise):
+    def rounded(self, y, noise, machine=None):
         if noise is None:
             return self._search(y, self.grid.edges)
         return self._search(self.grid.position(y) + noise, _halves(self.grid))

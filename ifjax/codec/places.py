@@ -7,6 +7,7 @@ values beforehand, with the codec's own functions.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +21,7 @@ from ifjax.codec.decode import decode, grid_values, narrowed, scaled
 from ifjax.codec.encode import Encoding, codes_of, inverse_for
 from ifjax.codec.headers import LARGE_AMAX, TensorScale, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss
-from ifjax.codec.place_grids import payload_of, place_grid, select
+from ifjax.codec.place_grids import Machine, Steps, payload_of, place_grid, select
 from ifjax.codec.rounding import noise_of, uniform_noise
 from ifjax.codec.search import better
 from ifjax.formats import Candidate, Format, Grid, TableScale
@@ -191,18 +192,21 @@ class PlaceCodec:
 
     def encode(
         self, xs: Sequence[jax.Array], noise: Any, scalars: Sequence[Any], lookup: Lookup, *, wants_codes: bool,
-        wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None,
+        wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None, machine: Machine | None = None,
     ) -> Block:  # fmt: skip
         """Encode a block, given its float32 places xs. `noise` holds a list for each candidate, or is None.
 
         For 2-D blocks, `across` maps (op, a) to the reduction of a by op over the rows of a 2-D block, in the order of
-        `tree`.
+        `tree`. `machine` has instructions that save others and change no bits.
         """
         power, amax, ratio, back = scalars
         tensor = Tensor(power, amax, ratio, back, lookup)
         fmt, chooses = self.fmt, len(self.fmt.candidates) > 1
         loss = cast(BlockLoss, self.how.loss)  # see `encoder_refusal`
-        peak = tree(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs])
+        if machine is None:
+            peak = tree(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs])
+        else:
+            peak = bits_of(tree(machine.maximum, [jnp.abs(x) for x in xs]))
         peak = peak if across is None else across(jnp.maximum, peak)
         is_poisoned = peak >= np.int32(0x7F800000 + fmt.saturates)
         unit = power_near(as_float(peak)) if chooses and not fmt.has_tensor_scale else None
@@ -211,12 +215,15 @@ class PlaceCodec:
         trials, known = [], {}
         for i, c in enumerate(fmt.candidates):
             if (c.peak, c.scale_multiplier) not in known:
-                payload = jnp.where(is_poisoned, fmt.scale.nan, self._payload(c, peak, tensor))
+                payload = jnp.where(is_poisoned, fmt.scale.nan, self._payload(c, peak, tensor, machine))
                 inverse = _look_up(lookup, 0, payload, self.pages)
-                known[c.peak, c.scale_multiplier] = payload, inverse, [x * inverse for x in numbers]
+                ys = [x * inverse for x in numbers]
+                if machine is not None and noise is None and self._end is not None:
+                    ys = [jnp.minimum(y, self._end) for y in ys]
+                known[c.peak, c.scale_multiplier] = payload, inverse, ys
             payload, inverse, ys = known[c.peak, c.scale_multiplier]
             rs = [None] * len(xs) if noise is None else noise[i]
-            trial = _Trial(self, i, payload, inverse, tensor, xs, ys, rs)
+            trial = _Trial(self, i, payload, inverse, tensor, xs, ys, rs, machine)
             words = trial.words() if wants_codes else []
             values = trial.values(given=not chooses) if chooses or wants_values else []
             lost = None
@@ -283,15 +290,28 @@ class PlaceCodec:
         even = getattr(self.how.loss, "term", None) in [loss.term for loss in LOSSES.values()]
         return even and all(grid is not None and grid.is_symmetric for grid in grids)
 
-    def _payload(self, c, peak, tensor):
+    @functools.cached_property
+    def _end(self) -> np.float32 | None:
+        """A number at which scaled magnitudes may be clamped once for all candidates; None if there is none.
+
+        In units of each candidate it rounds to the largest magnitude.
+        """
+        if not self._on_magnitudes:
+            return None
+        fmt, end = self.fmt, np.float32(self.fmt.grid.max)
+        ends = [end * fmt.input_factor(c) for c in fmt.candidates]
+        is_shared = all(abs(e - c.grid.max) < 1e-6 * c.grid.max for e, c in zip(ends, fmt.candidates, strict=True))
+        return end if is_shared else None
+
+    def _payload(self, c, peak, tensor, machine):
         """Return a candidate's payload for a block whose largest magnitude has the bits `peak`."""
         fmt, quantum, peak = self.fmt, self.fmt.block_peak(c, self.how.headroom), as_float(peak)
         if fmt.has_tensor_scale:
-            scale = _over(peak * tensor.power, quantum) * tensor.ratio
+            scale = over(peak * tensor.power, quantum, machine) * tensor.ratio
         else:
             # Small peaks are scaled up, so that their quotients are normal numbers, whose last bits can be corrected.
             is_small = peak < np.float32(2.0**-60)
-            scale = _over(jnp.where(is_small, peak * np.float32(2.0**64), peak), quantum)
+            scale = over(jnp.where(is_small, peak * np.float32(2.0**64), peak), quantum, machine)
             scale = jnp.where(is_small, scale * np.float32(2.0**-64), scale)
             scale = jnp.where(peak > 0, jnp.maximum(scale, np.float32(2.0**-126)), 0)
         scale = scale if c.scale_multiplier == 1 else scale * np.float32(c.scale_multiplier)
@@ -302,10 +322,14 @@ class PlaceCodec:
 class _Trial:
     """A block as candidate i encodes it. ys are xs scaled by `inverse`, as magnitudes if the codec works on those."""
 
-    def __init__(self, codec: PlaceCodec, i: int, payload, inverse, tensor: Tensor, xs, ys, rs):
+    def __init__(self, codec: PlaceCodec, i: int, payload, inverse, tensor: Tensor, xs, ys, rs, machine):
         self.codec, self.i, self.c = codec, i, codec.fmt.candidates[i]
         self.grid = place_grid(self.c)
-        self.payload, self.inverse, self.tensor, self.xs = payload, inverse, tensor, xs
+        if machine is not None and codec._on_magnitudes and codec.fmt.has_tensor_scale:
+            self.grid = Steps.of(self.c) or self.grid
+        if machine is not None and rs[0] is None and codec._end is not None and self.grid is not None:
+            self.grid = self.grid.unbounded
+        self.payload, self.inverse, self.tensor, self.xs, self.machine = payload, inverse, tensor, xs, machine
         fmt = codec.fmt
         if self.grid is None:
             power = tensor.power if fmt.has_tensor_scale else 1
@@ -317,7 +341,7 @@ class _Trial:
         ys = [jnp.abs(y) for y in ys] if self.is_signed_last else ys
         ys = ys if factor == 1 else [y * factor for y in ys]
         ys = [y - np.float32(self.c.offset) for y in ys] if self.c.offset else ys
-        self.places = [self.grid.rounded(y, r) for y, r in zip(ys, rs, strict=True)]
+        self.places = [self.grid.rounded(y, r, machine) for y, r in zip(ys, rs, strict=True)]
 
     @property
     def is_signed_last(self) -> bool:
@@ -333,8 +357,13 @@ class _Trial:
         if not self.grid.is_symmetric:
             return _packed([functools.partial(code, place) for place in self.places], bits)
         if bits == 4:
-            words = _packed([functools.partial(code, place) for place in self.places], bits)
-            words = [_with_signs(word, self.xs[8 * i :][:8], self.c.grid) for i, word in enumerate(words)]
+            if self.machine is None:
+                words = _packed([functools.partial(code, place) for place in self.places], bits)
+                signs = [_signs_of(self.xs[8 * i :][:8]) for i in range(len(words))]
+            else:
+                words = _permuted([self.grid.low_bits(place) for place in self.places], 0, 7, self.machine)
+                signs = _permuted([bits_of(x) for x in self.xs], 3, 8, self.machine)
+            words = [_with_signs(word, sign, self.c.grid) for word, sign in zip(words, signs, strict=True)]
         else:
             codes = [_with_sign(code(place, 0), x, self.c.grid) for place, x in zip(self.places, self.xs, strict=True)]
             words = _packed([functools.partial(jnp.left_shift, code) for code in codes], bits)
@@ -342,10 +371,15 @@ class _Trial:
 
     def values(self, given: bool) -> list[jax.Array]:
         """Return the decoded values, in units of the loss, or with `given` as they are returned to the caller."""
-        codec, fmt, c, tensor = self.codec, self.codec.fmt, self.c, self.tensor
+        codec, fmt, c, tensor, grid = self.codec, self.codec.fmt, self.c, self.tensor, self.grid
         finish = functools.partial(codec.given, tensor=tensor) if given else lambda value: value
-        if self.grid is None:
+        if grid is None:
             return [finish(self._decoded(grid_values(code, c.decoding))) for code in self.places]
+        if isinstance(grid, Steps):  # fewer instructions than to choose among levels
+            assert self.machine is not None
+            scale = fmt.scale.decode(self.payload)
+            zero = scale * -grid.zero
+            return [finish(self._times_amax(self.machine.fma(total, scale, zero))) for total in self.places]
         if fmt.has_tensor_scale:
             row = codec.first_row(self.i)
             rows = range(row, row + len(_listed(c)) * codec.pages, codec.pages)
@@ -353,7 +387,7 @@ class _Trial:
         else:
             levels = [self._decoded(np.float32(c.grid.values[k]) + np.float32(c.offset)) for k in _listed(c)]
         levels = [finish(level) for level in levels]
-        values = [self.grid.value(place, levels) for place in self.places]
+        values = [grid.value(place, levels) for place in self.places]
         if self.is_signed_last:
             mask = self.sign_mask()
             values = [_signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]
@@ -371,13 +405,13 @@ class _Trial:
 
     def _decoded(self, value):
         """Return a grid value multiplied by its scales, in units of the loss (see `decode.scaled`)."""
-        fmt, c, scale = self.codec.fmt, self.c, self.codec.fmt.scale.decode(self.payload)
-        d = value * scale
+        return self._times_amax(value * self.codec.fmt.scale.decode(self.payload))
+
+    def _times_amax(self, d):
+        fmt, step = self.codec.fmt, np.float32(self.c.step)
         d = d * self.tensor.amax if fmt.has_tensor_scale else d
-        d = d if c.step == 1 else d * np.float32(c.step)
-        if not fmt.has_tensor_scale:
-            return d
-        return _over(d, fmt.tensor_constant(self.codec.how.headroom))
+        d = d if step == 1 else d * step
+        return over(d, fmt.tensor_constant(self.codec.how.headroom), self.machine) if fmt.has_tensor_scale else d
 
 
 def _listed(c: Candidate) -> tuple[int, ...]:
@@ -426,9 +460,24 @@ def _look_up(lookup: Lookup, row, index, pages):
     return jnp.where(index < LANES, lookup(row, low), lookup(row + 1, low))
 
 
-def _over(a: jax.Array, b: np.float32) -> jax.Array:
-    """Return a / b, correctly rounded. The product with the reciprocal is within 1.5 units and is then corrected."""
-    return correct_quotient(a, jnp.full_like(a, b), a * np.float32(1 / np.float64(b)))
+def over(a: jax.Array, b: np.float32, machine: Machine | None = None) -> jax.Array:
+    """Return a / b, correctly rounded. The product with the reciprocal is within 1.5 units and is then corrected.
+
+    With fused multiply-adds, two numbers represent 1 / b, with a relative error below 2^-48. That rounds correctly if b
+    is an integer below 2^20 times a power of two: a / b is then at least 2^-21 units from the middle of two floats
+    (Brisebarre and Muller). Otherwise a fused remainder corrects a quotient within one unit (Markstein): the product,
+    if the reciprocal adds no more than half a unit to its rounding, or else the product corrected once.
+    """
+    exact, inverse = 1 / np.float64(b), np.float32(1 / np.float64(b))
+    quotient = a * inverse
+    if machine is None:
+        return correct_quotient(a, jnp.full_like(a, b), quotient)
+    mantissa = int(math.frexp(b)[0] * 2**24)
+    if mantissa // (mantissa & -mantissa) < 2**20:
+        return machine.fma(a, float(inverse), a * np.float32(exact - np.float64(inverse)))
+    for _ in range(1 if abs(np.float64(inverse) * np.float64(b) - 1) <= 2.0**-25 else 2):
+        quotient = machine.fma(machine.fma(quotient, -float(b), a), float(inverse), quotient)
+    return quotient
 
 
 def _error(x, value, unit):
@@ -450,10 +499,32 @@ def _packed(codes, bits: int) -> list[jax.Array]:
     return [tree(jnp.bitwise_or, parts) for parts in words]
 
 
-def _with_signs(word, xs, grid: Grid):
-    """Combine a word of eight 4-bit magnitude codes with the signs of the eight numbers xs."""
+def _permuted(numbers, byte: int, mask: int, machine: Machine) -> list[jax.Array]:
+    """Return int32 words with a nibble of each of the numbers, the first in the lowest bits.
+
+    It is (byte & mask) of the number's byte, or of that byte shifted down by 4 for the byte 3.
+    """
+    selector = byte | byte + 4 << 4
+    words = []
+    for i in range(0, len(numbers), 8):
+        even, odd = (
+            machine.permute(machine.permute(a, b, selector), machine.permute(c, d, selector), 0x5410)
+            for a, b, c, d in (numbers[i : i + 8 : 2], numbers[i + 1 : i + 8 : 2])
+        )
+        even, odd = (even, odd << 4) if byte == 0 else (lax.shift_right_logical(even, np.int32(4)), odd)
+        masks = [np.uint32(mask * times).view(np.int32) for times in (0x01010101, 0x10101010)]
+        words.append(even & masks[0] | odd & masks[1])
+    return words
+
+
+def _signs_of(xs):
+    """Return a word whose nibbles have the signs of eight numbers in their highest bits."""
     signs = [lax.shift_right_logical(bits_of(x), np.int32(28 - 4 * i)) & _bit(4 * i + 3) for i, x in enumerate(xs)]
-    signs = tree(jnp.bitwise_or, signs)
+    return tree(jnp.bitwise_or, signs)
+
+
+def _with_signs(word, signs, grid: Grid):
+    """Combine a word of eight 4-bit magnitude codes with the signs of the eight numbers."""
     if grid.zero == "unsigned":
         signs = signs & (word + np.int32(0x77777777))  # bit 3 of a nibble that is not zero
     if not grid.is_twos_complement:

@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
 from numpy.testing import assert_array_equal
 from test_places import assert_same_numbers
 from test_tpu_blocks import data
@@ -11,6 +13,7 @@ import ifjax
 from ifjax.arrays import ENCODERS, Encoder
 from ifjax.arrays.quantize import quantize_rotated
 from ifjax.codec import Encoding
+from ifjax.codec.places import PlaceCodec, over
 from pallas_kernels import gpu_blocks
 
 
@@ -26,6 +29,67 @@ class Interpreted:
     @staticmethod
     def decode(*args, **settings):
         return gpu_blocks.decode(*args, **settings, interpret=True)
+
+
+class Emulated:
+    """The instructions of a GPU as numpy computes them."""
+
+    @staticmethod
+    def fma(a, b, c):
+        def run(a, b, c):  # the exact product and sum in float64, rounded to odd, rounds correctly to float32
+            with np.errstate(all="ignore"):
+                p, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+                s = p + c
+                low = (p - (s - (s - p))) + (c - (s - p))
+                bits = s.view(np.int64)
+                odd = np.isfinite(s) & (low != 0) & (bits & 1 == 0)
+                return (bits + np.where(odd, np.where((low > 0) == (s > 0), 1, -1), 0)).view(np.float64).astype("f")
+
+        args = jnp.broadcast_arrays(*(jnp.asarray(v, jnp.float32) for v in (a, b, c)))
+        return jax.pure_callback(lambda *args: run(*map(np.asarray, args)), args[0], *args, vmap_method="expand_dims")
+
+    maximum = staticmethod(jnp.maximum)
+
+    @staticmethod
+    def permute(a, b, selector):
+        found = jnp.int32(0)
+        for i in range(4):
+            number = selector >> 4 * i & 15
+            byte = lax.shift_right_logical((a, b)[number // 4], jnp.int32(8 * (number % 4))) & 255
+            found = found | byte << 8 * i
+        return found
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "if4", "nvint4", "mxfp4", "fouroversix"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic_unbiased"])
+def test_instructions_of_a_gpu_change_no_bits(name, rounding):
+    x = jnp.asarray(data((16, 2 * 32 * 16)))
+    x = jnp.where(jnp.arange(16)[:, None] == 7, jnp.nan_to_num(x, posinf=0, neginf=0) * 2.0**-120, x)
+    how = Encoding.of(name, rounding=rounding)
+    codec, fmt = PlaceCodec(how, np.dtype("bfloat16")), how.fmt
+    blocks = x.astype("bfloat16").astype(jnp.float32).reshape(-1, fmt.block)
+    amax = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0)).reshape(1) if fmt.has_tensor_scale else None
+    scalars, table = codec.encoder_tables(amax, 1)
+    noise = None
+    if codec.noises:
+        noise = jax.random.uniform(jax.random.key(0), (codec.noises, *blocks.shape), minval=-0.5, maxval=0.5)
+        noise = [list(each.T) for each in noise]
+
+    def encode(machine):
+        lookup = lambda row, index: table[0, row][index]  # noqa: E731
+        return codec.encode(
+            list(blocks.T), noise, list(scalars[0]), lookup, wants_codes=True, wants_values=True, machine=machine
+        )
+
+    for got, expected in zip(jax.tree.leaves(encode(Emulated)), jax.tree.leaves(encode(None)), strict=True):
+        assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("b", [6.0, 2688.0, 1536.0, 7.0, 2688 * 16 / 17, 6 * 16 / 17, 1.0000001, 1.9999999])
+def test_fused_quotients_are_correctly_rounded(b):
+    a = np.random.default_rng(0).integers(0x3F800000, 0x40800000, 2**18, np.int32).view(np.float32)
+    exact = (a.astype(np.float64) / np.float64(np.float32(b))).astype(np.float32)  # no quotient is near a tie
+    assert_array_equal(over(jnp.asarray(a), np.float32(b), Emulated), exact)
 
 
 # Threads that have no block, last blocks that are not full, matrices with an amax of their own.
