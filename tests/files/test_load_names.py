@@ -152,6 +152,7 @@ SPECS = {  # of the last axes of kernels [.., in, out]; 8 devices as 2 x 4
 }  # fmt: skip
 
 
+@pytest.mark.by_default("both", "one")
 @pytest.mark.parametrize("how", SPECS)
 def test_each_device_gets_its_part(how, folder):
     path, tensors = folder
@@ -245,6 +246,7 @@ LINEN = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_linen_model_of_scanned_layers(folder):
     path, _ = folder
     model, tokens = Linen(), jnp.arange(8)[None] % 16

@@ -410,6 +410,7 @@ def test_e8m0_decodes_every_byte_and_zero_means_zero():
 
 
 # HiFloat4's is made from the largest values of runs as well, and stands in the frontier's vectors.
+@pytest.mark.by_default("e4m3", "ue5m3")
 @pytest.mark.parametrize("scale", [s for s in scales.SCALES.values() if not s.runs], ids=lambda scale: scale.name)
 def test_a_scale_keeps_its_own_bytes(scale):
     finite = np.arange(scale.top + 1)

@@ -60,6 +60,7 @@ class Emulated:
         return found
 
 
+@pytest.mark.by_default("nearest-if4", "nearest-mxfp4", "stochastic_unbiased-nvfp4")
 @pytest.mark.parametrize("name", ["nvfp4", "if4", "nvint4", "mxfp4", "fouroversix"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic_unbiased"])
 def test_instructions_of_a_gpu_change_no_bits(name, rounding):
