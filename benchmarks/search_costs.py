@@ -2,9 +2,9 @@
 
     python benchmarks/search_costs.py [--formats nvfp4 quad] [--searches fast joint soar ...] [--rounds 5]
 
-One matrix of 512 x 1024 normal numbers in float32. Errors are squared errors over the squared signal, x 1e-3; temporaries
-those of the compiled program, in bytes a value; seconds are processor seconds of all threads, medians of rounds in each of
-which every search and plain encoding are called in turn.
+One matrix of 512 x 1024 normal numbers in float32. Errors are squared errors over the squared signal, x 1e-3;
+temporaries those of the compiled program, in bytes a value; seconds are processor seconds of all threads, medians of
+rounds in each of which every search and plain encoding are called in turn.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--searches", nargs="+", default=SEARCHES)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    print("| format | search | error | temporaries | processor seconds | of plain encoding |\n|---|---|---|---|---|---|")
+    print("| format | search | error | temporaries | processor seconds | of plain encoding |\n" + "|---" * 6 + "|")
     for fmt in args.formats:
         for row in rows(fmt, args.searches, args.rounds):
             print(row, flush=True)
