@@ -39,6 +39,7 @@ _EACH = 3  # tensors with the most error, and with the least, in the short repor
 
 
 def add_compare(commands) -> None:
+    """Add the parser of `ifjax compare`."""
     parser = add_command(
         commands, "compare", _compare, "what each format costs, on the weights of a file or on samples",
         "Quantize the weights of a checkpoint to each format, one tensor at a time, and report bits a value,\n"

@@ -14,6 +14,7 @@ _OF_FORMATS = ("FORMAT", "NAMES")  # how options that take formats call them
 
 
 def add_completion(commands, whole: argparse.ArgumentParser) -> None:
+    """Add the parser of `ifjax completion`."""
     parser = add_command(
         commands, "completion", functools.partial(_completion, whole, commands.choices.values()),
         "completes commands, options and formats on TAB",

@@ -35,6 +35,7 @@ from ifjax.version import __version__
 
 
 def add_quantize(commands) -> None:
+    """Add the parser of `ifjax quantize`."""
     parser = add_command(
         commands, "quantize", _quantize, "write a packed copy of a checkpoint",
         "Write a packed copy of a safetensors checkpoint, one tensor after the other and each in pieces: memory\n"
@@ -77,6 +78,7 @@ def _fp8_tools() -> list[str]:
 
 
 def add_dequantize(commands) -> None:
+    """Add the parser of `ifjax dequantize`."""
     parser = add_command(
         commands, "dequantize", _dequantize, "write a copy of a packed checkpoint in floats",
         "Write a copy of a packed checkpoint in floats, for programs that know no packed ones.",

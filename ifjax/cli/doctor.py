@@ -23,6 +23,7 @@ _PACKAGES = ("ifjax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda1
 
 
 def add_doctor(commands) -> None:
+    """Add the parser of `ifjax doctor`."""
     parser = add_command(
         commands, "doctor", _doctor, "versions, devices, and whether kernels are right here",
         "Print versions and devices, and have the kernels for the first device prove themselves: each does small\n"

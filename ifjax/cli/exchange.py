@@ -28,6 +28,7 @@ _OUT = "a file that ends in {}, or a folder, new or empty, which gets config.jso
 
 
 def add_import(commands) -> None:
+    """Add the parser of `ifjax import`."""
     parser = add_command(
         commands, "import", _import, "make a packed checkpoint of another tool's 4-bit one",
         "Make a packed checkpoint of one in another tool's layout: compressed-tensors, ModelOpt, gpt-oss, MLX,\n"
@@ -54,6 +55,7 @@ def add_import(commands) -> None:
 
 
 def add_export(commands) -> None:
+    """Add the parser of `ifjax export`."""
     tools = [tool for tool in TOOLS if any(lay.tool == tool and lay.write for lay in LAYOUTS.values())]
     parser = add_command(
         commands, "export", _export, "write a packed checkpoint in another tool's layout",

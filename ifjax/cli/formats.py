@@ -14,6 +14,7 @@ _SHAPE = (4096, 4096)
 
 
 def add_formats(commands) -> None:
+    """Add the parser of `ifjax formats`."""
     parser = add_command(
         commands, "formats", _formats, "the named formats: bits, error and bytes of each",
         "List the named formats with their grids, bits a value (scales included), the megabytes of a matrix of\n"

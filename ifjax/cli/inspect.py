@@ -33,6 +33,7 @@ from ifjax.models.report import Report
 
 
 def add_inspect(commands) -> None:
+    """Add the parser of `ifjax inspect`."""
     parser = add_command(
         commands, "inspect", _inspect, "what a checkpoint holds",
         "List the tensors of a checkpoint, packed or not, with formats, bits a value and totals, from its\n"
@@ -46,6 +47,7 @@ def add_inspect(commands) -> None:
 
 
 def add_verify(commands) -> None:
+    """Add the parser of `ifjax verify`."""
     parser = add_command(
         commands, "verify", _verify, "check a packed checkpoint, and compare it with the original",
         "Compare every checksum of a checkpoint and, with --against, its values with those of the\n"

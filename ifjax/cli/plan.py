@@ -29,6 +29,7 @@ from ifjax.models.rules import Rule
 
 
 def add_plan(commands) -> None:
+    """Add the parser of `ifjax plan`."""
     parser = add_command(
         commands, "plan", _plan, "choose a format for each tensor under a budget of bits",
         "Measure what each format costs each weight of a checkpoint, and write rules that take the least sum of\n"

@@ -50,6 +50,7 @@ def add_command(commands, name: str, run, summary: str, description: str, *examp
 
 
 def add_json(parser) -> None:
+    """Add --json, for commands that print tables."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
@@ -88,6 +89,7 @@ def tell_sum(options: argparse.Namespace, nbytes: int, seconds: float, what: str
 
 
 def add_search(parser) -> None:
+    """Add --search, for commands that encode."""
     parser.add_argument(
         "--search", choices=("fast", "exhaustive"), help="try several scales for each block: less error, more time"
     )
@@ -112,6 +114,7 @@ def as_file_error() -> Iterator[None]:
 
 
 def ticks(progress: Progress, total: int):
+    """Return a function of (name, count) that moves a new bar of `total` units on by count."""
     task = progress.add_task("", total=total)
 
     def tick(name, count):
@@ -121,6 +124,7 @@ def ticks(progress: Progress, total: int):
 
 
 def plain_table(first: str, *others: str) -> Table:
+    """Return a table with these headings, all columns but the first aligned to the right."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column(first)
     for heading in others:
@@ -129,16 +133,22 @@ def plain_table(first: str, *others: str) -> Table:
 
 
 def size_of(nbytes: int) -> str:
+    """Return a number of bytes as text, in kB or MB."""
     return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.2f} kB"
 
 
 def terminal_console() -> Console:
+    """Return the console of standard output, without markup."""
     # Not a terminal: wide enough for the tables, whoever reads them.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110
     return Console(width=width, markup=False, highlight=False)
 
 
 def progress_bar(rate: bool = False) -> Progress:
+    """Return progress bars on standard error, shown on terminals only.
+
+    With `rate` they tell bytes a second and the time that is left.
+    """
     console = Console(stderr=True, markup=False)
     times = (TransferSpeedColumn(), TimeRemainingColumn()) if rate else (TimeElapsedColumn(),)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), *times
