@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
+from ifjax.arrays.parts import Pieces, has_known_parts, partitioned
 from ifjax.codec import Encoding, Loss, Rounding, Search
 from ifjax.codec.encode import amax_of
-from ifjax.codec.places import PlaceCodec, decoder_refusal, encoder_refusal
+from ifjax.codec.places import LANES, PlaceCodec, decoder_refusal, encoder_refusal
 from ifjax.codec.rounding import NEAREST, seeds, strides
 from ifjax.formats import Format
 from ifjax.lookup import Registry
@@ -27,6 +30,7 @@ from ifjax.numerics.devices import device_kind, may_be_partitioned
 from ifjax.numerics.hadamard import hadamard
 from ifjax.numerics.kernels import kernels_for, why_none
 from ifjax.numerics.proofs import known_fault
+from ifjax.numerics.xla import unless_exported
 
 
 class Explanation(NamedTuple):
@@ -178,15 +182,17 @@ def refusal(
         return "it weighs no errors"
     if is_clipped:
         return "it does not tell which gradients are clipped"
-    amax_ndim = _lead(x, how, amax_ndim)
+    amax_ndim = _lead(x, axis, how.block_2d, amax_ndim)
     reason = encoder_refusal(how) or _refusal_of_shape(x.shape, axis, amax_ndim)
+    reason = reason or _refusal_of_sharding(encoder, x, axis, amax_ndim)
     return reason or _refusal_of_kernel(encoder, x.shape, x.dtype, how, axis, amax_ndim, rotation)
 
 
 def refusal_to_decode(encoder: Encoder, q: Any, dtype: Any) -> str | None:
     """Return why the decoder cannot decode the QTensor q; None if it can."""
-    amax_ndim = 0 if q.amax is None else q.amax.ndim
+    amax_ndim = _lead(q, q.axis, False, 0 if q.amax is None else q.amax.ndim)
     reason = decoder_refusal(q.fmt) or _refusal_of_shape(q.shape, q.axis, amax_ndim)
+    reason = reason or _refusal_of_sharding(encoder, q.codes, q.axis, amax_ndim)
     return reason or _refusal_of_kernel(encoder, q.shape, np.dtype(dtype), _how_to_decode(q), q.axis, amax_ndim)
 
 
@@ -198,8 +204,21 @@ def _refusal_of_shape(shape, axis, amax_ndim):
         return "amax belongs to rows or columns, and kernels take matrices with one"
     if (columns if axis < -1 else rows) < 8:
         return "it is a vector, or a few: lanes would lie idle"
-    if may_be_partitioned():
-        return "XLA would gather sharded arrays for a kernel; inside jax.shard_map it is taken"
+    return None
+
+
+def _refusal_of_sharding(encoder, x, axis, amax_ndim):
+    if not may_be_partitioned():
+        return None
+    if not has_known_parts(x):
+        is_typed = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+        if encoder.platform != "tpu" and not is_typed:
+            return None
+        return "XLA would gather sharded arrays for it; in jax.shard_map, or on axes of AxisType.Explicit, it is taken"
+    try:
+        jax.eval_shape(lambda x: x.reshape(_as_matrices(x.shape, axis, amax_ndim)), x)
+    except Exception as error:  # JAX has no public name for it
+        return f"its leading axes cannot be merged: {error}"
     return None
 
 
@@ -211,9 +230,14 @@ def _refusal_of_kernel(encoder, shape, dtype, how, axis, amax_ndim, rotation=Non
     return encoder.load().supports(PlaceCodec(how, np.dtype(dtype)), matrices, -1 if axis == -1 else -2, **turn)
 
 
-def _lead(x, how, amax_ndim):
-    """Return how many leading axes of x enumerate its matrices: 2-D blocks must not span two matrices."""
-    return max(amax_ndim, x.ndim - 2) if how.block_2d else amax_ndim
+def _lead(x, axis, is_square, amax_ndim):
+    """Return how many leading axes of x enumerate its matrices.
+
+    2-D blocks must not span two matrices. Devices may hold parts of the rows of each matrix, such as a sequence, which
+    are no range of all rows.
+    """
+    is_divided = may_be_partitioned() and axis == -1 and x.ndim > 2 and x.shape[-2] >= LANES
+    return max(amax_ndim, x.ndim - 2) if is_square or is_divided else amax_ndim
 
 
 def _as_matrices(shape, axis, amax_ndim) -> tuple[int, int, int]:
@@ -235,7 +259,7 @@ def encode_by_kernel(
     fmt = how.fmt
     if fmt.has_tensor_scale and amax is None:
         amax = _amax(x if rotation is None else rotation.of(x, axis), amax_axes, fmt)
-    shape = _as_matrices(x.shape, axis, _lead(x, how, 0 if amax is None else amax.ndim))
+    shape = _as_matrices(x.shape, axis, _lead(x, axis, how.block_2d, 0 if amax is None else amax.ndim))
     numbers = amax if fmt.has_tensor_scale else None
     noise = None
     if how.rounding.noise is not None and key is not None:
@@ -250,9 +274,21 @@ def encode_by_kernel(
     return [_unfolded(array, x.shape, axis) for array in arrays], amax
 
 
+def by_kernel_or_xla(encoder: Encoder, by_kernel: Callable[..., Any], by_xla: Callable[..., Any], *args: Any) -> Any:
+    """Return by_kernel(*args) in programs for the encoder's platform, and by_xla(*args) in all others.
+
+    Programs of several devices that `jax.export` writes have no kernels: what XLA calls in order to partition them
+    cannot be written to a file.
+    """
+    run = by_kernel
+    if may_be_partitioned():
+        run = functools.partial(unless_exported, run=by_kernel, exported=by_xla)
+    return lax.platform_dependent(*args, **{encoder.platform: run, "default": by_xla})
+
+
 def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:
     """Decode a QTensor with a kernel. If it has no amax, the tensor's factor is left out."""
-    lead = 0 if q.amax is None else q.amax.ndim
+    lead = _lead(q, q.axis, False, 0 if q.amax is None else q.amax.ndim)
     codes, headers = (a.reshape(_as_matrices(a.shape, q.axis, lead)) for a in (q.codes, q.scales))
     run = functools.partial(
         _decode_matrices, encoder=encoder, how=_how_to_decode(q), axis=-1 if q.axis == -1 else -2,
@@ -281,6 +317,11 @@ def _of_matrices(amax, shape, count):
     return jnp.broadcast_to(amax, (len(amax), count // len(amax))).reshape(-1)
 
 
+def _whole(amax):
+    """Return all numbers of amax on each device, if its sharding is part of its type."""
+    return amax if amax is None or not has_known_parts(amax) else jax.reshard(amax, PartitionSpec())
+
+
 def _unfolded(array, shape, axis):
     """Reshape [L, R, C] to `shape`, except that the blocked axis keeps the array's length."""
     at = len(shape) + axis
@@ -301,6 +342,9 @@ def _by_matrix(run, amax, *arrays):
 
         def folded(a, is_batched):
             a = a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
+            if has_known_parts(a):  # parts of each member are no range of all
+                first, _, *rest = jax.typeof(a).sharding.spec
+                a = jax.reshard(a, PartitionSpec(first, None, *rest))
             return a.reshape(-1, *a.shape[2:])
 
         if amax is not None and (amax_batched or len(amax) > 1):
@@ -314,16 +358,48 @@ def _by_matrix(run, amax, *arrays):
 
 def _encode_matrices(amax, x, noise, *, encoder, how, axis, wants_codes, wants_values, rotation):
     codec, kernel = PlaceCodec(how, np.dtype(x.dtype)), encoder.load()
-    scalars, tables = codec.encoder_tables(amax, 1 if amax is None else len(amax))
+    scalars, tables = codec.encoder_tables(_whole(amax), 1 if amax is None else len(amax))
     if noise is not None:
         noise = kernel.Noise(noise[0], jnp.asarray(strides(x.shape)[1:], jnp.int32), noise[1])
     settings = {"codec": codec, "axis": axis, "wants_codes": wants_codes, "wants_values": wants_values}
     if rotation is not None:
         settings["rotation"] = rotation
-    return tuple(kernel.encode(x, scalars, tables, noise, **settings))
+    run = functools.partial(kernel.encode, **settings)
+    if not may_be_partitioned():
+        return tuple(run(x, scalars, tables, noise))
+    # Tiles of a TPU hold eight runs that are rotated.
+    length = codec.block if rotation is None else math.lcm(codec.block, 8 * rotation.size)
+    pieces = Pieces(x.shape, axis, codec.block, length, codec.is_square)
+    args, ins = [x, scalars, tables], [pieces.matrix(codec.block), *map(pieces.shared, (scalars, tables))]
+    if noise is not None:  # indices of rows and columns tell a device where its part lies
+        args += [*noise, *(jnp.arange(n, dtype=jnp.int32) for n in x.shape[1:])]
+        ins += ["l", "whole2x", "l whole2x", *pieces.axes(codec.block)]
+
+    def encode(x, scalars, tables, *numbers):
+        if not numbers:
+            return run(x, scalars, tables, None)
+        base, strides, seeds, rows, columns = numbers
+        base = base + rows[0] * strides[0] + columns[0] * strides[1]
+        return run(x, scalars, tables, kernel.Noise(base, strides, seeds))
+
+    widths = [codec.block * codec.bits // 8, 1] * wants_codes + [codec.block] * wants_values
+    return tuple(partitioned(encode, args, ins, [pieces.matrix(width) for width in widths], pieces.sizes))
 
 
 def _decode_matrices(amax, codes, headers, *, encoder, how, axis, length, dtype):
     codec = PlaceCodec(how, dtype)
-    tables = codec.decoder_table(amax, 1 if amax is None else len(amax))
-    return (encoder.load().decode(codes, headers, tables, codec=codec, axis=axis, length=length, dtype=dtype),)
+    tables = codec.decoder_table(_whole(amax), 1 if amax is None else len(amax))
+    run = functools.partial(encoder.load().decode, codec=codec, axis=axis, dtype=dtype)
+    if not may_be_partitioned():
+        return (run(codes, headers, tables, length=length),)
+    shape = [*codes.shape]
+    shape[axis] = length
+    pieces = Pieces(tuple(shape), axis, codec.block, codec.block)
+    widths = [codec.block * codec.bits // 8, 1]
+
+    def decode(codes, headers, tables):
+        held = codes.shape[axis] * 8 // codec.bits  # more than `length` only if the last block is not full
+        return [run(codes, headers, tables, length=min(length, held))]
+
+    ins = [*(pieces.matrix(width) for width in widths), pieces.shared(tables)]
+    return tuple(partitioned(decode, (codes, headers, tables), ins, [pieces.matrix(codec.block)], pieces.sizes))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ifjax.arrays import indexing, shaping
 from ifjax.arrays.blocking import DTYPES, Blocking, packed_shapes, with_length
-from ifjax.arrays.encoders import decode_by_kernel, encoder_for, refusal_to_decode, work_of
+from ifjax.arrays.encoders import by_kernel_or_xla, decode_by_kernel, encoder_for, refusal_to_decode, work_of
 from ifjax.arrays.flax_box import FlaxBox, introduce_to_flax
 from ifjax.codec import Encoding
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, split_blocks
@@ -409,7 +409,7 @@ def _decoded(q, dtype):
     if encoder is None or refusal_to_decode(encoder, q, dtype) or _fault(encoder, q, dtype):
         return by_xla(q)
     by_kernel = functools.partial(decode_by_kernel, encoder=encoder, dtype=dtype)
-    return lax.platform_dependent(q, **{encoder.platform: by_kernel, "default": by_xla})
+    return by_kernel_or_xla(encoder, by_kernel, by_xla, q)
 
 
 def _fault(encoder, q, dtype):

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ifjax.arrays.blocking import DTYPES, Blocking
-from ifjax.arrays.encoders import Rotated, encode_by_kernel, encoder_for, refusal, work_of
+from ifjax.arrays.encoders import Rotated, by_kernel_or_xla, encode_by_kernel, encoder_for, refusal, work_of
 from ifjax.arrays.qtensor import QTensor
 from ifjax.codec import BlockLoss, Encoding, Loss, Rounding, Search, decode, encode
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, pick, split_blocks
@@ -343,8 +343,7 @@ def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, rotation=None, **pl
         )  # fmt: skip
         return (*arrays, amax if wants_codes else None)
 
-    ways = {encoder.platform: by_kernel, "default": by_xla}
-    return opaque(lambda *data: lax.platform_dependent(*data, **ways), *data)
+    return opaque(functools.partial(by_kernel_or_xla, encoder, by_kernel, by_xla), *data)
 
 
 def _fault(encoder, how, dtype, axis, wants_codes, rotation):

@@ -21,5 +21,8 @@ def device_kind(target: str | None = None, platform: str | None = None) -> str:
 
 def may_be_partitioned() -> bool:
     """Return whether XLA may partition the program: there are several accelerators, outside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
     several = jax.device_count() > 1 and jax.devices()[0].platform != "cpu"
-    return several and not jax.sharding.get_abstract_mesh().manual_axes
+    if mesh.abstract_device is not None:
+        several = mesh.size > 1
+    return several and not mesh.manual_axes

@@ -120,18 +120,54 @@ def _zero_of_first(axis_size, in_batched, bits):
     return _zero_of(bits[0]), False  # members share what they do not differ in
 
 
-_by_platform = jax.extend.core.Primitive("by_platform")
-_by_platform.multiple_results = True
-_by_platform.def_abstract_eval(lambda *_, results, **__: list(results))
+def _choice(name):
+    """Return a primitive that stands for one of two functions, `first` and `second`, until it is lowered."""
+    choice = jax.extend.core.Primitive(name)
+    choice.multiple_results = True
+    choice.def_abstract_eval(lambda *_, results, **__: list(results))
+
+    def batched(args, axes, *, first, second, results):
+        del results
+        size = next(a.shape[at] for a, at in zip(args, axes, strict=True) if at is not None)
+        mapped = [jax.vmap(f, tuple(axes), axis_size=size) for f in _ways(first, second)]
+        outs = jax.tree.leaves(_chosen(choice, args, *mapped))
+        return outs, [0] * len(outs)
+
+    batching.primitive_batchers[choice] = batched
+    return choice
+
+
+def _chosen(choice, args, first, second):
+    """Bind a choice: `second` is traced only if it is chosen. Return None if `first` holds traced values."""
+    flat, tree = jax.tree.flatten(args)
+    ways = [jax.jit(lambda *flat, f=f: f(*jax.tree.unflatten(tree, flat))) for f in (first, second)]
+    jaxpr, shapes = jax.make_jaxpr(ways[0], return_shape=True)(*flat)
+    if any(isinstance(a, Tracer) for a in jaxpr.consts):
+        return None
+    # JAX looks into the jaxpr for operations that need to know devices.
+    results = choice.bind(*flat, first=jaxpr, second=ways[1], results=tuple(jaxpr.out_avals))
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+
+def _ways(first, second):
+    return jax.extend.core.jaxpr_as_fun(first), second
+
+
+_by_platform, _unless_exported = _choice("by_platform"), _choice("unless_exported")
 
 
 @_by_platform.def_impl
-def _run_by_platform(*args, cpu, default, results):
-    # Arrays may be on a CPU beside an accelerator: `default` is right there, too.
+def _run_by_platform(*args, first, second, results):
+    # Arrays may be on a CPU beside an accelerator: `second` is right there, too.
     if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
-        return jax.tree.leaves((cpu if jax.default_backend() == "cpu" else default)(*args))
-    params = {"cpu": cpu, "default": default, "results": results}
+        return jax.tree.leaves(_ways(first, second)[jax.default_backend() != "cpu"](*args))
+    params = {"first": first, "second": second, "results": results}
     return jax.jit(functools.partial(_by_platform.bind, **params))(*args)
+
+
+@_unless_exported.def_impl
+def _run_first(*args, first, **_):
+    return jax.extend.core.jaxpr_as_fun(first)(*args)
 
 
 def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
@@ -142,25 +178,16 @@ def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]
     platform is lowered. Functions that hold traced values cannot wait for that, and are traced here. Both functions
     must return the same types, and hold traced values only if both do.
     """
-    flat, tree = jax.tree.flatten(args)
-    ways = [jax.jit(lambda *flat, f=f: f(*jax.tree.unflatten(tree, flat))) for f in (cpu, default)]
-    jaxpr, shapes = jax.make_jaxpr(ways[0], return_shape=True)(*flat)
-    if any(isinstance(a, Tracer) for a in jaxpr.consts):
-        return lax.platform_dependent(*args, cpu=cpu, default=default)
-    traced = jax.extend.core.jaxpr_as_fun(jaxpr)
-    results = _by_platform.bind(*flat, cpu=traced, default=ways[1], results=tuple(jaxpr.out_avals))
-    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+    result = _chosen(_by_platform, args, cpu, default)
+    return lax.platform_dependent(*args, cpu=cpu, default=default) if result is None else result
 
 
-def _batched_by_platform(args, axes, *, cpu, default, results):
-    del results
-    size = next(a.shape[at] for a, at in zip(args, axes, strict=True) if at is not None)
-    mapped = [jax.vmap(f, tuple(axes), axis_size=size) for f in (cpu, default)]
-    outs = jax.tree.leaves(by_platform(*args, cpu=mapped[0], default=mapped[1]))
-    return outs, [0] * len(outs)
+def unless_exported(*args: Any, run: Callable[..., Any], exported: Callable[..., Any]) -> Any:
+    """Return run(*args), but exported(*args) in programs that `jax.export` writes. Neither may hold traced values."""
+    return _chosen(_unless_exported, args, run, exported)
 
 
-def _differentiated(primals, tangents, *, cpu, default, results):
+def _differentiated(primals, tangents, *, first, second, results):
     del results
     moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
 
@@ -168,7 +195,7 @@ def _differentiated(primals, tangents, *, cpu, default, results):
         args = list(primals)
         for i, a in zip(moving, moved, strict=True):
             args[i] = a
-        ways = [lambda *args, way=way: jax.tree.leaves(way(*args)) for way in (cpu, default)]
+        ways = [lambda *args, way=way: jax.tree.leaves(way(*args)) for way in _ways(first, second)]
         return lax.platform_dependent(*args, cpu=ways[0], default=ways[1])
 
     outs, rates = jax.jvp(f, [primals[i] for i in moving], [tangents[i] for i in moving])
@@ -179,12 +206,21 @@ def _differentiated(primals, tangents, *, cpu, default, results):
 
 
 ad.primitive_jvps[_by_platform] = _differentiated
-batching.primitive_batchers[_by_platform] = _batched_by_platform
+
+
+def _lowered(is_first):
+    def rule(ctx, *args, first, second, results):
+        del results
+        chosen = _ways(first, second)[not is_first(ctx)]
+        return mlir.lower_fun(lambda *args: jax.tree.leaves(chosen(*args)), multiple_results=True)(ctx, *args)
+
+    return rule
+
+
+mlir.register_lowering(_by_platform, _lowered(lambda _: False))
+mlir.register_lowering(_by_platform, _lowered(lambda _: True), "cpu")
 mlir.register_lowering(
-    _by_platform, mlir.lower_fun(lambda *args, default, **_: jax.tree.leaves(default(*args)), multiple_results=True)
-)
-mlir.register_lowering(
-    _by_platform, mlir.lower_fun(lambda *args, cpu, **_: jax.tree.leaves(cpu(*args)), multiple_results=True), "cpu"
+    _unless_exported, _lowered(lambda ctx: not ctx.module_context.lowering_parameters.for_export)
 )
 
 

@@ -1,0 +1,132 @@
+"""Kernels on sharded arrays, on eight virtual devices: the codec's bits, each device on its part, nothing gathered."""
+
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy.testing import assert_array_equal
+from test_gpu_blocks import Interpreted
+from test_places import assert_same_numbers
+from test_tpu_blocks import data
+
+import ifjax
+from ifjax.arrays import ENCODERS, Encoder, encoders
+from ifjax.numerics import devices
+from ifjax.numerics.proofs import by_both
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Within, CPUs have the GPU's kernels, and are partitioned as accelerators are."""
+    monkeypatch.setattr(ENCODERS, "_records", {"mine": Encoder("mine", "cpu", "cpu", lambda: Interpreted)})
+    is_manual = lambda: jax.sharding.get_abstract_mesh().manual_axes  # noqa: E731
+    monkeypatch.setattr(encoders, "may_be_partitioned", lambda: not is_manual())
+    jax.clear_caches()
+    with ifjax.kernels("always"):
+        yield
+    jax.clear_caches()
+
+
+def sent(compiled):
+    return set(re.findall(r"(all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)", compiled.as_text()))
+
+
+CASES = {
+    "columns": ("nvfp4", (32, 64), -1, P("a", "b"), "stochastic"),
+    "rows": ("if4", (64, 32), -2, P("a", "b"), "nearest"),
+    "squares": ("mxfp4", (128, 64), -1, P("a", "b"), "nearest"),
+    "matrices": ("nvfp4", (4, 16, 32), -1, P("a", None, "b"), "stochastic_unbiased"),
+    "a sequence": ("mxfp4", (2, 256, 32), -1, P("b", "a"), "stochastic"),
+    "blocks that are torn": ("mxfp4", (8, 72), -1, P("a", "b"), "nearest"),
+}
+
+
+@pytest.mark.by_default("columns-Auto", "a sequence-Explicit")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+@pytest.mark.parametrize("case", CASES)
+def test_devices_encode_and_decode_their_parts(taken, case, kind):
+    fmt, shape, axis, spec, rounding = CASES[case]
+    if case == "blocks that are torn" and kind == AxisType.Explicit:
+        pytest.skip("quantize raises for them: see test_sharding")
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    whole = jnp.asarray(data(shape)).astype(jnp.bfloat16)
+    settings = {"axis": axis, "rounding": rounding, "key": None if rounding == "nearest" else jax.random.key(3)}
+    settings |= {"block_2d": case == "squares", "amax_axes": (0,) if case == "matrices" else ()}
+
+    def run(x):
+        q = ifjax.quantize(x, fmt, **settings)
+        return q, q.dequantize(), ifjax.fake_quantize(x, fmt, **settings)
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(whole, NamedSharding(mesh, spec))
+        compiled = jax.jit(run).lower(x).compile()
+        got = compiled(x)
+    with ifjax.kernels("never"):
+        expected = jax.jit(run)(whole)
+    for a, b in zip(jax.tree.leaves(got[0]), jax.tree.leaves(expected[0]), strict=True):
+        assert_array_equal(a, b)
+    for a, b in zip(got[1:], expected[1:], strict=True):
+        assert_same_numbers(a, b)
+    if case == "blocks that are torn":
+        return
+    has_gathered = kind == AxisType.Explicit and case == "matrices"  # each device has all matrices' amax
+    assert sent(compiled) <= {"all-reduce"} | ({"all-gather"} if has_gathered else set())
+    for a in (got[0].codes, got[0].scales, *got[1:]):
+        assert a.sharding.is_equivalent_to(NamedSharding(mesh, spec), a.ndim)
+
+
+@pytest.mark.by_default("Auto")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+def test_members_of_a_vmap_steps_of_a_scan_and_gradients(taken, kind):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    fake = lambda x: ifjax.fake_quantize(x, "mxfp4")  # noqa: E731
+
+    def run(x):
+        y, _ = jax.lax.scan(jax.checkpoint(lambda c, _: (2 * fake(c), None)), jax.vmap(fake)(x), None, length=2)
+        return (y**2).sum()
+
+    whole = jnp.asarray(np.nan_to_num(data((4, 16, 32)), posinf=1, neginf=1))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(whole, NamedSharding(mesh, P("a")))
+        compiled = jax.jit(jax.grad(run)).lower(x).compile()
+        got = compiled(x)
+    assert sent(compiled) <= {"all-reduce"}
+    with ifjax.kernels("never"):
+        assert_array_equal(got, jax.jit(jax.grad(run))(whole))
+
+
+def test_programs_of_several_devices_are_exported_without_kernels(taken):
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(jnp.asarray(data((64, 32))), NamedSharding(mesh, P("a")))
+    run = jax.jit(lambda x: ifjax.quantize(x, "mxfp4").dequantize())
+    assert "CustomSPMDPartitioning" in run.lower(x).as_text()
+    exported = jax.export.export(run)(x)
+    assert "CustomSPMDPartitioning" not in exported.mlir_module()
+    assert_same_numbers(exported.call(x), run(x))
+
+
+def test_what_devices_cannot_do_is_left_to_xla(taken, monkeypatch):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    x = jax.ShapeDtypeStruct((4, 2, 256, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "b")))
+    with jax.set_mesh(mesh):
+        assert "cannot be merged" in ifjax.explain_quantize(x, target="cpu").reason
+        monkeypatch.setitem(ENCODERS._records, "mine", Encoder("mine", "tpu", "cpu", lambda: Interpreted))
+        x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P("a")))
+        assert ifjax.explain_quantize(x, target="cpu").path == "mine"
+    reason = ifjax.explain_quantize(jax.ShapeDtypeStruct((64, 64), jnp.bfloat16), target="cpu").reason
+    assert "AxisType.Explicit" in reason  # libtpu knows no custom partitioning
+
+
+def test_checks_of_kernels_run_on_one_device(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="tpu")])
+    assert devices.may_be_partitioned()
+    seen = []
+    by_both(lambda: seen.append(devices.may_be_partitioned()))
+    assert seen[0] is False
