@@ -22,9 +22,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.tpu_blocks import LANES, Codec, Noise, Rotation, rotated, rounded
 
-__all__ = ["Noise", "decode", "encode", "supports"]
+__all__ = ["Noise", "decode", "encode", "supports", "tables"]
 
 THREADS = 128
+PARTS = 4096  # maxima of parts of a tensor that `tables` takes
 
 
 def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) -> str | None:
@@ -83,6 +84,29 @@ def encode(
         wants_codes=wants_codes, wants_values=wants_values, machine=None if interpret else Instructions,
     )  # fmt: skip
     return _run(body, "encode_blocks", at, [x], numbers, shapes, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "interpret"))
+def tables(
+    codec: Codec, maxima: jax.Array, *, interpret: Any = False
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return each tensor's amax [L], and the scalars and tables of `encode`, as `tpu_blocks.tables` does."""
+    count, size = maxima.shape
+    rows = len(jax.eval_shape(codec.rows_of_table, jax.ShapeDtypeStruct((LANES,), jnp.float32))[1])
+    rows = -(-(rows + 1) // 8) * 8
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    amax, table = pl.pallas_call(
+        functools.partial(_fill_table, size=size, codec=codec, machine=None if interpret else Instructions),
+        out_shape=[jax.ShapeDtypeStruct((length,), jnp.float32) for length in (count, count * rows * LANES)],
+        grid=(count,),
+        in_specs=[whole],
+        out_specs=[whole, whole],
+        compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32, num_stages=1),
+        interpret=interpret,
+        name="fill_table",
+    )(maxima.reshape(-1))
+    table = table.reshape(count, rows, LANES)
+    return amax, (table[:, -1, : codec.scalars], table)
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "axis", "length", "dtype", "interpret"))
@@ -156,6 +180,11 @@ class Instructions:
         return _asm("max.NaN.f32 $0, $1, $2;", "=f,f,f", a, b)
 
     @staticmethod
+    def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+        """Return a / b, correctly rounded."""
+        return _asm("div.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
+
+    @staticmethod
     def permute(a: jax.Array, b: jax.Array, selector: int) -> jax.Array:
         """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits."""
         return _asm(f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", a, b)
@@ -224,6 +253,27 @@ class _Blocks:
             return [mask] * len(places)
         is_inside = [place < self.along for place in places]
         return is_inside if mask is None else [mask & each for each in is_inside]
+
+
+def _fill_table(maxima, amax, table, *, size, codec, machine):
+    """Write a tensor's amax, the largest of `size` maxima, and its table for `encode`."""
+    matrix, lane = pl.program_id(0), lax.iota(jnp.int32, LANES)
+    width = min(1024, pl.next_power_of_2(size))
+    largest = jnp.zeros(width, jnp.float32)
+    for start in range(0, size, width):
+        place = start + lax.iota(jnp.int32, width)
+        mask = None if start + width <= size else place < size
+        largest = jnp.maximum(largest, _load(maxima.at[matrix * size + place], mask))
+    peak = jnp.max(largest)
+    amax[matrix] = peak
+    numbers, rows = codec.rows_of_table(jnp.full(LANES, peak), machine)
+    last = jnp.zeros(LANES, jnp.float32)
+    for i, number in enumerate(numbers):
+        last = jnp.where(lane == i, number, last)
+    height = table.shape[0] // amax.shape[0] // LANES
+    rows += [jnp.zeros(LANES, jnp.float32)] * (height - 1 - len(rows))
+    for i, row in enumerate([*rows, last]):
+        plgpu.store(table.at[(matrix * height + i) * LANES + lane], row)
 
 
 def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_codes, wants_values, machine):

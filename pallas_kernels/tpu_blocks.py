@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8
+PARTS = 1  # maxima of parts of a tensor that `tables` takes
 _HIGH = -(2**16)  # a mask of a word's upper half
 
 Lookup = Callable[[int, jax.Array], jax.Array]  # (row of the table, int32 indices in the row) -> float32
@@ -48,6 +49,16 @@ class Codec(Protocol):
     noises: int
     scalars: int
     is_square: bool
+
+    def encoder_tables(self, amax: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+        """Return the scalars and tables of `encode` for tensors with these maxima [count], computed by XLA."""
+        ...
+
+    def rows_of_table(
+        self, amax: jax.Array, machine: Any = None
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Return the scalars and the first rows of one tensor's table, computed in a kernel from amax: arrays [128]."""
+        ...
 
     def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
         """Return the noise of the elements with these indices, for the key words k0 and k1."""
@@ -111,6 +122,15 @@ def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) 
     if rotation is not None and _Tile.of(x.shape, axis, codec).length % (SUBLANES * rotation.size):
         return f"its tiles hold no {SUBLANES} runs of {rotation.size}"
     return None
+
+
+def tables(codec: Codec, maxima: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return each tensor's amax [L], and the scalars and tables of `encode`, given maxima of parts [L, at most PARTS].
+
+    The number of parts divides that of rows.
+    """
+    amax = maxima.max(1)
+    return amax, codec.encoder_tables(amax, len(amax))
 
 
 @functools.partial(

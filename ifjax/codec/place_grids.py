@@ -32,6 +32,10 @@ class Machine(Protocol):
         """Return the larger of two floats, NaN if one is."""
         ...
 
+    def quotient(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Return a / b, correctly rounded."""
+        ...
+
     def permute(self, a: jax.Array, b: jax.Array, selector: int) -> jax.Array:
         """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits."""
         ...

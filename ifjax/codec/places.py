@@ -170,6 +170,35 @@ class PlaceCodec:
             table.append(scaled(values, scale, steps[:, at], units, fmt.tensor_constant(how.headroom)))
         return _with_scalars(table, [tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)])
 
+    def rows_of_table(
+        self, amax: jax.Array, machine: Machine | None = None
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Return the numbers of `encoder_tables` for one tensor and the rows of its table, for kernels: arrays [128].
+
+        amax [128] is the same in all lanes. Rows of zeros before the last one, and the last one, are the caller's.
+        """
+        fmt, quotient = self.fmt, divide if machine is None else machine.quotient
+        constant = fmt.tensor_constant(self.how.headroom)
+        power = power_near(amax)
+        peak = amax * power
+        ratio = jnp.where(peak > 0, quotient(jnp.full_like(peak, constant), peak), 0)
+        unit, back = (quotient(jnp.ones_like(peak), a) for a in (ratio, power))
+        lanes = lax.iota(jnp.int32, LANES)
+        payloads = [lanes + page * LANES for page in range(self.pages)]
+        rows = []
+        for payload in payloads:
+            scale = unit * fmt.scale.decode(payload)
+            rows.append(jnp.where(scale > 0, quotient(jnp.ones_like(scale), scale), 0))
+        for c in fmt.candidates:
+            tensor = Tensor(power, peak, ratio, back, None)
+            for k in _listed(c):
+                value = np.float32(c.grid.values[k]) + np.float32(c.offset)
+                for payload in payloads:
+                    *full, value, step = _full((LANES,), peak, payload, peak, value, np.float32(c.step))
+                    scale, tensor = fmt.scale.decode(full[0]), tensor._replace(amax=full[1])
+                    rows.append(_scaled(value * scale, step, tensor, constant, machine))
+        return [power, peak, ratio, back], rows
+
     def decoder_table(self, amax: jax.Array | None, count: int) -> jax.Array:
         """Return the value of each code under each decoding, rounded to the dtype: [count, rows, 128].
 
@@ -409,9 +438,15 @@ class _Trial:
 
     def _times_amax(self, d):
         fmt, step = self.codec.fmt, np.float32(self.c.step)
-        d = d * self.tensor.amax if fmt.has_tensor_scale else d
-        d = d if step == 1 else d * step
-        return over(d, fmt.tensor_constant(self.codec.how.headroom), self.machine) if fmt.has_tensor_scale else d
+        if not fmt.has_tensor_scale:
+            return d if step == 1 else d * step
+        return _scaled(d, step, self.tensor, fmt.tensor_constant(self.codec.how.headroom), self.machine)
+
+
+def _scaled(d, step, tensor: Tensor, constant: np.float32, machine: Machine | None):
+    """Return d * amax * step / K, each operation rounded once (see `decode.scaled`)."""
+    d = d * tensor.amax
+    return over(d if isinstance(step, np.float32) and step == 1 else d * step, constant, machine)
 
 
 def _listed(c: Candidate) -> tuple[int, ...]:

@@ -14,13 +14,18 @@ from ifjax.arrays import ENCODERS, Encoder
 from ifjax.arrays.quantize import quantize_rotated
 from ifjax.codec import Encoding
 from ifjax.codec.places import PlaceCodec, over
+from ifjax.numerics.xla import divide
 from pallas_kernels import gpu_blocks
 
 
 class Interpreted:
     """The kernels as CPUs interpret them."""
 
-    Noise, supports = gpu_blocks.Noise, staticmethod(gpu_blocks.supports)
+    Noise, PARTS, supports = gpu_blocks.Noise, gpu_blocks.PARTS, staticmethod(gpu_blocks.supports)
+
+    @staticmethod
+    def tables(codec, maxima):
+        return gpu_blocks.tables(codec, maxima, interpret=True)
 
     @staticmethod
     def encode(*args, **settings):
@@ -48,7 +53,7 @@ class Emulated:
         args = jnp.broadcast_arrays(*(jnp.asarray(v, jnp.float32) for v in (a, b, c)))
         return jax.pure_callback(lambda *args: run(*map(np.asarray, args)), args[0], *args, vmap_method="expand_dims")
 
-    maximum = staticmethod(jnp.maximum)
+    maximum, quotient = staticmethod(jnp.maximum), staticmethod(divide)
 
     @staticmethod
     def permute(a, b, selector):
@@ -91,6 +96,23 @@ def test_fused_quotients_are_correctly_rounded(b):
     a = np.random.default_rng(0).integers(0x3F800000, 0x40800000, 2**18, np.int32).view(np.float32)
     exact = (a.astype(np.float64) / np.float64(np.float32(b))).astype(np.float32)  # no quotient is near a tie
     assert_array_equal(over(jnp.asarray(a), np.float32(b), Emulated), exact)
+
+
+@pytest.mark.by_default("*if4")
+@pytest.mark.parametrize("name", ["nvfp4", "if4", "nvint4", "fouroversix", "nvfp4_ue5m3"])
+@pytest.mark.parametrize("machine", [None, Emulated], ids=["", "instructions"])
+def test_tables_made_by_a_kernel_are_those_made_by_xla(monkeypatch, name, machine):
+    codec = PlaceCodec(Encoding.of(name), np.dtype("float32"))
+    amax = jnp.float32([1.7, 0, 2.0**-110, 3.4e38, 1, 2.0**-126, 449 * 6])
+    maxima = jnp.zeros((7, 1500)).at[:, 700].set(amax / 2).at[np.arange(7), np.arange(7) * 249].set(amax)
+    numbers, rows = jax.vmap(lambda a: codec.rows_of_table(jnp.full(128, a), machine))(amax)
+    scalars, table = codec.encoder_tables(amax, len(amax))
+    assert_same_numbers(jnp.stack(rows, 1), table[:, : len(rows)])
+    assert_same_numbers(jnp.stack(numbers, 1)[..., 0], scalars)
+    if machine is None:
+        got, (_, written) = gpu_blocks.tables(codec, maxima, interpret=True)
+        assert_array_equal(got, amax)
+        assert_same_numbers(written, table)
 
 
 # Threads that have no block, last blocks that are not full, matrices with an amax of their own.
