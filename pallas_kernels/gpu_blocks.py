@@ -113,7 +113,7 @@ def tables(
 def decode(
     codes: jax.Array,
     headers: jax.Array,
-    tables: jax.Array,
+    amax: jax.Array | None,
     *,
     codec: Codec,
     axis: int,
@@ -125,9 +125,12 @@ def decode(
     shape = list(codes.shape)
     shape[axis] = length
     at = _Blocks(tuple(shape), axis, codec)
-    body = functools.partial(_decode_blocks, at=at, codec=codec, dtype=dtype, own=len(tables) > 1)
+    numbers = [] if amax is None else [amax]
+    body = functools.partial(
+        _decode_blocks, at=at, codec=codec, dtype=dtype, machine=None if interpret else Instructions
+    )
     shapes = [jax.ShapeDtypeStruct(tuple(shape), dtype)]
-    (values,) = _run(body, "decode_blocks", at, [codes, headers], [tables], shapes, interpret)
+    (values,) = _run(body, "decode_blocks", at, [codes, headers], numbers, shapes, interpret)
     return values
 
 
@@ -185,14 +188,25 @@ class Instructions:
         return _asm("div.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
 
     @staticmethod
-    def permute(a: jax.Array, b: jax.Array, selector: int) -> jax.Array:
-        """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits."""
-        return _asm(f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", a, b)
+    def bfloat16(a: jax.Array, b: jax.Array) -> jax.Array:
+        """Return the int32 of two floats rounded to bfloat16, a in the upper half."""
+        return _asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", a, b, dtype=jnp.int32)
+
+    @staticmethod
+    def permute(a: jax.Array, b: jax.Array, selector: Any) -> jax.Array:
+        """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits.
+
+        A digit is the byte's number, plus 8 to repeat the byte's highest bit. The selector is an int or an int32 array
+        of four digits.
+        """
+        if isinstance(selector, int):
+            return _asm(f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", a, b)
+        return _asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", a, b, selector)
 
 
-def _asm(text, constraints, *args):
+def _asm(text, constraints, *args, dtype=None):
     args = jnp.broadcast_arrays(*args)
-    like = jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)
+    like = jax.ShapeDtypeStruct(args[0].shape, dtype or args[0].dtype)
     (found,) = plgpu.elementwise_inline_asm(
         text, args=args, constraints=constraints, pack=1, result_shape_dtypes=[like]
     )
@@ -321,7 +335,8 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
         _store_values(values, at, (matrix, block, across), some, ats, masks, dtype)
 
 
-def _decode_blocks(codes, headers, tables, out, *, at, codec, dtype, own):
+def _decode_blocks(codes, headers, *refs, at, codec, dtype, machine):
+    *maxima, out = refs
     matrix, block, across, mask = at.here()
     nbytes = codec.block * codec.bits // 8
     if codes.dtype == jnp.int32:
@@ -335,7 +350,8 @@ def _decode_blocks(codes, headers, tables, out, *, at, codec, dtype, own):
     header = _load(headers.at[at.index(matrix, block, across, at.count)], mask).astype(jnp.int32)
     places = [block * codec.block + i for i in range(codec.block)]
     ats = [at.index(matrix, place, across, at.along) for place in places]
-    found = codec.decode(words, header, _lookup(tables, at, matrix, own))
+    amax = maxima[0][matrix if maxima[0].shape[0] > 1 else 0] if maxima else None
+    found = codec.decode_by_arithmetic(words, header, amax, machine)
     _store_values(out, at, (matrix, block, across), found, ats, at.masks(places, mask), dtype)
 
 

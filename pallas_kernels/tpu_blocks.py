@@ -79,6 +79,16 @@ class Codec(Protocol):
         """Return the float32 values of a block, rounded to the dtype of the result."""
         ...
 
+    def decode_by_arithmetic(
+        self, words: Sequence[jax.Array], header: jax.Array, amax: jax.Array | None, machine: Any = None
+    ) -> Sequence[jax.Array]:
+        """Return the same from a scalar amax, without a table; None leaves the tensor's factor out."""
+        ...
+
+    def decoder_table(self, amax: jax.Array | None, count: int) -> jax.Array:
+        """Return the table of `decode` for tensors with these maxima [count], computed by XLA; [1] without amax."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
@@ -207,7 +217,7 @@ def encode(
 def decode(
     codes: jax.Array,
     headers: jax.Array,
-    tables: jax.Array,
+    amax: jax.Array | None,
     *,
     codec: Codec,
     axis: int,
@@ -218,13 +228,14 @@ def decode(
     """Return the values [L, R, C] of codes and headers that `encode` returned.
 
     Args:
-        tables: float32 [L, rows, 128] or [1, rows, 128], as for `encode`.
+        amax: float32 [L], or [1] shared by all matrices; None leaves the tensor's factor out.
         length: the length of the blocked axis.
         dtype: the dtype of the values.
     """
     count, *shape = codes.shape
     shape[axis] = length
     tile = _Tile.of((count, *shape), axis, codec)
+    tables = codec.decoder_table(amax, 1 if amax is None else len(amax))
     wide = 1 if dtype == jnp.float32 else 2
     scratch = [
         pltpu.VMEM((tile.length * codec.bits // 32, LANES), jnp.int32),

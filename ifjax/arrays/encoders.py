@@ -241,9 +241,9 @@ def encode_by_kernel(
             maxima = _maxima(x if rotation is None else rotation.of(x, axis), amax_axes, how.fmt, kernel.PARTS)
         else:
             maxima = amax.reshape(-1, 1)
-        amax, numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
-        amax = amax.reshape([x.shape[a] if a in amax_axes else 1 for a in range(lead)])
-        numbers = tuple(_of_matrices(a, amax.shape, x.shape, shape[0]) for a in numbers)
+        peaks, numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
+        lengths = [x.shape[a] if a in amax_axes else 1 for a in range(lead)]
+        amax, numbers = peaks.reshape(lengths), tuple(_of_matrices(a, lengths, x.shape, shape[0]) for a in numbers)
     else:
         numbers = codec.encoder_tables(None, 1)
     noise = None
@@ -349,5 +349,4 @@ def _encode_matrices(numbers, x, noise, *, kernel, codec, axis, wants_codes, wan
 
 def _decode_matrices(amax, codes, headers, *, encoder, how, axis, length, dtype):
     codec = PlaceCodec(how, dtype)
-    tables = codec.decoder_table(amax, 1 if amax is None else len(amax))
-    return (encoder.load().decode(codes, headers, tables, codec=codec, axis=axis, length=length, dtype=dtype),)
+    return (encoder.load().decode(codes, headers, amax, codec=codec, axis=axis, length=length, dtype=dtype),)

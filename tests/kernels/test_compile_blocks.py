@@ -58,7 +58,7 @@ H200 = {
     "quantize nvfp4, axis -2": (1.15, 3, 14.5),
     "quantize if4, squares": (1.15, 3, None),
     "fake_quantize if4": (1.15, 3, None),
-    "dequantize if4": (1.1, 2, None),
+    "dequantize if4": (1.1, 1, None),
 }
 # Bytes of a training product, in MiB, of which a bfloat16 product has 480.
 PRODUCTS = {"product nvfp4": 1650, "product if4": 1650}

@@ -12,7 +12,8 @@ from test_tpu_blocks import data
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder
 from ifjax.arrays.quantize import quantize_rotated
-from ifjax.codec import Encoding
+from ifjax.codec import Encoding, decode
+from ifjax.codec.decode import narrowed
 from ifjax.codec.places import PlaceCodec, over
 from ifjax.numerics.xla import divide
 from pallas_kernels import gpu_blocks
@@ -56,12 +57,17 @@ class Emulated:
     maximum, quotient = staticmethod(jnp.maximum), staticmethod(divide)
 
     @staticmethod
+    def bfloat16(a, b):
+        high, low = (lax.bitcast_convert_type(v.astype("bfloat16"), jnp.uint16).astype(jnp.int32) for v in (a, b))
+        return high << 16 | low
+
+    @staticmethod
     def permute(a, b, selector):
         found = jnp.int32(0)
         for i in range(4):
-            number = selector >> 4 * i & 15
-            byte = lax.shift_right_logical((a, b)[number // 4], jnp.int32(8 * (number % 4))) & 255
-            found = found | byte << 8 * i
+            number = jnp.int32(selector) >> 4 * i & 15
+            byte = lax.shift_right_logical(jnp.where(number & 4 > 0, b, a), 8 * (number & 3)) & 255
+            found = found | jnp.where(number & 8 > 0, -(byte >> 7) & 255, byte) << 8 * i
         return found
 
 
@@ -89,6 +95,26 @@ def test_instructions_of_a_gpu_change_no_bits(name, rounding):
 
     for got, expected in zip(jax.tree.leaves(encode(Emulated)), jax.tree.leaves(encode(None)), strict=True):
         assert_array_equal(got, expected)
+
+
+@pytest.mark.by_default("if4-bfloat16", "nvfp4-bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["if4", "nvfp4", "nvint4", "mxfp4", "fouroversix", "nvfp4_ue5m3", "nf4"])
+def test_every_byte_decodes_to_the_bits_of_the_codec(name, dtype):
+    fmt = ifjax.get_format(name)
+    codec = PlaceCodec(Encoding.of(name), np.dtype(dtype))
+    headers = jnp.arange(256)[None]
+    words = np.random.default_rng(0).integers(0, 2**32, (fmt.block * fmt.bits // 32, 256), np.uint32).view(np.int32)
+    codes = [words[i * fmt.bits // 32] >> i * fmt.bits % 32 & 2**fmt.bits - 1 for i in range(fmt.block)]
+    every = [None]
+    every += [1.7, 2.0**-90, 2.0**-110, 2.0**112.5, 3.2e38, 0.99] if fmt.has_tensor_scale else []
+    for amax in every:
+        peak = None if amax is None else jnp.float32(amax)
+        expected = narrowed(decode(jnp.stack(codes), headers, fmt, amax=peak), dtype)
+        expected = jnp.where(jnp.abs(expected) < 2.0**-126, expected * 0, expected)
+        for machine in (None, Emulated):
+            got = jnp.stack(codec.decode_by_arithmetic([jnp.asarray(w) for w in words], headers[0], peak, machine))
+            assert_same_numbers(jnp.where(jnp.abs(got) < 2.0**-126, got * 0, got), expected)
 
 
 @pytest.mark.parametrize("b", [6.0, 2688.0, 1536.0, 7.0, 2688 * 16 / 17, 6 * 16 / 17, 1.0000001, 1.9999999])
