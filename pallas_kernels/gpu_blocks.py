@@ -89,24 +89,24 @@ def encode(
 @functools.partial(jax.jit, static_argnames=("codec", "interpret"))
 def tables(
     codec: Codec, maxima: jax.Array, *, interpret: Any = False
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Return each tensor's amax [L], and the scalars and tables of `encode`, as `tpu_blocks.tables` does."""
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Return each tensor's amax and factor [L], and the scalars and tables of `encode`, as `tpu_blocks.tables`."""
     count, size = maxima.shape
     rows = len(jax.eval_shape(codec.rows_of_table, jax.ShapeDtypeStruct((LANES,), jnp.float32))[1])
     rows = -(-(rows + 1) // 8) * 8
     whole = pl.BlockSpec(memory_space=pl.ANY)
-    amax, table = pl.pallas_call(
+    amax, factor, table = pl.pallas_call(
         functools.partial(_fill_table, size=size, codec=codec, machine=None if interpret else Instructions),
-        out_shape=[jax.ShapeDtypeStruct((length,), jnp.float32) for length in (count, count * rows * LANES)],
+        out_shape=[jax.ShapeDtypeStruct((n,), jnp.float32) for n in (count, count, count * rows * LANES)],
         grid=(count,),
         in_specs=[whole],
-        out_specs=[whole, whole],
+        out_specs=[whole] * 3,
         compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32, num_stages=1),
         interpret=interpret,
         name="fill_table",
     )(maxima.reshape(-1))
     table = table.reshape(count, rows, LANES)
-    return amax, (table[:, -1, : codec.scalars], table)
+    return (amax, factor), (table[:, -1, : codec.scalars], table)
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "axis", "length", "dtype", "interpret"))
@@ -269,8 +269,8 @@ class _Blocks:
         return is_inside if mask is None else [mask & each for each in is_inside]
 
 
-def _fill_table(maxima, amax, table, *, size, codec, machine):
-    """Write a tensor's amax, the largest of `size` maxima, and its table for `encode`."""
+def _fill_table(maxima, amax, factor, table, *, size, codec, machine):
+    """Write a tensor's amax, the largest of `size` maxima, its factor, and its table for `encode`."""
     matrix, lane = pl.program_id(0), lax.iota(jnp.int32, LANES)
     width = min(1024, pl.next_power_of_2(size))
     largest = jnp.zeros(width, jnp.float32)
@@ -280,7 +280,9 @@ def _fill_table(maxima, amax, table, *, size, codec, machine):
         largest = jnp.maximum(largest, _load(maxima.at[matrix * size + place], mask))
     peak = jnp.max(largest)
     amax[matrix] = peak
-    numbers, rows = codec.rows_of_table(jnp.full(LANES, peak), machine)
+    peaks = jnp.full(LANES, peak)
+    plgpu.store(factor.at[matrix + lane], codec.factor(peaks, machine), mask=lane == 0)
+    numbers, rows = codec.rows_of_table(peaks, machine)
     last = jnp.zeros(LANES, jnp.float32)
     for i, number in enumerate(numbers):
         last = jnp.where(lane == i, number, last)

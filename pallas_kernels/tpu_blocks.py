@@ -54,6 +54,10 @@ class Codec(Protocol):
         """Return the scalars and tables of `encode` for tensors with these maxima [count], computed by XLA."""
         ...
 
+    def factor(self, amax: jax.Array, machine: Any = None) -> jax.Array:
+        """Return the factor by which a tensor with this amax multiplies the values of its blocks."""
+        ...
+
     def rows_of_table(
         self, amax: jax.Array, machine: Any = None
     ) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -134,13 +138,15 @@ def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) 
     return None
 
 
-def tables(codec: Codec, maxima: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Return each tensor's amax [L], and the scalars and tables of `encode`, given maxima of parts [L, at most PARTS].
+def tables(
+    codec: Codec, maxima: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Return each tensor's amax and factor [L], and the scalars and tables of `encode`.
 
-    The number of parts divides that of rows.
+    `maxima` [L, at most PARTS] are those of parts of each tensor.
     """
     amax = maxima.max(1)
-    return amax, codec.encoder_tables(amax, len(amax))
+    return (amax, codec.factor(amax)), codec.encoder_tables(amax, len(amax))
 
 
 @functools.partial(

@@ -54,6 +54,7 @@ class Encoder:
         devices: a regular expression that is searched for in the device kind, in JAX's spelling or the usual one.
         load: returns the kernel module, which has `supports`, `encode` and `decode` as in `pallas_kernels.tpu_blocks`.
         measured: where times measured on hardware are stated, or None.
+        gives_multiples: whether training products take values from the encoder, where none needs packed bytes.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Encoder:
     devices: str
     load: Callable[[], Any]
     measured: str | None = None
+    gives_multiples: bool = False
 
 
 class Rotated(NamedTuple):
@@ -95,7 +97,7 @@ ENCODERS: Registry[Encoder] = Registry(
     "encoder", Encoder, "ifjax.arrays.ENCODERS",
     (
         Encoder("tpu_blocks", "tpu", r"\bv[56] ?(lite|e)\b", _tpu_blocks),
-        Encoder("gpu_blocks", "cuda", r"\bG?(H(100|200|800|20)|B[123]00)\b", _gpu_blocks),
+        Encoder("gpu_blocks", "cuda", r"\bG?(H(100|200|800|20)|B[123]00)\b", _gpu_blocks, gives_multiples=True),
     ),
 )  # fmt: skip
 
@@ -151,6 +153,12 @@ def explain_quantize(
 def encoder_for(device: str) -> Encoder | None:
     """Return the kernels for a device kind; None if there are none or the `kernels` setting turns them off."""
     return kernels_for(ENCODERS.values(), device)
+
+
+def gives_multiples() -> bool:
+    """Return whether this device's encoder gives training products their operands' values."""
+    encoder = encoder_for(device_kind())
+    return encoder is not None and encoder.gives_multiples
 
 
 def work_of(
@@ -228,12 +236,15 @@ def _as_matrices(shape, axis, amax_ndim) -> tuple[int, int, int]:
 def encode_by_kernel(
     x: jax.Array, key: jax.Array | None, amax: jax.Array | None, *, encoder: Encoder, how: Encoding, axis: int,
     amax_axes: tuple[int, ...], wants_codes: bool, wants_values: bool, rotation: Rotated | None = None,
-) -> tuple[list[jax.Array], jax.Array | None]:  # fmt: skip
-    """Encode x with a kernel, rotated first if so asked; return ([packed codes, scale bytes, values], amax).
+    in_multiples: bool = False, words: jax.Array | None = None,
+) -> tuple[list[jax.Array], jax.Array | None, jax.Array | None]:  # fmt: skip
+    """Encode x with a kernel, rotated first if so asked; return ([packed codes, scale bytes, values], amax, amax / K).
 
-    The list holds only the wanted arrays. Codes and scales have the shapes of a QTensor, values that of x.
+    The list holds only the wanted arrays. Codes and scales have the shapes of a QTensor, values that of x. With
+    `in_multiples` values are multiples of the tensor's factor amax / K. `words` int32 [2] are the key's `seeds`, if
+    they are known.
     """
-    kernel, codec = encoder.load(), PlaceCodec(how, np.dtype(x.dtype))
+    kernel, codec, factor = encoder.load(), PlaceCodec(how, np.dtype(x.dtype), in_multiples), None
     lead = max(amax_axes, default=-1) + 1
     shape = _as_matrices(x.shape, axis, _lead(x, how, lead))
     if how.fmt.has_tensor_scale:
@@ -243,20 +254,21 @@ def encode_by_kernel(
             maxima = amax.reshape(-1, 1)
         peaks, numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
         lengths = [x.shape[a] if a in amax_axes else 1 for a in range(lead)]
-        amax, numbers = peaks.reshape(lengths), tuple(_of_matrices(a, lengths, x.shape, shape[0]) for a in numbers)
+        amax, factor = (a.reshape(lengths) for a in peaks)
+        numbers = tuple(_of_matrices(a, lengths, x.shape, shape[0]) for a in numbers)
     else:
         numbers = codec.encoder_tables(None, 1)
     noise = None
     if how.rounding.noise is not None and key is not None:
         count, size = shape[0], np.uint32(math.prod(shape[1:]) % 2**32).view(np.int32)
         base = jnp.arange(count, dtype=jnp.int32) * size
-        noise = base, jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
+        noise = base, jnp.broadcast_to(jnp.stack(seeds(key)) if words is None else words, (count, 2))
     run = functools.partial(
         _encode_matrices, kernel=kernel, codec=codec, axis=-1 if axis == -1 else -2, wants_codes=wants_codes,
         wants_values=wants_values, rotation=rotation,
     )  # fmt: skip
     arrays = _by_matrix(run, numbers, x.reshape(shape), noise)
-    return [_unfolded(array, x.shape, axis) for array in arrays], amax
+    return [_unfolded(array, x.shape, axis) for array in arrays], amax, factor
 
 
 def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:

@@ -110,10 +110,12 @@ class PlaceCodec:
     Attributes:
         how: the encoding.
         dtype: float32 or bfloat16, to which returned values are rounded.
+        in_multiples: whether `encode` returns values as multiples of the tensor's factor amax / K.
     """
 
     how: Encoding
     dtype: np.dtype
+    in_multiples: bool = False
 
     @property
     def fmt(self) -> Format:
@@ -174,6 +176,11 @@ class PlaceCodec:
             values = grid_values(codes[:, at], c.decoding)
             table.append(scaled(values, scale, steps[:, at], units, fmt.tensor_constant(how.headroom)))
         return _with_scalars(table, [tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)])
+
+    def factor(self, amax: jax.Array, machine: Machine | None = None) -> jax.Array:
+        """Return the tensor's factor amax / K, for amax of any shape."""
+        constant = jnp.full_like(amax, self.fmt.tensor_constant(self.how.headroom))
+        return divide(amax, constant) if machine is None else machine.quotient(amax, constant)
 
     def rows_of_table(
         self, amax: jax.Array, machine: Machine | None = None
@@ -257,21 +264,24 @@ class PlaceCodec:
             rs = [None] * len(xs) if noise is None else noise[i]
             trial = _Trial(self, i, payload, inverse, tensor, xs, ys, rs, machine)
             words = trial.words() if wants_codes else []
-            values = trial.values(given=not chooses) if chooses or wants_values else []
+            wants_given = wants_values and not self.in_multiples
+            values = trial.values(given=not chooses) if chooses or wants_given else []
             lost = None
             if chooses:
                 terms = [loss.term(_error(x, v, unit)) for x, v in zip(numbers, values, strict=True)]
                 lost = tree(loss.over, terms)
                 if across is not None:  # reduce in both orders and combine, as the encoder does
                     lost = loss.over(across(loss.over, lost), tree(loss.over, [across(loss.over, t) for t in terms]))
-            kept = [trial.sign_mask(), *values] if wants_values else []
+            returned = trial.multiples() if wants_values and self.in_multiples else values
+            kept = [trial.sign_mask(), *returned] if wants_values else []
             trials.append((payload, lost, fmt.join(fmt.selector_of(c), payload), *words, *kept))
         (_, lost, header, *rest), *others = trials
         header, _, *rest = better((header, lost, *rest), others, fmt)
         words, values = rest, ()
         if wants_values:
             words, mask, values = rest[: -len(xs) - 1], rest[-len(xs) - 1], rest[-len(xs) :]
-            values = [self.given(v, tensor, machine) for v in values] if chooses else values
+            is_given = self.in_multiples or not chooses
+            values = values if is_given else [self.given(v, tensor, machine) for v in values]
             values = [_signed(v, x, mask) for v, x in zip(values, xs, strict=True)] if self._on_magnitudes else values
         return Block(words, jnp.where(is_poisoned, fmt.scale.nan, header), values)
 
@@ -474,6 +484,27 @@ class _Trial:
             values = [_signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]
         return values
 
+    def multiples(self) -> list[jax.Array]:
+        """Return the decoded values as multiples of the tensor's factor, rounded to the dtype."""
+        codec, fmt, c, grid = self.codec, self.codec.fmt, self.c, self.grid
+        scale, step = fmt.scale.decode(self.payload), np.float32(c.step)
+        if grid is None:
+            values = [grid_values(code, c.decoding) * scale for code in self.places]
+        elif isinstance(grid, Steps):
+            assert self.machine is not None
+            zero = scale * -grid.zero
+            values = [self.machine.fma(total, scale, zero) for total in self.places]
+        else:
+            levels = [(np.float32(c.grid.values[k]) + np.float32(c.offset)) * scale for k in _listed(c)]
+            values = [grid.value(place, levels) for place in self.places]
+        values = values if step == 1 else [value * step for value in values]
+        if not _is_exact(fmt, c, codec.dtype):
+            values = [codec._narrowed(value, self.machine) for value in values]
+        if self.is_signed_last:
+            mask = self.sign_mask()
+            values = [_signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]
+        return values
+
     def sign_mask(self) -> jax.Array:
         """Return the int32 that `_signed` adds to a magnitude's bits, so that the top bit tells if it may have a sign.
 
@@ -499,6 +530,14 @@ def _scaled(d, amax, step, constant: np.float32, machine: Machine | None):
     """Return d * amax * step / K, each operation rounded once (see `decode.scaled`)."""
     d = d * amax
     return over(d if not isinstance(step, jax.Array) and step == 1 else d * step, constant, machine)
+
+
+@functools.cache
+def _is_exact(fmt: Format, c: Candidate, dtype: np.dtype) -> bool:
+    """Return whether the dtype represents a candidate's values times every scale exactly."""
+    values = np.array(c.grid.values, np.float64) + c.offset
+    products = np.outer(values, np.array(cast(TableScale, fmt.scale).values)) * np.float64(c.step)
+    return bool(np.all(products.astype(dtype).astype(np.float64) == products))
 
 
 def _listed(c: Candidate) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """The GPU's encoder and decoder, interpreted, where `quantize` and the others find them: the bits of the codec."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +13,15 @@ from test_tpu_blocks import data
 
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder
-from ifjax.arrays.quantize import quantize_rotated
+from ifjax.arrays.qtensor import unscaled_values
+from ifjax.arrays.quantize import Multiples, operand_by_kernel, quantize_rotated
 from ifjax.codec import Encoding, decode
 from ifjax.codec.decode import narrowed
 from ifjax.codec.places import PlaceCodec, over
+from ifjax.codec.rounding import seeds
 from ifjax.numerics.xla import divide
+from ifjax.training import product
+from ifjax.training.recipes import RECIPES
 from pallas_kernels import gpu_blocks
 
 
@@ -208,5 +214,73 @@ def test_rotated_bits_are_those_of_the_transform_and_the_codec(monkeypatch, case
     assert rotations == [size]
     with ifjax.kernels("never"):
         expected = jax.jit(run)(x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_array_equal(a, b)
+
+
+@pytest.mark.by_default("values-nvfp4*")
+@pytest.mark.parametrize("case", ROTATED)
+@pytest.mark.parametrize("packs", [False, True], ids=["values", "packed"])
+def test_operands_of_products_have_the_bits_of_the_codec(monkeypatch, case, packs):
+    fmt, shape, axis, dtype, size, rounding = ROTATED[case]
+    monkeypatch.setattr(ENCODERS, "_records", {"mine": Encoder("mine", "cpu", "cpu", lambda: Interpreted)})
+    x = jnp.nan_to_num(jnp.asarray(data(shape)).astype(dtype), posinf=1, neginf=1)
+    key = None if rounding == "nearest" else jax.random.key(3)
+    words = None if key is None else jnp.stack(seeds(key))
+    how, place = Encoding.of(fmt, rounding=rounding), {"axis": axis, "size": size, "signs": "fixed", "key": key}
+
+    def run(x):
+        return operand_by_kernel(x, how, packs=packs, words=words, **place)
+
+    with ifjax.kernels("always"):
+        got = jax.jit(run)(x)
+    with ifjax.kernels("never"):
+        q = quantize_rotated(x, how, **place)
+    assert_same_numbers(unscaled_values(got.values, dtype) if packs else got.values, unscaled_values(q, dtype))
+    assert (got.factor is None) == (q.amax is None)
+    if q.amax is not None:
+        assert_array_equal(got.factor, divide(q.amax, q.fmt.tensor_constant(q.headroom)))
+
+
+WAYS = {
+    "jit": lambda f: f,
+    "scan": lambda f: lambda *args: lax.scan(lambda c, _: (c, f(*args)), 0, None, 1)[1][0],
+    "remat": jax.checkpoint,
+    "vmap": lambda f: f,
+}
+
+
+@pytest.mark.by_default("*jit*")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("recipe", ["nvfp4", "if4", "packed"])
+def test_training_products_of_the_encoders_values_change_no_bits(monkeypatch, recipe, way):
+    encoder = Encoder("mine", "cpu", "cpu", lambda: Interpreted, gives_multiples=True)
+    monkeypatch.setattr(ENCODERS, "_records", {"mine": encoder})
+    packs, recipe = recipe == "packed", RECIPES["nvfp4" if recipe == "packed" else recipe]
+    recipe = dataclasses.replace(recipe, residuals="packed") if packs else recipe
+    rng = np.random.default_rng(0)
+    lead = (2,) if way == "vmap" else ()
+    x = jnp.asarray(rng.standard_normal((*lead, 32, 48)), jnp.float32)
+    w, keys = jnp.asarray(rng.standard_normal((48, 32)), jnp.float32), jax.random.split(jax.random.key(0), lead or 1)
+    given = []
+
+    def watched(*args, **settings):
+        given.append(operand_by_kernel(*args, **settings))
+        return given[-1]
+
+    monkeypatch.setattr(product, "operand_by_kernel", watched)
+
+    def run(x, w, key):
+        multiply = lambda x, w: ifjax.quantized_dot_general(x, w, (((1,), (0,)), ((), ())), recipe, key)  # noqa: E731
+        y, back = jax.vjp(WAYS[way](multiply), x, w)
+        return y, back(y)
+
+    run = jax.vmap(run, (0, None, 0)) if way == "vmap" else run
+    args = x, w, keys if lead else keys[0]
+    with ifjax.kernels("always"):
+        got = jax.jit(lambda *args: run(*args))(*args)
+    assert len([each for each in given if isinstance(each, Multiples)]) >= 4
+    with ifjax.kernels("never"):
+        expected = jax.jit(lambda *args: run(*args))(*args)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert_array_equal(a, b)
