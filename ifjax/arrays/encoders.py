@@ -21,6 +21,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from ifjax.arrays.parts import Pieces, has_known_parts, partitioned
 from ifjax.codec import Encoding, Loss, Rounding, Search
+from ifjax.codec.blocks import largest_divisor
 from ifjax.codec.encode import amax_of
 from ifjax.codec.places import LANES, PlaceCodec, decoder_refusal, encoder_refusal
 from ifjax.codec.rounding import NEAREST, seeds, strides
@@ -57,6 +58,7 @@ class Encoder:
         devices: a regular expression that is searched for in the device kind, in JAX's spelling or the usual one.
         load: returns the kernel module, which has `supports`, `encode` and `decode` as in `pallas_kernels.tpu_blocks`.
         measured: where times measured on hardware are stated, or None.
+        gives_multiples: whether training products take values from the encoder, where none needs packed bytes.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Encoder:
     devices: str
     load: Callable[[], Any]
     measured: str | None = None
+    gives_multiples: bool = False
 
 
 class Rotated(NamedTuple):
@@ -98,7 +101,7 @@ ENCODERS: Registry[Encoder] = Registry(
     "encoder", Encoder, "ifjax.arrays.ENCODERS",
     (
         Encoder("tpu_blocks", "tpu", r"\bv[56] ?(lite|e)\b", _tpu_blocks),
-        Encoder("gpu_blocks", "cuda", r"\bG?(H(100|200|800|20)|B[123]00)\b", _gpu_blocks),
+        Encoder("gpu_blocks", "cuda", r"\bG?(H(100|200|800|20)|B[123]00)\b", _gpu_blocks, gives_multiples=True),
     ),
 )  # fmt: skip
 
@@ -154,6 +157,12 @@ def explain_quantize(
 def encoder_for(device: str) -> Encoder | None:
     """Return the kernels for a device kind; None if there are none or the `kernels` setting turns them off."""
     return kernels_for(ENCODERS.values(), device)
+
+
+def gives_multiples() -> bool:
+    """Return whether this device's encoder gives training products their operands' values."""
+    encoder = encoder_for(device_kind())
+    return encoder is not None and encoder.gives_multiples
 
 
 def work_of(
@@ -251,27 +260,44 @@ def _as_matrices(shape, axis, amax_ndim) -> tuple[int, int, int]:
 def encode_by_kernel(
     x: jax.Array, key: jax.Array | None, amax: jax.Array | None, *, encoder: Encoder, how: Encoding, axis: int,
     amax_axes: tuple[int, ...], wants_codes: bool, wants_values: bool, rotation: Rotated | None = None,
-) -> tuple[list[jax.Array], jax.Array | None]:  # fmt: skip
-    """Encode x with a kernel, rotated first if so asked; return ([packed codes, scale bytes, values], amax).
+    in_multiples: bool = False, words: jax.Array | None = None,
+) -> tuple[list[jax.Array], jax.Array | None, jax.Array | None]:  # fmt: skip
+    """Encode x with a kernel, rotated first if so asked; return ([packed codes, scale bytes, values], amax, amax / K).
 
-    The list holds only the wanted arrays. Codes and scales have the shapes of a QTensor, values that of x.
+    The list holds only the wanted arrays. Codes and scales have the shapes of a QTensor, values that of x. With
+    `in_multiples` values are multiples of the tensor's factor amax / K. `words` int32 [2] are the key's `seeds`, if
+    they are known.
     """
-    fmt = how.fmt
-    if fmt.has_tensor_scale and amax is None:
-        amax = _amax(x if rotation is None else rotation.of(x, axis), amax_axes, fmt)
-    shape = _as_matrices(x.shape, axis, _lead(x, axis, how.block_2d, 0 if amax is None else amax.ndim))
-    numbers = amax if fmt.has_tensor_scale else None
+    kernel, codec, factor = encoder.load(), PlaceCodec(how, np.dtype(x.dtype), in_multiples), None
+    lead = max(amax_axes, default=-1) + 1
+    shape = _as_matrices(x.shape, axis, _lead(x, axis, how.block_2d, lead))
+    if how.fmt.has_tensor_scale:
+        if amax is None:
+            magnitudes = _magnitudes(x if rotation is None else rotation.of(x, axis), how.fmt)
+            if may_be_partitioned():  # parts of tensors would be gathered
+                amax = amax_of(magnitudes, amax_axes)
+            else:
+                maxima = _maxima(magnitudes, amax_axes, kernel.PARTS)
+        if amax is not None:
+            maxima = _whole(amax).reshape(-1, 1)
+        peaks, numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
+        lengths = [x.shape[a] if a in amax_axes else 1 for a in range(lead)]
+        own, factor = (a.reshape(lengths) for a in peaks)
+        amax = own if amax is None else amax
+        numbers = tuple(_of_matrices(a, lengths, x.shape, shape[0]) for a in numbers)
+    else:
+        numbers = codec.encoder_tables(None, 1)
     noise = None
     if how.rounding.noise is not None and key is not None:
         count, size = shape[0], np.uint32(math.prod(shape[1:]) % 2**32).view(np.int32)
         base = jnp.arange(count, dtype=jnp.int32) * size
-        noise = base, jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
+        noise = base, jnp.broadcast_to(jnp.stack(seeds(key)) if words is None else words, (count, 2))
     run = functools.partial(
-        _encode_matrices, encoder=encoder, how=how, axis=-1 if axis == -1 else -2, wants_codes=wants_codes,
+        _encode_matrices, kernel=kernel, codec=codec, axis=-1 if axis == -1 else -2, wants_codes=wants_codes,
         wants_values=wants_values, rotation=rotation,
     )  # fmt: skip
-    arrays = _by_matrix(run, _of_matrices(numbers, x.shape, shape[0]), x.reshape(shape), noise)
-    return [_unfolded(array, x.shape, axis) for array in arrays], amax
+    arrays = _by_matrix(run, numbers, x.reshape(shape), noise)
+    return [_unfolded(array, x.shape, axis) for array in arrays], amax, factor
 
 
 def by_kernel_or_xla(encoder: Encoder, by_kernel: Callable[..., Any], by_xla: Callable[..., Any], *args: Any) -> Any:
@@ -294,7 +320,8 @@ def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:
         _decode_matrices, encoder=encoder, how=_how_to_decode(q), axis=-1 if q.axis == -1 else -2,
         length=q.shape[q.axis], dtype=dtype,
     )  # fmt: skip
-    (values,) = _by_matrix(run, _of_matrices(q.amax, q.shape, len(codes)), codes, headers)
+    amax = None if q.amax is None else _of_matrices(q.amax.reshape(-1), q.amax.shape, q.shape, len(codes))
+    (values,) = _by_matrix(run, amax, codes, headers)
     return values.reshape(q.shape)
 
 
@@ -302,19 +329,31 @@ def _how_to_decode(q):
     return Encoding(q.fmt, dataclasses.replace(NEAREST, headroom=q.headroom))
 
 
-def _amax(x, amax_axes, fmt):
-    """Return the largest finite magnitude of x, as the codec computes it, without splitting x into blocks."""
+def _magnitudes(x, fmt):
+    """Return the finite magnitudes of x, in float32; 0 for what an amax ignores."""
     x = x.astype(jnp.float32)
-    kept = ~jnp.isnan(x) if fmt.saturates else jnp.isfinite(x)
-    return amax_of(jnp.where(kept, jnp.abs(x), 0), amax_axes)
+    return jnp.where(~jnp.isnan(x) if fmt.saturates else jnp.isfinite(x), jnp.abs(x), 0)
 
 
-def _of_matrices(amax, shape, count):
-    """Return amax for each of `count` matrices: [count], or [1] if all share one; None if there is none."""
-    if amax is None or amax.size == 1:
-        return None if amax is None else amax.reshape(1)
-    amax = jnp.broadcast_to(amax, shape[: amax.ndim]).reshape(-1, 1)
-    return jnp.broadcast_to(amax, (len(amax), count // len(amax))).reshape(-1)
+def _maxima(magnitudes, amax_axes, parts):
+    """Return the largest magnitudes of up to `parts` parts of each tensor: [L, n]. Tensors are those of `amax_axes`."""
+    shape, lead = magnitudes.shape, len(amax_axes)
+    count, rows = math.prod(shape[:lead]), math.prod(shape[lead:-1])
+    if parts == 1 or amax_axes != tuple(range(lead)):
+        return amax_of(magnitudes, amax_axes).reshape(-1, 1)
+    return jnp.max(magnitudes.reshape(count, largest_divisor(rows, parts), -1), axis=-1)
+
+
+def _of_matrices(a, lengths, shape, count):
+    """Return the entries of a [L, ...] for each of `count` matrices: [count, ...], or [1, ...] if all share one.
+
+    The L tensors have the shape `lengths`, that of their amax, which broadcasts to leading axes of `shape`.
+    """
+    if len(a) == 1:
+        return a
+    rest = a.shape[1:]
+    a = jnp.broadcast_to(a.reshape(*lengths, *rest), (*shape[: len(lengths)], *rest)).reshape(-1, 1, *rest)
+    return jnp.broadcast_to(a, (len(a), count // len(a), *rest)).reshape(count, *rest)
 
 
 def _whole(amax):
@@ -328,16 +367,16 @@ def _unfolded(array, shape, axis):
     return array.reshape(*shape[:at], array.shape[-1 if axis == -1 else -2], *shape[at + 1 :])
 
 
-def _by_matrix(run, amax, *arrays):
-    """Call run(amax, *arrays), which returns a tuple of arrays [L, ...]. Under vmap the batch is folded into L.
+def _by_matrix(run, shared, *arrays):
+    """Call run(shared, *arrays), which returns a tree of arrays [L, ...]. Under vmap the batch is folded into L.
 
-    `arrays` are trees of arrays [L, ...], the first one a single array; amax is [L], [1] or None.
+    `arrays` are trees of arrays [L, ...], the first one a single array; `shared` is one of arrays [L, ...] or [1, ...].
     """
     call = jax.custom_batching.custom_vmap(run)
 
     @call.def_vmap
-    def batched(axis_size, in_batched, amax, *arrays):
-        amax_batched, *are_batched = in_batched
+    def batched(axis_size, in_batched, shared, *arrays):
+        shared_batched, *are_batched = in_batched
         count = arrays[0].shape[1 if are_batched[0] else 0]
 
         def folded(a, is_batched):
@@ -347,18 +386,21 @@ def _by_matrix(run, amax, *arrays):
                 a = jax.reshard(a, PartitionSpec(first, None, *rest))
             return a.reshape(-1, *a.shape[2:])
 
-        if amax is not None and (amax_batched or len(amax) > 1):
-            amax = amax if amax_batched else jnp.broadcast_to(amax, (axis_size, *amax.shape))
-            amax = jnp.broadcast_to(amax, (axis_size, count)).reshape(-1)
-        results = _by_matrix(run, amax, *jax.tree.map(folded, arrays, tuple(are_batched)))
-        return tuple(r.reshape(axis_size, count, *r.shape[1:]) for r in results), (True,) * len(results)
+        def folded_for_each(a, is_batched):
+            if not is_batched and len(a) == 1:
+                return a
+            a = a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
+            return jnp.broadcast_to(a, (axis_size, count, *a.shape[2:])).reshape(-1, *a.shape[2:])
 
-    return call(amax, *arrays)
+        shared = jax.tree.map(folded_for_each, shared, shared_batched)
+        results = _by_matrix(run, shared, *jax.tree.map(folded, arrays, tuple(are_batched)))
+        results = jax.tree.map(lambda r: r.reshape(axis_size, count, *r.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return call(shared, *arrays)
 
 
-def _encode_matrices(amax, x, noise, *, encoder, how, axis, wants_codes, wants_values, rotation):
-    codec, kernel = PlaceCodec(how, np.dtype(x.dtype)), encoder.load()
-    scalars, tables = codec.encoder_tables(_whole(amax), 1 if amax is None else len(amax))
+def _encode_matrices(numbers, x, noise, *, kernel, codec, axis, wants_codes, wants_values, rotation):
     if noise is not None:
         noise = kernel.Noise(noise[0], jnp.asarray(strides(x.shape)[1:], jnp.int32), noise[1])
     settings = {"codec": codec, "axis": axis, "wants_codes": wants_codes, "wants_values": wants_values}
@@ -366,21 +408,21 @@ def _encode_matrices(amax, x, noise, *, encoder, how, axis, wants_codes, wants_v
         settings["rotation"] = rotation
     run = functools.partial(kernel.encode, **settings)
     if not may_be_partitioned():
-        return tuple(run(x, scalars, tables, noise))
+        return tuple(run(x, *numbers, noise))
     # Tiles of a TPU hold eight runs that are rotated.
     length = codec.block if rotation is None else math.lcm(codec.block, 8 * rotation.size)
     pieces = Pieces(x.shape, axis, codec.block, length, codec.is_square)
-    args, ins = [x, scalars, tables], [pieces.matrix(codec.block), *map(pieces.shared, (scalars, tables))]
+    args, ins = [x, *numbers], [pieces.matrix(codec.block), *map(pieces.shared, numbers)]
     if noise is not None:  # indices of rows and columns tell a device where its part lies
         args += [*noise, *(jnp.arange(n, dtype=jnp.int32) for n in x.shape[1:])]
         ins += ["l", "whole2x", "l whole2x", *pieces.axes(codec.block)]
 
-    def encode(x, scalars, tables, *numbers):
-        if not numbers:
-            return run(x, scalars, tables, None)
-        base, strides, seeds, rows, columns = numbers
+    def encode(x, *args):
+        if noise is None:
+            return run(x, *args, None)
+        *numbers, base, strides, seeds, rows, columns = args
         base = base + rows[0] * strides[0] + columns[0] * strides[1]
-        return run(x, scalars, tables, kernel.Noise(base, strides, seeds))
+        return run(x, *numbers, kernel.Noise(base, strides, seeds))
 
     widths = [codec.block * codec.bits // 8, 1] * wants_codes + [codec.block] * wants_values
     return tuple(partitioned(encode, args, ins, [pieces.matrix(width) for width in widths], pieces.sizes))
@@ -388,18 +430,17 @@ def _encode_matrices(amax, x, noise, *, encoder, how, axis, wants_codes, wants_v
 
 def _decode_matrices(amax, codes, headers, *, encoder, how, axis, length, dtype):
     codec = PlaceCodec(how, dtype)
-    tables = codec.decoder_table(_whole(amax), 1 if amax is None else len(amax))
     run = functools.partial(encoder.load().decode, codec=codec, axis=axis, dtype=dtype)
     if not may_be_partitioned():
-        return (run(codes, headers, tables, length=length),)
+        return (run(codes, headers, amax, length=length),)
     shape = [*codes.shape]
     shape[axis] = length
     pieces = Pieces(tuple(shape), axis, codec.block, codec.block)
-    widths = [codec.block * codec.bits // 8, 1]
+    args = [codes, headers] if amax is None else [codes, headers, _whole(amax)]
+    ins = [*(pieces.matrix(width) for width in (codec.block * codec.bits // 8, 1)), *map(pieces.shared, args[2:])]
 
-    def decode(codes, headers, tables):
+    def decode(codes, headers, amax=None):
         held = codes.shape[axis] * 8 // codec.bits  # more than `length` only if the last block is not full
-        return [run(codes, headers, tables, length=min(length, held))]
+        return [run(codes, headers, amax, length=min(length, held))]
 
-    ins = [*(pieces.matrix(width) for width in widths), pieces.shared(tables)]
-    return tuple(partitioned(decode, (codes, headers, tables), ins, [pieces.matrix(codec.block)], pieces.sizes))
+    return tuple(partitioned(decode, args, ins, [pieces.matrix(codec.block)], pieces.sizes))

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ifjax.arrays.blocking import DTYPES, Blocking
 from ifjax.arrays.encoders import Rotated, by_kernel_or_xla, encode_by_kernel, encoder_for, refusal, work_of
-from ifjax.arrays.qtensor import QTensor
+from ifjax.arrays.qtensor import QTensor, unscaled_values
 from ifjax.codec import BlockLoss, Encoding, Loss, Rounding, Search, decode, encode
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, pick, split_blocks
 from ifjax.codec.decode import narrowed
@@ -26,7 +26,7 @@ from ifjax.numerics.devices import device_kind
 from ifjax.numerics.hadamard import SIZES, hadamard, signs_of
 from ifjax.numerics.packing import pack
 from ifjax.numerics.proofs import by_both, difference, fault_of, numbers_to_check
-from ifjax.numerics.xla import opaque
+from ifjax.numerics.xla import divide, opaque
 
 
 def quantize(
@@ -152,13 +152,59 @@ def fake_quantize(
     return straight_through(x, y, passes)
 
 
+class Multiples(NamedTuple):
+    """What a product needs of a quantized operand, with what an encoder knows of it already.
+
+    Attributes:
+        values: the values without the tensor's factor, or a QTensor that has them.
+        factor: the tensor's factor, float32; None if it has none.
+    """
+
+    values: Any
+    factor: jax.Array | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the values."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+
+def operand_by_kernel(
+    x: jax.Array, how: Encoding, *, axis: int, packs: bool, key: jax.Array | None, words: jax.Array | None = None,
+    amax: Any = None, size: int | None = None, signs: Any = None,
+) -> Multiples | None:  # fmt: skip
+    """Return Multiples of quantize(x, ...), transformed first by hadamard(size=, signs=) if size is given.
+
+    None where no kernel gives them. With `packs` their values are a QTensor. `words` are the key's `seeds`, if known.
+    """
+    encoder, rotation = encoder_for(device_kind()), _rotation(size, signs)
+    if encoder is None or (size is not None and rotation is None):
+        return None
+    if refusal(encoder, x, how, axis, 0, is_weighed=False, is_clipped=False, rotation=rotation):
+        return None
+    x, place = checked(x, how, axis, amax, key=key)
+    return _multiples(x, key, words, place.pop("amax"), how=how, rotation=rotation, packs=packs, **place)
+
+
+def _rotation(size, signs):
+    """Return the transform that a kernel may do; None for another one, or for none."""
+    if size not in SIZES:
+        return None
+    signs = signs_of(signs, size)
+    return None if isinstance(signs, Tracer) else Rotated(size, tuple(int(sign) for sign in signs))
+
+
 def quantize_rotated(
     x: jax.Array, how: Encoding, *, axis: int, size: int, signs: Any, key: jax.Array | None, amax: Any = None
 ) -> QTensor:  # fmt: skip
     """Return quantize(hadamard(x, axis=axis, size=size, signs=signs), how, ...); a kernel may do both in one pass."""
-    signs, encoder = signs_of(signs, size), encoder_for(device_kind())
-    if encoder is not None and size in SIZES and not isinstance(signs, Tracer):
-        rotation = Rotated(size, tuple(int(sign) for sign in signs))
+    encoder, rotation = encoder_for(device_kind()), _rotation(size, signs)
+    if encoder is not None and rotation is not None:
         reason = refusal(encoder, x, how, axis, 0, is_weighed=False, is_clipped=False, rotation=rotation)
         if reason is None:
             x, place = checked(x, how, axis, amax, key=key)
@@ -319,25 +365,31 @@ def _encoded(x, key, amax, weights, *, how, axis, amax_axes):
 _STATIC = ("how", "axis", "amax_axes")
 
 
-def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, rotation=None, **place):
+def _encoder_of(x, how, axis, amax_axes, does, *, rotation=None, is_weighed=False, is_clipped=False):
+    """Return the kernels of this device that do it ("quantize", "fake_quantize", "multiply") for x, or None."""
+    encoder, amax_ndim = encoder_for(device_kind()), max(amax_axes, default=-1) + 1
+    is_refused = (
+        encoder is None
+        or refusal(encoder, x, how, axis, amax_ndim, is_weighed=is_weighed, is_clipped=is_clipped, rotation=rotation)
+        or _fault(encoder, how, x.dtype, max(axis, -2), does, rotation)
+    )
+    return None if is_refused else encoder
+
+
+def _by_plan(by_xla, data, *, does, is_clipped=False, rotation=None, **place):
     """Return by_xla(*data), computed by a kernel on devices that have one for this input.
 
     The result is (codes, scales, amax), or (values, mask of where gradients pass).
     """
-    x, _, _, weights = data
-    how, axis = place["how"], place["axis"]
-    encoder, amax_ndim = encoder_for(device_kind()), max(place["amax_axes"], default=-1) + 1
-    if (
-        encoder is None
-        or refusal(encoder, x, how, axis, amax_ndim, is_weighed=weights is not None, is_clipped=is_clipped,
-                   rotation=rotation)
-        or _fault(encoder, how, x.dtype, max(axis, -2), wants_codes, rotation)
-    ):
+    settings = {"rotation": rotation, "is_weighed": data[3] is not None, "is_clipped": is_clipped}
+    encoder = _encoder_of(data[0], **place, does=does, **settings)
+    if encoder is None:
         return opaque(by_xla, *data)
+    wants_codes = does == "quantize"
 
     def by_kernel(x, key, amax, weights):
         del weights
-        arrays, amax = encode_by_kernel(
+        arrays, amax, _ = encode_by_kernel(
             x, key, amax, encoder=encoder, wants_codes=wants_codes, wants_values=not wants_codes, rotation=rotation,
             **place,
         )  # fmt: skip
@@ -346,20 +398,21 @@ def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, rotation=None, **pl
     return opaque(functools.partial(by_kernel_or_xla, encoder, by_kernel, by_xla), *data)
 
 
-def _fault(encoder, how, dtype, axis, wants_codes, rotation):
+def _fault(encoder, how, dtype, axis, does, rotation):
     """Check the kernel on this machine's device; return what is wrong with it, or None."""
 
     def prove():
         def run():
             x, key = jnp.asarray(numbers_to_check((128, 512))).astype(dtype), jax.random.key(0)
-            data = x, key if how.rounding.draws else None, None, None
-            if wants_codes:
-                return _quantize(*data, how=how, axis=axis, amax_axes=(), rotation=rotation)
-            return _fake_quantize(*data, how=how, axis=axis, amax_axes=(), clipped=False)
+            data, place = (x, key if how.rounding.draws else None), {"how": how, "axis": axis, "amax_axes": ()}
+            if does == "quantize":
+                return _quantize(*data, None, None, rotation=rotation, **place)
+            if does == "multiply":
+                return _multiples(*data, None, None, rotation=rotation, packs=False, **place)
+            return _fake_quantize(*data, None, None, clipped=False, **place)
 
         return difference(*by_both(run))
 
-    does = "quantize" if wants_codes else "fake_quantize"
     return fault_of(work_of(encoder, does, how, dtype, axis, rotation), encoder, prove)
 
 
@@ -370,9 +423,32 @@ def _quantize(x, key, amax, weights, *, how, axis, amax_axes, rotation=None):
     def packed(x, *rest):
         return _packed(x if rotation is None else rotation.of(x, axis), *rest, **place)
 
-    codes, scales, amax = _by_plan(packed, (x, key, amax, weights), wants_codes=True, rotation=rotation, **place)
+    codes, scales, amax = _by_plan(packed, (x, key, amax, weights), does="quantize", rotation=rotation, **place)
     blocking = Blocking(how.fmt, axis, x.shape[axis], x.dtype, how.headroom, how.block_2d)
     return QTensor(codes, scales, amax, blocking)
+
+
+@jax.jit(static_argnames=(*_STATIC, "rotation", "packs"))
+def _multiples(x, key, words, amax, *, how, axis, amax_axes, rotation, packs):
+    place = {"how": how, "axis": axis, "amax_axes": amax_axes}
+    blocking = Blocking(how.fmt, axis, x.shape[axis], x.dtype, how.headroom, how.block_2d)
+
+    def by_xla(x, key, words, amax):
+        del words
+        q = QTensor(*_packed(x if rotation is None else rotation.of(x, axis), key, amax, None, **place), blocking)
+        factor = None if q.amax is None else divide(q.amax, how.fmt.tensor_constant(how.headroom))
+        return Multiples(q if packs else unscaled_values(q, x.dtype), factor)
+
+    def by_kernel(x, key, words, amax):
+        arrays, amax, factor = encode_by_kernel(
+            x, key, amax, encoder=encoder, wants_codes=packs, wants_values=not packs, rotation=rotation,
+            in_multiples=True, words=words, **place,
+        )  # fmt: skip
+        return Multiples(QTensor(*arrays, amax, blocking) if packs else arrays[0], factor)
+
+    encoder = _encoder_of(x, **place, does="multiply", rotation=rotation)
+    run = by_xla if encoder is None else functools.partial(by_kernel_or_xla, encoder, by_kernel, by_xla)
+    return opaque(run, x, key, words, amax)
 
 
 def _packed(x, key, amax, weights, *, how, axis, amax_axes):
@@ -389,7 +465,7 @@ def _packed(x, key, amax, weights, *, how, axis, amax_axes):
 def _fake_quantize(x, key, amax, weights, *, how, axis, amax_axes, clipped):
     place = {"how": how, "axis": axis, "amax_axes": amax_axes}
     rounded = functools.partial(_rounded, clipped=clipped, **place)
-    return _by_plan(rounded, (x, key, amax, weights), wants_codes=False, is_clipped=clipped, **place)
+    return _by_plan(rounded, (x, key, amax, weights), does="fake_quantize", is_clipped=clipped, **place)
 
 
 def _rounded(x, key, amax, weights, *, how, axis, amax_axes, clipped):

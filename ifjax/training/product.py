@@ -11,16 +11,21 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
-from ifjax.arrays import QTensor, quantize
-from ifjax.arrays.quantize import quantize_rotated
+from ifjax.arrays import Blocking, QTensor, packed_shapes, quantize
+from ifjax.arrays.encoders import gives_multiples
+from ifjax.arrays.qtensor import unscaled_values
+from ifjax.arrays.quantize import Multiples, operand_by_kernel, quantize_rotated
 from ifjax.codec.blocks import pad_axis
 from ifjax.codec.encode import amax_of
+from ifjax.codec.rounding import seeds
 from ifjax.numerics.byte_order import as_array
+from ifjax.numerics.devices import device_kind
 from ifjax.numerics.hadamard import hadamard, random_signs
 from ifjax.numerics.xla import by_platform
 from ifjax.products import dot_general
+from ifjax.products.backends import BACKENDS
 from ifjax.products.dot_general import accumulator, as_varying, explicit_sharding, multiples
-from ifjax.products.plan import DimensionNumbers
+from ifjax.products.plan import DimensionNumbers, Dims, plan
 from ifjax.training.recipes import Recipe, get_recipe
 
 # The name of results for `jax.checkpoint`: policies that look for products do not look into these.
@@ -176,9 +181,9 @@ def _product(x, w, key, amax, settings: Settings):
 
 def _forward(x, w, key, amax, settings):
     """Return y and the quantized operands whose product it is."""
-    of_x, of_w, _ = three(amax)
-    qx = operand_of(x, "fprop", "lhs", -1, key, settings, of_x)
-    qw = operand_of(w, "fprop", "rhs", -2, key, settings, of_w)
+    recipe, (of_x, of_w, _), words = settings.recipe, three(amax), _words(key, settings)
+    qx = operand_of(x, "fprop", "lhs", -1, key, settings, of_x, words, like=w, packs=recipe.wgrad.lhs.reuse)
+    qw = operand_of(w, "fprop", "rhs", -2, key, settings, of_w, words, like=x, packs=recipe.dgrad.rhs.reuse)
     return _multiply(qx, qw, -1, -2, settings.dtype, settings.out_dtype, settings.precision), (qx, qw)
 
 
@@ -217,13 +222,14 @@ def _product_bwd(settings, residuals, g):
     for_dgrad, for_wgrad, nothing, key, amax, maxima = residuals
     of_x, of_w, of_g = three(amax)
     g, _ = once(g, nothing)
-    left = operand_of(g, "dgrad", "lhs", -1, key, settings, of_g)
-    right = operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings, of_w)
+    words = _words(key, settings)
+    left = operand_of(g, "dgrad", "lhs", -1, key, settings, of_g, words, like=for_dgrad)
+    right = operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings, of_w, words, like=g)
     dx = _multiply(left, right, -1, -1, settings.dtype, settings.x_dtype, settings.precision)
-    left = operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings, of_x)
-    right = operand_of(g, "wgrad", "rhs", -2, key, settings, of_g)
+    left = operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings, of_x, words, like=g)
+    right = operand_of(g, "wgrad", "rhs", -2, key, settings, of_g, words, like=for_wgrad)
     like = None
-    if isinstance(left, QTensor) and not isinstance(for_wgrad, QTensor):
+    if isinstance(left, QTensor | Multiples) and not isinstance(for_wgrad, QTensor | Multiples):
         like = pad_axis(for_wgrad, left.shape[-2], -2)
     dw = _multiply(left, right, -2, -2, settings.dtype, settings.w_dtype, settings.precision, like)
     return dx, dw, None, None if maxima is None else jnp.stack([*maxima, largest(g)])
@@ -245,23 +251,29 @@ def _once_jvp(primals, tangents):
     )
 
 
-def operand_of(a, product_name, side, axis, key, settings, amax=None) -> Any:
+def operand_of(
+    a, product_name, side, axis, key, settings, amax=None, words=None, *, like=None, packs=False
+) -> Any:  # fmt: skip
     """Return a, quantized along the contraction axis for one side of the named product: a QTensor or an array.
 
-    `amax` replaces a's own; None or 0 means a's own.
+    `amax` replaces a's own; None or 0 means a's own. `words` are those of `_words`. With the other operand as `like`,
+    the result is Multiples where the device's encoder gives them and decoded values are multiplied; with `packs` those
+    of a QTensor.
     """
     product = getattr(settings.recipe, product_name)
     operand, size = getattr(product, side), product.hadamard
-    if isinstance(a, QTensor):
+    if isinstance(a, QTensor | Multiples):
         if not operand.reuse or not (operand.fmt or size):
             return a  # already quantized for this product, or reused unchanged
-        a = a.dequantize()
-    a = lax.stop_gradient(a)
+        a = (a if isinstance(a, QTensor) else a.values).dequantize()
+    a, at = lax.stop_gradient(a), ("fprop", "dgrad", "wgrad").index(product_name)
     if product.is_random:
         _check_key(key, settings.recipe)
-        key = jax.random.fold_in(key, ("fprop", "dgrad", "wgrad").index(product_name))
+        key = jax.random.fold_in(key, at)
         for_lhs, for_rhs, for_signs = jax.random.split(key, 3)
         key = for_lhs if side == "lhs" else for_rhs
+        words = None if words is None else words[at, 0 if side == "lhs" else 1]
+    rotated = {}
     if size:
         a = pad_axis(a, -(-a.shape[axis] // size) * size, axis)
         signs = random_signs(for_signs, size) if product.signs == "fresh" else product.signs
@@ -271,15 +283,62 @@ def operand_of(a, product_name, side, axis, key, settings, amax=None) -> Any:
             )
         if operand.how is None:
             return hadamard(a, axis=axis, size=size, signs=signs)
-        key = key if operand.is_random else None
-        return quantize_rotated(a, operand.how, axis=axis, size=size, signs=signs, key=key, amax=operand.amax)
+        rotated = {"size": size, "signs": signs}
     if operand.how is None:
         return a
-    if operand.amax is not None or not operand.how.fmt.has_tensor_scale:
+    if size or operand.amax is not None or not operand.how.fmt.has_tensor_scale:
         amax = operand.amax
     elif amax is not None:
         amax = lax.cond(amax > 0, lambda a, amax: amax, lambda a, amax: largest(a), a, amax)
-    return quantize(a, operand.how, axis=axis, key=key if operand.is_random else None, amax=amax)
+    how, place = operand.how, {"axis": axis, "key": key if operand.is_random else None, "amax": amax, **rotated}
+    if like is not None and gives_multiples() and _is_decoded(a, like, product_name, side, settings):
+        found = operand_by_kernel(a, how, packs=packs, words=words if operand.is_random else None, **place)
+        if found is not None:
+            return found
+    return quantize_rotated(a, how, **place) if size else quantize(a, how, **place)
+
+
+_CONTRACTED = {"fprop": (-1, -2), "dgrad": (-1, -1), "wgrad": (-2, -2)}
+
+
+def _is_decoded(a, other, product_name, side, settings):
+    """Return whether the device decodes both operands of a product before it multiplies them."""
+    product, dtype, axes = getattr(settings.recipe, product_name), settings.dtype, _CONTRACTED[product_name]
+    if a.dtype != dtype or dtype not in (np.float32, jnp.bfloat16):  # float16 represents other multiples exactly
+        return False
+    packed = []
+    for array, operand, axis in zip((a, other) if side == "lhs" else (other, a), product.operands, axes, strict=True):
+        array = array.values if isinstance(array, Multiples) else array
+        if not isinstance(array, QTensor):
+            if operand.how is None or not operand.how.rounding.packs:
+                return False
+            array = jax.eval_shape(functools.partial(_zeros, array.shape, operand.how, axis, dtype))
+        packed.append(array)
+    batch = tuple(range(a.ndim - 2))
+    dims = Dims((a.ndim + axes[0],), (a.ndim + axes[1],), batch, batch)
+    return plan(*packed, dims, dtype, device_kind()).path not in BACKENDS
+
+
+def _zeros(shape, how, axis, dtype):
+    codes, scales = (jnp.zeros(s, jnp.uint8) for s in packed_shapes(shape, how.fmt, axis))
+    blocking = Blocking(how.fmt, axis, shape[axis], dtype, how.headroom, how.block_2d)
+    return QTensor(codes, scales, jnp.float32(0) if how.fmt.has_tensor_scale else None, blocking)
+
+
+def _words(key, settings):
+    """Return the `seeds` of both operands of each product, int32 [3, 2, 2]; None if the key's bits cannot be batched.
+
+    Derived together, they take a GPU three launches instead of two for each operand and one more.
+    """
+    if key is None or not settings.recipe.needs_key or not gives_multiples():
+        return None
+    if "threefry" not in str(jax.random.key_impl(key)):
+        return None
+
+    def of_product(at):
+        return jax.vmap(lambda key: jnp.stack(seeds(key)))(jax.random.split(jax.random.fold_in(key, at), 3)[:2])
+
+    return jax.vmap(of_product)(jnp.arange(3))
 
 
 def _check_key(key, recipe):
@@ -302,14 +361,28 @@ def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
     numbers = ((a.ndim + a_axis,), (b.ndim + b_axis,)), batch
 
     def product(a, b, like, dtype=dtype):
-        a, b = a.astype(dtype), b.astype(dtype)
-        if like is None or jax.device_count() == 1:
-            return dot_general(a, b, numbers, precision, out_dtype)
-        values, factor = multiples(a, dtype)
-        values = jnp.where(like != like, jnp.nan, values)  # a no-op: both are NaN at the same places
-        return (dot_general(values, b, numbers, precision, accumulator(out_dtype)) * factor).astype(out_dtype)
+        is_shared = like is not None and jax.device_count() > 1
+        if not is_shared and not isinstance(a, Multiples) and not isinstance(b, Multiples):
+            return dot_general(a.astype(dtype), b.astype(dtype), numbers, precision, out_dtype)
+        values, factor = _in_multiples(a, dtype)
+        if is_shared:
+            values = jnp.where(like != like, jnp.nan, values)  # a no-op: both are NaN at the same places
+        if not isinstance(b, Multiples):
+            y = dot_general(values, b.astype(dtype), numbers, precision, accumulator(out_dtype))
+        else:
+            others, of_b = _in_multiples(b, dtype)
+            y = lax.dot_general(values, others, numbers, precision, accumulator(dtype)) * of_b
+        return (y * factor).astype(out_dtype)
 
-    if dtype.itemsize != 2 or not (isinstance(a, QTensor) or isinstance(b, QTensor)):
+    if dtype.itemsize != 2 or not any(isinstance(each, QTensor | Multiples) for each in (a, b)):
         return product(a, b, like)
     # XLA:CPU does not multiply 16-bit matrices faster than float32 ones, and float32 avoids a second rounding.
     return by_platform(a, b, like, cpu=functools.partial(product, dtype=np.dtype(np.float32)), default=product)
+
+
+def _in_multiples(a, dtype):
+    """Return the values of a QTensor or Multiples without the tensor's factor, as `dtype`, and the factor."""
+    if isinstance(a, QTensor):
+        return multiples(a.astype(dtype), dtype)
+    values = unscaled_values(a.values, dtype) if isinstance(a.values, QTensor) else a.values.astype(dtype)
+    return values, np.float32(1) if a.factor is None else a.factor
