@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.tpu_blocks import LANES, Codec, Noise, Rotation, rotated, rounded
+from pallas_kernels.tpu_blocks import LANES, Codec, Noise, Rotation, rotated
 
 __all__ = ["Noise", "decode", "encode", "supports"]
 
@@ -29,8 +29,8 @@ THREADS = 128
 
 def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) -> str | None:
     """Return the reason why `encode` cannot take an array or shape x [L, R, C]; None if it can."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"values must be float32 or bfloat16, got {x.dtype}"
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"values must be float32, bfloat16 or float16, got {x.dtype}"
     if axis not in (-1, -2):
         return f"blocks must lie along one of the last two axes, got {axis}"
     if codec.bits > 4:
@@ -160,6 +160,11 @@ class Instructions:
         """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits."""
         return _asm(f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", a, b)
 
+    @staticmethod
+    def rounded(a: jax.Array, dtype: Any) -> jax.Array:
+        """Return float32 numbers rounded to a float type of 16 bits, ties to even."""
+        return a.astype(dtype).astype(jnp.float32)  # XLA would simplify it to a
+
 
 def _asm(text, constraints, *args):
     args = jnp.broadcast_arrays(*args)
@@ -241,7 +246,7 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
     else:
         xs = [_load(x.at[i], each).astype(jnp.float32) for i, each in zip(ats, masks, strict=True)]
     if rotation is not None:
-        xs = [rounded(y, dtype) for y in _rotated(xs, rotation)]
+        xs = [codec.rounded(y, machine) for y in _rotated(xs, rotation)]
     end = tables.shape[0] // at.matrices * (matrix + 1) if own else tables.shape[0]
     known = [tables[end - LANES + i] for i in range(codec.scalars)]
     noise = None
@@ -320,6 +325,9 @@ def _store_words(ref, first, words, mask):
 
 def _floats(words, dtype, machine):
     """Return the float32 values of words that hold numbers of this type, the first in the lowest bits."""
+    if dtype == jnp.float16:
+        halves = [half.astype(jnp.int16) for word in words for half in (word, lax.shift_right_logical(word, 16))]
+        return [lax.bitcast_convert_type(half, dtype).astype(jnp.float32) for half in halves]
     if dtype != jnp.float32 and machine is None:
         words = [half for word in words for half in (word << 16, word & -(2**16))]
     elif dtype != jnp.float32:
@@ -334,8 +342,12 @@ def _store_values(ref, at, where, values, ats, masks, dtype):
         for i, mask, value in zip(ats, masks, values, strict=True):
             plgpu.store(ref.at[i], value.astype(dtype), mask=mask)
         return
-    words = [lax.bitcast_convert_type(value, jnp.int32) for value in values]
-    if dtype != jnp.float32:
+    if dtype == jnp.float16:
+        halves = [lax.bitcast_convert_type(value.astype(dtype), jnp.uint16).astype(jnp.int32) for value in values]
+        words = [a | b << 16 for a, b in zip(halves[::2], halves[1::2], strict=True)]
+    else:
+        words = [lax.bitcast_convert_type(value, jnp.int32) for value in values]
+    if dtype == jnp.bfloat16:
         words = [lax.shift_right_logical(a, 16) | b for a, b in zip(words[::2], words[1::2], strict=True)]
     matrix, block, across = where
     _store_words(ref, at.index(matrix, block * len(words), across, at.count * len(words)), words, masks[0])

@@ -36,6 +36,10 @@ class Machine(Protocol):
         """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits."""
         ...
 
+    def rounded(self, a: jax.Array, dtype: np.dtype) -> jax.Array:
+        """Return float32 numbers rounded to a float type of 16 bits, ties to even."""
+        ...
+
 
 class PlaceGrid(Protocol):
     """Interface for rounding one number to a grid. A `place` is the grid's own representation of a rounded number."""

@@ -104,7 +104,7 @@ class PlaceCodec:
 
     Attributes:
         how: the encoding.
-        dtype: float32 or bfloat16, to which returned values are rounded.
+        dtype: float32, bfloat16 or float16, to which returned values are rounded.
     """
 
     how: Encoding
@@ -239,7 +239,7 @@ class PlaceCodec:
         words, values = rest, ()
         if wants_values:
             words, mask, values = rest[: -len(xs) - 1], rest[-len(xs) - 1], rest[-len(xs) :]
-            values = [self.given(v, tensor) for v in values] if chooses else values
+            values = [self.given(v, tensor, machine) for v in values] if chooses else values
             values = [_signed(v, x, mask) for v, x in zip(values, xs, strict=True)] if self._on_magnitudes else values
         return Block(words, jnp.where(is_poisoned, fmt.scale.nan, header), values)
 
@@ -256,15 +256,28 @@ class PlaceCodec:
             values.append(select([(words[at] & _bit(bit)) != 0 for at, bit in ats], levels))
         return values
 
-    def given(self, value: jax.Array, tensor: Tensor) -> jax.Array:
+    def given(self, value: jax.Array, tensor: Tensor, machine: Machine | None = None) -> jax.Array:
         """Convert a value from units of the loss to the tensor's units, saturated and rounded to the dtype."""
         value = value * tensor.back if self.fmt.has_tensor_scale else value
         end = np.float32(jnp.finfo(self.dtype).max)
-        value = lax.clamp(-end, value, end)  # as `narrowed`
+        return self.rounded(lax.clamp(-end, value, end), machine)  # as `narrowed`
+
+    def rounded(self, value: jax.Array, machine: Machine | None = None) -> jax.Array:
+        """Return float32 numbers rounded to the dtype, ties to even, with infinity beyond its range."""
         if self.dtype == np.float32:
             return value
+        if machine is not None:
+            return machine.rounded(value, self.dtype)
         bits = bits_of(value)
-        return as_float(bits + 0x7FFF + (lax.shift_right_logical(bits, np.int32(16)) & 1) & np.int32(-(2**16)))
+        if self.dtype == jnp.bfloat16:
+            return as_float(bits + 0x7FFF + (lax.shift_right_logical(bits, np.int32(16)) & 1) & np.int32(-(2**16)))
+        # The sum with 2^13 times the power of two below has 11 bits for the magnitude; below 2^-14 all steps are equal.
+        magnitude = magnitude_bits(bits)
+        binade = lax.clamp(np.int32(113 << 23), magnitude & np.int32(0x7F800000), np.int32(143 << 23))
+        large = as_float(binade + np.int32(13 << 23))
+        near = (as_float(magnitude) + large) - large
+        near = jnp.where(near > np.float32(jnp.finfo(self.dtype).max), np.float32(np.inf), near)
+        return as_float(bits_of(near) | bits & np.int32(-(2**31)))
 
     def first_row(self, i: int) -> int:
         """Return the first row of candidate i in the encoder's table."""
@@ -372,7 +385,7 @@ class _Trial:
     def values(self, given: bool) -> list[jax.Array]:
         """Return the decoded values, in units of the loss, or with `given` as they are returned to the caller."""
         codec, fmt, c, tensor, grid = self.codec, self.codec.fmt, self.c, self.tensor, self.grid
-        finish = functools.partial(codec.given, tensor=tensor) if given else lambda value: value
+        finish = functools.partial(codec.given, tensor=tensor, machine=self.machine) if given else lambda value: value
         if grid is None:
             return [finish(self._decoded(grid_values(code, c.decoding))) for code in self.places]
         if isinstance(grid, Steps):  # fewer instructions than to choose among levels
@@ -386,8 +399,10 @@ class _Trial:
             levels = [_look_up(tensor.lookup, row, self.payload, codec.pages) for row in rows]
         else:
             levels = [self._decoded(np.float32(c.grid.values[k]) + np.float32(c.offset)) for k in _listed(c)]
-        levels = [finish(level) for level in levels]
+        is_early = fmt.has_tensor_scale and codec.dtype != np.float16  # powers of two then keep values in range, exact
+        levels = [finish(level) for level in levels] if is_early else levels
         values = [grid.value(place, levels) for place in self.places]
+        values = values if is_early else [finish(value) for value in values]
         if self.is_signed_last:
             mask = self.sign_mask()
             values = [_signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]

@@ -94,6 +94,25 @@ def test_places_have_the_bits_of_the_codec(case):
         assert_same_numbers(got, q.dequantize())
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_values_saturate_at_the_end_of_the_type(dtype):
+    """The codes of the largest numbers mean a power of two beyond it."""
+    x, how = jnp.full((1, 1, 32), jnp.finfo(dtype).max, dtype), Encoding.of("mxfp4")
+    _, _, values, decoded = by_places(x, None, how=how, dtype=dtype)
+    for got in (values, decoded):
+        assert_array_equal(got, x.astype(jnp.float32))
+
+
+def test_float16_is_rounded_as_numpy_does():
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    ties = np.concatenate([halves, (halves[1:] + halves[:-1]) / 2, np.float32([65520, 1e38, np.inf, np.nan])])
+    x = np.concatenate([ties, *(np.nextafter(ties, np.float32(end)) for end in (0, np.inf))])
+    x = np.concatenate([x, -x])
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16).astype(np.float32)
+    assert_same_numbers(PlaceCodec(Encoding.of("nvfp4"), np.dtype("float16")).rounded(jnp.asarray(x)), expected)
+
+
 def test_what_kernels_cannot_encode_is_refused_with_the_reason():
     refused = {
         "searches": Encoding.of("if4", search="fast"),

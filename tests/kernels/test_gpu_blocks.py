@@ -59,6 +59,11 @@ class Emulated:
             found = found | byte << 8 * i
         return found
 
+    @staticmethod
+    def rounded(a, dtype):
+        like, run = jax.ShapeDtypeStruct(a.shape, a.dtype), lambda a: np.asarray(a).astype(dtype).astype(np.float32)
+        return jax.pure_callback(run, like, a, vmap_method="expand_dims")
+
 
 @pytest.mark.by_default("nearest-if4", "nearest-mxfp4", "stochastic_unbiased-nvfp4")
 @pytest.mark.parametrize("name", ["nvfp4", "if4", "nvint4", "mxfp4", "fouroversix"])
@@ -102,10 +107,13 @@ CASES = {
     "mxfp4, rows": ("mxfp4", (72, 136), -2, "float32", "nearest"),
     "nvfp4, squares": ("nvfp4", (2, 40, 72), -2, "bfloat16", "nearest"),
     "if4, squares": ("if4", (40, 72), -1, "float32", "nearest"),
+    "nvfp4, columns, halves": ("nvfp4", (40, 64), -1, "float16", "stochastic_unbiased"),
+    "if4, rows, halves": ("if4", (40, 72), -2, "float16", "nearest"),
+    "mxfp4, columns, halves": ("mxfp4", (24, 64), -1, "float16", "nearest"),
 }
 
 
-@pytest.mark.by_default("nvfp4, rows*")
+@pytest.mark.by_default("nvfp4, rows*", "nvfp4, columns, halves")
 @pytest.mark.parametrize("case", CASES)
 def test_bits_are_those_of_the_codec(monkeypatch, case):
     fmt, shape, axis, dtype, rounding = CASES[case]
@@ -132,6 +140,7 @@ ROTATED = {
     "nvfp4, columns": ("nvfp4", (40, 96), -1, "bfloat16", 16, "stochastic_unbiased"),
     "if4, rows": ("if4", (48, 40), -2, "bfloat16", 16, "nearest"),
     "mxfp4, columns": ("mxfp4", (24, 64), -1, "float32", 32, "nearest"),
+    "nvfp4, rows, halves": ("nvfp4", (48, 40), -2, "float16", 16, "nearest"),
 }
 
 
