@@ -33,8 +33,6 @@ def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) 
         return f"values must be float32, bfloat16 or float16, got {x.dtype}"
     if axis not in (-1, -2):
         return f"blocks must lie along one of the last two axes, got {axis}"
-    if codec.bits > 4:
-        return f"it takes codes of up to 4 bits, got {codec.bits}: Triton does not round to integers"
     if rotation is not None and (rotation.signs is None or codec.block % rotation.size or x.shape[axis] % codec.block):
         return f"it rotates within whole blocks of {codec.block} by known signs, got runs of {rotation.size}"
     at = _Blocks(x.shape, axis, codec)
@@ -101,7 +99,8 @@ def decode(
     shape = list(codes.shape)
     shape[axis] = length
     at = _Blocks(tuple(shape), axis, codec)
-    body = functools.partial(_decode_blocks, at=at, codec=codec, dtype=dtype, own=len(tables) > 1)
+    machine = None if interpret else Instructions
+    body = functools.partial(_decode_blocks, at=at, codec=codec, dtype=dtype, own=len(tables) > 1, machine=machine)
     shapes = [jax.ShapeDtypeStruct(tuple(shape), dtype)]
     (values,) = _run(body, "decode_blocks", at, [codes, headers], [tables], shapes, interpret)
     return values
@@ -276,7 +275,7 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
         _store_values(values, at, (matrix, block, across), some, ats, masks, dtype)
 
 
-def _decode_blocks(codes, headers, tables, out, *, at, codec, dtype, own):
+def _decode_blocks(codes, headers, tables, out, *, at, codec, dtype, own, machine):
     matrix, block, across, mask = at.here()
     nbytes = codec.block * codec.bits // 8
     if codes.dtype == jnp.int32:
@@ -290,7 +289,7 @@ def _decode_blocks(codes, headers, tables, out, *, at, codec, dtype, own):
     header = _load(headers.at[at.index(matrix, block, across, at.count)], mask).astype(jnp.int32)
     places = [block * codec.block + i for i in range(codec.block)]
     ats = [at.index(matrix, place, across, at.along) for place in places]
-    found = codec.decode(words, header, _lookup(tables, at, matrix, own))
+    found = codec.decode(words, header, _lookup(tables, at, matrix, own), machine=machine)
     _store_values(out, at, (matrix, block, across), found, ats, at.masks(places, mask), dtype)
 
 
@@ -300,7 +299,7 @@ def _load(ref, mask):
 
 def _load_words(ref, first, count, mask):
     """Return `count` adjacent words for each thread, from the index `first` on; up to four are one instruction."""
-    size = min(count, 4)
+    size = _at_once(count)
     words = []
     for start in range(0, count, size):
         index = first[:, None] + (start + lax.iota(jnp.int32, size))[None]
@@ -310,9 +309,14 @@ def _load_words(ref, first, count, mask):
     return words
 
 
+def _at_once(count):
+    """Return how many of `count` words one instruction moves: shapes are powers of two."""
+    return min(count & -count, 4)
+
+
 def _store_words(ref, first, words, mask):
     """Store adjacent words of each thread, from the index `first` on; up to four are one instruction."""
-    size = min(len(words), 4)
+    size = _at_once(len(words))
     for start in range(0, len(words), size):
         some = words[start : start + size]
         while len(some) > 1:
