@@ -188,8 +188,14 @@ def bundles(folder: Path, block: int) -> float | None:
     return None
 
 
-def instructions(folder: Path, architecture: str, block: int) -> dict:
-    """Return the instructions a value and the registers of kernels that encode or decode, from XLA's dump of PTX."""
+def values_of_a_thread(hlo: str) -> float:
+    """Return how many values a thread of a kernel that encodes or decodes SIDE x SIDE values has."""
+    kernel = re.search(r"grid_x = (\d+).*grid_y = (\d+).*name = \"(?:en|de)code_blocks\".*num_warps = (\d+)", hlo)
+    return SIDE**2 / (32 * math.prod(int(n) for n in kernel.groups())) if kernel else math.nan
+
+
+def instructions(folder: Path, architecture: str, values: float) -> dict:
+    """Return the registers of kernels that encode or decode, and the instructions for each of a thread's values."""
     found = {}
     for file in folder.glob("*.ptx"):
         if not re.search(r"\.entry (en|de)code_blocks\(", file.read_text()):
@@ -201,7 +207,7 @@ def instructions(folder: Path, architecture: str, block: int) -> dict:
         command = [tools / "nvdisasm", "-c", binary]
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", listing)
-        found["per_value"] = sum(name != "NOP" for name in names) / block
+        found["per_value"] = sum(name != "NOP" for name in names) / values
         found["registers"] = int(re.findall(r"Used (\d+) registers", said)[0])
         found["spilled"] = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     return found
@@ -232,7 +238,7 @@ def work(target: str, names: list[str], folder: Path) -> None:
         if cycles is not None:
             row["us"] = cycles / GHZ[target] / 1e3
         if target in GPUS and floor is not None:
-            row |= instructions(folder, f"sm_{GPUS[target]['major']}0a", block)
+            row |= instructions(folder, f"sm_{GPUS[target]['major']}0a", values_of_a_thread(program.as_text()))
         print(json.dumps(row), flush=True)
 
 

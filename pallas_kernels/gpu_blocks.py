@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -118,7 +119,7 @@ def _run(body, name, at, arrays, numbers, shapes, interpret):
     found = pl.pallas_call(
         body,
         out_shape=flat,
-        grid=(at.matrices, pl.cdiv(at.threads, THREADS)),
+        grid=(at.matrices, pl.cdiv(at.threads, at.width)),
         in_specs=[whole] * len(args),
         out_specs=[whole] * len(flat),
         compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32, num_stages=1),
@@ -189,7 +190,8 @@ class _Blocks:
         self.groups = -(-self.across // self.together)
         self.threads = self.groups * self.together * self.count
         self.has_full_blocks = self.along % codec.block == 0
-        self.has_idle_threads = self.threads % THREADS > 0 or self.across % self.together > 0
+        self.width = THREADS * (2 if axis == -2 and columns % 2 == 0 and self.together == 1 else 1)
+        self.has_idle_threads = self.threads % self.width > 0 or self.across % self.together > 0
 
     def in_words(self, a):
         """Whether each block has whole words of its own in an array [L, R, C], adjacent in memory."""
@@ -204,13 +206,13 @@ class _Blocks:
 
         The mask is None if all exist.
         """
-        thread = pl.program_id(1) * THREADS + lax.iota(jnp.int32, THREADS)
-        is_there, place = thread < self.threads, thread % self.together
-        group = thread // self.together
+        thread = pl.program_id(1) * self.width + lax.iota(jnp.int32, self.width)
+        is_there, place = thread < self.threads, lax.rem(thread, np.int32(self.together))
+        group = lax.div(thread, np.int32(self.together))
         if self.axis == -1:
-            block, group = group % self.count, group // self.count
+            block, group = lax.rem(group, np.int32(self.count)), lax.div(group, np.int32(self.count))
         else:
-            block, group = group // self.groups, group % self.groups
+            block, group = lax.div(group, np.int32(self.groups)), lax.rem(group, np.int32(self.groups))
         across = group * self.together + place
         mask = is_there & (across < self.across) if self.has_idle_threads else None
         return pl.program_id(0), block, across, mask
