@@ -81,7 +81,7 @@ def programs():
         return lambda x: ifjax.quantize(x, fmt, **settings)
 
     found = {}
-    for fmt in ("if4", "nvfp4", "mxfp4"):
+    for fmt in ("if4", "nvfp4", "mxfp4", "if6"):
         reads = 2 if ifjax.get_format(fmt).has_tensor_scale else 1
         for axis in (-1, -2):
             found[f"quantize {fmt}, axis {axis}"] = quantize(fmt, axis=axis), (x,), reads * array + packed(fmt)
@@ -91,8 +91,11 @@ def programs():
     found["fake_quantize if4, stochastic"] = (
         lambda x, key: ifjax.fake_quantize(x, "if4", rounding="stochastic_unbiased", key=key), (x, key), 3 * array,
     )  # fmt: skip
-    q = jax.eval_shape(quantize("if4"), x)
-    found["dequantize if4"] = lambda q: q.dequantize(), (q,), array + packed("if4")
+    halves = jax.ShapeDtypeStruct(x.shape, jnp.float16)
+    found["fake_quantize nvfp4, float16"] = functools.partial(ifjax.fake_quantize, fmt="nvfp4"), (halves,), 3 * array
+    for fmt in ("if4", "if6"):
+        q = jax.eval_shape(quantize(fmt), x)
+        found[f"dequantize {fmt}"] = lambda q: q.dequantize(), (q,), array + packed(fmt)
 
     def product(recipe):
         def run(x, w, g, key):

@@ -2,9 +2,9 @@
 
 The interface is that of `pallas_kernels.tpu_blocks`: the number format's arithmetic is passed as a `Codec`. Each thread
 processes a whole block, so that its scale is computed once and its values stay in registers. With blocks along rows
-(axis=-2) adjacent threads read adjacent columns. With blocks along columns (axis=-1) each thread reads the bytes of its
-own block, which lie in one sector, as words of 32 bits. The blocks of a square belong to adjacent threads. Only
-requested outputs are written to memory.
+(axis=-2) adjacent threads read adjacent columns, two each if their number is even. With blocks along columns (axis=-1)
+each thread reads the bytes of its own block, which lie in one sector, as words of 32 bits. The blocks of a square
+belong to adjacent threads. Only requested outputs are written to memory.
 
 This module has not run on a GPU. It is compiled for an H200 and run in the interpreter.
 """
@@ -37,7 +37,7 @@ def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) 
     if rotation is not None and (rotation.signs is None or codec.block % rotation.size or x.shape[axis] % codec.block):
         return f"it rotates within whole blocks of {codec.block} by known signs, got runs of {rotation.size}"
     at = _Blocks(x.shape, axis, codec)
-    if at.matrices * at.threads * codec.block >= 2**31:
+    if at.matrices * at.slots * codec.block >= 2**31:
         return "it counts elements in 31 bits"
     return None
 
@@ -114,12 +114,13 @@ def _run(body, name, at, arrays, numbers, shapes, interpret):
         jax.ShapeDtypeStruct((f.size * f.dtype.itemsize // 4,), jnp.int32) if at.in_words(s) else f
         for f, s in zip(flat, shapes, strict=True)
     ]
-    args = [_as_words(a) if at.in_words(a) else a.reshape(-1) for a in arrays] + [a.reshape(-1) for a in numbers]
+    args = [_as_words(a) if at.in_words(a) or at.in_pairs(a) else a.reshape(-1) for a in arrays]
+    args += [a.reshape(-1) for a in numbers]
     moved = sum(a.size * a.dtype.itemsize for a in [*args, *shapes])
     found = pl.pallas_call(
         body,
         out_shape=flat,
-        grid=(at.matrices, pl.cdiv(at.threads, at.width)),
+        grid=(at.matrices, pl.cdiv(at.slots, at.width)),
         in_specs=[whole] * len(args),
         out_specs=[whole] * len(flat),
         compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32, num_stages=1),
@@ -178,7 +179,8 @@ def _asm(text, constraints, *args):
 class _Blocks:
     """The assignment of a matrix's blocks to threads, such that adjacent threads access adjacent memory.
 
-    The blocks of a square are in `block` adjacent threads; a square at the edge has threads without a block.
+    A slot is a place for a block; a thread has one or two adjacent slots, and a program `width`. The blocks of a square
+    are in `block` adjacent slots; a square at the edge has slots without a block.
     """
 
     def __init__(self, shape, axis, codec):
@@ -188,33 +190,38 @@ class _Blocks:
         self.count = -(-self.along // codec.block)  # blocks along the axis
         self.together = codec.block if codec.is_square else 1
         self.groups = -(-self.across // self.together)
-        self.threads = self.groups * self.together * self.count
+        self.slots = self.groups * self.together * self.count
         self.has_full_blocks = self.along % codec.block == 0
         self.width = THREADS * (2 if axis == -2 and columns % 2 == 0 and self.together == 1 else 1)
-        self.has_idle_threads = self.threads % self.width > 0 or self.across % self.together > 0
+        self.has_idle_slots = self.slots % self.width > 0 or self.across % self.together > 0
 
     def in_words(self, a):
         """Whether each block has whole words of its own in an array [L, R, C], adjacent in memory."""
         return self.axis == -1 and self.has_full_blocks and a.shape[-1] * a.dtype.itemsize % (4 * self.count) == 0
+
+    def in_pairs(self, a):
+        """Whether words of an array [L, R, C] have the values of a thread's two columns."""
+        return self.width > THREADS and a.dtype.itemsize == 2
 
     def with_length(self, length):
         """Return the shape with another length along the blocked axis."""
         return (*self.shape[:-1], length) if self.axis == -1 else (self.shape[0], length, self.shape[2])
 
     def here(self):
-        """Return (matrix, block along the axis, row or column across, mask of those that exist) of the threads.
+        """Return (matrix, block along the axis, row or column across, mask of those that exist) of the slots.
 
         The mask is None if all exist.
         """
-        thread = pl.program_id(1) * self.width + lax.iota(jnp.int32, self.width)
-        is_there, place = thread < self.threads, lax.rem(thread, np.int32(self.together))
-        group = lax.div(thread, np.int32(self.together))
+        # Division that rounds down, as by `//`, hides from Triton which addresses are adjacent.
+        slot = pl.program_id(1) * self.width + lax.iota(jnp.int32, self.width)
+        is_there, place = slot < self.slots, lax.rem(slot, np.int32(self.together))
+        group = lax.div(slot, np.int32(self.together))
         if self.axis == -1:
             block, group = lax.rem(group, np.int32(self.count)), lax.div(group, np.int32(self.count))
         else:
             block, group = lax.div(group, np.int32(self.groups)), lax.rem(group, np.int32(self.groups))
         across = group * self.together + place
-        mask = is_there & (across < self.across) if self.has_idle_threads else None
+        mask = is_there & (across < self.across) if self.has_idle_slots else None
         return pl.program_id(0), block, across, mask
 
     def index(self, matrix, along, across, length):
@@ -240,7 +247,9 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
     matrix, block, across, mask = at.here()
     places = [block * codec.block + i for i in range(codec.block)]
     masks, ats = at.masks(places, mask), [at.index(matrix, place, across, at.along) for place in places]
-    if x.dtype == jnp.int32:
+    if x.dtype == jnp.int32 and at.axis == -2:
+        xs = [_load_pair(x, i, each, dtype, machine) for i, each in zip(ats, masks, strict=True)]
+    elif x.dtype == jnp.int32:
         count = codec.block * dtype.itemsize // 4
         words = _load_words(x, at.index(matrix, block * count, across, at.count * count), count, mask)
         xs = _floats(words, dtype, machine)
@@ -297,6 +306,13 @@ def _decode_blocks(codes, headers, tables, out, *, at, codec, dtype, own, machin
 
 def _load(ref, mask):
     return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
+
+
+def _load_pair(ref, index, mask, dtype, machine):
+    """Return the float32 values of two columns for each thread, whose indices are adjacent, from one word."""
+    first = lambda a: lax.split(a.reshape(-1, 2), [1, 1], axis=1)[0].reshape(-1)  # noqa: E731
+    word = _load(ref.at[lax.shift_right_logical(first(index), 1)], None if mask is None else first(mask))
+    return jnp.stack(_floats([word], dtype, machine), -1).reshape(-1)
 
 
 def _load_words(ref, first, count, mask):
