@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -214,12 +213,12 @@ class _Blocks:
         """
         # Division that rounds down, as by `//`, hides from Triton which addresses are adjacent.
         slot = pl.program_id(1) * self.width + lax.iota(jnp.int32, self.width)
-        is_there, place = slot < self.slots, lax.rem(slot, np.int32(self.together))
-        group = lax.div(slot, np.int32(self.together))
+        is_there, place = slot < self.slots, lax.rem(slot, self.together)
+        group = lax.div(slot, self.together)
         if self.axis == -1:
-            block, group = lax.rem(group, np.int32(self.count)), lax.div(group, np.int32(self.count))
+            block, group = lax.rem(group, self.count), lax.div(group, self.count)
         else:
-            block, group = lax.div(group, np.int32(self.groups)), lax.rem(group, np.int32(self.groups))
+            block, group = lax.div(group, self.groups), lax.rem(group, self.groups)
         across = group * self.together + place
         mask = is_there & (across < self.across) if self.has_idle_slots else None
         return pl.program_id(0), block, across, mask
