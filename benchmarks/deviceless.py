@@ -81,7 +81,7 @@ def programs():
         return lambda x: ifjax.quantize(x, fmt, **settings)
 
     found = {}
-    for fmt in ("if4", "nvfp4", "mxfp4"):
+    for fmt in ("if4", "nvfp4", "mxfp4", "if6"):
         reads = 2 if ifjax.get_format(fmt).has_tensor_scale else 1
         for axis in (-1, -2):
             found[f"quantize {fmt}, axis {axis}"] = quantize(fmt, axis=axis), (x,), reads * array + packed(fmt)
@@ -91,8 +91,11 @@ def programs():
     found["fake_quantize if4, stochastic"] = (
         lambda x, key: ifjax.fake_quantize(x, "if4", rounding="stochastic_unbiased", key=key), (x, key), 3 * array,
     )  # fmt: skip
-    q = jax.eval_shape(quantize("if4"), x)
-    found["dequantize if4"] = lambda q: q.dequantize(), (q,), array + packed("if4")
+    halves = jax.ShapeDtypeStruct(x.shape, jnp.float16)
+    found["fake_quantize nvfp4, float16"] = functools.partial(ifjax.fake_quantize, fmt="nvfp4"), (halves,), 3 * array
+    for fmt in ("if4", "if6"):
+        q = jax.eval_shape(quantize(fmt), x)
+        found[f"dequantize {fmt}"] = lambda q: q.dequantize(), (q,), array + packed(fmt)
 
     def product(recipe):
         def run(x, w, g, key):
@@ -188,8 +191,14 @@ def bundles(folder: Path, block: int) -> float | None:
     return None
 
 
-def instructions(folder: Path, architecture: str, block: int) -> dict:
-    """Return the instructions a value and the registers of kernels that encode or decode, from XLA's dump of PTX."""
+def values_of_a_thread(hlo: str) -> float:
+    """Return how many values a thread of a kernel that encodes or decodes SIDE x SIDE values has."""
+    kernel = re.search(r"grid_x = (\d+).*grid_y = (\d+).*name = \"(?:en|de)code_blocks\".*num_warps = (\d+)", hlo)
+    return SIDE**2 / (32 * math.prod(int(n) for n in kernel.groups())) if kernel else math.nan
+
+
+def instructions(folder: Path, architecture: str, values: float) -> dict:
+    """Return the registers of kernels that encode or decode, and the instructions for each of a thread's values."""
     found = {}
     for file in folder.glob("*.ptx"):
         if not re.search(r"\.entry (en|de)code_blocks\(", file.read_text()):
@@ -201,7 +210,7 @@ def instructions(folder: Path, architecture: str, block: int) -> dict:
         command = [tools / "nvdisasm", "-c", binary]
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", listing)
-        found["per_value"] = sum(name != "NOP" for name in names) / block
+        found["per_value"] = sum(name != "NOP" for name in names) / values
         found["registers"] = int(re.findall(r"Used (\d+) registers", said)[0])
         found["spilled"] = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     return found
@@ -232,7 +241,7 @@ def work(target: str, names: list[str], folder: Path) -> None:
         if cycles is not None:
             row["us"] = cycles / GHZ[target] / 1e3
         if target in GPUS and floor is not None:
-            row |= instructions(folder, f"sm_{GPUS[target]['major']}0a", block)
+            row |= instructions(folder, f"sm_{GPUS[target]['major']}0a", values_of_a_thread(program.as_text()))
         print(json.dumps(row), flush=True)
 
 

@@ -2,9 +2,9 @@
 
 The interface is that of `pallas_kernels.tpu_blocks`: the number format's arithmetic is passed as a `Codec`. Each thread
 processes a whole block, so that its scale is computed once and its values stay in registers. With blocks along rows
-(axis=-2) adjacent threads read adjacent columns. With blocks along columns (axis=-1) each thread reads the bytes of its
-own block, which lie in one sector, as words of 32 bits. The blocks of a square belong to adjacent threads. Only
-requested outputs are written to memory.
+(axis=-2) adjacent threads read adjacent columns, two each if their number is even. With blocks along columns (axis=-1)
+each thread reads the bytes of its own block, which lie in one sector, as words of 32 bits. The blocks of a square
+belong to adjacent threads. Only requested outputs are written to memory.
 
 This module has not run on a GPU. It is compiled for an H200 and run in the interpreter.
 """
@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.tpu_blocks import LANES, Codec, Noise, Rotation, rotated, rounded
+from pallas_kernels.tpu_blocks import LANES, Codec, Noise, Rotation, rotated
 
 __all__ = ["Noise", "decode", "encode", "supports", "tables"]
 
@@ -30,16 +30,14 @@ PARTS = 4096  # maxima of parts of a tensor that `tables` takes
 
 def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) -> str | None:
     """Return the reason why `encode` cannot take an array or shape x [L, R, C]; None if it can."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"values must be float32 or bfloat16, got {x.dtype}"
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"values must be float32, bfloat16 or float16, got {x.dtype}"
     if axis not in (-1, -2):
         return f"blocks must lie along one of the last two axes, got {axis}"
-    if codec.bits > 4:
-        return f"it takes codes of up to 4 bits, got {codec.bits}: Triton does not round to integers"
     if rotation is not None and (rotation.signs is None or codec.block % rotation.size or x.shape[axis] % codec.block):
         return f"it rotates within whole blocks of {codec.block} by known signs, got runs of {rotation.size}"
     at = _Blocks(x.shape, axis, codec)
-    if at.matrices * at.threads * codec.block >= 2**31:
+    if at.matrices * at.slots * codec.block >= 2**31:
         return "it counts elements in 31 bits"
     return None
 
@@ -141,12 +139,13 @@ def _run(body, name, at, arrays, numbers, shapes, interpret):
         jax.ShapeDtypeStruct((f.size * f.dtype.itemsize // 4,), jnp.int32) if at.in_words(s) else f
         for f, s in zip(flat, shapes, strict=True)
     ]
-    args = [_as_words(a) if at.in_words(a) else a.reshape(-1) for a in arrays] + [a.reshape(-1) for a in numbers]
+    args = [_as_words(a) if at.in_words(a) or at.in_pairs(a) else a.reshape(-1) for a in arrays]
+    args += [a.reshape(-1) for a in numbers]
     moved = sum(a.size * a.dtype.itemsize for a in [*args, *shapes])
     found = pl.pallas_call(
         body,
         out_shape=flat,
-        grid=(at.matrices, pl.cdiv(at.threads, THREADS)),
+        grid=(at.matrices, pl.cdiv(at.slots, at.width)),
         in_specs=[whole] * len(args),
         out_specs=[whole] * len(flat),
         compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32, num_stages=1),
@@ -203,6 +202,13 @@ class Instructions:
             return _asm(f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", a, b)
         return _asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", a, b, selector)
 
+    @staticmethod
+    def rounded(a: jax.Array, dtype: Any) -> jax.Array:
+        """Return float32 numbers rounded to a float type of 16 bits, ties to even."""
+        if dtype == jnp.bfloat16:
+            return lax.bitcast_convert_type(Instructions.bfloat16(a, jnp.zeros_like(a)), jnp.float32)
+        return a.astype(dtype).astype(jnp.float32)  # XLA would simplify it to a
+
 
 def _asm(text, constraints, *args, dtype=None):
     args = jnp.broadcast_arrays(*args)
@@ -216,7 +222,8 @@ def _asm(text, constraints, *args, dtype=None):
 class _Blocks:
     """The assignment of a matrix's blocks to threads, such that adjacent threads access adjacent memory.
 
-    The blocks of a square are in `block` adjacent threads; a square at the edge has threads without a block.
+    A slot is a place for a block; a thread has one or two adjacent slots, and a program `width`. The blocks of a square
+    are in `block` adjacent slots; a square at the edge has slots without a block.
     """
 
     def __init__(self, shape, axis, codec):
@@ -226,32 +233,38 @@ class _Blocks:
         self.count = -(-self.along // codec.block)  # blocks along the axis
         self.together = codec.block if codec.is_square else 1
         self.groups = -(-self.across // self.together)
-        self.threads = self.groups * self.together * self.count
+        self.slots = self.groups * self.together * self.count
         self.has_full_blocks = self.along % codec.block == 0
-        self.has_idle_threads = self.threads % THREADS > 0 or self.across % self.together > 0
+        self.width = THREADS * (2 if axis == -2 and columns % 2 == 0 and self.together == 1 else 1)
+        self.has_idle_slots = self.slots % self.width > 0 or self.across % self.together > 0
 
     def in_words(self, a):
         """Whether each block has whole words of its own in an array [L, R, C], adjacent in memory."""
         return self.axis == -1 and self.has_full_blocks and a.shape[-1] * a.dtype.itemsize % (4 * self.count) == 0
+
+    def in_pairs(self, a):
+        """Whether words of an array [L, R, C] have the values of a thread's two columns."""
+        return self.width > THREADS and a.dtype.itemsize == 2
 
     def with_length(self, length):
         """Return the shape with another length along the blocked axis."""
         return (*self.shape[:-1], length) if self.axis == -1 else (self.shape[0], length, self.shape[2])
 
     def here(self):
-        """Return (matrix, block along the axis, row or column across, mask of those that exist) of the threads.
+        """Return (matrix, block along the axis, row or column across, mask of those that exist) of the slots.
 
         The mask is None if all exist.
         """
-        thread = pl.program_id(1) * THREADS + lax.iota(jnp.int32, THREADS)
-        is_there, place = thread < self.threads, thread % self.together
-        group = thread // self.together
+        # Division that rounds down, as by `//`, hides from Triton which addresses are adjacent.
+        slot = pl.program_id(1) * self.width + lax.iota(jnp.int32, self.width)
+        is_there, place = slot < self.slots, lax.rem(slot, self.together)
+        group = lax.div(slot, self.together)
         if self.axis == -1:
-            block, group = group % self.count, group // self.count
+            block, group = lax.rem(group, self.count), lax.div(group, self.count)
         else:
-            block, group = group // self.groups, group % self.groups
+            block, group = lax.div(group, self.groups), lax.rem(group, self.groups)
         across = group * self.together + place
-        mask = is_there & (across < self.across) if self.has_idle_threads else None
+        mask = is_there & (across < self.across) if self.has_idle_slots else None
         return pl.program_id(0), block, across, mask
 
     def index(self, matrix, along, across, length):
@@ -300,14 +313,16 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
     matrix, block, across, mask = at.here()
     places = [block * codec.block + i for i in range(codec.block)]
     masks, ats = at.masks(places, mask), [at.index(matrix, place, across, at.along) for place in places]
-    if x.dtype == jnp.int32:
+    if x.dtype == jnp.int32 and at.axis == -2:
+        xs = [_load_pair(x, i, each, dtype, machine) for i, each in zip(ats, masks, strict=True)]
+    elif x.dtype == jnp.int32:
         count = codec.block * dtype.itemsize // 4
         words = _load_words(x, at.index(matrix, block * count, across, at.count * count), count, mask)
         xs = _floats(words, dtype, machine)
     else:
         xs = [_load(x.at[i], each).astype(jnp.float32) for i, each in zip(ats, masks, strict=True)]
     if rotation is not None:
-        xs = [rounded(y, dtype) for y in _rotated(xs, rotation)]
+        xs = [codec.rounded(y, machine) for y in _rotated(xs, rotation)]
     end = tables.shape[0] // at.matrices * (matrix + 1) if own else tables.shape[0]
     known = [tables[end - LANES + i] for i in range(codec.scalars)]
     noise = None
@@ -361,9 +376,16 @@ def _load(ref, mask):
     return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
 
 
+def _load_pair(ref, index, mask, dtype, machine):
+    """Return the float32 values of two columns for each thread, whose indices are adjacent, from one word."""
+    first = lambda a: lax.split(a.reshape(-1, 2), [1, 1], axis=1)[0].reshape(-1)  # noqa: E731
+    word = _load(ref.at[lax.shift_right_logical(first(index), 1)], None if mask is None else first(mask))
+    return jnp.stack(_floats([word], dtype, machine), -1).reshape(-1)
+
+
 def _load_words(ref, first, count, mask):
     """Return `count` adjacent words for each thread, from the index `first` on; up to four are one instruction."""
-    size = min(count, 4)
+    size = _at_once(count)
     words = []
     for start in range(0, count, size):
         index = first[:, None] + (start + lax.iota(jnp.int32, size))[None]
@@ -373,9 +395,14 @@ def _load_words(ref, first, count, mask):
     return words
 
 
+def _at_once(count):
+    """Return how many of `count` words one instruction moves: shapes are powers of two."""
+    return min(count & -count, 4)
+
+
 def _store_words(ref, first, words, mask):
     """Store adjacent words of each thread, from the index `first` on; up to four are one instruction."""
-    size = min(len(words), 4)
+    size = _at_once(len(words))
     for start in range(0, len(words), size):
         some = words[start : start + size]
         while len(some) > 1:
@@ -388,6 +415,9 @@ def _store_words(ref, first, words, mask):
 
 def _floats(words, dtype, machine):
     """Return the float32 values of words that hold numbers of this type, the first in the lowest bits."""
+    if dtype == jnp.float16:
+        halves = [half.astype(jnp.int16) for word in words for half in (word, lax.shift_right_logical(word, 16))]
+        return [lax.bitcast_convert_type(half, dtype).astype(jnp.float32) for half in halves]
     if dtype != jnp.float32 and machine is None:
         words = [half for word in words for half in (word << 16, word & -(2**16))]
     elif dtype != jnp.float32:
@@ -402,8 +432,12 @@ def _store_values(ref, at, where, values, ats, masks, dtype):
         for i, mask, value in zip(ats, masks, values, strict=True):
             plgpu.store(ref.at[i], value.astype(dtype), mask=mask)
         return
-    words = [lax.bitcast_convert_type(value, jnp.int32) for value in values]
-    if dtype != jnp.float32:
+    if dtype == jnp.float16:
+        halves = [lax.bitcast_convert_type(value.astype(dtype), jnp.uint16).astype(jnp.int32) for value in values]
+        words = [a | b << 16 for a, b in zip(halves[::2], halves[1::2], strict=True)]
+    else:
+        words = [lax.bitcast_convert_type(value, jnp.int32) for value in values]
+    if dtype == jnp.bfloat16:
         words = [lax.shift_right_logical(a, 16) | b for a, b in zip(words[::2], words[1::2], strict=True)]
     matrix, block, across = where
     _store_words(ref, at.index(matrix, block * len(words), across, at.count * len(words)), words, masks[0])

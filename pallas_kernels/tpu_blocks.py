@@ -79,7 +79,9 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, words: Sequence[jax.Array], header: jax.Array, lookup: Lookup) -> Sequence[jax.Array]:
+    def decode(
+        self, words: Sequence[jax.Array], header: jax.Array, lookup: Lookup, *, machine: Any = None
+    ) -> Sequence[jax.Array]:  # fmt: skip
         """Return the float32 values of a block, rounded to the dtype of the result."""
         ...
 

@@ -232,8 +232,8 @@ def _refusal_of_sharding(encoder, x, axis, amax_ndim):
 
 
 def _refusal_of_kernel(encoder, shape, dtype, how, axis, amax_ndim, rotation=None):
-    if dtype not in (np.float32, jnp.bfloat16):
-        return f"values must be float32 or bfloat16, got {dtype}"
+    if dtype not in (np.float32, jnp.bfloat16, np.float16):
+        return f"values must be float32, bfloat16 or float16, got {dtype}"
     matrices = jax.ShapeDtypeStruct(_as_matrices(shape, axis, amax_ndim), dtype)
     turn = {} if rotation is None else {"rotation": rotation}
     return encoder.load().supports(PlaceCodec(how, np.dtype(dtype)), matrices, -1 if axis == -1 else -2, **turn)

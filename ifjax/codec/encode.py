@@ -379,12 +379,12 @@ def codes_of(x, noise, inverse, power, candidates, fmt):
     """Return a list of the int32 codes of x for each candidate."""
     y = x * power * inverse
     if any(c.grid.zero == "negative" for c in candidates):
-        y = _keep_negative(y, x, power * inverse)
+        y = keep_negative(y, x, power * inverse)
     y = jnp.where(inverse == 0, 0, y)
     return [c.grid.encode(_to_grid(y, c, fmt), noise) for c in candidates]
 
 
-def _keep_negative(y, x, factor):
+def keep_negative(y, x, factor):
     """Return y = x * factor, with negative products that the platform flushed to zero replaced by a tiny negative one.
 
     IEEE arithmetic rounds a product to -0 only from -2^-150 on, and all numbers between that and 0 have the same code.

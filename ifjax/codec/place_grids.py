@@ -48,13 +48,22 @@ class Machine(Protocol):
         """
         ...
 
+    def rounded(self, a: jax.Array, dtype: np.dtype) -> jax.Array:
+        """Return float32 numbers rounded to a float type of 16 bits, ties to even."""
+        ...
+
 
 class PlaceGrid(Protocol):
     """Interface for rounding one number to a grid. A `place` is the grid's own representation of a rounded number."""
 
     @property
     def listed(self) -> tuple[int, ...]:
-        """Codes whose values are the levels."""
+        """Codes whose values are the levels; () if the grid has a `number` instead of a `value`."""
+        ...
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether to a `Machine` the `number` of a place is cheaper than a choice among the levels."""
         ...
 
     @property
@@ -83,20 +92,26 @@ class PlaceGrid(Protocol):
         """Return the value of a place, given the levels."""
         ...
 
+    def number(self, place: Any, machine: "Machine | None" = None) -> jax.Array:
+        """Return the place as a float32 number of the grid."""
+        ...
+
 
 def place_grid(c: Candidate) -> PlaceGrid | None:
     """Return the PlaceGrid for a candidate's grid, or None if there is none.
 
-    There is none for grids with zero="negative", and for grids of more than 16 values that are not binary floats.
+    There is none for grids of more than 16 values that are not those of an integer or a binary float, and none for few
+    magnitudes where only negative numbers give -0 and that are neither.
     """
     grid = c.grid
     if not grid.magnitudes:
         return _Sorted(grid) if len(grid.values) <= 16 else None
-    if grid.zero == "negative":
-        return None
+    computed, is_short = _floats(grid) or Steps.of(grid), len(grid.magnitudes) <= 8
+    if grid.zero == "negative" or (c.offset and not is_short):
+        return computed and _WithSign(grid, computed)
     if c.offset:
-        return _Signed(grid) if len(grid.magnitudes) <= 8 else None
-    return _floats(grid) or (_Magnitudes(grid) if len(grid.magnitudes) <= 8 else None)
+        return _Signed(grid)
+    return _floats(grid) or (_Magnitudes(grid) if is_short else computed)
 
 
 def payload_of(scale: TableScale, y: jax.Array) -> jax.Array:
@@ -138,6 +153,10 @@ class _Floats:
         return tuple(range(1 << self.m, 2 << self.m))
 
     @property
+    def is_computed(self):
+        return self.m > 1
+
+    @property
     def unbounded(self):
         """The grid for numbers of which none rounds to a value beyond it, when no noise is added."""
         return dataclasses.replace(self, largest=np.float32(np.inf))
@@ -173,6 +192,9 @@ class _Floats:
         total = total + lax.shift_right_logical(total, np.int32(23 - self.m))
         return total if self.count >= 8 else total & np.int32(self.count - 1)
 
+    def number(self, place, machine=None):
+        return place[1]
+
     def value(self, place, levels):
         bits = bits_of(place[1])
         masks = [(bits & np.int32(1 << (22 - i))) != 0 for i in range(self.m)]
@@ -192,26 +214,28 @@ class _Floats:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """At most eight magnitudes that are multiples of a step, for a `Machine`. A place is the magnitude plus `zero`.
+    """Magnitudes that are multiples of a step. A place is the magnitude plus `zero`.
 
     Attributes:
         step: the difference of two magnitudes, a power of two.
         largest: the largest magnitude.
+        count: the number of magnitudes, a power of two.
     """
 
     step: np.float32
     largest: np.float32
-    is_symmetric = True
+    count: int
+    is_computed = is_symmetric = True
+    listed = ()
 
     @classmethod
-    def of(cls, c: Candidate) -> "Steps | None":
-        """Return the grid of a candidate, or None if it is not of this kind."""
-        ends = c.grid.magnitudes
-        step = ends[1] if 1 < len(ends) <= 8 else 0.0
-        if c.offset or c.grid.ties != "even" or c.grid.zero == "negative" or math.frexp(step)[0] != 0.5:
+    def of(cls, grid: Grid) -> "Steps | None":
+        """Return the grid that rounds to a grid's magnitudes, or None if they are not of this kind."""
+        ends = grid.magnitudes
+        if len(ends) < 2 or grid.ties != "even" or math.frexp(ends[1])[0] != 0.5:
             return None
-        is_taken = ends == tuple(i * step for i in range(len(ends)))
-        return cls(np.float32(step), np.float32(ends[-1])) if is_taken else None
+        is_taken = ends == tuple(i * ends[1] for i in range(len(ends)))
+        return cls(np.float32(ends[1]), np.float32(ends[-1]), len(ends)) if is_taken else None
 
     @property
     def zero(self) -> np.float32:
@@ -231,11 +255,54 @@ class Steps:
 
     def code(self, place: jax.Array, shift: int) -> jax.Array:
         """Return the int32 code of a place, shifted left."""
-        return (bits_of(place) & 7) << shift
+        code = bits_of(place) & np.int32(self.count - 1)
+        return code << shift if shift else code
 
     def low_bits(self, place: jax.Array) -> jax.Array:
-        """Return an int32 whose lowest three bits are the code of a place."""
+        """Return an int32 whose lowest bits are the code of a place."""
         return bits_of(place)
+
+    def number(self, place: jax.Array, machine: Machine | None = None) -> jax.Array:
+        """Return the magnitude."""
+        if machine is None:  # XLA would add `zero` and its negative
+            return self.code(place, 0).astype(jnp.float32) * self.step
+        return machine.fma(place, 1.0, jnp.full_like(place, -self.zero))
+
+    def value(self, place: jax.Array, levels: Sequence[jax.Array]) -> jax.Array:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithSign:
+    """Magnitudes of a float or integer with signs, which are not the inputs' signs. A place is (sign, place)."""
+
+    grid: Grid
+    magnitudes: PlaceGrid
+    is_computed, is_symmetric = True, False
+    listed = ()
+
+    @property
+    def unbounded(self):
+        return self
+
+    def rounded(self, y, noise, machine=None):
+        is_negative = y < 0 if self.grid.zero == "negative" else bits_of(y) < 0
+        return is_negative, self.magnitudes.rounded(jnp.abs(y), noise, machine)
+
+    def code(self, place, shift):
+        code = with_sign(self.magnitudes.code(place[1], 0), place[0], self.grid)
+        return code << shift if shift else code
+
+    def low_bits(self, place):
+        return self.code(place, 0)
+
+    def value(self, place, levels):
+        raise NotImplementedError
+
+    def number(self, place, machine=None):
+        magnitude = self.magnitudes.number(place[1], machine)
+        is_negative = place[0] if self.grid.zero != "unsigned" else place[0] & (magnitude > 0)
+        return jnp.where(is_negative, -magnitude, magnitude)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +310,7 @@ class _Searched:
     """A grid rounded by binary search. A place is the bits of an index into an ascending list, highest first."""
 
     grid: Grid
+    is_computed = False
 
     @property
     def listed(self) -> tuple[int, ...]:
@@ -269,6 +337,9 @@ class _Searched:
 
     def value(self, place, levels):
         return select(place, levels)
+
+    def number(self, place, machine=None) -> jax.Array:
+        raise NotImplementedError
 
 
 class _Magnitudes(_Searched):
@@ -339,6 +410,15 @@ def _halves(grid: Grid) -> list[np.float32]:
 
 def _int32(word: int) -> np.int32:
     return np.uint32(word % 2**32).view(np.int32)
+
+
+def with_sign(code: jax.Array, is_negative: jax.Array, grid: Grid) -> jax.Array:
+    """Return the code of a symmetric grid, given the code of the magnitude and whether the sign is negative."""
+    count = len(grid.magnitudes)
+    if grid.is_twos_complement:
+        return jnp.where(is_negative, -code, code) & (2 * count - 1)
+    is_negative = is_negative & (code > 0) if grid.zero == "unsigned" else is_negative
+    return jnp.where(is_negative, code | count, code)
 
 
 def select(masks: Sequence[jax.Array], options: Sequence[Any]) -> Any:

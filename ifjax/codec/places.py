@@ -17,11 +17,11 @@ import numpy as np
 from jax import lax
 
 from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, pick, tree
-from ifjax.codec.decode import decode, grid_values, narrowed, scaled
-from ifjax.codec.encode import Encoding, codes_of, inverse_for
+from ifjax.codec.decode import decode, grid_values, narrowed, scaled, unscaled
+from ifjax.codec.encode import Encoding, codes_of, inverse_for, keep_negative
 from ifjax.codec.headers import LARGE_AMAX, TensorScale, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss
-from ifjax.codec.place_grids import Machine, Steps, payload_of, place_grid, select
+from ifjax.codec.place_grids import Machine, Steps, payload_of, place_grid, select, with_sign
 from ifjax.codec.rounding import noise_of, uniform_noise
 from ifjax.codec.search import better
 from ifjax.formats import Candidate, Format, Grid, TableScale
@@ -73,10 +73,7 @@ def encoder_refusal(how: Encoding) -> str | None:
         return "its loss is a function of whole blocks"
     if how.rounding.noise not in (None, uniform_noise):
         return "its noise is not the hash that kernels compute"
-    fmt = how.fmt
-    if _overflows(fmt):
-        return f"decoding overflows where amax is near {LARGE_AMAX:.0e}, and a kernel's values would not"
-    return _refusal(fmt)
+    return _refusal_of_range(how.fmt) or _refusal(how.fmt)
 
 
 def _overflows(fmt):
@@ -88,9 +85,17 @@ def _overflows(fmt):
 
 def decoder_refusal(fmt: Format) -> str | None:
     """Return why a kernel cannot decode this format place by place; None if it can."""
-    if fmt.bits > 4:
-        return f"codes of {fmt.bits} bits are too many to look up"
-    return _refusal(fmt)
+    if fmt.bits <= 4:
+        return _refusal(fmt)
+    if not all(decoding.grid.magnitudes for decoding in fmt.decodings):
+        return f"codes of {fmt.bits} bits are too many to look up, and their values are not symmetric"
+    return _refusal(fmt) or _refusal_of_range(fmt)
+
+
+def _refusal_of_range(fmt):
+    if _overflows(fmt):
+        return f"decoding overflows where amax is near {LARGE_AMAX:.0e}, and a kernel's values would not"
+    return None
 
 
 def _refusal(fmt):
@@ -109,7 +114,7 @@ class PlaceCodec:
 
     Attributes:
         how: the encoding.
-        dtype: float32 or bfloat16, to which returned values are rounded.
+        dtype: float32, bfloat16 or float16, to which returned values are rounded.
         in_multiples: whether `encode` returns values as multiples of the tensor's factor amax / K.
     """
 
@@ -212,8 +217,11 @@ class PlaceCodec:
     def decoder_table(self, amax: jax.Array | None, count: int) -> jax.Array:
         """Return the value of each code under each decoding, rounded to the dtype: [count, rows, 128].
 
-        For codes of at most 4 bits.
+        For codes of more than 4 bits it begins with the `amax` and `back` of `Tensor`, and the kernel computes values.
         """
+        if self.fmt.bits > 4:
+            power, amax, *_ = normalized(jnp.ones(count) if amax is None else amax, np.float32(1), 1)
+            return jnp.pad(jnp.stack([amax, divide(1, power)], -1)[:, None], ((0, 0), (0, 7), (0, LANES - 2)))
         fmt, length, rows = self.fmt, LANES * self._decoder_pages, []
         codes, payload = np.arange(2**fmt.bits, dtype=np.int32)[:, None], np.arange(length, dtype=np.int32)
         shape = count, 2**fmt.bits, length
@@ -285,10 +293,18 @@ class PlaceCodec:
             values = [_signed(v, x, mask) for v, x in zip(values, xs, strict=True)] if self._on_magnitudes else values
         return Block(words, jnp.where(is_poisoned, fmt.scale.nan, header), values)
 
-    def decode(self, words: Sequence[jax.Array], header: jax.Array, lookup: Lookup) -> list[jax.Array]:
+    def decode(
+        self, words: Sequence[jax.Array], header: jax.Array, lookup: Lookup, *, machine: Machine | None = None
+    ) -> list[jax.Array]:  # fmt: skip
         """Return the values at a block's places, float32 numbers rounded to the dtype."""
         fmt, pages = self.fmt, self._decoder_pages
         selector, payload = fmt.split(header)
+        if fmt.bits > 4:
+            amax, back = (lookup(0, jnp.full_like(header, i)) for i in range(2))
+            tensor, scale = Tensor(None, amax, None, back, lookup), fmt.scale.decode(payload)
+            step = pick(selector, [jnp.full_like(scale, d.step) for d in fmt.decodings])
+            numbers = [unscaled(code, selector, fmt) for code in _unpacked(words, fmt.bits, fmt.block)]
+            return [self.given(self.times_amax(n * scale, step, amax, machine), tensor, machine) for n in numbers]
         rows = [range(i * 2**fmt.bits, (i + 1) * 2**fmt.bits) for i in range(len(fmt.decodings))]
         levels = [[_look_up(lookup, row * pages, payload, pages) for row in each] for each in rows]
         return self._of_levels(words, [pick(selector, options) for options in zip(*levels, strict=True)])
@@ -298,7 +314,7 @@ class PlaceCodec:
     ) -> list[jax.Array]:
         """Return what `decode` returns, from a scalar amax instead of a table; None leaves the tensor's factor out.
 
-        A code's value is computed once for each block, as in `ifjax.codec.decode.decode`.
+        The value of a code of up to 4 bits is computed once for each block, as in `ifjax.codec.decode.decode`.
         """
         fmt, half = self.fmt, 2 ** (self.fmt.bits - 1)
         selector, payload = fmt.split(header)
@@ -316,8 +332,7 @@ class PlaceCodec:
         values = np.where(offsets == 0, values, values + offsets)  # -0 + 0 is 0
         is_symmetric = np.array_equal(values[:, half:].view(np.int32), (-values[:, :half]).view(np.int32))
 
-        def level(options):
-            scaled = as_float(zeros + _picked(selector, options)) * scale
+        def finished(scaled):
             if amax is None:
                 return self._narrowed(scaled * step, machine)
             constant, exact = fmt.tensor_constant(self.how.headroom), None if _overflows(fmt) else machine
@@ -327,7 +342,10 @@ class PlaceCodec:
             # E5M3's products may overflow: see `decode`.
             return value if self.dtype == np.float32 else self._narrowed(value, machine)
 
-        levels = [level(options) for options in values.T[: half if is_symmetric else 2 * half]]
+        if fmt.bits > 4:
+            return [finished(unscaled(code, selector, fmt) * scale) for code in _unpacked(words, fmt.bits, fmt.block)]
+        options = [_picked(selector, each) for each in values.T[: half if is_symmetric else 2 * half]]
+        levels = [finished(as_float(zeros + each) * scale) for each in options]
         if machine is not None and fmt.bits == 4 and self.dtype == jnp.bfloat16:
             return _looked_up(words, fmt.block, levels, machine)
         if is_symmetric:
@@ -349,13 +367,30 @@ class PlaceCodec:
     def _narrowed(self, value, machine):
         """Return float32 numbers saturated and rounded to the dtype, as `narrowed`."""
         end = np.float32(jnp.finfo(self.dtype).max)
-        value = lax.clamp(-end, value, end)
+        return self.rounded(lax.clamp(-end, value, end), machine)  # as `narrowed`
+
+    def rounded(self, value: jax.Array, machine: Machine | None = None) -> jax.Array:
+        """Return float32 numbers rounded to the dtype, ties to even, with infinity beyond its range."""
         if self.dtype == np.float32:
             return value
         if machine is not None:
-            return as_float(machine.bfloat16(value, jnp.zeros_like(value)))
+            return machine.rounded(value, self.dtype)
         bits = bits_of(value)
-        return as_float(bits + 0x7FFF + (lax.shift_right_logical(bits, np.int32(16)) & 1) & np.int32(-(2**16)))
+        if self.dtype == jnp.bfloat16:
+            return as_float(bits + 0x7FFF + (lax.shift_right_logical(bits, np.int32(16)) & 1) & np.int32(-(2**16)))
+        # The sum with 2^13 times the power of two below has 11 bits for the magnitude; below 2^-14 all steps are equal.
+        magnitude = magnitude_bits(bits)
+        binade = lax.clamp(np.int32(113 << 23), magnitude & np.int32(0x7F800000), np.int32(143 << 23))
+        large = as_float(binade + np.int32(13 << 23))
+        near = (as_float(magnitude) + large) - large
+        near = jnp.where(near > np.float32(jnp.finfo(self.dtype).max), np.float32(np.inf), near)
+        return as_float(bits_of(near) | bits & np.int32(-(2**31)))
+
+    def times_amax(self, d: jax.Array, step: Any, amax: Any, machine: Machine | None) -> jax.Array:
+        """Return d * amax * step / K, each operation rounded once (see `decode.scaled`); without amax, d * step."""
+        if self.fmt.has_tensor_scale:
+            return _scaled(d, amax, step, self.fmt.tensor_constant(self.how.headroom), machine)
+        return d if not isinstance(step, jax.Array) and step == 1 else d * step
 
     def first_row(self, i: int) -> int:
         """Return the first row of candidate i in the encoder's table."""
@@ -417,7 +452,7 @@ class _Trial:
         self.codec, self.i, self.c = codec, i, codec.fmt.candidates[i]
         self.grid = place_grid(self.c)
         if machine is not None and codec._on_magnitudes and codec.fmt.has_tensor_scale:
-            self.grid = Steps.of(self.c) or self.grid
+            self.grid = Steps.of(self.c.grid) or self.grid
         if machine is not None and rs[0] is None and codec._end is not None and self.grid is not None:
             self.grid = self.grid.unbounded
         self.payload, self.inverse, self.tensor, self.xs, self.machine = payload, inverse, tensor, xs, machine
@@ -427,6 +462,9 @@ class _Trial:
             self.places = [codes_of(x, r, inverse, power, [self.c], fmt)[0] for x, r in zip(xs, rs, strict=True)]
             return
         factor = fmt.input_factor(self.c)
+        if self.c.grid.zero == "negative":
+            power = inverse * tensor.power if fmt.has_tensor_scale else inverse
+            ys = [keep_negative(y, x, power) for y, x in zip(ys, xs, strict=True)]
         if not self.grid.is_symmetric:  # code 0 may not mean 0, so blocks with a zero scale need zeros; inf * 0 is NaN
             ys = [jnp.where(inverse == 0, 0, y) for y in ys]
         ys = [jnp.abs(y) for y in ys] if self.is_signed_last else ys
@@ -456,7 +494,8 @@ class _Trial:
                 signs = _permuted([bits_of(x) for x in self.xs], 3, 8, self.machine)
             words = [_with_signs(word, sign, self.c.grid) for word, sign in zip(words, signs, strict=True)]
         else:
-            codes = [_with_sign(code(place, 0), x, self.c.grid) for place, x in zip(self.places, self.xs, strict=True)]
+            pairs = zip(self.places, self.xs, strict=True)
+            codes = [with_sign(code(place, 0), bits_of(x) < 0, self.c.grid) for place, x in pairs]
             words = _packed([functools.partial(jnp.left_shift, code) for code in codes], bits)
         return [jnp.where(self.inverse == 0, 0, word) for word in words]
 
@@ -466,19 +505,19 @@ class _Trial:
         finish = functools.partial(codec.given, tensor=tensor, machine=self.machine) if given else lambda value: value
         if grid is None:
             return [finish(self._decoded(grid_values(code, c.decoding))) for code in self.places]
-        if isinstance(grid, Steps):  # fewer instructions than to choose among levels
-            assert self.machine is not None
+        if isinstance(grid, Steps) and self.machine is not None and fmt.has_tensor_scale:
             scale = fmt.scale.decode(self.payload)
             zero = scale * -grid.zero
-            return [finish(self._times_amax(self.machine.fma(total, scale, zero))) for total in self.places]
-        if fmt.has_tensor_scale:
-            row = codec.first_row(self.i)
-            rows = range(row, row + len(_listed(c)) * codec.pages, codec.pages)
-            levels = [_look_up(tensor.lookup, row, self.payload, codec.pages) for row in rows]
+            values = [finish(self._times_amax(self.machine.fma(total, scale, zero))) for total in self.places]
+        elif not grid.listed or (self.machine is not None and grid.is_computed):
+            numbers = [grid.number(place, self.machine) for place in self.places]
+            numbers = [number + np.float32(c.offset) for number in numbers] if c.offset else numbers
+            values = [finish(self._decoded(number)) for number in numbers]
         else:
-            levels = [self._decoded(np.float32(c.grid.values[k]) + np.float32(c.offset)) for k in _listed(c)]
-        levels = [finish(level) for level in levels]
-        values = [grid.value(place, levels) for place in self.places]
+            is_early = fmt.has_tensor_scale and codec.dtype != np.float16  # products are then exact and in the range
+            levels = [finish(level) for level in self._levels()] if is_early else self._levels()
+            values = [grid.value(place, levels) for place in self.places]
+            values = values if is_early else [finish(value) for value in values]
         if self.is_signed_last:
             mask = self.sign_mask()
             values = [_signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]
@@ -505,6 +544,14 @@ class _Trial:
             values = [_signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]
         return values
 
+    def _levels(self):
+        codec, fmt, c = self.codec, self.codec.fmt, self.c
+        if not fmt.has_tensor_scale:
+            return [self._decoded(np.float32(c.grid.values[k]) + np.float32(c.offset)) for k in _listed(c)]
+        row = codec.first_row(self.i)
+        rows = range(row, row + len(_listed(c)) * codec.pages, codec.pages)
+        return [_look_up(self.tensor.lookup, row, self.payload, codec.pages) for row in rows]
+
     def sign_mask(self) -> jax.Array:
         """Return the int32 that `_signed` adds to a magnitude's bits, so that the top bit tells if it may have a sign.
 
@@ -520,10 +567,7 @@ class _Trial:
         return self._times_amax(value * self.codec.fmt.scale.decode(self.payload))
 
     def _times_amax(self, d):
-        fmt, step = self.codec.fmt, np.float32(self.c.step)
-        if not fmt.has_tensor_scale:
-            return d if step == 1 else d * step
-        return _scaled(d, self.tensor.amax, step, fmt.tensor_constant(self.codec.how.headroom), self.machine)
+        return self.codec.times_amax(d, self.c.step, self.tensor.amax, self.machine)
 
 
 def _scaled(d, amax, step, constant: np.float32, machine: Machine | None):
@@ -662,6 +706,16 @@ def _packed(codes, bits: int) -> list[jax.Array]:
     return [tree(jnp.bitwise_or, parts) for parts in words]
 
 
+def _unpacked(words, bits: int, count: int) -> list[jax.Array]:
+    """Return the codes that `_packed` packed; bits above a code's are arbitrary."""
+    codes = []
+    for place in range(count):
+        at, shift = divmod(place * bits, 32)
+        code = lax.shift_right_logical(words[at], np.int32(shift))
+        codes.append(code if shift + bits <= 32 else code | words[at + 1] << 32 - shift)
+    return codes
+
+
 def _permuted(numbers, byte: int, mask: int, machine: Machine) -> list[jax.Array]:
     """Return int32 words with a nibble of each of the numbers, the first in the lowest bits.
 
@@ -694,14 +748,6 @@ def _with_signs(word, signs, grid: Grid):
         return word | signs
     ones = lax.shift_right_logical(signs, np.int32(3))
     return (word ^ ((ones << 4) - ones)) + ones
-
-
-def _with_sign(code, x, grid: Grid):
-    count, is_negative = len(grid.magnitudes), bits_of(x) < 0
-    if grid.is_twos_complement:
-        return jnp.where(is_negative, -code, code) & (2 * count - 1)
-    is_negative = is_negative & (code > 0) if grid.zero == "unsigned" else is_negative
-    return jnp.where(is_negative, code | count, code)
 
 
 def _signed(magnitude, x, mask):

@@ -14,10 +14,23 @@ from ifjax.codec import Encoding
 from ifjax.codec.places import PlaceCodec, decoder_refusal, encoder_refusal
 from ifjax.codec.rounding import uniform_noise
 from ifjax.formats.grids import E2M1
-from ifjax.formats.scales import TableScale
+from ifjax.formats.scales import E8M0, TableScale
 
 SORTED = (-1.0, -0.7, -0.5, -0.35, -0.25, -0.15, -0.08, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0)
 UNORDERED = Grid("unordered", (0.0, 1, 2, 3, 4, 5, 6, 7, -1, -2, -3, -4, -5, -6, -8, -9))
+FREE = {"scale": E8M0, "tensor_peak": None}
+
+
+def minifloat(exponent_bits, mantissa_bits, **settings):
+    """All codes are numbers; the least step is 2^(2 - 2^(exponent_bits - 1) - mantissa_bits)."""
+    one = 2**mantissa_bits
+    exponents = range(2**exponent_bits)
+    units = [(e > 0) * one + i if e < 2 else (one + i) << e - 1 for e in exponents for i in range(one)]
+    step = 2.0 ** (2 - 2 ** (exponent_bits - 1) - mantissa_bits)
+    return Grid.sign_magnitude(f"E{exponent_bits}M{mantissa_bits}", [u * step for u in units], **settings)
+
+
+INT5 = Grid.sign_magnitude("INT5", range(16))
 MINE = (
     Format("two sorted grids", (Candidate(Grid("a", SORTED)), Candidate(UNORDERED, step=0.11, peak=0.9)), 16),
     Format(
@@ -25,6 +38,13 @@ MINE = (
         (Candidate(E2M1), Candidate(UNORDERED, step=0.7, offset=0.25)), 16, ties="last", prevent_zero=True,
     ),
     Format("ue5m3", (Candidate(E2M1),), 16, TableScale.minifloat("ue5m3", 5, 3, 15), tensor_peak=None),
+    # Codes of 5 to 8 bits; signs that are not the inputs'.
+    Format("int8", (Candidate(Grid.twos_complement("INT8", 8)),), 32, **FREE),
+    Format("int8, eighths", (Candidate(Grid.sign_magnitude("I8", [i / 8 for i in range(128)], zero="unsigned")),), 16),
+    Format("fp8", (Candidate(minifloat(4, 3)), Candidate(minifloat(5, 2), peak=98304.0)), 16, tensor_peak=None),
+    Format("int5, moved or not", tuple(Candidate(INT5, offset=offset) for offset in (0, 0.25)), 32),
+    Format("fp7, 0 that is negative", (Candidate(minifloat(3, 3, zero="negative")),), 16),
+    Format("int6, 0 that is negative", (Candidate(Grid.sign_magnitude("I6", range(32), zero="negative")),), 16, **FREE),
 )  # fmt: skip
 FORMATS = {fmt.name: fmt for fmt in (*ifjax.FORMATS.values(), *MINE) if encoder_refusal(Encoding.of(fmt)) is None}
 
@@ -58,7 +78,7 @@ def by_places(x, key, *, how, dtype):
     scalars = [scalars[:, i : i + 1] for i in range(4)]
     block = places.encode(xs, noise, scalars, lookup(table), wants_codes=True, wants_values=True)
     decoded = block.values
-    if fmt.bits <= 4:
+    if decoder_refusal(fmt) is None:
         decoded = places.decode(block.words, block.header, lookup(places.decoder_table(amax, len(x))))
     words = jnp.stack(block.words, -1)
     return words, block.header, *(jnp.stack(values, -1).reshape(x.shape) for values in (block.values, decoded))
@@ -94,6 +114,25 @@ def test_places_have_the_bits_of_the_codec(case):
         assert_same_numbers(got, q.dequantize())
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_values_saturate_at_the_end_of_the_type(dtype):
+    """The codes of the largest numbers mean a power of two beyond it."""
+    x, how = jnp.full((1, 1, 32), jnp.finfo(dtype).max, dtype), Encoding.of("mxfp4")
+    _, _, values, decoded = by_places(x, None, how=how, dtype=dtype)
+    for got in (values, decoded):
+        assert_array_equal(got, x.astype(jnp.float32))
+
+
+def test_float16_is_rounded_as_numpy_does():
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    ties = np.concatenate([halves, (halves[1:] + halves[:-1]) / 2, np.float32([65520, 1e38, np.inf, np.nan])])
+    x = np.concatenate([ties, *(np.nextafter(ties, np.float32(end)) for end in (0, np.inf))])
+    x = np.concatenate([x, -x])
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16).astype(np.float32)
+    assert_same_numbers(PlaceCodec(Encoding.of("nvfp4"), np.dtype("float16")).rounded(jnp.asarray(x)), expected)
+
+
 def test_what_kernels_cannot_encode_is_refused_with_the_reason():
     refused = {
         "searches": Encoding.of("if4", search="fast"),
@@ -106,4 +145,5 @@ def test_what_kernels_cannot_encode_is_refused_with_the_reason():
     for reason, how in refused.items():
         assert reason in (encoder_refusal(how) or "")
     assert decoder_refusal(ifjax.FORMATS["if4"]) is None
-    assert "6 bits" in (decoder_refusal(ifjax.FORMATS["if6"]) or "")
+    assert decoder_refusal(ifjax.FORMATS["if6"]) is None
+    assert "too many" in (decoder_refusal(Format("any", (Candidate(Grid("any", (*range(31), -40))),), 16)) or "")

@@ -76,9 +76,16 @@ class Emulated:
             found = found | jnp.where(number & 8 > 0, -(byte >> 7) & 255, byte) << 8 * i
         return found
 
+    @staticmethod
+    def rounded(a, dtype):
+        like, run = jax.ShapeDtypeStruct(a.shape, a.dtype), lambda a: np.asarray(a).astype(dtype).astype(np.float32)
+        return jax.pure_callback(run, like, a, vmap_method="expand_dims")
+
 
 @pytest.mark.by_default("nearest-if4", "nearest-mxfp4", "stochastic_unbiased-nvfp4")
-@pytest.mark.parametrize("name", ["nvfp4", "if4", "nvint4", "mxfp4", "fouroversix"])
+@pytest.mark.parametrize(
+    "name", ["nvfp4", "if4", "nvint4", "mxfp4", "fouroversix", "if6", "if6_e3m2", "nvint6", "mxfp6_e2m3"]
+)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic_unbiased"])
 def test_instructions_of_a_gpu_change_no_bits(name, rounding):
     x = jnp.asarray(data((16, 2 * 32 * 16)))
@@ -93,13 +100,14 @@ def test_instructions_of_a_gpu_change_no_bits(name, rounding):
         noise = jax.random.uniform(jax.random.key(0), (codec.noises, *blocks.shape), minval=-0.5, maxval=0.5)
         noise = [list(each.T) for each in noise]
 
-    def encode(machine):
-        lookup = lambda row, index: table[0, row][index]  # noqa: E731
-        return codec.encode(
+    def run(machine):
+        lookup, lookup_back = (lambda row, index, t=t: t[0, row][index] for t in (table, codec.decoder_table(amax, 1)))
+        block = codec.encode(
             list(blocks.T), noise, list(scalars[0]), lookup, wants_codes=True, wants_values=True, machine=machine
         )
+        return block, codec.decode(block.words, block.header, lookup_back, machine=machine)
 
-    for got, expected in zip(jax.tree.leaves(encode(Emulated)), jax.tree.leaves(encode(None)), strict=True):
+    for got, expected in zip(jax.tree.leaves(run(Emulated)), jax.tree.leaves(run(None)), strict=True):
         assert_array_equal(got, expected)
 
 
@@ -156,10 +164,23 @@ CASES = {
     "mxfp4, rows": ("mxfp4", (72, 136), -2, "float32", "nearest"),
     "nvfp4, squares": ("nvfp4", (2, 40, 72), -2, "bfloat16", "nearest"),
     "if4, squares": ("if4", (40, 72), -1, "float32", "nearest"),
+    "nvfp4, columns, halves": ("nvfp4", (40, 64), -1, "float16", "stochastic_unbiased"),
+    "if4, rows, halves": ("if4", (40, 72), -2, "float16", "nearest"),
+    "mxfp4, columns, halves": ("mxfp4", (24, 64), -1, "float16", "nearest"),
+    "mxfp3, columns": ("mxfp3", (24, 64), -1, "bfloat16", "nearest"),
+    "nvfp6_e2m3, squares": ("nvfp6_e2m3", (40, 48), -1, "bfloat16", "nearest"),
+}
+# Of more than 4 bits, along rows with lengths that are not full, and along columns by words.
+CASES |= {
+    f"{name}, {'rows' if axis == -2 else 'columns'}, {rounding}": (name, (40, 64), axis, "bfloat16", rounding)
+    for name, fmt in ifjax.FORMATS.items()
+    for axis in (-1, -2)
+    for rounding in ("nearest", "stochastic_unbiased")
+    if fmt.bits > 4
 }
 
 
-@pytest.mark.by_default("nvfp4, rows*")
+@pytest.mark.by_default("nvfp4, rows*", "nvfp4, columns, halves", "if6_e3m2, columns, nearest")
 @pytest.mark.parametrize("case", CASES)
 def test_bits_are_those_of_the_codec(monkeypatch, case):
     fmt, shape, axis, dtype, rounding = CASES[case]
@@ -186,6 +207,7 @@ ROTATED = {
     "nvfp4, columns": ("nvfp4", (40, 96), -1, "bfloat16", 16, "stochastic_unbiased"),
     "if4, rows": ("if4", (48, 40), -2, "bfloat16", 16, "nearest"),
     "mxfp4, columns": ("mxfp4", (24, 64), -1, "float32", 32, "nearest"),
+    "nvfp4, rows, halves": ("nvfp4", (48, 40), -2, "float16", 16, "nearest"),
 }
 
 
