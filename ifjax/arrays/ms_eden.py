@@ -10,7 +10,6 @@ follows the published code of IF4 (arXiv 2603.28765).
 
 import dataclasses
 import functools
-import math
 from typing import Literal
 
 import jax
@@ -22,7 +21,8 @@ from ifjax.arrays.blocking import Blocking
 from ifjax.arrays.qtensor import QTensor
 from ifjax.codec import ROUNDINGS, Rounding
 from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks
-from ifjax.codec.headers import has_unsound, power_near
+from ifjax.codec.eden import eden_constant, eden_peak, eden_units
+from ifjax.codec.headers import has_unsound
 from ifjax.codec.rounding import uniform_noise
 from ifjax.formats import E4M3, Candidate, Format, get_format
 from ifjax.numerics.byte_order import as_array
@@ -30,11 +30,6 @@ from ifjax.numerics.hadamard import SIZES, hadamard
 from ifjax.numerics.packing import pack
 from ifjax.numerics.xla import divide
 
-# A block's maximum maps to the grid's maximum divided by this. 17/16 is headroom for scales that E4M3 rounded down;
-# Quartet II found that 0.93 gives the least error on normal data with E4M3 scales.
-_PEAK_OVER = 17 / 16 * 0.93
-# The largest block scale of the tensor. It is below E4M3's 448 because the correction enlarges scales.
-_LARGEST_SCALE = 255.99
 # A given amax counts as at most this, so that the QTensor's, less than twice as large, is finite. No rotated value is
 # larger than 2^126, because the sum of a run is finite.
 _LARGEST_AMAX = np.finfo(np.float32).max / 2
@@ -148,13 +143,8 @@ def packed_format(fmt: Format) -> Format:
     return dataclasses.replace(fmt, name=f"{fmt.name}_mseden", candidates=candidates)
 
 
-def _constant(fmt):
-    """Return K of the QTensors: the power of two from which on its amax is normal if that of the values is."""
-    return 2.0 ** math.ceil(math.log2(_LARGEST_SCALE * fmt.grid.max / _PEAK_OVER))
-
-
 def _headroom(fmt):
-    return _constant(fmt) / (fmt.tensor_peak * (fmt.grid.max if fmt.peak is None else fmt.peak))
+    return eden_constant(fmt) / (fmt.tensor_peak * (fmt.grid.max if fmt.peak is None else fmt.peak))
 
 
 def check_format(fmt: str | Format, size: int) -> Format:
@@ -183,11 +173,8 @@ def _encoded(z, noise, amax, *, fmt, axis, size):
     own = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0), initial=0)
     # An amax of 0 has seen no values.
     amax = own if amax is None else jnp.where(amax > 0, jnp.minimum(amax, np.float32(_LARGEST_AMAX)), own)
-    power = power_near(amax)  # so that `unit` is not subnormal
-    amax = amax * power
-    peak = np.float32(fmt.grid.max / _PEAK_OVER)
-    unit = jnp.where(amax > 0, divide(divide(amax, np.float32(_LARGEST_SCALE)), peak), 1)
-    byte = fmt.scale.encode(divide(divide(peaks * power, peak), unit))
+    power, unit = eden_units(amax, fmt)
+    byte = fmt.scale.encode(divide(divide(peaks * power, eden_peak(fmt)), unit))
     scale = jnp.where(byte == 0, 1, fmt.scale.decode(byte))
     y = divide(z * power, scale * unit)
 
@@ -217,7 +204,7 @@ def _encoded(z, noise, amax, *, fmt, axis, size):
     header = jnp.squeeze(jnp.where(jnp.isfinite(peaks), header, fmt.scale.nan), axis)
     codes = jnp.where(jnp.isfinite(peaks), codes, 0)
     codes = pack(merge_blocks(codes.astype(jnp.uint8), axis), fmt.bits, axis)
-    return codes, header.astype(jnp.uint8), unit * np.float32(_constant(fmt)) * (1 / power)
+    return codes, header.astype(jnp.uint8), unit * np.float32(eden_constant(fmt)) * (1 / power)
 
 
 def _stochastic(value, noise, scale):
