@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from ifjax.arrays.blocking import Blocking
 from ifjax.arrays.qtensor import QTensor
 from ifjax.codec import ROUNDINGS, Rounding
-from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks
+from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, merge_blocks, split_blocks
 from ifjax.codec.eden import eden_constant, eden_peak, eden_units
 from ifjax.codec.headers import has_unsound
 from ifjax.codec.rounding import uniform_noise
@@ -169,7 +169,8 @@ def check_format(fmt: str | Format, size: int) -> Format:
 @jax.jit(static_argnames=("fmt", "axis", "size"))
 def _encoded(z, noise, amax, *, fmt, axis, size):
     """Return the packed codes, scale bytes and amax of blocks z [..., m, B, ...]; noise is [..., m, 1, ...]."""
-    peaks = jnp.max(jnp.abs(z), axis, keepdims=True, initial=0)
+    # Not all programs for CPUs pass NaN through a maximum of floats, as a maximum of their bits does.
+    peaks = as_float(jnp.max(magnitude_bits(bits_of(z)), axis, keepdims=True, initial=0))
     own = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0), initial=0)
     # An amax of 0 has seen no values.
     amax = own if amax is None else jnp.where(amax > 0, jnp.minimum(amax, np.float32(_LARGEST_AMAX)), own)
@@ -183,7 +184,9 @@ def _encoded(z, noise, amax, *, fmt, axis, size):
     for i, c in enumerate(fmt.candidates):
         grid = c.grid if i else dataclasses.replace(c.grid, ties="away")
         scaled = y * fmt.input_factor(c)
-        q = grid.round(scaled) * np.float32(c.step)
+        q = grid.round(scaled)
+        if c.step != 1:  # the sign keeps compilers from contracting the product and the difference below
+            q = jnp.copysign(jnp.abs(q) * np.float32(c.step), y)
         trials.append((grid.encode(scaled), q, _sum(_product(y - q, y - q), axis)))
     (codes, q, loss), *others = trials
     selector = 0
