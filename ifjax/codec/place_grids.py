@@ -28,6 +28,10 @@ class Machine(Protocol):
         """Return a * b + c, rounded once. `b` is an array or a Python number."""
         ...
 
+    def divide(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Return a / b, correctly rounded."""
+        ...
+
     def maximum(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Return the larger of two floats, NaN if one is."""
         ...
