@@ -41,6 +41,8 @@ class Codec(Protocol):
         noises: number of random numbers per element.
         scalars: number of scalars that `encode` takes, with which the last row of the encoder's table begins.
         is_square: whether blocks are square: `block` adjacent blocks share their scale and choice.
+        corrects_runs: whether each block draws one random number, and the blocks of a run of the rotation depend on
+            each other. Rotated numbers then stay float32, and are not rounded to the dtype of x.
     """
 
     block: int
@@ -48,6 +50,7 @@ class Codec(Protocol):
     noises: int
     scalars: int
     is_square: bool
+    corrects_runs: bool
 
     def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
         """Return the noise of the elements with these indices, for the key words k0 and k1."""
@@ -59,7 +62,8 @@ class Codec(Protocol):
     ) -> tuple[Sequence[jax.Array], jax.Array, Sequence[jax.Array]]:  # fmt: skip
         """Encode float32 places to (int32 words of codes, int32 header, float32 values rounded to the dtype of x).
 
-        For square blocks, `across(op, place)` reduces a place over the blocks of each square by a commutative op.
+        For square blocks, `across(op, place)` reduces a place over the blocks of each square by a commutative op; for
+        `corrects_runs`, over those of each run.
         `machine` has instructions as those of `gpu_blocks.Instructions`; None if the device has none of them.
         """
         ...
@@ -102,6 +106,8 @@ def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) 
         return f"values must be float32 or bfloat16, got {x.dtype}"
     if axis not in (-1, -2):
         return f"blocks must lie along one of the last two axes, got {axis}"
+    if codec.corrects_runs:
+        return "it corrects no runs of a rotation"
     if codec.block * codec.bits > 32 * 32:
         return f"a block has too many bits for registers: {codec.block} x {codec.bits}"
     if x.shape[0] > 2048:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ifjax.codec import Encoding, Loss, Rounding, Search
 from ifjax.codec.encode import amax_of
-from ifjax.codec.places import PlaceCodec, decoder_refusal, encoder_refusal
+from ifjax.codec.places import EdenCodec, PlaceCodec, decoder_refusal, encoder_refusal
 from ifjax.codec.rounding import NEAREST, seeds, strides
 from ifjax.formats import Format
 from ifjax.lookup import Registry
@@ -67,11 +67,11 @@ class Rotated(NamedTuple):
 
     Attributes:
         size: the length of a run, as for `hadamard`.
-        signs: `size` factors +-1.
+        signs: `size` factors +-1; None if they are an argument of kernels.
     """
 
     size: int
-    signs: tuple[int, ...]
+    signs: tuple[int, ...] | None
 
     def of(self, x: jax.Array, axis: int) -> jax.Array:
         """Return x transformed along `axis` by XLA."""
@@ -180,14 +180,17 @@ def refusal(
         return "it does not tell which gradients are clipped"
     amax_ndim = _lead(x, how, amax_ndim)
     reason = encoder_refusal(how) or _refusal_of_shape(x.shape, axis, amax_ndim)
-    return reason or _refusal_of_kernel(encoder, x.shape, x.dtype, how, axis, amax_ndim, rotation)
+    return reason or _refusal_of_kernel(
+        encoder, x.shape, x.dtype, PlaceCodec(how, np.dtype(x.dtype)), axis, amax_ndim, rotation
+    )
 
 
 def refusal_to_decode(encoder: Encoder, q: Any, dtype: Any) -> str | None:
     """Return why the decoder cannot decode the QTensor q; None if it can."""
     amax_ndim = 0 if q.amax is None else q.amax.ndim
     reason = decoder_refusal(q.fmt) or _refusal_of_shape(q.shape, q.axis, amax_ndim)
-    return reason or _refusal_of_kernel(encoder, q.shape, np.dtype(dtype), _how_to_decode(q), q.axis, amax_ndim)
+    codec = PlaceCodec(_how_to_decode(q), np.dtype(dtype))
+    return reason or _refusal_of_kernel(encoder, q.shape, np.dtype(dtype), codec, q.axis, amax_ndim)
 
 
 def _refusal_of_shape(shape, axis, amax_ndim):
@@ -203,12 +206,12 @@ def _refusal_of_shape(shape, axis, amax_ndim):
     return None
 
 
-def _refusal_of_kernel(encoder, shape, dtype, how, axis, amax_ndim, rotation=None):
+def _refusal_of_kernel(encoder, shape, dtype, codec, axis, amax_ndim, rotation=None):
     if dtype not in (np.float32, jnp.bfloat16):
         return f"values must be float32 or bfloat16, got {dtype}"
     matrices = jax.ShapeDtypeStruct(_as_matrices(shape, axis, amax_ndim), dtype)
     turn = {} if rotation is None else {"rotation": rotation}
-    return encoder.load().supports(PlaceCodec(how, np.dtype(dtype)), matrices, -1 if axis == -1 else -2, **turn)
+    return encoder.load().supports(codec, matrices, -1 if axis == -1 else -2, **turn)
 
 
 def _lead(x, how, amax_ndim):
@@ -248,6 +251,45 @@ def encode_by_kernel(
     )  # fmt: skip
     arrays = _by_matrix(run, _of_matrices(numbers, x.shape, shape[0]), x.reshape(shape), noise)
     return [_unfolded(array, x.shape, axis) for array in arrays], amax
+
+
+def refusal_of_runs(encoder: Encoder, x: Any, codec: EdenCodec, axis: int, size: int) -> str | None:
+    """Return why the encoder cannot encode x by MS-EDEN with runs of `size`; None if it can."""
+    reason = codec.refusal or _refusal_of_shape(x.shape, axis, 0)
+    return reason or _refusal_of_kernel(encoder, x.shape, x.dtype, codec, axis, 0, Rotated(size, None))
+
+
+def encode_runs_by_kernel(
+    x: jax.Array, key: jax.Array, amax: jax.Array | None, signs: jax.Array, *, encoder: Encoder, codec: EdenCodec,
+    axis: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Encode x by MS-EDEN with a kernel; return packed codes, scale bytes and amax of the rotated x.
+
+    `signs` are float32 [size]. An amax of None or 0 is x's own.
+    """
+    shape, at, size = _as_matrices(x.shape, axis, 0), -1 if axis == -1 else -2, len(signs)
+    count, kernel, place = shape[0], encoder.load(), {"codec": codec, "axis": at, "rotation": Rotated(size, None)}
+
+    def peaks(amax, x, signs):
+        del amax
+        return (kernel.peaks(x, signs, **place),)
+
+    def encoded(amax, x, noise, signs):
+        scalars, tables = codec.encoder_tables(amax, len(amax))
+        base, own_strides, words = noise
+        noise = kernel.Noise(base, own_strides[0], words)
+        return tuple(kernel.encode(x, scalars, tables, noise, signs, **place))
+
+    matrices, signs = x.reshape(shape), jnp.broadcast_to(signs, (count, size))
+    largest = jnp.max(_by_matrix(peaks, None, matrices, signs)[0])
+    amax = largest if amax is None else jnp.where(amax > 0, amax, largest)
+    blocks = list(shape)
+    blocks[at] //= codec.block
+    base = jnp.arange(count, dtype=jnp.int32) * np.uint32(math.prod(blocks[1:]) % 2**32).view(np.int32)
+    own_strides = jnp.broadcast_to(jnp.asarray(strides(tuple(blocks))[1:], jnp.int32), (count, 2))
+    noise = base, own_strides, jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
+    codes, scales = _by_matrix(encoded, amax.reshape(1), matrices, noise, signs)
+    return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), amax
 
 
 def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:

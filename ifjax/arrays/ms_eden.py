@@ -15,20 +15,25 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from ifjax.arrays.blocking import Blocking
+from ifjax.arrays.encoders import Rotated, encode_runs_by_kernel, encoder_for, refusal_of_runs, work_of
 from ifjax.arrays.qtensor import QTensor
 from ifjax.codec import ROUNDINGS, Rounding
 from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, merge_blocks, split_blocks
 from ifjax.codec.eden import eden_constant, eden_peak, eden_units
 from ifjax.codec.headers import has_unsound
+from ifjax.codec.places import EdenCodec
 from ifjax.codec.rounding import uniform_noise
 from ifjax.formats import E4M3, Candidate, Format, get_format
 from ifjax.numerics.byte_order import as_array
-from ifjax.numerics.hadamard import SIZES, hadamard
+from ifjax.numerics.devices import device_kind
+from ifjax.numerics.hadamard import SIZES, hadamard, random_signs, signs_of
 from ifjax.numerics.packing import pack
-from ifjax.numerics.xla import divide
+from ifjax.numerics.proofs import by_both, difference, fault_of, numbers_to_check
+from ifjax.numerics.xla import divide, opaque
 
 # A given amax counts as at most this, so that the QTensor's, less than twice as large, is finite. No rotated value is
 # larger than 2^126, because the sum of a run is finite.
@@ -107,6 +112,23 @@ def ms_eden_packed(
     x = as_array(x)
     if (key is None) == (noise is None):
         raise ValueError("ms_eden needs key=, for example key=jax.random.key(0), or noise=, and not both")
+    amax = None if amax is None else as_array(amax, jnp.float32)
+    if amax is not None and has_unsound(amax):
+        raise ValueError(f"amax must be finite and not negative, got {amax}")
+    amax = None if amax is None else jnp.minimum(amax, np.float32(_LARGEST_AMAX))
+    place = {"fmt": fmt, "axis": axis, "size": size}
+    encoder = encoder_for(device_kind())
+    if encoder is None or key is None or _refusal(encoder, x, **place):
+        codes, scales, end = _by_xla(x, key, amax, signs, noise, **place)
+    else:
+        signs = jnp.asarray(signs_of(signs, size), jnp.float32)
+        codes, scales, end = _by_plan(x, key, amax, signs, encoder=encoder, **place)
+    axis = axis % x.ndim - x.ndim
+    return QTensor(codes, scales, end, Blocking(packed_format(fmt), axis, x.shape[axis], x.dtype, _headroom(fmt)))
+
+
+def _by_xla(x, key, amax, signs, noise=None, *, fmt, axis, size):
+    """Return packed codes, scale bytes and amax of the QTensor."""
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     z = hadamard(x.astype(jnp.float32) if is_narrow else x, axis=axis, size=size, signs=signs)
     axis = axis % x.ndim - x.ndim
@@ -117,11 +139,41 @@ def ms_eden_packed(
     noise = as_array(noise, jnp.float32)
     if noise.shape != shape:
         raise ValueError(f"noise must have one number for each block, shape {shape}, got {noise.shape}")
-    amax = None if amax is None else as_array(amax, jnp.float32)
-    if amax is not None and has_unsound(amax):
-        raise ValueError(f"amax must be finite and not negative, got {amax}")
-    codes, scales, end = _encoded(groups, jnp.expand_dims(noise, axis), amax, fmt=fmt, axis=axis, size=size)
-    return QTensor(codes, scales, end, Blocking(packed_format(fmt), axis, x.shape[axis], x.dtype, _headroom(fmt)))
+    return _encoded(groups, jnp.expand_dims(noise, axis), amax, fmt=fmt, axis=axis, size=size)
+
+
+def _refusal(encoder, x, *, fmt, axis, size):
+    """Return why a kernel cannot take x; None if it can, and proved so."""
+    if x.dtype not in (np.float32, jnp.bfloat16) or not -x.ndim <= axis < x.ndim or x.shape[axis] % size:
+        return "the dtype or the axis"
+    axis, codec = axis % x.ndim - x.ndim, EdenCodec.of(fmt, np.dtype(x.dtype))
+    return refusal_of_runs(encoder, x, codec, axis, size) or _fault(encoder, codec, x.dtype, fmt, max(axis, -2), size)
+
+
+def _fault(encoder, codec, dtype, fmt, axis, size):
+    """Check the kernel on this machine's device; return what is wrong with it, or None."""
+
+    def prove():
+        def run():
+            x, signs = jnp.asarray(numbers_to_check((128, 512))).astype(dtype), random_signs(jax.random.key(1), size)
+            return ms_eden_packed(x, fmt, key=jax.random.key(0), axis=axis, size=size, signs=signs)
+
+        return difference(*by_both(run))
+
+    return fault_of(work_of(encoder, "ms_eden", codec.how, dtype, axis, Rotated(size, None)), encoder, prove)
+
+
+@jax.jit(static_argnames=("encoder", "fmt", "axis", "size"))
+def _by_plan(x, key, amax, signs, *, encoder, fmt, axis, size):
+    """Return `_by_xla`, by a kernel on the platform that it compiles for."""
+    axis, codec = axis % x.ndim - x.ndim, EdenCodec.of(fmt, np.dtype(x.dtype))
+
+    def by_kernel(*data):
+        codes, scales, amax = encode_runs_by_kernel(*data, encoder=encoder, codec=codec, axis=axis)
+        return codes, scales, _end(*eden_units(amax, fmt), fmt)
+
+    ways = {encoder.platform: by_kernel, "default": functools.partial(_by_xla, fmt=fmt, axis=axis, size=size)}
+    return opaque(lambda *data: lax.platform_dependent(*data, **ways), x, key, amax, signs)
 
 
 @functools.lru_cache
@@ -172,8 +224,7 @@ def _encoded(z, noise, amax, *, fmt, axis, size):
     # Not all programs for CPUs pass NaN through a maximum of floats, as a maximum of their bits does.
     peaks = as_float(jnp.max(magnitude_bits(bits_of(z)), axis, keepdims=True, initial=0))
     own = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0), initial=0)
-    # An amax of 0 has seen no values.
-    amax = own if amax is None else jnp.where(amax > 0, jnp.minimum(amax, np.float32(_LARGEST_AMAX)), own)
+    amax = own if amax is None else jnp.where(amax > 0, amax, own)  # an amax of 0 has seen no values
     power, unit = eden_units(amax, fmt)
     byte = fmt.scale.encode(divide(divide(peaks * power, eden_peak(fmt)), unit))
     scale = jnp.where(byte == 0, 1, fmt.scale.decode(byte))
@@ -207,7 +258,12 @@ def _encoded(z, noise, amax, *, fmt, axis, size):
     header = jnp.squeeze(jnp.where(jnp.isfinite(peaks), header, fmt.scale.nan), axis)
     codes = jnp.where(jnp.isfinite(peaks), codes, 0)
     codes = pack(merge_blocks(codes.astype(jnp.uint8), axis), fmt.bits, axis)
-    return codes, header.astype(jnp.uint8), unit * np.float32(eden_constant(fmt)) * (1 / power)
+    return codes, header.astype(jnp.uint8), _end(power, unit, fmt)
+
+
+def _end(power, unit, fmt):
+    """Return the amax of the QTensor, of which the factor of all values is the part 1 / K."""
+    return unit * np.float32(eden_constant(fmt)) * (1 / power)
 
 
 def _stochastic(value, noise, scale):

@@ -11,6 +11,7 @@ from test_tpu_blocks import data
 
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder
+from ifjax.arrays.ms_eden import ms_eden_packed
 from ifjax.arrays.quantize import quantize_rotated
 from ifjax.codec import Encoding
 from ifjax.codec.places import PlaceCodec, over
@@ -25,6 +26,10 @@ class Interpreted:
     @staticmethod
     def encode(*args, **settings):
         return gpu_blocks.encode(*args, **settings, interpret=True)
+
+    @staticmethod
+    def peaks(*args, **settings):
+        return gpu_blocks.peaks(*args, **settings, interpret=True)
 
     @staticmethod
     def decode(*args, **settings):
@@ -47,6 +52,11 @@ class Emulated:
 
         args = jnp.broadcast_arrays(*(jnp.asarray(v, jnp.float32) for v in (a, b, c)))
         return jax.pure_callback(lambda *args: run(*map(np.asarray, args)), args[0], *args, vmap_method="expand_dims")
+
+    @staticmethod
+    def divide(a, b):
+        with np.errstate(all="ignore"):
+            return jnp.asarray(np.asarray(a) / np.asarray(b))
 
     maximum = staticmethod(jnp.maximum)
 
@@ -160,5 +170,42 @@ def test_rotated_bits_are_those_of_the_transform_and_the_codec(monkeypatch, case
     assert rotations == [size]
     with ifjax.kernels("never"):
         expected = jax.jit(run)(x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_array_equal(a, b)
+
+
+EDEN = {
+    "nvfp4, columns, 128": ("nvfp4", (40, 256), -1, "bfloat16", 128),
+    "nvfp4, rows, 128": ("nvfp4", (128, 24), -2, "bfloat16", 128),
+    "if4, rows, matrices, 32": ("if4", (2, 64, 24), -2, "float32", 32),
+    "if4, columns, matrices, 16": ("if4", (2, 9, 96), -1, "float32", 16),
+}
+
+
+@pytest.mark.by_default("nvfp4, rows, 128")
+@pytest.mark.parametrize("case", EDEN)
+def test_ms_eden_has_the_bits_of_xla(monkeypatch, case):
+    fmt, shape, axis, dtype, size = EDEN[case]
+    taken = []
+
+    class Watched(Interpreted):
+        @staticmethod
+        def encode(*args, **settings):
+            taken.append(settings["rotation"].size)
+            return Interpreted.encode(*args, **settings)
+
+    monkeypatch.setattr(ENCODERS, "_records", {"mine": Encoder("mine", "cpu", "cpu", lambda: Watched)})
+    x = jnp.asarray(data(shape)).astype(dtype)
+    x = x.at[..., 0, :].set(0) if axis == -1 else x.at[..., 0].set(0)
+
+    def run(x, key):
+        signs = ifjax.random_signs(key, size)
+        return [ms_eden_packed(x, fmt, axis=axis, size=size, signs=signs, key=key, amax=amax) for amax in (None, 3.0)]
+
+    with ifjax.kernels("always"):
+        got = jax.jit(run)(x, jax.random.key(3))
+    assert taken == [size] * 2
+    with ifjax.kernels("never"):
+        expected = jax.jit(run)(x, jax.random.key(3))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert_array_equal(a, b)
