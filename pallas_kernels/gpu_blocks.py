@@ -108,8 +108,9 @@ def peaks(
     at = _Blocks(x.shape, axis, codec, rotation)
     body = functools.partial(_peaks_of_blocks, at=at, codec=codec, dtype=x.dtype, rotation=rotation,
                              machine=None if interpret else Instructions)  # fmt: skip
-    shape = jax.ShapeDtypeStruct((at.matrices, pl.cdiv(at.threads, THREADS)), jnp.float32)
-    return _run(body, "peaks_of_blocks", at, [x], _signs(rotation, signs, at), [shape], interpret)[0]
+    shape = jax.ShapeDtypeStruct((at.matrices, pl.cdiv(at.threads, THREADS)), jnp.int32)
+    bits = _run(body, "peaks_of_blocks", at, [x], _signs(rotation, signs, at), [shape], interpret)[0]
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _signs(rotation, signs, at):
@@ -193,7 +194,7 @@ class Instructions:
         return _asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
 
     @staticmethod
-    def divide(a: jax.Array, b: jax.Array) -> jax.Array:
+    def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
         """Return a / b, correctly rounded."""
         return _asm("div.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
 
@@ -348,7 +349,7 @@ def _peaks_of_blocks(x, *refs, at, codec, dtype, rotation, machine):
     xs = _rotated(xs, rotation, signs[0] if signs else None, at, matrix, block)
     bits = functools.reduce(jnp.maximum, [lax.bitcast_convert_type(jnp.abs(y), jnp.int32) for y in xs])
     peak = jnp.where(bits < 0x7F800000, bits, 0)
-    peak = lax.bitcast_convert_type(peak if mask is None else jnp.where(mask, peak, 0), jnp.float32)
+    peak = peak if mask is None else jnp.where(mask, peak, 0)
     plgpu.store(out.at[matrix * (out.shape[0] // at.matrices) + pl.program_id(1)], jnp.max(peak))
 
 

@@ -28,7 +28,7 @@ class Machine(Protocol):
         """Return a * b + c, rounded once. `b` is an array or a Python number."""
         ...
 
-    def divide(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def quotient(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Return a / b, correctly rounded."""
         ...
 

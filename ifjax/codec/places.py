@@ -381,7 +381,7 @@ class _Trial:
         assert grid is not None
         if isinstance(grid, Steps):
             return [(place - grid.zero) * step for place in self.places]
-        levels = [np.float32(self.c.grid.magnitudes[code]) * step for code in grid.listed]
+        levels: list[Any] = [np.float32(self.c.grid.magnitudes[code]) * step for code in grid.listed]
         return [grid.value(place, levels) for place in self.places]
 
     def values(self, given: bool) -> list[jax.Array]:
@@ -570,7 +570,7 @@ class EdenCodec(PlaceCodec):
 def _quotient(a, b, machine):
     """Return a / b, correctly rounded."""
     b = jnp.broadcast_to(b, a.shape)
-    return correct_quotient(a, b, a / b) if machine is None else machine.divide(a, b)
+    return correct_quotient(a, b, a / b) if machine is None else machine.quotient(a, b)
 
 
 def _quotients(numbers, b, machine):
@@ -581,7 +581,7 @@ def _quotients(numbers, b, machine):
     """
     if machine is None:
         return [_quotient(a, b, machine) for a in numbers]
-    inverse, quotients = machine.divide(jnp.ones_like(b), b), []
+    inverse, quotients = machine.quotient(jnp.ones_like(b), b), []
     for a in numbers:
         quotient = a * inverse
         for _ in range(2):

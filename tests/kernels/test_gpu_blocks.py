@@ -14,7 +14,7 @@ from ifjax.arrays import ENCODERS, Encoder
 from ifjax.arrays.ms_eden import ms_eden_packed
 from ifjax.arrays.quantize import quantize_rotated
 from ifjax.codec import Encoding
-from ifjax.codec.places import PlaceCodec, over
+from ifjax.codec.places import EdenCodec, PlaceCodec, over
 from pallas_kernels import gpu_blocks
 
 
@@ -54,7 +54,7 @@ class Emulated:
         return jax.pure_callback(lambda *args: run(*map(np.asarray, args)), args[0], *args, vmap_method="expand_dims")
 
     @staticmethod
-    def divide(a, b):
+    def quotient(a, b):
         with np.errstate(all="ignore"):
             return jnp.asarray(np.asarray(a) / np.asarray(b))
 
@@ -94,6 +94,26 @@ def test_instructions_of_a_gpu_change_no_bits(name, rounding):
 
     for got, expected in zip(jax.tree.leaves(encode(Emulated)), jax.tree.leaves(encode(None)), strict=True):
         assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "if4"])
+def test_instructions_of_a_gpu_change_no_bits_of_ms_eden(name):
+    codec = EdenCodec.of(ifjax.FORMATS[name], np.dtype("float32"))
+    rng = np.random.default_rng(0)
+    blocks = rng.standard_normal((4096, 16)).astype("f") * np.exp2(rng.integers(-12, 1, (4096, 16))).astype("f")
+    blocks[::7] *= np.exp2(rng.integers(-12, 1, (len(blocks[::7]), 1))).astype("f")
+    blocks[5], blocks[6, 3], blocks[7, 4] = 0, np.nan, np.inf
+    scalars, _ = codec.encoder_tables(jnp.float32([3.0]), 1)
+    noise = jnp.asarray(rng.random(len(blocks), np.float32) - np.float32(0.5))
+    got, expected = (
+        codec.encode(
+            list(jnp.asarray(blocks).T), noise, list(scalars[0]), None, wants_codes=True, wants_values=False,
+            machine=machine,
+        )
+        for machine in (Emulated, None)
+    )  # fmt: skip
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("b", [6.0, 2688.0, 1536.0, 7.0, 2688 * 16 / 17, 6 * 16 / 17, 1.0000001, 1.9999999])
