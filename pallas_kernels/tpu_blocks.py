@@ -106,10 +106,11 @@ def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) 
         return f"values must be float32 or bfloat16, got {x.dtype}"
     if axis not in (-1, -2):
         return f"blocks must lie along one of the last two axes, got {axis}"
-    if codec.corrects_runs and (rotation is None or _Tile.of(x.shape, axis, codec).unit != codec.block):
+    run = 0 if rotation is None else rotation.size
+    if codec.corrects_runs and (not run or _Tile.of(x.shape, axis, codec).unit != codec.block):
         return "it corrects runs of a rotation, of blocks that fill whole words"
-    if codec.corrects_runs and SUBLANES * codec.block % rotation.size:
-        return f"it corrects runs of up to {SUBLANES} blocks, got {rotation.size} values"
+    if codec.corrects_runs and SUBLANES * codec.block % run:
+        return f"it corrects runs of up to {SUBLANES} blocks, got {run} values"
     if codec.block * codec.bits > 32 * 32:
         return f"a block has too many bits for registers: {codec.block} x {codec.bits}"
     if x.shape[0] > 2048:
@@ -402,7 +403,7 @@ def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, w
     lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
     is_there = lane < tile.sizes[1] - tile.starts()[1]
     across = functools.partial(_across, size=codec.block) if codec.is_square else None
-    if codec.corrects_runs and rotation.size > codec.block:
+    if codec.corrects_runs and rotation is not None and rotation.size > codec.block:
         across = functools.partial(_over_run, count=rotation.size // codec.block)
 
     def group(g):
