@@ -21,8 +21,8 @@ FORMATS = ("if4", "nvfp4", "fouroversix", "nvint4", "mxfp4")
 def interpret_kernels(kernel: Any) -> None:
     """Let CPUs interpret a kernel module such as `pallas_kernels.gpu_blocks`, instead of their own way by XLA."""
     interpreted = SimpleNamespace(
-        Noise=kernel.Noise, supports=kernel.supports, encode=functools.partial(kernel.encode, interpret=True),
-        decode=functools.partial(kernel.decode, interpret=True),
+        Noise=kernel.Noise, PARTS=kernel.PARTS, supports=kernel.supports,
+        **{name: functools.partial(getattr(kernel, name), interpret=True) for name in ("tables", "encode", "decode")},
     )  # fmt: skip
     ENCODERS.register(Encoder("interpreted", "cpu", r"^cpu$", lambda: interpreted))
 

@@ -22,9 +22,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.tpu_blocks import LANES, Codec, Noise, Rotation, rotated, rounded
 
-__all__ = ["Noise", "decode", "encode", "supports"]
+__all__ = ["Noise", "decode", "encode", "supports", "tables"]
 
 THREADS = 128
+PARTS = 4096  # maxima of parts of a tensor that `tables` takes
 
 
 def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) -> str | None:
@@ -128,11 +129,34 @@ def _takes_signs(rotation, at):
     return rotation is not None and (rotation.signs is None or at.run > 1)
 
 
+@functools.partial(jax.jit, static_argnames=("codec", "interpret"))
+def tables(
+    codec: Codec, maxima: jax.Array, *, interpret: Any = False
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return each tensor's amax [L], and the scalars and tables of `encode`, as `tpu_blocks.tables` does."""
+    count, size = maxima.shape
+    rows = len(jax.eval_shape(codec.rows_of_table, jax.ShapeDtypeStruct((LANES,), jnp.float32))[1])
+    rows = -(-(rows + 1) // 8) * 8
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    amax, table = pl.pallas_call(
+        functools.partial(_fill_table, size=size, codec=codec, machine=None if interpret else Instructions),
+        out_shape=[jax.ShapeDtypeStruct((length,), jnp.float32) for length in (count, count * rows * LANES)],
+        grid=(count,),
+        in_specs=[whole],
+        out_specs=[whole, whole],
+        compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32, num_stages=1),
+        interpret=interpret,
+        name="fill_table",
+    )(maxima.reshape(-1))
+    table = table.reshape(count, rows, LANES)
+    return amax, (table[:, -1, : codec.scalars], table)
+
+
 @functools.partial(jax.jit, static_argnames=("codec", "axis", "length", "dtype", "interpret"))
 def decode(
     codes: jax.Array,
     headers: jax.Array,
-    tables: jax.Array,
+    amax: jax.Array | None,
     *,
     codec: Codec,
     axis: int,
@@ -144,9 +168,12 @@ def decode(
     shape = list(codes.shape)
     shape[axis] = length
     at = _Blocks(tuple(shape), axis, codec)
-    body = functools.partial(_decode_blocks, at=at, codec=codec, dtype=dtype, own=len(tables) > 1)
+    numbers = [] if amax is None else [amax]
+    body = functools.partial(
+        _decode_blocks, at=at, codec=codec, dtype=dtype, machine=None if interpret else Instructions
+    )
     shapes = [jax.ShapeDtypeStruct(tuple(shape), dtype)]
-    (values,) = _run(body, "decode_blocks", at, [codes, headers], [tables], shapes, interpret)
+    (values,) = _run(body, "decode_blocks", at, [codes, headers], numbers, shapes, interpret)
     return values
 
 
@@ -194,24 +221,35 @@ class Instructions:
         return _asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
 
     @staticmethod
-    def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-        """Return a / b, correctly rounded."""
-        return _asm("div.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
-
-    @staticmethod
     def maximum(a: jax.Array, b: jax.Array) -> jax.Array:
         """Return the larger of two floats, NaN if one is."""
         return _asm("max.NaN.f32 $0, $1, $2;", "=f,f,f", a, b)
 
     @staticmethod
-    def permute(a: jax.Array, b: jax.Array, selector: int) -> jax.Array:
-        """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits."""
-        return _asm(f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", a, b)
+    def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+        """Return a / b, correctly rounded."""
+        return _asm("div.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
+
+    @staticmethod
+    def bfloat16(a: jax.Array, b: jax.Array) -> jax.Array:
+        """Return the int32 of two floats rounded to bfloat16, a in the upper half."""
+        return _asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", a, b, dtype=jnp.int32)
+
+    @staticmethod
+    def permute(a: jax.Array, b: jax.Array, selector: Any) -> jax.Array:
+        """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits.
+
+        A digit is the byte's number, plus 8 to repeat the byte's highest bit. The selector is an int or an int32 array
+        of four digits.
+        """
+        if isinstance(selector, int):
+            return _asm(f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", a, b)
+        return _asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", a, b, selector)
 
 
-def _asm(text, constraints, *args):
+def _asm(text, constraints, *args, dtype=None):
     args = jnp.broadcast_arrays(*args)
-    like = jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)
+    like = jax.ShapeDtypeStruct(args[0].shape, dtype or args[0].dtype)
     (found,) = plgpu.elementwise_inline_asm(
         text, args=args, constraints=constraints, pack=1, result_shape_dtypes=[like]
     )
@@ -277,6 +315,27 @@ class _Blocks:
         return is_inside if mask is None else [mask & each for each in is_inside]
 
 
+def _fill_table(maxima, amax, table, *, size, codec, machine):
+    """Write a tensor's amax, the largest of `size` maxima, and its table for `encode`."""
+    matrix, lane = pl.program_id(0), lax.iota(jnp.int32, LANES)
+    width = min(1024, pl.next_power_of_2(size))
+    largest = jnp.zeros(width, jnp.float32)
+    for start in range(0, size, width):
+        place = start + lax.iota(jnp.int32, width)
+        mask = None if start + width <= size else place < size
+        largest = jnp.maximum(largest, _load(maxima.at[matrix * size + place], mask))
+    peak = jnp.max(largest)
+    amax[matrix] = peak
+    numbers, rows = codec.rows_of_table(jnp.full(LANES, peak), machine)
+    last = jnp.zeros(LANES, jnp.float32)
+    for i, number in enumerate(numbers):
+        last = jnp.where(lane == i, number, last)
+    height = table.shape[0] // amax.shape[0] // LANES
+    rows += [jnp.zeros(LANES, jnp.float32)] * (height - 1 - len(rows))
+    for i, row in enumerate([*rows, last]):
+        plgpu.store(table.at[(matrix * height + i) * LANES + lane], row)
+
+
 def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_codes, wants_values, machine):
     refs = iter(refs)
     numbers = [next(refs) for _ in range(3)] if codec.noises else None
@@ -322,7 +381,8 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
         _store_values(values, at, (matrix, block, across), some, ats, masks, dtype)
 
 
-def _decode_blocks(codes, headers, tables, out, *, at, codec, dtype, own):
+def _decode_blocks(codes, headers, *refs, at, codec, dtype, machine):
+    *maxima, out = refs
     matrix, block, across, mask = at.here()
     nbytes = codec.block * codec.bits // 8
     if codes.dtype == jnp.int32:
@@ -336,7 +396,8 @@ def _decode_blocks(codes, headers, tables, out, *, at, codec, dtype, own):
     header = _load(headers.at[at.index(matrix, block, across, at.count)], mask).astype(jnp.int32)
     places = [block * codec.block + i for i in range(codec.block)]
     ats = [at.index(matrix, place, across, at.along) for place in places]
-    found = codec.decode(words, header, _lookup(tables, at, matrix, own))
+    amax = maxima[0][matrix if maxima[0].shape[0] > 1 else 0] if maxima else None
+    found = codec.decode_by_arithmetic(words, header, amax, machine)
     _store_values(out, at, (matrix, block, across), found, ats, at.masks(places, mask), dtype)
 
 

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8
+PARTS = 1  # maxima of parts of a tensor that `tables` takes
 _HIGH = -(2**16)  # a mask of a word's upper half
 
 Lookup = Callable[[int, jax.Array], jax.Array]  # (row of the table, int32 indices in the row) -> float32
@@ -52,6 +53,16 @@ class Codec(Protocol):
     is_square: bool
     corrects_runs: bool
 
+    def encoder_tables(self, amax: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+        """Return the scalars and tables of `encode` for tensors with these maxima [count], computed by XLA."""
+        ...
+
+    def rows_of_table(
+        self, amax: jax.Array, machine: Any = None
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Return the scalars and the first rows of one tensor's table, computed in a kernel from amax: arrays [128]."""
+        ...
+
     def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
         """Return the noise of the elements with these indices, for the key words k0 and k1."""
         ...
@@ -70,6 +81,16 @@ class Codec(Protocol):
 
     def decode(self, words: Sequence[jax.Array], header: jax.Array, lookup: Lookup) -> Sequence[jax.Array]:
         """Return the float32 values of a block, rounded to the dtype of the result."""
+        ...
+
+    def decode_by_arithmetic(
+        self, words: Sequence[jax.Array], header: jax.Array, amax: jax.Array | None, machine: Any = None
+    ) -> Sequence[jax.Array]:
+        """Return the same from a scalar amax, without a table; None leaves the tensor's factor out."""
+        ...
+
+    def decoder_table(self, amax: jax.Array | None, count: int) -> jax.Array:
+        """Return the table of `decode` for tensors with these maxima [count], computed by XLA; [1] without amax."""
         ...
 
 
@@ -120,6 +141,15 @@ def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) 
     if rotation is not None and _Tile.of(x.shape, axis, codec).length % (SUBLANES * rotation.size):
         return f"its tiles hold no {SUBLANES} runs of {rotation.size}"
     return None
+
+
+def tables(codec: Codec, maxima: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return each tensor's amax [L], and the scalars and tables of `encode`, given maxima of parts [L, at most PARTS].
+
+    The number of parts divides that of rows.
+    """
+    amax = maxima.max(1)
+    return amax, codec.encoder_tables(amax, len(amax))
 
 
 @functools.partial(
@@ -197,7 +227,7 @@ def encode(
 def decode(
     codes: jax.Array,
     headers: jax.Array,
-    tables: jax.Array,
+    amax: jax.Array | None,
     *,
     codec: Codec,
     axis: int,
@@ -208,13 +238,14 @@ def decode(
     """Return the values [L, R, C] of codes and headers that `encode` returned.
 
     Args:
-        tables: float32 [L, rows, 128] or [1, rows, 128], as for `encode`.
+        amax: float32 [L], or [1] shared by all matrices; None leaves the tensor's factor out.
         length: the length of the blocked axis.
         dtype: the dtype of the values.
     """
     count, *shape = codes.shape
     shape[axis] = length
     tile = _Tile.of((count, *shape), axis, codec)
+    tables = codec.decoder_table(amax, 1 if amax is None else len(amax))
     wide = 1 if dtype == jnp.float32 else 2
     scratch = [
         pltpu.VMEM((tile.length * codec.bits // 32, LANES), jnp.int32),

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ifjax.codec import Encoding, Loss, Rounding, Search
+from ifjax.codec.blocks import largest_divisor
 from ifjax.codec.encode import amax_of
 from ifjax.codec.places import EdenCodec, PlaceCodec, decoder_refusal, encoder_refusal
 from ifjax.codec.rounding import NEAREST, seeds, strides
@@ -235,21 +236,29 @@ def encode_by_kernel(
 
     The list holds only the wanted arrays. Codes and scales have the shapes of a QTensor, values that of x.
     """
-    fmt = how.fmt
-    if fmt.has_tensor_scale and amax is None:
-        amax = _amax(x if rotation is None else rotation.of(x, axis), amax_axes, fmt)
-    shape = _as_matrices(x.shape, axis, _lead(x, how, 0 if amax is None else amax.ndim))
-    numbers = amax if fmt.has_tensor_scale else None
+    kernel, codec = encoder.load(), PlaceCodec(how, np.dtype(x.dtype))
+    lead = max(amax_axes, default=-1) + 1
+    shape = _as_matrices(x.shape, axis, _lead(x, how, lead))
+    if how.fmt.has_tensor_scale:
+        if amax is None:
+            maxima = _maxima(x if rotation is None else rotation.of(x, axis), amax_axes, how.fmt, kernel.PARTS)
+        else:
+            maxima = amax.reshape(-1, 1)
+        peaks, numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
+        lengths = [x.shape[a] if a in amax_axes else 1 for a in range(lead)]
+        amax, numbers = peaks.reshape(lengths), tuple(_of_matrices(a, lengths, x.shape, shape[0]) for a in numbers)
+    else:
+        numbers = codec.encoder_tables(None, 1)
     noise = None
     if how.rounding.noise is not None and key is not None:
         count, size = shape[0], np.uint32(math.prod(shape[1:]) % 2**32).view(np.int32)
         base = jnp.arange(count, dtype=jnp.int32) * size
         noise = base, jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
     run = functools.partial(
-        _encode_matrices, encoder=encoder, how=how, axis=-1 if axis == -1 else -2, wants_codes=wants_codes,
+        _encode_matrices, kernel=kernel, codec=codec, axis=-1 if axis == -1 else -2, wants_codes=wants_codes,
         wants_values=wants_values, rotation=rotation,
     )  # fmt: skip
-    arrays = _by_matrix(run, _of_matrices(numbers, x.shape, shape[0]), x.reshape(shape), noise)
+    arrays = _by_matrix(run, numbers, x.reshape(shape), noise)
     return [_unfolded(array, x.shape, axis) for array in arrays], amax
 
 
@@ -274,22 +283,22 @@ def encode_runs_by_kernel(
         del amax
         return (kernel.peaks(x, signs, **place),)
 
-    def encoded(amax, x, noise, signs):
-        scalars, tables = codec.encoder_tables(amax, len(amax))
+    def encoded(numbers, x, noise, signs):
         base, own_strides, words = noise
         noise = kernel.Noise(base, own_strides[0], words)
-        return tuple(kernel.encode(x, scalars, tables, noise, signs, **place))
+        return tuple(kernel.encode(x, *numbers, noise, signs, **place))
 
     matrices, signs = x.reshape(shape), jnp.broadcast_to(signs, (count, size))
-    largest = jnp.max(_by_matrix(peaks, None, matrices, signs)[0])
-    amax = largest if amax is None else jnp.where(amax > 0, amax, largest)
+    maxima = _by_matrix(peaks, None, matrices, signs)[0].reshape(1, -1)
+    maxima = maxima if amax is None else jnp.where(amax > 0, amax, maxima)
+    largest, numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
     blocks = list(shape)
     blocks[at] //= codec.block
     base = jnp.arange(count, dtype=jnp.int32) * np.uint32(math.prod(blocks[1:]) % 2**32).view(np.int32)
     own_strides = jnp.broadcast_to(jnp.asarray(strides(tuple(blocks))[1:], jnp.int32), (count, 2))
     noise = base, own_strides, jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
-    codes, scales = _by_matrix(encoded, amax.reshape(1), matrices, noise, signs)
-    return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), amax
+    codes, scales = _by_matrix(encoded, numbers, matrices, noise, signs)
+    return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), largest[0]
 
 
 def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:
@@ -300,7 +309,8 @@ def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:
         _decode_matrices, encoder=encoder, how=_how_to_decode(q), axis=-1 if q.axis == -1 else -2,
         length=q.shape[q.axis], dtype=dtype,
     )  # fmt: skip
-    (values,) = _by_matrix(run, _of_matrices(q.amax, q.shape, len(codes)), codes, headers)
+    amax = None if q.amax is None else _of_matrices(q.amax.reshape(-1), q.amax.shape, q.shape, len(codes))
+    (values,) = _by_matrix(run, amax, codes, headers)
     return values.reshape(q.shape)
 
 
@@ -308,19 +318,30 @@ def _how_to_decode(q):
     return Encoding(q.fmt, dataclasses.replace(NEAREST, headroom=q.headroom))
 
 
-def _amax(x, amax_axes, fmt):
-    """Return the largest finite magnitude of x, as the codec computes it, without splitting x into blocks."""
+def _maxima(x, amax_axes, fmt, parts):
+    """Return the largest finite magnitudes, as the codec computes them, of up to `parts` parts of each tensor: [L, n].
+
+    x is not split into blocks. Tensors are those of `amax_axes`.
+    """
     x = x.astype(jnp.float32)
-    kept = ~jnp.isnan(x) if fmt.saturates else jnp.isfinite(x)
-    return amax_of(jnp.where(kept, jnp.abs(x), 0), amax_axes)
+    magnitudes = jnp.where(~jnp.isnan(x) if fmt.saturates else jnp.isfinite(x), jnp.abs(x), 0)
+    lead = len(amax_axes)
+    count, rows = math.prod(x.shape[:lead]), math.prod(x.shape[lead:-1])
+    if parts == 1 or amax_axes != tuple(range(lead)):
+        return amax_of(magnitudes, amax_axes).reshape(-1, 1)
+    return jnp.max(magnitudes.reshape(count, largest_divisor(rows, parts), -1), axis=-1)
 
 
-def _of_matrices(amax, shape, count):
-    """Return amax for each of `count` matrices: [count], or [1] if all share one; None if there is none."""
-    if amax is None or amax.size == 1:
-        return None if amax is None else amax.reshape(1)
-    amax = jnp.broadcast_to(amax, shape[: amax.ndim]).reshape(-1, 1)
-    return jnp.broadcast_to(amax, (len(amax), count // len(amax))).reshape(-1)
+def _of_matrices(a, lengths, shape, count):
+    """Return the entries of a [L, ...] for each of `count` matrices: [count, ...], or [1, ...] if all share one.
+
+    The L tensors have the shape `lengths`, that of their amax, which broadcasts to leading axes of `shape`.
+    """
+    if len(a) == 1:
+        return a
+    rest = a.shape[1:]
+    a = jnp.broadcast_to(a.reshape(*lengths, *rest), (*shape[: len(lengths)], *rest)).reshape(-1, 1, *rest)
+    return jnp.broadcast_to(a, (len(a), count // len(a), *rest)).reshape(count, *rest)
 
 
 def _unfolded(array, shape, axis):
@@ -329,43 +350,45 @@ def _unfolded(array, shape, axis):
     return array.reshape(*shape[:at], array.shape[-1 if axis == -1 else -2], *shape[at + 1 :])
 
 
-def _by_matrix(run, amax, *arrays):
-    """Call run(amax, *arrays), which returns a tuple of arrays [L, ...]. Under vmap the batch is folded into L.
+def _by_matrix(run, shared, *arrays):
+    """Call run(shared, *arrays), which returns a tree of arrays [L, ...]. Under vmap the batch is folded into L.
 
-    `arrays` are trees of arrays [L, ...], the first one a single array; amax is [L], [1] or None.
+    `arrays` are trees of arrays [L, ...], the first one a single array; `shared` is one of arrays [L, ...] or [1, ...].
     """
     call = jax.custom_batching.custom_vmap(run)
 
     @call.def_vmap
-    def batched(axis_size, in_batched, amax, *arrays):
-        amax_batched, *are_batched = in_batched
+    def batched(axis_size, in_batched, shared, *arrays):
+        shared_batched, *are_batched = in_batched
         count = arrays[0].shape[1 if are_batched[0] else 0]
 
         def folded(a, is_batched):
             a = a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
             return a.reshape(-1, *a.shape[2:])
 
-        if amax is not None and (amax_batched or len(amax) > 1):
-            amax = amax if amax_batched else jnp.broadcast_to(amax, (axis_size, *amax.shape))
-            amax = jnp.broadcast_to(amax, (axis_size, count)).reshape(-1)
-        results = _by_matrix(run, amax, *jax.tree.map(folded, arrays, tuple(are_batched)))
-        return tuple(r.reshape(axis_size, count, *r.shape[1:]) for r in results), (True,) * len(results)
+        def folded_for_each(a, is_batched):
+            if not is_batched and len(a) == 1:
+                return a
+            a = a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
+            return jnp.broadcast_to(a, (axis_size, count, *a.shape[2:])).reshape(-1, *a.shape[2:])
 
-    return call(amax, *arrays)
+        shared = jax.tree.map(folded_for_each, shared, shared_batched)
+        results = _by_matrix(run, shared, *jax.tree.map(folded, arrays, tuple(are_batched)))
+        results = jax.tree.map(lambda r: r.reshape(axis_size, count, *r.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return call(shared, *arrays)
 
 
-def _encode_matrices(amax, x, noise, *, encoder, how, axis, wants_codes, wants_values, rotation):
-    codec, kernel = PlaceCodec(how, np.dtype(x.dtype)), encoder.load()
-    scalars, tables = codec.encoder_tables(amax, 1 if amax is None else len(amax))
+def _encode_matrices(numbers, x, noise, *, kernel, codec, axis, wants_codes, wants_values, rotation):
     if noise is not None:
         noise = kernel.Noise(noise[0], jnp.asarray(strides(x.shape)[1:], jnp.int32), noise[1])
     settings = {"codec": codec, "axis": axis, "wants_codes": wants_codes, "wants_values": wants_values}
     if rotation is not None:
         settings["rotation"] = rotation
-    return tuple(kernel.encode(x, scalars, tables, noise, **settings))
+    return tuple(kernel.encode(x, *numbers, noise, **settings))
 
 
 def _decode_matrices(amax, codes, headers, *, encoder, how, axis, length, dtype):
     codec = PlaceCodec(how, dtype)
-    tables = codec.decoder_table(amax, 1 if amax is None else len(amax))
-    return (encoder.load().decode(codes, headers, tables, codec=codec, axis=axis, length=length, dtype=dtype),)
+    return (encoder.load().decode(codes, headers, amax, codec=codec, axis=axis, length=length, dtype=dtype),)

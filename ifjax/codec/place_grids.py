@@ -28,16 +28,24 @@ class Machine(Protocol):
         """Return a * b + c, rounded once. `b` is an array or a Python number."""
         ...
 
-    def quotient(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """Return a / b, correctly rounded."""
-        ...
-
     def maximum(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Return the larger of two floats, NaN if one is."""
         ...
 
-    def permute(self, a: jax.Array, b: jax.Array, selector: int) -> jax.Array:
-        """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits."""
+    def quotient(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Return a / b, correctly rounded."""
+        ...
+
+    def bfloat16(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Return the int32 of two floats rounded to bfloat16, a in the upper half."""
+        ...
+
+    def permute(self, a: jax.Array, b: jax.Array, selector: Any) -> jax.Array:
+        """Return the int32 of four bytes of b and a, 7 to 0, whose numbers are the selector's hexadecimal digits.
+
+        A digit is the byte's number, plus 8 to repeat the byte's highest bit. The selector is an int or an int32 array
+        of four digits.
+        """
         ...
 
 

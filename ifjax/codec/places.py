@@ -18,7 +18,7 @@ from jax import lax
 
 from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, pick, tree
 from ifjax.codec.decode import decode, grid_values, narrowed, scaled
-from ifjax.codec.eden import eden_peak, eden_units
+from ifjax.codec.eden import EDEN_LARGEST_SCALE, eden_peak, eden_units
 from ifjax.codec.encode import Encoding, codes_of, inverse_for
 from ifjax.codec.headers import LARGE_AMAX, TensorScale, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss, without_last_bit
@@ -75,11 +75,16 @@ def encoder_refusal(how: Encoding) -> str | None:
     if how.rounding.noise not in (None, uniform_noise):
         return "its noise is not the hash that kernels compute"
     fmt = how.fmt
-    if fmt.has_tensor_scale and isinstance(fmt.scale, TableScale):
-        largest = max(c.grid.max * c.step + abs(c.offset) for c in fmt.candidates)
-        if float(LARGE_AMAX) * fmt.scale.values[fmt.scale.top] * largest > float(np.finfo(np.float32).max):
-            return f"decoding overflows where amax is near {LARGE_AMAX:.0e}, and a kernel's values would not"
+    if _overflows(fmt):
+        return f"decoding overflows where amax is near {LARGE_AMAX:.0e}, and a kernel's values would not"
     return _refusal(fmt)
+
+
+def _overflows(fmt):
+    if not (fmt.has_tensor_scale and isinstance(fmt.scale, TableScale)):
+        return False
+    largest = max(c.grid.max * c.step + abs(c.offset) for c in fmt.candidates)
+    return float(LARGE_AMAX) * fmt.scale.values[fmt.scale.top] * largest > float(np.finfo(np.float32).max)
 
 
 def decoder_refusal(fmt: Format) -> str | None:
@@ -176,6 +181,33 @@ class PlaceCodec:
             table.append(scaled(values, scale, steps[:, at], units, fmt.tensor_constant(how.headroom)))
         return _with_scalars(table, [tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)])
 
+    def rows_of_table(
+        self, amax: jax.Array, machine: Machine | None = None
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Return the numbers of `encoder_tables` for one tensor and the rows of its table, for kernels: arrays [128].
+
+        amax [128] is the same in all lanes. Rows of zeros before the last one, and the last one, are the caller's.
+        """
+        fmt, quotient = self.fmt, divide if machine is None else machine.quotient
+        constant = fmt.tensor_constant(self.how.headroom)
+        power = power_near(amax)
+        peak = amax * power
+        ratio = jnp.where(peak > 0, quotient(jnp.full_like(peak, constant), peak), 0)
+        unit, back = (quotient(jnp.ones_like(peak), a) for a in (ratio, power))
+        lanes = lax.iota(jnp.int32, LANES)
+        payloads = [lanes + page * LANES for page in range(self.pages)]
+        rows = []
+        for payload in payloads:
+            scale = unit * fmt.scale.decode(payload)
+            rows.append(jnp.where(scale > 0, quotient(jnp.ones_like(scale), scale), 0))
+        for c in fmt.candidates:
+            for k in _listed(c):
+                value = np.float32(c.grid.values[k]) + np.float32(c.offset)
+                for payload in payloads:
+                    at, factor, value, step = _full((LANES,), peak, payload, peak, value, np.float32(c.step))
+                    rows.append(_scaled(value * fmt.scale.decode(at), factor, step, constant, machine))
+        return [power, peak, ratio, back], rows
+
     def decoder_table(self, amax: jax.Array | None, count: int) -> jax.Array:
         """Return the value of each code under each decoding, rounded to the dtype: [count, rows, 128].
 
@@ -245,7 +277,7 @@ class PlaceCodec:
         words, values = rest, ()
         if wants_values:
             words, mask, values = rest[: -len(xs) - 1], rest[-len(xs) - 1], rest[-len(xs) :]
-            values = [self.given(v, tensor) for v in values] if chooses else values
+            values = [self.given(v, tensor, machine) for v in values] if chooses else values
             values = [_signed(v, x, mask) for v, x in zip(values, xs, strict=True)] if self._on_magnitudes else values
         return Block(words, jnp.where(is_poisoned, fmt.scale.nan, header), values)
 
@@ -255,20 +287,69 @@ class PlaceCodec:
         selector, payload = fmt.split(header)
         rows = [range(i * 2**fmt.bits, (i + 1) * 2**fmt.bits) for i in range(len(fmt.decodings))]
         levels = [[_look_up(lookup, row * pages, payload, pages) for row in each] for each in rows]
-        levels = [pick(selector, options) for options in zip(*levels, strict=True)]
+        return self._of_levels(words, [pick(selector, options) for options in zip(*levels, strict=True)])
+
+    def decode_by_arithmetic(
+        self, words: Sequence[jax.Array], header: jax.Array, amax: jax.Array | None, machine: Machine | None = None
+    ) -> list[jax.Array]:
+        """Return what `decode` returns, from a scalar amax instead of a table; None leaves the tensor's factor out.
+
+        A code's value is computed once for each block, as in `ifjax.codec.decode.decode`.
+        """
+        fmt, half = self.fmt, 2 ** (self.fmt.bits - 1)
+        selector, payload = fmt.split(header)
+        scale, zeros, back = fmt.scale.decode(payload), jnp.zeros_like(payload), jnp.float32(1)
+        step = as_float(zeros + _picked(selector, np.array([d.step for d in fmt.decodings], np.float32)))
+        if amax is not None:
+            # The power of two leaves numbers large enough for `over`, and overflows where that of `safe` does.
+            power, back = (
+                jnp.where(amax < 1, np.float32(2.0**e), jnp.where(amax >= LARGE_AMAX, np.float32(2.0**-e), 1))
+                for e in (64, -64)
+            )
+            zeros, amax, back = _full(payload.shape, amax, zeros, amax * power, back)
+        values = np.array([d.grid.values for d in fmt.decodings], np.float32)
+        offsets = np.array([[d.offset] for d in fmt.decodings], np.float32)
+        values = np.where(offsets == 0, values, values + offsets)  # -0 + 0 is 0
+        is_symmetric = np.array_equal(values[:, half:].view(np.int32), (-values[:, :half]).view(np.int32))
+
+        def level(options):
+            scaled = as_float(zeros + _picked(selector, options)) * scale
+            if amax is None:
+                return self._narrowed(scaled * step, machine)
+            constant, exact = fmt.tensor_constant(self.how.headroom), None if _overflows(fmt) else machine
+            value = _scaled(scaled, amax, step, constant, exact) * back
+            if exact is not None:  # fused products add -0 and 0 to 0
+                value = as_float(bits_of(value) | bits_of(scaled) & np.int32(-(2**31)))
+            # E5M3's products may overflow: see `decode`.
+            return value if self.dtype == np.float32 else self._narrowed(value, machine)
+
+        levels = [level(options) for options in values.T[: half if is_symmetric else 2 * half]]
+        if machine is not None and fmt.bits == 4 and self.dtype == jnp.bfloat16:
+            return _looked_up(words, fmt.block, levels, machine)
+        if is_symmetric:
+            levels += [-level for level in levels]
+        return self._of_levels(words, levels)
+
+    def _of_levels(self, words, levels):
+        """Return levels[code] for each place of a block."""
         values = []
-        for place in range(fmt.block):
-            ats = [divmod(place * fmt.bits + bit, 32) for bit in reversed(range(fmt.bits))]
+        for place in range(self.block):
+            ats = [divmod(place * self.bits + bit, 32) for bit in reversed(range(self.bits))]
             values.append(select([(words[at] & _bit(bit)) != 0 for at, bit in ats], levels))
         return values
 
-    def given(self, value: jax.Array, tensor: Tensor) -> jax.Array:
+    def given(self, value: jax.Array, tensor: Tensor, machine: Machine | None = None) -> jax.Array:
         """Convert a value from units of the loss to the tensor's units, saturated and rounded to the dtype."""
-        value = value * tensor.back if self.fmt.has_tensor_scale else value
+        return self._narrowed(value * tensor.back if self.fmt.has_tensor_scale else value, machine)
+
+    def _narrowed(self, value, machine):
+        """Return float32 numbers saturated and rounded to the dtype, as `narrowed`."""
         end = np.float32(jnp.finfo(self.dtype).max)
-        value = lax.clamp(-end, value, end)  # as `narrowed`
+        value = lax.clamp(-end, value, end)
         if self.dtype == np.float32:
             return value
+        if machine is not None:
+            return as_float(machine.bfloat16(value, jnp.zeros_like(value)))
         bits = bits_of(value)
         return as_float(bits + 0x7FFF + (lax.shift_right_logical(bits, np.int32(16)) & 1) & np.int32(-(2**16)))
 
@@ -387,7 +468,7 @@ class _Trial:
     def values(self, given: bool) -> list[jax.Array]:
         """Return the decoded values, in units of the loss, or with `given` as they are returned to the caller."""
         codec, fmt, c, tensor, grid = self.codec, self.codec.fmt, self.c, self.tensor, self.grid
-        finish = functools.partial(codec.given, tensor=tensor) if given else lambda value: value
+        finish = functools.partial(codec.given, tensor=tensor, machine=self.machine) if given else lambda value: value
         if grid is None:
             return [finish(self._decoded(grid_values(code, c.decoding))) for code in self.places]
         if isinstance(grid, Steps):  # fewer instructions than to choose among levels
@@ -424,9 +505,15 @@ class _Trial:
 
     def _times_amax(self, d):
         fmt, step = self.codec.fmt, np.float32(self.c.step)
-        d = d * self.tensor.amax if fmt.has_tensor_scale else d
-        d = d if step == 1 else d * step
-        return over(d, fmt.tensor_constant(self.codec.how.headroom), self.machine) if fmt.has_tensor_scale else d
+        if not fmt.has_tensor_scale:
+            return d if step == 1 else d * step
+        return _scaled(d, self.tensor.amax, step, fmt.tensor_constant(self.codec.how.headroom), self.machine)
+
+
+def _scaled(d, amax, step, constant: np.float32, machine: Machine | None):
+    """Return d * amax * step / K, each operation rounded once (see `decode.scaled`)."""
+    d = d * amax
+    return over(d if not isinstance(step, jax.Array) and step == 1 else d * step, constant, machine)
 
 
 def _listed(c: Candidate) -> tuple[int, ...]:
@@ -513,6 +600,14 @@ class EdenCodec(PlaceCodec):
         del count
         return _with_scalars([], list(eden_units(amax, self.fmt)))
 
+    def rows_of_table(
+        self, amax: jax.Array, machine: Machine | None = None
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Return [power, unit] for one tensor, arrays [128], and no rows."""
+        power = power_near(amax)
+        scaled = over(over(amax * power, EDEN_LARGEST_SCALE, machine), eden_peak(self.fmt), machine)
+        return [power, jnp.where(amax * power > 0, scaled, 1)], []
+
     def encode(
         self, xs: Sequence[jax.Array], noise: Any, scalars: Sequence[Any], lookup: Lookup, *, wants_codes: bool,
         wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None, machine: Machine | None = None,
@@ -588,6 +683,43 @@ def _quotients(numbers, b, machine):
             quotient = machine.fma(machine.fma(quotient, -b, a), inverse, quotient)
         quotients.append(quotient)
     return quotients
+
+
+def _picked(selector, options: np.ndarray) -> Any:
+    """Return the bits of options[selector], float32 numbers, as an int32 array, or the int32 that all have."""
+    bits = list(options.view(np.int32))
+    return bits[0] if len(set(bits)) == 1 else pick(selector, [jnp.full_like(selector, each) for each in bits])
+
+
+def _looked_up(words, block, levels, machine):
+    """Return for each place of a block the level of its 4-bit code, float32 numbers rounded to bfloat16.
+
+    The eight or 16 levels are split into planes of bytes, from which a permutation takes those of four codes at a time.
+    Eight levels are those of the codes without the highest bit, a sign.
+    """
+    bits = [bits_of(level) for level in levels]
+    pairs = [lax.shift_right_logical(a, np.int32(16)) | b for a, b in zip(bits[::2], bits[1::2], strict=True)]
+    fours = list(zip(pairs[::2], pairs[1::2], strict=True))
+    planes = [[machine.permute(a, b, selector) for a, b in fours] for selector in (0x6420, 0x7531)]
+    values = []
+    for i in range(0, block, 4):
+        codes = words[i // 8] if i % 8 == 0 else lax.shift_right_logical(words[i // 8], np.int32(16))
+        index = codes & np.int32(0x7777)
+        ones = jnp.full_like(codes, np.uint32(0x80808080).view(np.int32))
+        signs = machine.permute(ones, ones, codes & np.int32(0xFFFF))  # 0x80, or 0xFF where a code's highest bit is set
+        low, high = (machine.permute(plane[0], plane[1], index) for plane in planes)
+        if len(levels) == 8:
+            high = high ^ signs << 7 & np.uint32(0x80808080).view(np.int32)
+        else:
+            mask = (signs & np.int32(0x01010101)) * np.int32(0xFF)
+            low, high = (
+                mask & machine.permute(plane[2], plane[3], index) | ~mask & part
+                for plane, part in zip(planes, (low, high), strict=True)
+            )
+        for selector in (0x5140, 0x7362):
+            word = machine.permute(low, high, selector)
+            values += [as_float(word << 16), as_float(word & np.int32(-(2**16)))]
+    return values
 
 
 def over(a: jax.Array, b: np.float32, machine: Machine | None = None) -> jax.Array:

@@ -13,15 +13,21 @@ import ifjax
 from ifjax.arrays import ENCODERS, Encoder
 from ifjax.arrays.ms_eden import ms_eden_packed
 from ifjax.arrays.quantize import quantize_rotated
-from ifjax.codec import Encoding
+from ifjax.codec import Encoding, decode
+from ifjax.codec.decode import narrowed
 from ifjax.codec.places import EdenCodec, PlaceCodec, over
+from ifjax.numerics.xla import divide
 from pallas_kernels import gpu_blocks
 
 
 class Interpreted:
     """The kernels as CPUs interpret them."""
 
-    Noise, supports = gpu_blocks.Noise, staticmethod(gpu_blocks.supports)
+    Noise, PARTS, supports = gpu_blocks.Noise, gpu_blocks.PARTS, staticmethod(gpu_blocks.supports)
+
+    @staticmethod
+    def tables(codec, maxima):
+        return gpu_blocks.tables(codec, maxima, interpret=True)
 
     @staticmethod
     def encode(*args, **settings):
@@ -53,20 +59,20 @@ class Emulated:
         args = jnp.broadcast_arrays(*(jnp.asarray(v, jnp.float32) for v in (a, b, c)))
         return jax.pure_callback(lambda *args: run(*map(np.asarray, args)), args[0], *args, vmap_method="expand_dims")
 
-    @staticmethod
-    def quotient(a, b):
-        with np.errstate(all="ignore"):
-            return jnp.asarray(np.asarray(a) / np.asarray(b))
+    maximum, quotient = staticmethod(jnp.maximum), staticmethod(divide)
 
-    maximum = staticmethod(jnp.maximum)
+    @staticmethod
+    def bfloat16(a, b):
+        high, low = (lax.bitcast_convert_type(v.astype("bfloat16"), jnp.uint16).astype(jnp.int32) for v in (a, b))
+        return high << 16 | low
 
     @staticmethod
     def permute(a, b, selector):
         found = jnp.int32(0)
         for i in range(4):
-            number = selector >> 4 * i & 15
-            byte = lax.shift_right_logical((a, b)[number // 4], jnp.int32(8 * (number % 4))) & 255
-            found = found | byte << 8 * i
+            number = jnp.int32(selector) >> 4 * i & 15
+            byte = lax.shift_right_logical(jnp.where(number & 4 > 0, b, a), 8 * (number & 3)) & 255
+            found = found | jnp.where(number & 8 > 0, -(byte >> 7) & 255, byte) << 8 * i
         return found
 
 
@@ -116,11 +122,48 @@ def test_instructions_of_a_gpu_change_no_bits_of_ms_eden(name):
         assert_array_equal(a, b)
 
 
+@pytest.mark.by_default("if4-bfloat16", "nvfp4-bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["if4", "nvfp4", "nvint4", "mxfp4", "fouroversix", "nvfp4_ue5m3", "nf4"])
+def test_every_byte_decodes_to_the_bits_of_the_codec(name, dtype):
+    fmt = ifjax.get_format(name)
+    codec = PlaceCodec(Encoding.of(name), np.dtype(dtype))
+    headers = jnp.arange(256)[None]
+    words = np.random.default_rng(0).integers(0, 2**32, (fmt.block * fmt.bits // 32, 256), np.uint32).view(np.int32)
+    codes = [words[i * fmt.bits // 32] >> i * fmt.bits % 32 & 2**fmt.bits - 1 for i in range(fmt.block)]
+    every = [None]
+    every += [1.7, 2.0**-90, 2.0**-110, 2.0**112.5, 3.2e38, 0.99] if fmt.has_tensor_scale else []
+    for amax in every:
+        peak = None if amax is None else jnp.float32(amax)
+        expected = narrowed(decode(jnp.stack(codes), headers, fmt, amax=peak), dtype)
+        expected = jnp.where(jnp.abs(expected) < 2.0**-126, expected * 0, expected)
+        for machine in (None, Emulated):
+            got = jnp.stack(codec.decode_by_arithmetic([jnp.asarray(w) for w in words], headers[0], peak, machine))
+            assert_same_numbers(jnp.where(jnp.abs(got) < 2.0**-126, got * 0, got), expected)
+
+
 @pytest.mark.parametrize("b", [6.0, 2688.0, 1536.0, 7.0, 2688 * 16 / 17, 6 * 16 / 17, 1.0000001, 1.9999999])
 def test_fused_quotients_are_correctly_rounded(b):
     a = np.random.default_rng(0).integers(0x3F800000, 0x40800000, 2**18, np.int32).view(np.float32)
     exact = (a.astype(np.float64) / np.float64(np.float32(b))).astype(np.float32)  # no quotient is near a tie
     assert_array_equal(over(jnp.asarray(a), np.float32(b), Emulated), exact)
+
+
+@pytest.mark.by_default("*if4")
+@pytest.mark.parametrize("name", ["nvfp4", "if4", "nvint4", "fouroversix", "nvfp4_ue5m3"])
+@pytest.mark.parametrize("machine", [None, Emulated], ids=["", "instructions"])
+def test_tables_made_by_a_kernel_are_those_made_by_xla(monkeypatch, name, machine):
+    codec = PlaceCodec(Encoding.of(name), np.dtype("float32"))
+    amax = jnp.float32([1.7, 0, 2.0**-110, 3.4e38, 1, 2.0**-126, 449 * 6])
+    maxima = jnp.zeros((7, 1500)).at[:, 700].set(amax / 2).at[np.arange(7), np.arange(7) * 249].set(amax)
+    numbers, rows = jax.vmap(lambda a: codec.rows_of_table(jnp.full(128, a), machine))(amax)
+    scalars, table = codec.encoder_tables(amax, len(amax))
+    assert_same_numbers(jnp.stack(rows, 1), table[:, : len(rows)])
+    assert_same_numbers(jnp.stack(numbers, 1)[..., 0], scalars)
+    if machine is None:
+        got, (_, written) = gpu_blocks.tables(codec, maxima, interpret=True)
+        assert_array_equal(got, amax)
+        assert_same_numbers(written, table)
 
 
 # Threads that have no block, last blocks that are not full, matrices with an amax of their own.

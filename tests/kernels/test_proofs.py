@@ -23,7 +23,8 @@ from pallas_kernels import tpu_blocks
 class Zeros:
     """Kernels that forget to write their results; and count how often they are asked."""
 
-    Noise, supports = tpu_blocks.Noise, staticmethod(tpu_blocks.supports)
+    Noise, PARTS, supports = tpu_blocks.Noise, tpu_blocks.PARTS, staticmethod(tpu_blocks.supports)
+    tables = staticmethod(tpu_blocks.tables)
 
     def __init__(self):
         self.calls = 0

@@ -24,7 +24,8 @@ from pallas_kernels import tpu_blocks
 class Interpreted:
     """The kernels as CPUs interpret them; counts what it is asked to do."""
 
-    Noise, supports = tpu_blocks.Noise, staticmethod(tpu_blocks.supports)
+    Noise, PARTS, supports = tpu_blocks.Noise, tpu_blocks.PARTS, staticmethod(tpu_blocks.supports)
+    tables = staticmethod(tpu_blocks.tables)
 
     def __init__(self):
         self.calls: list[str] = []
