@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ifjax.codec import Encoding, Loss, Rounding, Search
-from ifjax.codec.eden import eden_units
 from ifjax.codec.encode import amax_of
 from ifjax.codec.places import EdenCodec, PlaceCodec, decoder_refusal, encoder_refusal
 from ifjax.codec.rounding import NEAREST, seeds, strides
@@ -263,8 +262,8 @@ def refusal_of_runs(encoder: Encoder, x: Any, codec: EdenCodec, axis: int, size:
 def encode_runs_by_kernel(
     x: jax.Array, key: jax.Array, amax: jax.Array | None, signs: jax.Array, *, encoder: Encoder, codec: EdenCodec,
     axis: int,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:  # fmt: skip
-    """Encode x by MS-EDEN with a kernel; return packed codes, scale bytes and the numbers of `eden_units`.
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Encode x by MS-EDEN with a kernel; return packed codes, scale bytes and amax of the rotated x.
 
     `signs` are float32 [size]. An amax of None or 0 is x's own.
     """
@@ -290,7 +289,7 @@ def encode_runs_by_kernel(
     own_strides = jnp.broadcast_to(jnp.asarray(strides(tuple(blocks))[1:], jnp.int32), (count, 2))
     noise = base, own_strides, jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
     codes, scales = _by_matrix(encoded, amax.reshape(1), matrices, noise, signs)
-    return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), eden_units(amax, codec.fmt)
+    return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), amax
 
 
 def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:

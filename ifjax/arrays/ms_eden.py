@@ -169,8 +169,8 @@ def _by_plan(x, key, amax, signs, *, encoder, fmt, axis, size):
     axis, codec = axis % x.ndim - x.ndim, EdenCodec.of(fmt, np.dtype(x.dtype))
 
     def by_kernel(*data):
-        codes, scales, units = encode_runs_by_kernel(*data, encoder=encoder, codec=codec, axis=axis)
-        return codes, scales, _end(*units, fmt)
+        codes, scales, amax = encode_runs_by_kernel(*data, encoder=encoder, codec=codec, axis=axis)
+        return codes, scales, _end(*eden_units(amax, fmt), fmt)
 
     ways = {encoder.platform: by_kernel, "default": functools.partial(_by_xla, fmt=fmt, axis=axis, size=size)}
     return opaque(lambda *data: lax.platform_dependent(*data, **ways), x, key, amax, signs)
@@ -263,8 +263,7 @@ def _encoded(z, noise, amax, *, fmt, axis, size):
 
 def _end(power, unit, fmt):
     """Return the amax of the QTensor, of which the factor of all values is the part 1 / K."""
-    inverse = as_float(np.int32(254 << 23) - bits_of(power))  # of a power of two
-    return unit * np.float32(eden_constant(fmt)) * inverse
+    return unit * np.float32(eden_constant(fmt)) * (1 / power)
 
 
 def _stochastic(value, noise, scale):
