@@ -133,7 +133,7 @@ def _takes_signs(rotation, at):
 def tables(
     codec: Codec, maxima: jax.Array, *, interpret: Any = False
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Return each tensor's amax [L], and the scalars and tables of `encode`, as `tpu_blocks.tables` does."""
+    """Return each tensor's stored amax [L], and the scalars and tables of `encode`, as `tpu_blocks.tables` does."""
     count, size = maxima.shape
     rows = len(jax.eval_shape(codec.rows_of_table, jax.ShapeDtypeStruct((LANES,), jnp.float32))[1])
     rows = -(-(rows + 1) // 8) * 8
@@ -325,7 +325,7 @@ def _fill_table(maxima, amax, table, *, size, codec, machine):
         mask = None if start + width <= size else place < size
         largest = jnp.maximum(largest, _load(maxima.at[matrix * size + place], mask))
     peak = jnp.max(largest)
-    amax[matrix] = peak
+    amax[matrix] = jnp.max(codec.stored_amax(jnp.full(LANES, peak), machine))
     numbers, rows = codec.rows_of_table(jnp.full(LANES, peak), machine)
     last = jnp.zeros(LANES, jnp.float32)
     for i, number in enumerate(numbers):

@@ -63,6 +63,10 @@ class Codec(Protocol):
         """Return the scalars and the first rows of one tensor's table, computed in a kernel from amax: arrays [128]."""
         ...
 
+    def stored_amax(self, amax: jax.Array, machine: Any = None) -> jax.Array:
+        """Return the number that decoders take, for a tensor with this largest magnitude."""
+        ...
+
     def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
         """Return the noise of the elements with these indices, for the key words k0 and k1."""
         ...
@@ -144,12 +148,12 @@ def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) 
 
 
 def tables(codec: Codec, maxima: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Return each tensor's amax [L], and the scalars and tables of `encode`, given maxima of parts [L, at most PARTS].
+    """Return each tensor's stored amax [L], and scalars and tables of `encode`, for maxima of parts [L, at most PARTS].
 
     The number of parts divides that of rows.
     """
     amax = maxima.max(1)
-    return amax, codec.encoder_tables(amax, len(amax))
+    return codec.stored_amax(amax), codec.encoder_tables(amax, len(amax))
 
 
 @functools.partial(

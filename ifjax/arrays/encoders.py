@@ -271,8 +271,8 @@ def refusal_of_runs(encoder: Encoder, x: Any, codec: EdenCodec, axis: int, size:
 def encode_runs_by_kernel(
     x: jax.Array, key: jax.Array, amax: jax.Array | None, signs: jax.Array, *, encoder: Encoder, codec: EdenCodec,
     axis: int,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:  # fmt: skip
-    """Encode x by MS-EDEN with a kernel; return packed codes, scale bytes and the numbers of `eden_units`.
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Encode x by MS-EDEN with a kernel; return packed codes, scale bytes and the amax of the QTensor.
 
     `signs` are float32 [size]. An amax of None or 0 is x's own.
     """
@@ -291,14 +291,14 @@ def encode_runs_by_kernel(
     matrices, signs = x.reshape(shape), jnp.broadcast_to(signs, (count, size))
     maxima = _by_matrix(peaks, None, matrices, signs)[0].reshape(1, -1)
     maxima = maxima if amax is None else jnp.where(amax > 0, amax, maxima)
-    _, numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
+    stored, numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
     blocks = list(shape)
     blocks[at] //= codec.block
     base = jnp.arange(count, dtype=jnp.int32) * np.uint32(math.prod(blocks[1:]) % 2**32).view(np.int32)
     own_strides = jnp.broadcast_to(jnp.asarray(strides(tuple(blocks))[1:], jnp.int32), (count, 2))
     noise = base, own_strides, jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
     codes, scales = _by_matrix(encoded, numbers, matrices, noise, signs)
-    return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), (numbers[0][0, 0], numbers[0][0, 1])
+    return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), stored[0]
 
 
 def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:

@@ -169,8 +169,7 @@ def _by_plan(x, key, amax, signs, *, encoder, fmt, axis, size):
     axis, codec = axis % x.ndim - x.ndim, EdenCodec.of(fmt, np.dtype(x.dtype))
 
     def by_kernel(*data):
-        codes, scales, units = encode_runs_by_kernel(*data, encoder=encoder, codec=codec, axis=axis)
-        return codes, scales, _end(*units, fmt)
+        return encode_runs_by_kernel(*data, encoder=encoder, codec=codec, axis=axis)
 
     ways = {encoder.platform: by_kernel, "default": functools.partial(_by_xla, fmt=fmt, axis=axis, size=size)}
     return opaque(lambda *data: lax.platform_dependent(*data, **ways), x, key, amax, signs)

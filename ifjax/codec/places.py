@@ -18,7 +18,7 @@ from jax import lax
 
 from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, pick, tree
 from ifjax.codec.decode import decode, grid_values, narrowed, scaled
-from ifjax.codec.eden import EDEN_LARGEST_SCALE, eden_peak, eden_units
+from ifjax.codec.eden import EDEN_LARGEST_SCALE, eden_constant, eden_peak, eden_units
 from ifjax.codec.encode import Encoding, codes_of, inverse_for
 from ifjax.codec.headers import LARGE_AMAX, TensorScale, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss, without_last_bit
@@ -156,6 +156,11 @@ class PlaceCodec:
         return noise_of(index, k0, k1, self.noises)
 
     # --- once per tensor, by XLA ---
+
+    def stored_amax(self, amax: jax.Array, machine: Machine | None = None) -> jax.Array:
+        """Return the amax of QTensors whose values have this amax."""
+        del machine
+        return amax
 
     def encoder_tables(self, amax: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
         """Return the scalars of `Tensor` [count, 4] and a table [count, rows, 128], whose last row begins with them.
@@ -599,6 +604,11 @@ class EdenCodec(PlaceCodec):
         assert amax is not None
         del count
         return _with_scalars([], list(eden_units(amax, self.fmt)))
+
+    def stored_amax(self, amax: jax.Array, machine: Machine | None = None) -> jax.Array:
+        (power, unit), _ = self.rows_of_table(amax, machine)
+        inverse = as_float(np.int32(254 << 23) - bits_of(power))  # of a power of two
+        return unit * np.float32(eden_constant(self.fmt)) * inverse
 
     def rows_of_table(
         self, amax: jax.Array, machine: Machine | None = None
