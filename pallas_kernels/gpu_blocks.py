@@ -34,9 +34,13 @@ def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) 
         return f"values must be float32, bfloat16 or float16, got {x.dtype}"
     if axis not in (-1, -2):
         return f"blocks must lie along one of the last two axes, got {axis}"
-    if rotation is not None and (rotation.signs is None or codec.block % rotation.size or x.shape[axis] % codec.block):
-        return f"it rotates within whole blocks of {codec.block} by known signs, got runs of {rotation.size}"
-    at = _Blocks(x.shape, axis, codec)
+    if codec.corrects_runs and rotation is None:
+        return "it corrects runs of a rotation, got none"
+    if rotation is not None:
+        run = max(rotation.size, codec.block)
+        if run % min(rotation.size, codec.block) or run // codec.block > 8 or x.shape[axis] % run:
+            return f"it rotates whole runs of up to 8 blocks of {codec.block}, got {x.shape[axis]} in {rotation.size}"
+    at = _Blocks(x.shape, axis, codec, rotation)
     if at.matrices * at.slots * codec.block >= 2**31:
         return "it counts elements in 31 bits"
     return None
@@ -50,6 +54,7 @@ def encode(
     scalars: jax.Array,
     tables: jax.Array,
     noise: Noise | None = None,
+    signs: jax.Array | None = None,
     *,
     codec: Codec,
     axis: int,
@@ -61,16 +66,17 @@ def encode(
     """Return codes and headers, or their decoded values, or both, as `tpu_blocks.encode` does.
 
     Raises:
-        ValueError: `supports` returns a reason; the codec draws noise and `noise` is None.
+        ValueError: `supports` returns a reason; noise or signs are missing.
     """
     if reason := supports(codec, x, axis, rotation):
         raise ValueError(reason)
     if codec.noises and noise is None:
         raise ValueError("this codec draws noise, got noise=None: pass a Noise")
     del scalars  # they are in the last row of the tables: a slice of its own would cost a launch
-    at, numbers = _Blocks(x.shape, axis, codec), [tables]
+    at, numbers = _Blocks(x.shape, axis, codec, rotation), [tables]
     if codec.noises and noise is not None:
         numbers += [noise.base, noise.strides, noise.seeds]
+    numbers += _signs(rotation, signs, at)
     shapes = []
     if wants_codes:
         lengths = at.count * codec.block * codec.bits // 8, at.count
@@ -82,6 +88,43 @@ def encode(
         wants_codes=wants_codes, wants_values=wants_values, machine=None if interpret else Instructions,
     )  # fmt: skip
     return _run(body, "encode_blocks", at, [x], numbers, shapes, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "axis", "rotation", "interpret"))
+def peaks(
+    x: jax.Array,
+    signs: jax.Array | None = None,
+    *,
+    codec: Codec,
+    axis: int,
+    rotation: Rotation,
+    interpret: Any = False,
+) -> jax.Array:
+    """Return the largest finite magnitudes of parts of the matrices, rotated in float32: float32 [L, number of parts].
+
+    Blocks with a NaN or an infinity are left out. Arguments are those of `encode`.
+    """
+    at = _Blocks(x.shape, axis, codec, rotation)
+    body = functools.partial(_peaks_of_blocks, at=at, codec=codec, dtype=x.dtype, rotation=rotation,
+                             machine=None if interpret else Instructions)  # fmt: skip
+    shape = jax.ShapeDtypeStruct((at.matrices, pl.cdiv(at.slots, at.width)), jnp.int32)
+    bits = _run(body, "peaks_of_blocks", at, [x], _signs(rotation, signs, at), [shape], interpret)[0]
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _signs(rotation, signs, at):
+    """Return the list of signs that a kernel is handed: float32 [L, size], or none where it knows a thread's."""
+    if not _takes_signs(rotation, at):
+        return []
+    if rotation.signs is not None:
+        signs = jnp.array(rotation.signs, jnp.float32)
+    if signs is None:
+        raise ValueError("this rotation has no signs of its own, got signs=None: pass float32 [L, size]")
+    return [jnp.broadcast_to(signs, (at.matrices, rotation.size))]
+
+
+def _takes_signs(rotation, at):
+    return rotation is not None and (rotation.signs is None or at.run > 1)
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "interpret"))
@@ -223,10 +266,11 @@ class _Blocks:
     """The assignment of a matrix's blocks to threads, such that adjacent threads access adjacent memory.
 
     A slot is a place for a block; a thread has one or two adjacent slots, and a program `width`. The blocks of a square
-    are in `block` adjacent slots; a square at the edge has slots without a block.
+    are in `block` adjacent slots; a square at the edge has slots without a block. So are
+    those of a run of the rotation.
     """
 
-    def __init__(self, shape, axis, codec):
+    def __init__(self, shape, axis, codec, rotation=None):
         self.shape, self.axis, self.block = shape, axis, codec.block
         self.matrices, rows, columns = shape
         self.across, self.along = (rows, columns) if axis == -1 else (columns, rows)
@@ -234,8 +278,9 @@ class _Blocks:
         self.together = codec.block if codec.is_square else 1
         self.groups = -(-self.across // self.together)
         self.slots = self.groups * self.together * self.count
+        self.run = 1 if rotation is None else max(rotation.size // codec.block, 1)  # blocks
         self.has_full_blocks = self.along % codec.block == 0
-        self.width = THREADS * (2 if axis == -2 and columns % 2 == 0 and self.together == 1 else 1)
+        self.width = THREADS * (2 if axis == -2 and columns % 2 == 0 and self.together * self.run == 1 else 1)
         self.has_idle_slots = self.slots % self.width > 0 or self.across % self.together > 0
 
     def in_words(self, a):
@@ -262,7 +307,8 @@ class _Blocks:
         if self.axis == -1:
             block, group = lax.rem(group, self.count), lax.div(group, self.count)
         else:
-            block, group = lax.div(group, self.groups), lax.rem(group, self.groups)
+            within, group = lax.rem(group, self.run), lax.div(group, self.run)
+            block, group = lax.div(group, self.groups) * self.run + within, lax.rem(group, self.groups)
         across = group * self.together + place
         mask = is_there & (across < self.across) if self.has_idle_slots else None
         return pl.program_id(0), block, across, mask
@@ -292,7 +338,7 @@ def _fill_table(maxima, amax, factor, table, *, size, codec, machine):
         mask = None if start + width <= size else place < size
         largest = jnp.maximum(largest, _load(maxima.at[matrix * size + place], mask))
     peak = jnp.max(largest)
-    amax[matrix] = peak
+    amax[matrix] = jnp.max(codec.stored_amax(jnp.full(LANES, peak), machine))
     peaks = jnp.full(LANES, peak)
     plgpu.store(factor.at[matrix + lane], codec.factor(peaks, machine), mask=lane == 0)
     numbers, rows = codec.rows_of_table(peaks, machine)
@@ -308,21 +354,16 @@ def _fill_table(maxima, amax, factor, table, *, size, codec, machine):
 def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_codes, wants_values, machine):
     refs = iter(refs)
     numbers = [next(refs) for _ in range(3)] if codec.noises else None
+    signs = next(refs) if _takes_signs(rotation, at) else None
     codes, headers = (next(refs), next(refs)) if wants_codes else (None, None)
     values = next(refs) if wants_values else None
     matrix, block, across, mask = at.here()
     places = [block * codec.block + i for i in range(codec.block)]
     masks, ats = at.masks(places, mask), [at.index(matrix, place, across, at.along) for place in places]
-    if x.dtype == jnp.int32 and at.axis == -2:
-        xs = [_load_pair(x, i, each, dtype, machine) for i, each in zip(ats, masks, strict=True)]
-    elif x.dtype == jnp.int32:
-        count = codec.block * dtype.itemsize // 4
-        words = _load_words(x, at.index(matrix, block * count, across, at.count * count), count, mask)
-        xs = _floats(words, dtype, machine)
-    else:
-        xs = [_load(x.at[i], each).astype(jnp.float32) for i, each in zip(ats, masks, strict=True)]
+    xs = _load_blocks(x, at, (matrix, block, across), ats, masks, dtype, machine)
     if rotation is not None:
-        xs = [codec.rounded(y, machine) for y in _rotated(xs, rotation)]
+        xs = _rotated(xs, rotation, signs, at, matrix, block)
+        xs = xs if codec.corrects_runs else [codec.rounded(y, machine) for y in xs]
     end = tables.shape[0] // at.matrices * (matrix + 1) if own else tables.shape[0]
     known = [tables[end - LANES + i] for i in range(codec.scalars)]
     noise = None
@@ -332,12 +373,15 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
         along, other = (column, row) if at.axis == -1 else (row, column)
         drawn = [
             codec.noise(base[matrix] + place * along + across * other, seeds[2 * matrix], seeds[2 * matrix + 1])
-            for place in places
+            for place in ([block] if codec.corrects_runs else places)
         ]
-        noise = list(zip(*drawn, strict=True))
+        noise = drawn[0][0] if codec.corrects_runs else list(zip(*drawn, strict=True))
+    meet = functools.partial(_across, size=codec.block) if codec.is_square else None
+    if codec.corrects_runs and at.run > 1:
+        meet = functools.partial(_over_run, count=at.run)
     words, header, some = codec.encode(
         xs, noise, known, _lookup(tables, at, matrix, own), wants_codes=wants_codes, wants_values=wants_values,
-        across=functools.partial(_across, size=codec.block) if codec.is_square else None, machine=machine,
+        across=meet, machine=machine,
     )  # fmt: skip
     if codes is not None and headers is not None:
         nbytes = codec.block * codec.bits // 8
@@ -370,6 +414,30 @@ def _decode_blocks(codes, headers, *refs, at, codec, dtype, machine):
     amax = maxima[0][matrix if maxima[0].shape[0] > 1 else 0] if maxima else None
     found = codec.decode_by_arithmetic(words, header, amax, machine)
     _store_values(out, at, (matrix, block, across), found, ats, at.masks(places, mask), dtype)
+
+
+def _peaks_of_blocks(x, *refs, at, codec, dtype, rotation, machine):
+    *signs, out = refs
+    matrix, block, across, mask = at.here()
+    places = [block * codec.block + i for i in range(codec.block)]
+    ats = [at.index(matrix, place, across, at.along) for place in places]
+    xs = _load_blocks(x, at, (matrix, block, across), ats, at.masks(places, mask), dtype, machine)
+    xs = _rotated(xs, rotation, signs[0] if signs else None, at, matrix, block)
+    bits = functools.reduce(jnp.maximum, [lax.bitcast_convert_type(jnp.abs(y), jnp.int32) for y in xs])
+    peak = jnp.where(bits < 0x7F800000, bits, 0)
+    peak = peak if mask is None else jnp.where(mask, peak, 0)
+    plgpu.store(out.at[matrix * (out.shape[0] // at.matrices) + pl.program_id(1)], jnp.max(peak))
+
+
+def _load_blocks(x, at, where, ats, masks, dtype, machine):
+    """Return the float32 places of blocks of an array of this type, or of its words; `ats` are their indices."""
+    if x.dtype != jnp.int32:
+        return [_load(x.at[i], each).astype(jnp.float32) for i, each in zip(ats, masks, strict=True)]
+    if at.axis == -2:
+        return [_load_pair(x, i, each, dtype, machine) for i, each in zip(ats, masks, strict=True)]
+    (matrix, block, across), count = where, at.block * dtype.itemsize // 4
+    words = _load_words(x, at.index(matrix, block * count, across, at.count * count), count, masks[0])
+    return _floats(words, dtype, machine)
 
 
 def _load(ref, mask):
@@ -443,10 +511,41 @@ def _store_values(ref, at, where, values, ats, masks, dtype):
     _store_words(ref, at.index(matrix, block * len(words), across, at.count * len(words)), words, masks[0])
 
 
-def _rotated(xs, rotation):
-    size, signs = rotation.size, rotation.signs
-    runs = [xs[i : i + size] for i in range(0, len(xs), size)]
-    return [y for run in runs for y in rotated([x * s for x, s in zip(run, signs, strict=True)])]
+def _rotated(xs, rotation, signs, at, matrix, block):
+    """Return the rotated places of blocks; a run lies in one thread, or in adjacent ones."""
+    size, count = rotation.size, len(xs)
+    if signs is None:
+        factors = rotation.signs
+    else:
+        factors = _load_words(signs, matrix * size + block % at.run * count, min(size, count), None)
+    xs = [x * factors[i % len(factors)] for i, x in enumerate(xs)]
+    if at.run == 1:
+        return [y for i in range(0, count, size) for y in rotated(xs[i : i + size])]
+    for stride in [2**i for i in range(count.bit_length() - 1)]:
+        for i in range(count):
+            if not i & stride:
+                xs[i], xs[i + stride] = xs[i] + xs[i + stride], xs[i] - xs[i + stride]
+    distance = 1
+    while distance < at.run:
+        is_high = (lax.iota(jnp.int32, THREADS) & distance) != 0
+        xs = [_partner(x, distance) + jnp.where(is_high, -x, x) for x in xs]
+        distance *= 2
+    return [x * jnp.float32(size**-0.5) for x in xs]
+
+
+def _partner(a, distance):
+    """Return the number of the thread that is `distance` further, or back: bits of pairs, added up, less one's own."""
+    bits = lax.bitcast_convert_type(a, jnp.int32).reshape(-1, 2, distance)
+    both = jnp.broadcast_to(jnp.sum(bits, axis=1, dtype=jnp.int32)[:, None], bits.shape)
+    return lax.bitcast_convert_type((both - bits).reshape(-1), jnp.float32)
+
+
+def _over_run(op, a, count):
+    """Reduce every `count` adjacent threads by a commutative op, the farthest threads first."""
+    while count > 1:
+        count //= 2
+        a = op(a, _partner(a, count))
+    return a
 
 
 def _across(op, a, size):

@@ -42,6 +42,8 @@ class Codec(Protocol):
         noises: number of random numbers per element.
         scalars: number of scalars that `encode` takes, with which the last row of the encoder's table begins.
         is_square: whether blocks are square: `block` adjacent blocks share their scale and choice.
+        corrects_runs: whether each block draws one random number, and the blocks of a run of the rotation depend on
+            each other. Rotated numbers then stay float32, and are not rounded to the dtype of x.
     """
 
     block: int
@@ -49,6 +51,7 @@ class Codec(Protocol):
     noises: int
     scalars: int
     is_square: bool
+    corrects_runs: bool
 
     def encoder_tables(self, amax: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         """Return the scalars and tables of `encode` for tensors with these maxima [count], computed by XLA."""
@@ -64,6 +67,10 @@ class Codec(Protocol):
         """Return the scalars and the first rows of one tensor's table, computed in a kernel from amax: arrays [128]."""
         ...
 
+    def stored_amax(self, amax: jax.Array, machine: Any = None) -> jax.Array:
+        """Return the number that decoders take, for a tensor with this largest magnitude."""
+        ...
+
     def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
         """Return the noise of the elements with these indices, for the key words k0 and k1."""
         ...
@@ -74,7 +81,8 @@ class Codec(Protocol):
     ) -> tuple[Sequence[jax.Array], jax.Array, Sequence[jax.Array]]:  # fmt: skip
         """Encode float32 places to (int32 words of codes, int32 header, float32 values rounded to the dtype of x).
 
-        For square blocks, `across(op, place)` reduces a place over the blocks of each square by a commutative op.
+        For square blocks, `across(op, place)` reduces a place over the blocks of each square by a commutative op; for
+        `corrects_runs`, over those of each run.
         `machine` has instructions as those of `gpu_blocks.Instructions`; None if the device has none of them.
         """
         ...
@@ -129,6 +137,11 @@ def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) 
         return f"values must be float32 or bfloat16, got {x.dtype}"
     if axis not in (-1, -2):
         return f"blocks must lie along one of the last two axes, got {axis}"
+    run = 0 if rotation is None else rotation.size
+    if codec.corrects_runs and (not run or _Tile.of(x.shape, axis, codec).unit != codec.block):
+        return "it corrects runs of a rotation, of blocks that fill whole words"
+    if codec.corrects_runs and SUBLANES * codec.block % run:
+        return f"it corrects runs of up to {SUBLANES} blocks, got {run} values"
     if codec.block * codec.bits > 32 * 32:
         return f"a block has too many bits for registers: {codec.block} x {codec.bits}"
     if x.shape[0] > 2048:
@@ -143,12 +156,12 @@ def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) 
 def tables(
     codec: Codec, maxima: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Return each tensor's amax and factor [L], and the scalars and tables of `encode`.
+    """Return each tensor's stored amax and factor [L], and the scalars and tables of `encode`.
 
     `maxima` [L, at most PARTS] are those of parts of each tensor.
     """
     amax = maxima.max(1)
-    return (amax, codec.factor(amax)), codec.encoder_tables(amax, len(amax))
+    return (codec.stored_amax(amax), codec.factor(amax)), codec.encoder_tables(amax, len(amax))
 
 
 @functools.partial(
@@ -176,7 +189,7 @@ def encode(
         tables: float32 [L, rows, 128], or [1, rows, 128] shared by all; rows a multiple of 8: its look-up table, whose
             last row begins with the scalars, which the GPU's kernel reads there.
         noise: required if the codec draws noise.
-        signs: float32 [size], required if the rotation's signs are None.
+        signs: float32 [size] or [L, size], required if the rotation's signs are None.
         axis: the blocked axis, -1 or -2.
         rotation: applied to runs along the axis before encoding; None for none.
 
@@ -203,7 +216,7 @@ def encode(
     if rotation is not None and rotation.signs is None:
         if signs is None:
             raise ValueError("this rotation has no signs of its own, got signs=None: pass float32 [size]")
-        args.append(signs.reshape(1, -1))
+        args.append(signs.reshape(-1, rotation.size))
         specs.append(_SCALARS)
     out_shape, out_specs, scratch = [], [], []
     if wants_codes:
@@ -214,6 +227,7 @@ def encode(
     if wants_values:
         out_shape.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
         out_specs.append(tile.spec(1, 1))
+    wide = 1 if codec.corrects_runs else wide
     scratch.append(pltpu.VMEM((tile.length // wide, LANES), jnp.float32 if wide == 1 else jnp.int32))
     body = functools.partial(
         _encode_tile, tile=tile, codec=codec, rotation=rotation, wants_codes=wants_codes, wants_values=wants_values
@@ -258,7 +272,29 @@ def decode(
     return out
 
 
-def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, interpret):
+@functools.partial(jax.jit, static_argnames=("codec", "axis", "rotation", "interpret"))
+def peaks(
+    x: jax.Array, signs: jax.Array, *, codec: Codec, axis: int, rotation: Rotation, interpret: Any = False
+) -> jax.Array:
+    """Return float32 [L, n] whose maxima are the largest finite magnitudes of x [L, R, C], rotated in float32.
+
+    Blocks with a NaN or an infinity are left out. Arguments are those of `encode`, which takes x.
+    """
+    tile, count = _Tile.of(x.shape, axis, codec), len(x)
+    words = (tile.length, jnp.float32) if x.dtype == jnp.float32 else (tile.length // 2, jnp.int32)
+    (found,) = _run(
+        functools.partial(_peaks_of_tile, tile=tile, codec=codec, rotation=rotation), "peaks_of_blocks",
+        [x, signs.reshape(-1, rotation.size)], [tile.spec(1, 1), _SCALARS],
+        [jax.ShapeDtypeStruct((count, SUBLANES, LANES), jnp.float32)],
+        [pl.BlockSpec((None, SUBLANES, LANES), lambda matrix, i, j: (matrix, 0, 0))],
+        [pltpu.VMEM((words[0], LANES), words[1])], tile, count, interpret, gathers=True,
+    )  # fmt: skip
+    return found.reshape(count, -1)
+
+
+def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, interpret, gathers=False):
+    """Call a kernel for each tile of each matrix. `gathers`: the tiles of a matrix add to one result, in order."""
+    order: Any = "arbitrary" if gathers else "parallel"
     moved = sum(a.size * a.dtype.itemsize for a in [*args, *out_shape])
     return pl.pallas_call(
         body,
@@ -267,7 +303,7 @@ def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, in
         in_specs=specs,
         out_specs=out_specs,
         scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", order, order)),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),  # each array is moved once
         interpret=interpret,
         name=name,
@@ -396,17 +432,22 @@ def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, w
     words, bytes_, source = taken(wants_codes), taken(wants_codes), taken(True)
 
     turned = tile.turned(x[...])
+    if codec.corrects_runs:
+        turned, dtype = turned.astype(jnp.float32), jnp.float32
     source[...] = turned if dtype == jnp.float32 else pltpu.bitcast(turned, jnp.int32)
     if rotation is not None:
         _rotate_all(source, tile, rotation, signs, dtype)
     known = [scalars[index if scalars.shape[0] > 1 else 0, i] for i in range(scalars.shape[1])]
     lookup = _lookup(table)
     draw = _noise(numbers, index, tile, codec) if codec.noises else None
+    of_block = _noise_of_blocks(numbers, index, tile, codec) if codec.corrects_runs else None
     blocks, per_unit = tile.unit // codec.block, tile.unit * codec.bits // 32
     index_of = _index(tile) if tile.sizes[0] % codec.block else None  # to pad the last block
     lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
     is_there = lane < tile.sizes[1] - tile.starts()[1]
     across = functools.partial(_across, size=codec.block) if codec.is_square else None
+    if codec.corrects_runs and rotation is not None and rotation.size > codec.block:
+        across = functools.partial(_over_run, count=rotation.size // codec.block)
 
     def group(g):
         first = g * tile.group
@@ -418,7 +459,10 @@ def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, w
         unit_words, unit_values = [], []
         for b in range(blocks):
             places = range(b * codec.block, (b + 1) * codec.block)
-            noise = draw and list(zip(*[draw(g, i) for i in places], strict=True))
+            if of_block is not None:
+                noise = of_block(g)
+            else:
+                noise = draw and list(zip(*[draw(g, i) for i in places], strict=True))
             some, header, some_values = codec.encode(
                 [xs[i] for i in places], noise, known, lookup, wants_codes=wants_codes, wants_values=wants_values,
                 across=across,
@@ -479,6 +523,15 @@ def _across(op, a, size):
     return a
 
 
+def _over_run(op, a, count):
+    """Reduce every `count` adjacent sublanes by op, as a balanced tree that combines the farthest sublanes first."""
+    sublane = lax.broadcasted_iota(jnp.int32, a.shape, 0)
+    while count > 1:
+        count //= 2
+        a = op(a, jnp.take_along_axis(a, sublane ^ count, axis=0, mode="promise_in_bounds"))
+    return a
+
+
 def _joined(parts, bits):
     """Join the words of a unit's blocks, of `bits` bits each, to the unit's words."""
     if len(parts) == 1:
@@ -522,6 +575,16 @@ def _noise(numbers, matrix, tile, codec):
     return draw
 
 
+def _noise_of_blocks(numbers, matrix, tile, codec):
+    """Return a function that draws one number for each block of a group; units are blocks."""
+    base, row, column, k0, k1 = (numbers[matrix, i] for i in range(5))
+    along, across = (column, row) if tile.axis == -1 else (row, column)
+    starts = tile.starts()
+    sublane, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in (0, 1))
+    first = base + starts[0] // tile.block * along + starts[1] * across + lane * across + sublane * along
+    return lambda group: codec.noise(first + group * SUBLANES * along, k0, k1)[0]
+
+
 def _index(tile):
     """Return a function of (group, place) that returns the indices of the elements there along the axis."""
     sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
@@ -532,7 +595,7 @@ def _index(tile):
 def _rotate_all(source, tile, rotation, signs, dtype):
     """Rotate the runs of a tile in place."""
     size = rotation.size
-    known = list(rotation.signs) if signs is None else [signs[0, i] for i in range(size)]
+    known = _signs(rotation, signs)
 
     def run(g, _):
         first = g * (SUBLANES * size)
@@ -541,6 +604,36 @@ def _rotate_all(source, tile, rotation, signs, dtype):
         return 0
 
     lax.fori_loop(0, tile.length // (SUBLANES * size), run, 0)
+
+
+def _signs(rotation, signs):
+    if signs is None:
+        return list(rotation.signs)
+    matrix = pl.program_id(0) if signs.shape[0] > 1 else 0
+    return [signs[matrix, i] for i in range(rotation.size)]
+
+
+def _peaks_of_tile(x, signs, out, source, *, tile, codec, rotation):
+    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+    def _():
+        out[...] = jnp.zeros(out.shape, jnp.float32)
+
+    turned, size, dtype, known = tile.turned(x[...]), rotation.size, x.dtype, _signs(rotation, signs)
+    source[...] = turned if dtype == jnp.float32 else pltpu.bitcast(turned, jnp.int32)
+    sublane, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in (0, 1))
+    runs, across = (whole - start for whole, start in zip(tile.sizes, tile.starts(), strict=True))
+    runs = jnp.where(lane < across, runs // size, 0)  # the runs of each lane, of which the tile has the first
+
+    def run(g, peak):
+        places = _load(source, g * (SUBLANES * size), size, dtype)
+        turned = rotated([p * s for p, s in zip(places, known, strict=True)])
+        bits = [lax.bitcast_convert_type(p, jnp.int32) & 0x7FFFFFFF for p in turned]
+        blocks = [functools.reduce(jnp.maximum, bits[i : i + codec.block]) for i in range(0, size, codec.block)]
+        found = functools.reduce(jnp.maximum, [jnp.where(b < 0x7F800000, b, 0) for b in blocks])
+        return jnp.maximum(peak, jnp.where(g * SUBLANES + sublane < runs, found, 0))
+
+    peak = lax.fori_loop(0, tile.length // (SUBLANES * size), run, jnp.zeros((SUBLANES, LANES), jnp.int32))
+    out[...] = jnp.maximum(out[...], _float(peak))
 
 
 def rotated(places: Sequence[jax.Array]) -> list[jax.Array]:

@@ -23,7 +23,7 @@ from ifjax.arrays.parts import Pieces, has_known_parts, partitioned
 from ifjax.codec import Encoding, Loss, Rounding, Search
 from ifjax.codec.blocks import largest_divisor
 from ifjax.codec.encode import amax_of
-from ifjax.codec.places import LANES, PlaceCodec, decoder_refusal, encoder_refusal
+from ifjax.codec.places import LANES, EdenCodec, PlaceCodec, decoder_refusal, encoder_refusal
 from ifjax.codec.rounding import NEAREST, seeds, strides
 from ifjax.formats import Format
 from ifjax.lookup import Registry
@@ -74,11 +74,11 @@ class Rotated(NamedTuple):
 
     Attributes:
         size: the length of a run, as for `hadamard`.
-        signs: `size` factors +-1.
+        signs: `size` factors +-1; None if they are an argument of kernels.
     """
 
     size: int
-    signs: tuple[int, ...]
+    signs: tuple[int, ...] | None
 
     def of(self, x: jax.Array, axis: int) -> jax.Array:
         """Return x transformed along `axis` by XLA."""
@@ -194,7 +194,8 @@ def refusal(
     amax_ndim = _lead(x, axis, how.block_2d, amax_ndim)
     reason = encoder_refusal(how) or _refusal_of_shape(x.shape, axis, amax_ndim)
     reason = reason or _refusal_of_sharding(encoder, x, axis, amax_ndim)
-    return reason or _refusal_of_kernel(encoder, x.shape, x.dtype, how, axis, amax_ndim, rotation)
+    codec = PlaceCodec(how, np.dtype(x.dtype))
+    return reason or _refusal_of_kernel(encoder, x.shape, x.dtype, codec, axis, amax_ndim, rotation)
 
 
 def refusal_to_decode(encoder: Encoder, q: Any, dtype: Any) -> str | None:
@@ -202,7 +203,8 @@ def refusal_to_decode(encoder: Encoder, q: Any, dtype: Any) -> str | None:
     amax_ndim = _lead(q, q.axis, False, 0 if q.amax is None else q.amax.ndim)
     reason = decoder_refusal(q.fmt) or _refusal_of_shape(q.shape, q.axis, amax_ndim)
     reason = reason or _refusal_of_sharding(encoder, q.codes, q.axis, amax_ndim)
-    return reason or _refusal_of_kernel(encoder, q.shape, np.dtype(dtype), _how_to_decode(q), q.axis, amax_ndim)
+    codec = PlaceCodec(_how_to_decode(q), np.dtype(dtype))
+    return reason or _refusal_of_kernel(encoder, q.shape, np.dtype(dtype), codec, q.axis, amax_ndim)
 
 
 def _refusal_of_shape(shape, axis, amax_ndim):
@@ -231,12 +233,12 @@ def _refusal_of_sharding(encoder, x, axis, amax_ndim):
     return None
 
 
-def _refusal_of_kernel(encoder, shape, dtype, how, axis, amax_ndim, rotation=None):
+def _refusal_of_kernel(encoder, shape, dtype, codec, axis, amax_ndim, rotation=None):
     if dtype not in (np.float32, jnp.bfloat16, np.float16):
         return f"values must be float32, bfloat16 or float16, got {dtype}"
     matrices = jax.ShapeDtypeStruct(_as_matrices(shape, axis, amax_ndim), dtype)
     turn = {} if rotation is None else {"rotation": rotation}
-    return encoder.load().supports(PlaceCodec(how, np.dtype(dtype)), matrices, -1 if axis == -1 else -2, **turn)
+    return encoder.load().supports(codec, matrices, -1 if axis == -1 else -2, **turn)
 
 
 def _lead(x, axis, is_square, amax_ndim):
@@ -310,6 +312,47 @@ def by_kernel_or_xla(encoder: Encoder, by_kernel: Callable[..., Any], by_xla: Ca
     if may_be_partitioned():
         run = functools.partial(unless_exported, run=by_kernel, exported=by_xla)
     return lax.platform_dependent(*args, **{encoder.platform: run, "default": by_xla})
+
+
+def refusal_of_runs(encoder: Encoder, x: Any, codec: EdenCodec, axis: int, size: int) -> str | None:
+    """Return why the encoder cannot encode x by MS-EDEN with runs of `size`; None if it can."""
+    reason = codec.refusal or _refusal_of_shape(x.shape, axis, 0)
+    if may_be_partitioned():
+        return "XLA would gather sharded arrays for it; in jax.shard_map it is taken"
+    return reason or _refusal_of_kernel(encoder, x.shape, x.dtype, codec, axis, 0, Rotated(size, None))
+
+
+def encode_runs_by_kernel(
+    x: jax.Array, key: jax.Array, amax: jax.Array | None, signs: jax.Array, *, encoder: Encoder, codec: EdenCodec,
+    axis: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Encode x by MS-EDEN with a kernel; return packed codes, scale bytes and the amax of the QTensor.
+
+    `signs` are float32 [size]. An amax of None or 0 is x's own.
+    """
+    shape, at, size = _as_matrices(x.shape, axis, 0), -1 if axis == -1 else -2, len(signs)
+    count, kernel, place = shape[0], encoder.load(), {"codec": codec, "axis": at, "rotation": Rotated(size, None)}
+
+    def peaks(amax, x, signs):
+        del amax
+        return (kernel.peaks(x, signs, **place),)
+
+    def encoded(numbers, x, noise, signs):
+        base, own_strides, words = noise
+        noise = kernel.Noise(base, own_strides[0], words)
+        return tuple(kernel.encode(x, *numbers, noise, signs, **place))
+
+    matrices, signs = x.reshape(shape), jnp.broadcast_to(signs, (count, size))
+    maxima = _by_matrix(peaks, None, matrices, signs)[0].reshape(1, -1)
+    maxima = maxima if amax is None else jnp.where(amax > 0, amax, maxima)
+    (stored, _), numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
+    blocks = list(shape)
+    blocks[at] //= codec.block
+    base = jnp.arange(count, dtype=jnp.int32) * np.uint32(math.prod(blocks[1:]) % 2**32).view(np.int32)
+    own_strides = jnp.broadcast_to(jnp.asarray(strides(tuple(blocks))[1:], jnp.int32), (count, 2))
+    noise = base, own_strides, jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
+    codes, scales = _by_matrix(encoded, numbers, matrices, noise, signs)
+    return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), stored[0]
 
 
 def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:

@@ -9,27 +9,35 @@ follows the published code of IF4 (arXiv 2603.28765).
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
+from ifjax.arrays.blocking import Blocking
+from ifjax.arrays.encoders import Rotated, encode_runs_by_kernel, encoder_for, refusal_of_runs, work_of
+from ifjax.arrays.qtensor import QTensor
 from ifjax.codec import ROUNDINGS, Rounding
-from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks
-from ifjax.codec.headers import has_unsound, power_near
+from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, merge_blocks, split_blocks
+from ifjax.codec.eden import eden_constant, eden_peak, eden_units
+from ifjax.codec.headers import has_unsound
+from ifjax.codec.places import EdenCodec
 from ifjax.codec.rounding import uniform_noise
 from ifjax.formats import E4M3, Candidate, Format, get_format
 from ifjax.numerics.byte_order import as_array
-from ifjax.numerics.hadamard import SIZES, hadamard
-from ifjax.numerics.xla import divide
+from ifjax.numerics.devices import device_kind
+from ifjax.numerics.hadamard import SIZES, hadamard, random_signs, signs_of
+from ifjax.numerics.packing import pack
+from ifjax.numerics.proofs import by_both, difference, fault_of, numbers_to_check
+from ifjax.numerics.xla import divide, opaque
 
-# A block's maximum maps to the grid's maximum divided by this. 17/16 is headroom for scales that E4M3 rounded down;
-# Quartet II found that 0.93 gives the least error on normal data with E4M3 scales.
-_PEAK_OVER = 17 / 16 * 0.93
-# The largest block scale of the tensor. It is below E4M3's 448 because the correction enlarges scales.
-_LARGEST_SCALE = 255.99
+# A given amax counts as at most this, so that the QTensor's, less than twice as large, is finite. No rotated value is
+# larger than 2^126, because the sum of a run is finite.
+_LARGEST_AMAX = np.finfo(np.float32).max / 2
 
 
 def ms_eden(
@@ -59,7 +67,8 @@ def ms_eden(
         signs: as for `hadamard`. The published code of IF4 applies its sixteen signs after the Hadamard matrix instead
             of before it, where they only change signs of the result: to reproduce it, pass None and multiply.
         noise: alternative to `key`: numbers in [0, 1), one for each block, [..., n / block, ...].
-        amax: amax of the rotated x; by default, and for 0, its largest finite magnitude, in float32.
+        amax: amax of the rotated x; by default, and for 0, its largest finite magnitude, in float32. Above 1.7e38 it
+            counts as 1.7e38.
 
     Returns:
         The rounded values, in x's shape and dtype.
@@ -79,10 +88,47 @@ def ms_eden(
         >>> print(f"{(error**2).mean():.4f}")
         0.0097
     """
+    x = as_array(x)
+    q = ms_eden_packed(x, fmt, key=key, axis=axis, size=size, signs=signs, noise=noise, amax=amax)
+    return q.dequantize(np.float32).astype(x.dtype)
+
+
+def ms_eden_packed(
+    x: ArrayLike,
+    fmt: str | Format = "nvfp4",
+    *,
+    key: jax.Array | None = None,
+    axis: int = -1,
+    size: int = 16,
+    signs: Literal["fixed"] | ArrayLike | None = None,
+    noise: ArrayLike | None = None,
+    amax: ArrayLike | None = None,
+) -> QTensor:
+    """Return the values of `ms_eden` as a QTensor in `packed_format(fmt)`; arguments and errors are those of `ms_eden`.
+
+    Its `amax` is not the array's, but the number to which K maps the factor of all values.
+    """
     fmt = check_format(fmt, size)
     x = as_array(x)
     if (key is None) == (noise is None):
         raise ValueError("ms_eden needs key=, for example key=jax.random.key(0), or noise=, and not both")
+    amax = None if amax is None else as_array(amax, jnp.float32)
+    if amax is not None and has_unsound(amax):
+        raise ValueError(f"amax must be finite and not negative, got {amax}")
+    amax = None if amax is None else jnp.minimum(amax, np.float32(_LARGEST_AMAX))
+    place = {"fmt": fmt, "axis": axis, "size": size}
+    encoder = encoder_for(device_kind())
+    if encoder is None or key is None or _refusal(encoder, x, **place):
+        codes, scales, end = _by_xla(x, key, amax, signs, noise, **place)
+    else:
+        signs = jnp.asarray(signs_of(signs, size), jnp.float32)
+        codes, scales, end = _by_plan(x, key, amax, signs, encoder=encoder, **place)
+    axis = axis % x.ndim - x.ndim
+    return QTensor(codes, scales, end, Blocking(packed_format(fmt), axis, x.shape[axis], x.dtype, _headroom(fmt)))
+
+
+def _by_xla(x, key, amax, signs, noise=None, *, fmt, axis, size):
+    """Return packed codes, scale bytes and amax of the QTensor."""
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     z = hadamard(x.astype(jnp.float32) if is_narrow else x, axis=axis, size=size, signs=signs)
     axis = axis % x.ndim - x.ndim
@@ -93,11 +139,63 @@ def ms_eden(
     noise = as_array(noise, jnp.float32)
     if noise.shape != shape:
         raise ValueError(f"noise must have one number for each block, shape {shape}, got {noise.shape}")
-    amax = None if amax is None else as_array(amax, jnp.float32)
-    if amax is not None and has_unsound(amax):
-        raise ValueError(f"amax must be finite and not negative, got {amax}")
-    values = _rounded(groups, jnp.expand_dims(noise, axis), amax, fmt=fmt, axis=axis, size=size)
-    return merge_blocks(values, axis).astype(x.dtype)
+    return _encoded(groups, jnp.expand_dims(noise, axis), amax, fmt=fmt, axis=axis, size=size)
+
+
+def _refusal(encoder, x, *, fmt, axis, size):
+    """Return why a kernel cannot take x; None if it can, and proved so."""
+    if x.dtype not in (np.float32, jnp.bfloat16) or not -x.ndim <= axis < x.ndim or x.shape[axis] % size:
+        return "the dtype or the axis"
+    axis, codec = axis % x.ndim - x.ndim, EdenCodec.of(fmt, np.dtype(x.dtype))
+    return refusal_of_runs(encoder, x, codec, axis, size) or _fault(encoder, codec, x.dtype, fmt, max(axis, -2), size)
+
+
+def _fault(encoder, codec, dtype, fmt, axis, size):
+    """Check the kernel on this machine's device; return what is wrong with it, or None."""
+
+    def prove():
+        def run():
+            x, signs = jnp.asarray(numbers_to_check((128, 512))).astype(dtype), random_signs(jax.random.key(1), size)
+            return ms_eden_packed(x, fmt, key=jax.random.key(0), axis=axis, size=size, signs=signs)
+
+        return difference(*by_both(run))
+
+    return fault_of(work_of(encoder, "ms_eden", codec.how, dtype, axis, Rotated(size, None)), encoder, prove)
+
+
+@jax.jit(static_argnames=("encoder", "fmt", "axis", "size"))
+def _by_plan(x, key, amax, signs, *, encoder, fmt, axis, size):
+    """Return `_by_xla`, by a kernel on the platform that it compiles for."""
+    axis, codec = axis % x.ndim - x.ndim, EdenCodec.of(fmt, np.dtype(x.dtype))
+
+    def by_kernel(*data):
+        return encode_runs_by_kernel(*data, encoder=encoder, codec=codec, axis=axis)
+
+    ways = {encoder.platform: by_kernel, "default": functools.partial(_by_xla, fmt=fmt, axis=axis, size=size)}
+    return opaque(lambda *data: lax.platform_dependent(*data, **ways), x, key, amax, signs)
+
+
+@functools.lru_cache
+def packed_format(fmt: Format) -> Format:
+    """Return the format whose codes and headers MS-EDEN writes: `fmt`, if the steps of all its candidates are 1.
+
+    MS-EDEN multiplies by the step before the scale and a decoder after it, which rounds differently. So the values of
+    the grids include the step here, and codes and selectors are those of `fmt`.
+    """
+
+    def of(candidate):
+        grid, step = candidate.grid, np.float32(candidate.step)
+        values = tuple(float(np.float32(v) * step) for v in grid.values)
+        return Candidate(dataclasses.replace(grid, name=f"{grid.name} x {step:.3g}", values=values))
+
+    candidates = tuple(c if c.step == 1 else of(c) for c in fmt.candidates)
+    if candidates == fmt.candidates:
+        return fmt
+    return dataclasses.replace(fmt, name=f"{fmt.name}_mseden", candidates=candidates)
+
+
+def _headroom(fmt):
+    return eden_constant(fmt) / (fmt.tensor_peak * (fmt.grid.max if fmt.peak is None else fmt.peak))
 
 
 def check_format(fmt: str | Format, size: int) -> Format:
@@ -120,27 +218,32 @@ def check_format(fmt: str | Format, size: int) -> Format:
 
 
 @jax.jit(static_argnames=("fmt", "axis", "size"))
-def _rounded(z, noise, amax, *, fmt, axis, size):
-    """Return blocks z [..., m, B, ...] rounded by MS-EDEN; noise is [..., m, 1, ...]."""
-    peaks = jnp.max(jnp.abs(z), axis, keepdims=True, initial=0)
+def _encoded(z, noise, amax, *, fmt, axis, size):
+    """Return the packed codes, scale bytes and amax of blocks z [..., m, B, ...]; noise is [..., m, 1, ...]."""
+    # Not all programs for CPUs pass NaN through a maximum of floats, as a maximum of their bits does.
+    peaks = as_float(jnp.max(magnitude_bits(bits_of(z)), axis, keepdims=True, initial=0))
     own = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0), initial=0)
     amax = own if amax is None else jnp.where(amax > 0, amax, own)  # an amax of 0 has seen no values
-    power = power_near(amax)  # so that `unit` is not subnormal
-    amax = amax * power
-    peak = np.float32(fmt.grid.max / _PEAK_OVER)
-    unit = jnp.where(amax > 0, divide(divide(amax, np.float32(_LARGEST_SCALE)), peak), 1)
-    byte = fmt.scale.encode(divide(divide(peaks * power, peak), unit))
+    power, unit = eden_units(amax, fmt)
+    byte = fmt.scale.encode(divide(divide(peaks * power, eden_peak(fmt)), unit))
     scale = jnp.where(byte == 0, 1, fmt.scale.decode(byte))
     y = divide(z * power, scale * unit)
 
     # Losses are in units of y, not of x. The first grid breaks ties away from zero, the others as their records say.
-    first, *others = fmt.candidates
-    q = dataclasses.replace(first.grid, ties="away").round(y)
-    loss = _sum(_product(y - q, y - q), axis)
-    for candidate in others:
-        other = _on_grid(y, candidate, fmt)
-        other_loss = _sum(_product(y - other, y - other), axis)
-        q, loss = jnp.where(other_loss < loss, other, q), jnp.minimum(other_loss, loss)
+    trials = []
+    for i, c in enumerate(fmt.candidates):
+        grid = c.grid if i else dataclasses.replace(c.grid, ties="away")
+        scaled = y * fmt.input_factor(c)
+        q = grid.round(scaled)
+        if c.step != 1:  # the sign keeps compilers from contracting the product and the difference below
+            q = jnp.copysign(jnp.abs(q) * np.float32(c.step), y)
+        trials.append((grid.encode(scaled), q, _sum(_product(y - q, y - q), axis)))
+    (codes, q, loss), *others = trials
+    selector = 0
+    for c, (other_codes, other, other_loss) in zip(fmt.candidates[1:], others, strict=True):
+        wins = other_loss < loss
+        codes, q, loss = (jnp.where(wins, a, b) for a, b in ((other_codes, codes), (other, q), (other_loss, loss)))
+        selector = jnp.where(wins, fmt.selector_of(c), selector)
 
     # Each vector of the rotation has one factor; it holds size / B blocks.
     def of_vectors(a):
@@ -150,21 +253,26 @@ def _rounded(z, noise, amax, *, fmt, axis, size):
     above, below = of_vectors(_product(y, y)), of_vectors(_product(y, q))
     factor = jnp.where(below == 0, 1, divide(above, below))
     factor = jnp.expand_dims(merge_blocks(factor, axis), axis)
-    values = q * _stochastic(scale * factor, noise, fmt.scale) * unit * (1 / power)
-    return jnp.where(jnp.isfinite(peaks), values, jnp.nan)
+    header = fmt.join(selector, _stochastic(scale * factor, noise, fmt.scale))
+    header = jnp.squeeze(jnp.where(jnp.isfinite(peaks), header, fmt.scale.nan), axis)
+    codes = jnp.where(jnp.isfinite(peaks), codes, 0)
+    codes = pack(merge_blocks(codes.astype(jnp.uint8), axis), fmt.bits, axis)
+    return codes, header.astype(jnp.uint8), _end(power, unit, fmt)
 
 
-def _on_grid(y, candidate: Candidate, fmt: Format):
-    return candidate.grid.round(y * fmt.input_factor(candidate)) * np.float32(candidate.step)
+def _end(power, unit, fmt):
+    """Return the amax of the QTensor, of which the factor of all values is the part 1 / K."""
+    inverse = as_float(np.int32(254 << 23) - bits_of(power))  # of a power of two
+    return unit * np.float32(eden_constant(fmt)) * inverse
 
 
 def _stochastic(value, noise, scale):
-    """Round value to the scale above or below it, with the probabilities that keep the mean."""
+    """Return the payload of the scale above or below `value`, with the probabilities that keep the mean."""
     nearest = scale.encode(value)
     lower = jnp.where(scale.decode(nearest) > value, nearest - 1, nearest)
     upper = jnp.minimum(lower + 1, scale.top)
     down, up = scale.decode(lower), scale.decode(upper)
-    return jnp.where(noise < divide(value - down, up - down), up, down)
+    return jnp.where(noise < divide(value - down, up - down), upper, lower)
 
 
 def _product(a, b):
@@ -182,4 +290,4 @@ def _sum(a, axis):
 
 
 # The rounding record that training recipes use for operands.
-MS_EDEN = ROUNDINGS.register(Rounding("ms_eden", operand=ms_eden, check=check_format))
+MS_EDEN = ROUNDINGS.register(Rounding("ms_eden", operand=ms_eden_packed, check=check_format))

@@ -230,8 +230,8 @@ def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis must lie in [{-x.ndim}, {x.ndim}) for shape {x.shape}, got {axis}")
     axis = axis % x.ndim - x.ndim
-    if not how.rounding.packs:
-        raise ValueError(f"rounding={how.rounding.name!r} gives no packed bytes: it is for products (ifjax.recipes)")
+    if how.rounding.rotates:
+        raise ValueError(f"rounding={how.rounding.name!r} is for rotated operands of products (ifjax.recipes) only")
     if how.rounding.draws and key is None:
         raise ValueError(f"rounding={how.rounding.name!r} needs key=, for example key=jax.random.key(0)")
     if not how.rounding.draws and key is not None:

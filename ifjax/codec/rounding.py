@@ -24,8 +24,8 @@ class Rounding:
             added to an element's position between two neighbours before it is rounded. None rounds to nearest.
         headroom: fraction of the range that is used. With 16/17 no value saturates even if the E4M3 scale was rounded
             down by 1/16.
-        operand: only for roundings that give values instead of packed bytes, for operands of products: maps (x, fmt,
-            key=, axis=, size=, signs=, amax=) to x rotated and rounded, in x's shape and dtype. None for all others.
+        operand: only for roundings of rotated operands of products: maps (x, fmt, key=, axis=, size=, signs=, amax=) to
+            the QTensor of x, rotated and rounded. None for all others.
         check: only with `operand`: takes (fmt, size of the rotation) and raises ValueError if it is not supported.
     """
 
@@ -41,9 +41,9 @@ class Rounding:
         return self.noise is not None or self.operand is not None
 
     @property
-    def packs(self) -> bool:
-        """Whether the rounding gives codes and headers, as `ifjax.quantize` needs."""
-        return self.operand is None
+    def rotates(self) -> bool:
+        """Whether the rounding is for rotated operands of products only, and not for `ifjax.quantize`."""
+        return self.operand is not None
 
 
 def uniform_noise(key: jax.Array, shape: tuple[int, ...], count: int) -> list[jax.Array]:

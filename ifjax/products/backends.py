@@ -398,4 +398,7 @@ def kernel_product(rows: jax.Array, q: QTensor | Prepacked, backend: str, dtype:
 
 def factor_of(q: Any) -> jax.Array:
     """Return the tensor scale, amax / K, of a QTensor or Prepacked, where K is the format's tensor constant."""
-    return divide(q.amax, q.fmt.tensor_constant(q.headroom))
+    constant = q.fmt.tensor_constant(q.headroom)
+    if np.frexp(constant)[0] == 0.5:  # exact, and compiled into what uses it
+        return q.amax * np.float32(1 / constant)
+    return divide(q.amax, constant)

@@ -277,7 +277,7 @@ def operand_of(
     if size:
         a = pad_axis(a, -(-a.shape[axis] // size) * size, axis)
         signs = random_signs(for_signs, size) if product.signs == "fresh" else product.signs
-        if operand.how is not None and not operand.how.rounding.packs:
+        if operand.how is not None and operand.how.rounding.rotates:
             return operand.how.rounding.operand(
                 a, operand.how.fmt, key=key, axis=axis, size=size, signs=signs, amax=operand.amax
             )

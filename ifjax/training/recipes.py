@@ -83,7 +83,7 @@ class Operand:
         object.__setattr__(self, "fmt", FORMATS.name_of(fmt))
         if self.amax is not None and not fmt.has_tensor_scale:
             raise ValueError(f"Operand: {fmt.name} has no tensor scale, so amax does not apply: leave it out")
-        if not rounding.packs and (self.block_2d or self.loss is not None):
+        if rounding.rotates and (self.block_2d or self.loss is not None):
             raise ValueError(
                 f"Operand: rounding={rounding.name!r} has 1-D blocks and a rule of its own for the choice: leave "
                 "block_2d and loss out"
@@ -104,7 +104,7 @@ class Operand:
     @property
     def is_packed_early(self) -> bool:
         """Whether residuals="packed" quantizes this operand in the forward pass."""
-        return self.how is not None and self.how.rounding.packs and not self.reuse
+        return self.how is not None and not self.reuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Product:
             )
         for operand in self.operands:
             rounding = ROUNDINGS.find(operand.rounding)
-            if rounding.packs:
+            if not rounding.rotates:
                 continue
             if self.hadamard is None:
                 raise ValueError(
@@ -215,15 +215,15 @@ class Recipe:
                     "can; write reuse=False"
                 )
         for place, operand, forward in self._saved:
-            if operand.reuse and (forward.how is None or not forward.how.rounding.packs or self.fprop.hadamard):
+            if operand.reuse and (forward.how is None or self.fprop.hadamard):
                 raise ValueError(
-                    f"{self.name}: {place} cannot reuse what fprop multiplies, which is not quantized, or is rotated, "
-                    "or is not packed (MS-EDEN): write reuse=False"
+                    f"{self.name}: {place} cannot reuse what fprop multiplies, which is not quantized, or is rotated: "
+                    "write reuse=False"
                 )
         if self.residuals == "packed" and not any(operand.is_packed_early for _, operand, _ in self._saved):
             raise ValueError(
-                f"{self.name}: residuals='packed' packs nothing, as the backward pass quantizes neither w nor x to "
-                "packed bytes from the arrays themselves: write residuals='float'"
+                f"{self.name}: residuals='packed' packs nothing, as the backward pass quantizes neither w nor x from "
+                "the arrays themselves: write residuals='float'"
             )
 
     @property

@@ -11,7 +11,7 @@ from numpy.testing import assert_array_equal
 
 import ifjax
 from ifjax import codec
-from ifjax.arrays.ms_eden import ms_eden
+from ifjax.arrays.ms_eden import ms_eden, ms_eden_packed
 from ifjax.numerics.hadamard import FIXED_SIGNS
 
 KEY = jax.random.key(0)
@@ -118,6 +118,20 @@ def test_every_rotation_size_agrees_with_plain_loops(fmt, size):
     # The library clears the last bit of every product it sums, against fused multiply-adds: the factor may differ by
     # 2^-22, which shows only where the noise lies that close to a probability, as it does for none of these.
     assert_array_equal(together(x, fmt, size=size, signs=signs, noise=u), want)
+
+
+# --- packed ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "if4", "nvint4"])
+def test_the_values_are_those_of_packed_bytes(fmt):
+    """The factor amax / K is exact, also where that of the values is subnormal."""
+    for power in (-126, -115, 0, 122):
+        x = normal(4, 256, seed=power + 200) * F32(2.0**power) * np.exp2(np.arange(4, dtype=F32) * -4)[:, None]
+        q = ms_eden_packed(x, fmt, key=KEY, size=128)
+        k = q.fmt.tensor_constant(q.headroom)
+        assert np.frexp(k)[0] == 0.5 and q.bits_per_value < 4.6
+        assert_array_equal(q.dequantize(), ms_eden(x, fmt, key=KEY, size=128))
 
 
 # --- unbiased --------------------------------------------------------------------------------------------------------

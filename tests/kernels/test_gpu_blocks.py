@@ -13,11 +13,12 @@ from test_tpu_blocks import data
 
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder
+from ifjax.arrays.ms_eden import ms_eden_packed
 from ifjax.arrays.qtensor import unscaled_values
 from ifjax.arrays.quantize import Multiples, operand_by_kernel, quantize_rotated
 from ifjax.codec import Encoding, decode
 from ifjax.codec.decode import narrowed
-from ifjax.codec.places import PlaceCodec, over
+from ifjax.codec.places import EdenCodec, PlaceCodec, over
 from ifjax.codec.rounding import seeds
 from ifjax.numerics.xla import divide
 from ifjax.training import product
@@ -37,6 +38,10 @@ class Interpreted:
     @staticmethod
     def encode(*args, **settings):
         return gpu_blocks.encode(*args, **settings, interpret=True)
+
+    @staticmethod
+    def peaks(*args, **settings):
+        return gpu_blocks.peaks(*args, **settings, interpret=True)
 
     @staticmethod
     def decode(*args, **settings):
@@ -109,6 +114,26 @@ def test_instructions_of_a_gpu_change_no_bits(name, rounding):
 
     for got, expected in zip(jax.tree.leaves(run(Emulated)), jax.tree.leaves(run(None)), strict=True):
         assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "if4"])
+def test_instructions_of_a_gpu_change_no_bits_of_ms_eden(name):
+    codec = EdenCodec.of(ifjax.FORMATS[name], np.dtype("float32"))
+    rng = np.random.default_rng(0)
+    blocks = rng.standard_normal((4096, 16)).astype("f") * np.exp2(rng.integers(-12, 1, (4096, 16))).astype("f")
+    blocks[::7] *= np.exp2(rng.integers(-12, 1, (len(blocks[::7]), 1))).astype("f")
+    blocks[5], blocks[6, 3], blocks[7, 4] = 0, np.nan, np.inf
+    scalars, _ = codec.encoder_tables(jnp.float32([3.0]), 1)
+    noise = jnp.asarray(rng.random(len(blocks), np.float32) - np.float32(0.5))
+    got, expected = (
+        codec.encode(
+            list(jnp.asarray(blocks).T), noise, list(scalars[0]), None, wants_codes=True, wants_values=False,
+            machine=machine,
+        )
+        for machine in (Emulated, None)
+    )  # fmt: skip
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_array_equal(a, b)
 
 
 @pytest.mark.by_default("if4-bfloat16", "nvfp4-bfloat16")
@@ -304,5 +329,42 @@ def test_training_products_of_the_encoders_values_change_no_bits(monkeypatch, re
     assert len([each for each in given if isinstance(each, Multiples)]) >= 4
     with ifjax.kernels("never"):
         expected = jax.jit(lambda *args: run(*args))(*args)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_array_equal(a, b)
+
+
+EDEN = {
+    "nvfp4, columns, 128": ("nvfp4", (40, 256), -1, "bfloat16", 128),
+    "nvfp4, rows, 128": ("nvfp4", (128, 24), -2, "bfloat16", 128),
+    "if4, rows, matrices, 32": ("if4", (2, 64, 24), -2, "float32", 32),
+    "if4, columns, matrices, 16": ("if4", (2, 9, 96), -1, "float32", 16),
+}
+
+
+@pytest.mark.by_default("nvfp4, rows, 128")
+@pytest.mark.parametrize("case", EDEN)
+def test_ms_eden_has_the_bits_of_xla(monkeypatch, case):
+    fmt, shape, axis, dtype, size = EDEN[case]
+    taken = []
+
+    class Watched(Interpreted):
+        @staticmethod
+        def encode(*args, **settings):
+            taken.append(settings["rotation"].size)
+            return Interpreted.encode(*args, **settings)
+
+    monkeypatch.setattr(ENCODERS, "_records", {"mine": Encoder("mine", "cpu", "cpu", lambda: Watched)})
+    x = jnp.asarray(data(shape)).astype(dtype)
+    x = x.at[..., 0, :].set(0) if axis == -1 else x.at[..., 0].set(0)
+
+    def run(x, key):
+        signs = ifjax.random_signs(key, size)
+        return [ms_eden_packed(x, fmt, axis=axis, size=size, signs=signs, key=key, amax=amax) for amax in (None, 3.0)]
+
+    with ifjax.kernels("always"):
+        got = jax.jit(run)(x, jax.random.key(3))
+    assert taken == [size] * 2
+    with ifjax.kernels("never"):
+        expected = jax.jit(run)(x, jax.random.key(3))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert_array_equal(a, b)

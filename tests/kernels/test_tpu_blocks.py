@@ -13,6 +13,7 @@ from test_places import assert_same_numbers
 
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder
+from ifjax.arrays.ms_eden import ms_eden_packed
 from ifjax.arrays.quantize import quantize_rotated
 from ifjax.codec import Encoding
 from ifjax.codec.places import LANES
@@ -32,6 +33,10 @@ class Interpreted:
     def encode(self, *args, **settings):
         self.calls.append("encode")
         return tpu_blocks.encode(*args, **settings, interpret=True)
+
+    def peaks(self, *args, **settings):
+        self.calls.append("peaks")
+        return tpu_blocks.peaks(*args, **settings, interpret=True)
 
     def decode(self, *args, **settings):
         self.calls.append("decode")
@@ -190,3 +195,28 @@ def test_kernels_are_left_where_the_user_says_so(kernels):
     code = "import ifjax; from ifjax.numerics.kernels import kernel_policy; print(kernel_policy())"
     command, environment = [sys.executable, "-c", code], os.environ | {"IFJAX_KERNELS": "never"}
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() == "never"
+
+
+EDEN = {
+    "nvfp4, columns, 128": ("nvfp4", (40, 256), -1, "bfloat16", 128),
+    "nvfp4, rows, 128": ("nvfp4", (1024, 24), -2, "bfloat16", 128),
+    "if4, rows, matrices, 32": ("if4", (2, 256, 24), -2, "float32", 32),
+    "if4, columns, 16": ("if4", (9, 2048), -1, "float32", 16),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EDEN)
+def test_ms_eden_has_the_bits_of_xla(kernels, case):
+    fmt, shape, axis, dtype, size = EDEN[case]
+    x = jnp.asarray(data(shape)).astype(dtype)
+
+    def run(x, key):
+        return ms_eden_packed(x, fmt, axis=axis, size=size, signs=random_signs(key, size), key=key)
+
+    got = jax.jit(run)(x, jax.random.key(3))
+    assert kernels == ["peaks", "encode"]
+    with ifjax.kernels("never"):
+        expected = jax.jit(run)(x, jax.random.key(3))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_array_equal(a, b)

@@ -5,6 +5,7 @@ Recipes are tested by existing: `each_recipe` is all of them.
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import ifjax
 from ifjax.arrays import ms_eden
 from ifjax.codec import LOSSES, ROUNDINGS
+from ifjax.products import BACKENDS
 from ifjax.training import RECIPES, Operand, Product, Recipe, get_recipe, quantized_dot_general, quantized_ragged_dot
 
 KEY = jax.random.key(0)
@@ -460,6 +462,26 @@ def test_named_formats_are_equal_by_name_and_by_record():
     mine = dataclasses.replace(ifjax.FORMATS["if4"], name="mine", block=32)
     y = quantized_dot_general(X, W, MATRICES, Recipe("mine", Product(Operand(mine), Operand(mine))))
     assert_is_product(y, *explicit(Recipe("mine", Product(Operand(mine), Operand(mine))), X, W, G, KEY)[0])
+
+
+@pytest.mark.by_default("quartet2")
+@pytest.mark.parametrize("name", ["nvfp4", "fouroversix", "nvidia_nvfp4", "quartet2", "nvfp4_mseden"])
+def test_a_blackwell_multiplies_all_three_products_natively(monkeypatch, name):
+    """In programs lowered for it with the device known, the kernel is handed both operands of each product."""
+    dot_general, found = importlib.import_module("ifjax.products.dot_general"), []
+    jax.clear_caches()  # of products that were lowered before
+
+    def matmul(a, b, dtype):
+        found.append((a.axis, b.axis))
+        return jnp.zeros([q.shape[-3 - q.axis] for q in (a, b)], dtype)
+
+    monkeypatch.setattr(dot_general, "device_kind", lambda target=None: target or "NVIDIA B200")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(BACKENDS["scaled_matmul"].load, "matmul", staticmethod(matmul))
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((256, 128), (128, 384), (256, 384))]
+    run = jax.jit(lambda x, w, g: products(x, w, g, KEY, recipe=name))
+    run.trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert set(found) == {(-1, -2), (-1, -1), (-2, -2)}
 
 
 def test_a_fixed_amax_is_the_one_that_is_used():
