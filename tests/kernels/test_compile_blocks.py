@@ -60,8 +60,8 @@ H200 = {
     "fake_quantize if4": (1.15, 3, None),
     "dequantize if4": (1.1, 1, None),
 }
-# Bytes of a training product, in MiB, of which a bfloat16 product has 480.
-PRODUCTS = {"product nvfp4": 1650, "product if4": 1650}
+# Bytes of a training product, in MiB, of which a bfloat16 product has 480, and its launches.
+PRODUCTS = {"product nvfp4": (1650, 20), "product if4": (1650, 20)}
 
 
 @pytest.mark.compile
@@ -74,8 +74,9 @@ def test_a_gpu_moves_little_more_than_it_must(tmp_path):
         assert rows[name]["kernels"] <= launches, rows[name]
         assert per_value is None or rows[name]["per_value"] <= SLACK * per_value, rows[name]
         assert rows[name]["spilled"] == 0, rows[name]
-    for name, mib in PRODUCTS.items():
+    for name, (mib, launches) in PRODUCTS.items():
         assert rows[name]["mib"] <= mib, rows[name]
+        assert rows[name]["kernels"] <= launches, rows[name]
 
 
 HLO = """HloModule m
