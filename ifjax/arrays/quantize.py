@@ -448,7 +448,8 @@ def _multiples(x, key, words, amax, *, how, axis, amax_axes, rotation, packs):
             x, key, amax, encoder=encoder, wants_codes=packs, wants_values=not packs, rotation=rotation,
             in_multiples=True, words=words, **place,
         )  # fmt: skip
-        return Multiples(QTensor(*arrays, amax, blocking) if packs else arrays[0], factor)
+        packed: Any = (*arrays, amax, blocking)
+        return Multiples(QTensor(*packed) if packs else arrays[0], factor)
 
     if encoder is None:
         return opaque(by_xla, *data)
