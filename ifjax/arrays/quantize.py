@@ -433,6 +433,8 @@ def _multiples(x, key, words, amax, *, how, axis, amax_axes, rotation, packs):
     place = {"how": how, "axis": axis, "amax_axes": amax_axes}
     blocking = Blocking(how.fmt, axis, x.shape[axis], x.dtype, how.headroom, how.block_2d)
 
+    data, encoder = (x, key, words, amax), _encoder_of(x, **place, does="multiply", rotation=rotation)
+
     def by_xla(x, key, words, amax):
         del words
         q = QTensor(*_packed(x if rotation is None else rotation.of(x, axis), key, amax, None, **place), blocking)
@@ -440,15 +442,16 @@ def _multiples(x, key, words, amax, *, how, axis, amax_axes, rotation, packs):
         return Multiples(q if packs else unscaled_values(q, x.dtype), factor)
 
     def by_kernel(x, key, words, amax):
+        assert encoder is not None
         arrays, amax, factor = encode_by_kernel(
             x, key, amax, encoder=encoder, wants_codes=packs, wants_values=not packs, rotation=rotation,
             in_multiples=True, words=words, **place,
         )  # fmt: skip
-        return Multiples(QTensor(*arrays, amax, blocking) if packs else arrays[0], factor)
+        packed: Any = (*arrays, amax, blocking)
+        return Multiples(QTensor(*packed) if packs else arrays[0], factor)
 
-    encoder = _encoder_of(x, **place, does="multiply", rotation=rotation)
     run = by_xla if encoder is None else functools.partial(by_kernel_or_xla, encoder, by_kernel, by_xla)
-    return opaque(run, x, key, words, amax)
+    return opaque(run, *data)
 
 
 def _packed(x, key, amax, weights, *, how, axis, amax_axes):

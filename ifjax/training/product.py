@@ -316,7 +316,8 @@ def _is_decoded(a, other, product_name, side, settings):
         packed.append(array)
     batch = tuple(range(a.ndim - 2))
     dims = Dims((a.ndim + axes[0],), (a.ndim + axes[1],), batch, batch)
-    return plan(*packed, dims, dtype, device_kind()).path not in BACKENDS
+    lhs, rhs = packed
+    return plan(lhs, rhs, dims, dtype, device_kind()).path not in BACKENDS
 
 
 def _zeros(shape, how, axis, dtype):
@@ -358,7 +359,7 @@ def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
     before that of the codes, and all-gathers activations for the weight gradient instead of reducing partial sums.
     """
     batch = (tuple(range(a.ndim - 2)),) * 2
-    numbers = ((a.ndim + a_axis,), (b.ndim + b_axis,)), batch
+    numbers: Any = ((a.ndim + a_axis,), (b.ndim + b_axis,)), batch
 
     def product(a, b, like, dtype=dtype):
         is_shared = like is not None and jax.device_count() > 1

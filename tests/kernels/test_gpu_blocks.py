@@ -175,8 +175,9 @@ def test_tables_made_by_a_kernel_are_those_made_by_xla(monkeypatch, name, machin
     assert_same_numbers(jnp.stack(rows, 1), table[:, : len(rows)])
     assert_same_numbers(jnp.stack(numbers, 1)[..., 0], scalars)
     if machine is None:
-        got, (_, written) = gpu_blocks.tables(codec, maxima, interpret=True)
+        (got, factor), (_, written) = gpu_blocks.tables(codec, maxima, interpret=True)
         assert_array_equal(got, amax)
+        assert_array_equal(factor, codec.factor(amax))
         assert_same_numbers(written, table)
 
 
