@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -152,7 +153,7 @@ def encode(
     if reason := supports(codec, x, axis, rotation):
         raise ValueError(reason)
     tile = _Tile.of(x.shape, axis, codec)
-    count, wide = x.shape[0], 1 if x.dtype == jnp.float32 else 2
+    count = x.shape[0]
     args, specs = [scalars, tables, x], [_SCALARS, _table_spec(tables), tile.spec(1, 1)]
     if codec.noises:
         if noise is None:
@@ -176,7 +177,7 @@ def encode(
     if wants_values:
         out_shape.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
         out_specs.append(tile.spec(1, 1))
-    scratch.append(pltpu.VMEM((tile.length // wide, LANES), jnp.float32 if wide == 1 else jnp.int32))
+    scratch.append(_source(tile, x.dtype))
     body = functools.partial(
         _encode_tile, tile=tile, codec=codec, rotation=rotation, wants_codes=wants_codes, wants_values=wants_values
     )
@@ -205,11 +206,10 @@ def decode(
     count, *shape = codes.shape
     shape[axis] = length
     tile = _Tile.of((count, *shape), axis, codec)
-    wide = 1 if dtype == jnp.float32 else 2
     scratch = [
         pltpu.VMEM((tile.length * codec.bits // 32, LANES), jnp.int32),
         pltpu.VMEM((tile.length // codec.block, LANES), jnp.int32),
-        pltpu.VMEM((tile.length // wide, LANES), jnp.float32 if wide == 1 else jnp.int32),
+        _source(tile, dtype),
     ]
     (out,) = _run(
         functools.partial(_decode_tile, tile=tile, codec=codec), "decode_blocks", [tables, codes, headers],
@@ -219,8 +219,37 @@ def decode(
     return out
 
 
-def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, interpret):
+@functools.partial(jax.jit, static_argnames=("codec", "axis", "rotation", "keeps_infinity", "interpret"))
+def rotated_peaks(
+    x: jax.Array, *, codec: Codec, axis: int, rotation: Rotation, keeps_infinity: bool, interpret: Any = False
+) -> jax.Array:  # fmt: skip
+    """Return float32 [L, 8, 128], whose maxima are those of the finite magnitudes of x [L, R, C] rotated.
+
+    `supports` allows x, axis and rotation; the rotation has signs of its own. NaN is left out, and infinity unless
+    `keeps_infinity`.
+    """
+    tile = _Tile.of(x.shape, axis, codec)
+    peaks = jax.ShapeDtypeStruct((len(x), SUBLANES, LANES), jnp.float32)
+    spec = pl.BlockSpec((None, SUBLANES, LANES), lambda matrix, i, j: (matrix, 0, 0))
+    body = functools.partial(_peaks_of_tile, tile=tile, rotation=rotation, keeps_infinity=keeps_infinity)
+    (out,) = _run(
+        body, "rotated_peaks", [x], [tile.spec(1, 1)], [peaks], [spec], [_source(tile, x.dtype)], tile, len(x),
+        interpret, gathers=True,
+    )  # fmt: skip
+    return out
+
+
+def _source(tile, dtype):
+    """Return the place where a tile lies while it is worked on: 16-bit values in pairs, as words."""
+    if dtype == jnp.float32:
+        return pltpu.VMEM((tile.length, LANES), jnp.float32)
+    return pltpu.VMEM((tile.length // 2, LANES), jnp.int32)
+
+
+def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, interpret, gathers=False):
+    """Call a kernel for each tile of each matrix. `gathers`: the tiles of a matrix add to one result, in order."""
     moved = sum(a.size * a.dtype.itemsize for a in [*args, *out_shape])
+    order = "arbitrary" if gathers else "parallel"
     return pl.pallas_call(
         body,
         out_shape=out_shape,
@@ -228,7 +257,7 @@ def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, in
         in_specs=specs,
         out_specs=out_specs,
         scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", *[order] * 2)),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),  # each array is moved once
         interpret=interpret,
         name=name,
@@ -504,11 +533,38 @@ def _rotate_all(source, tile, rotation, signs, dtype):
     lax.fori_loop(0, tile.length // (SUBLANES * size), run, 0)
 
 
-def rotated(places: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return the normalized Hadamard transform of places, by the fast algorithm with adjacent places first.
+def _peaks_of_tile(x, out, source, *, tile, rotation, keeps_infinity):
+    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+    def _():
+        out[...] = jnp.zeros(out.shape, jnp.float32)
 
-    Zeros in the result are positive.
-    """
+    turned, size, dtype = tile.turned(x[...]), rotation.size, x.dtype
+    source[...] = turned if dtype == jnp.float32 else pltpu.bitcast(turned, jnp.int32)
+    sublane, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in (0, 1))
+    runs, across = (whole - start for whole, start in zip(tile.sizes, tile.starts(), strict=True))
+    runs = jnp.where(lane < across, runs // size, 0)  # the runs of each lane, of which the tile has the first
+    # Rounding keeps the order, so it is left until the end; magnitudes from `end` on do not count.
+    end = np.int32(0x7F800001 if keeps_infinity else 0x7F800000 if dtype == jnp.float32 else 0x7F7F8000)
+
+    def run(g, peak):
+        places = [p * s for p, s in zip(_load(source, g * (SUBLANES * size), size, dtype), rotation.signs, strict=True)]
+        sums = [v * np.float32(size**-0.5) for v in _sums(places)]
+        bits = [lax.bitcast_convert_type(p, jnp.int32) & 0x7FFFFFFF for p in sums]
+        bits = functools.reduce(jnp.maximum, [jnp.where(b < end, b, 0) for b in bits])
+        return jnp.maximum(peak, jnp.where(g * SUBLANES + sublane < runs, bits, 0))
+
+    peak = lax.fori_loop(0, tile.length // (SUBLANES * size), run, jnp.zeros((SUBLANES, LANES), jnp.int32))
+    out[...] = jnp.maximum(out[...], rounded(_float(peak), dtype))
+
+
+def rotated(places: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return the normalized Hadamard transform of places. Zeros in the result are positive."""
+    factor = jnp.float32(len(places) ** -0.5)
+    return [jnp.where(v == 0, 0, v * factor) for v in _sums(places)]
+
+
+def _sums(places):
+    """Return the Hadamard transform of places times the root of their number; neighbours meet first."""
     values, stride = list(places), 1
     while stride < len(values):
         for i in range(len(values)):
@@ -516,8 +572,7 @@ def rotated(places: Sequence[jax.Array]) -> list[jax.Array]:
                 a, b = values[i], values[i + stride]
                 values[i], values[i + stride] = a + b, a - b
         stride *= 2
-    factor = jnp.float32(len(values) ** -0.5)
-    return [jnp.where(v == 0, 0, v * factor) for v in values]
+    return values
 
 
 def rounded(value: jax.Array, dtype: Any) -> jax.Array:

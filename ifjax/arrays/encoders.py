@@ -51,7 +51,8 @@ class Encoder:
         name: name of the kernels.
         platform: JAX platform that they compile for: "cuda", "tpu" or "cpu".
         devices: a regular expression that is searched for in the device kind, in JAX's spelling or the usual one.
-        load: returns the kernel module, which has `supports`, `encode` and `decode` as in `pallas_kernels.tpu_blocks`.
+        load: returns the kernel module, which has `supports`, `encode` and `decode` as in `pallas_kernels.tpu_blocks`,
+            and may have `rotated_peaks`, where XLA would write what it rotates for its maximum.
         measured: where times measured on hardware are stated, or None.
     """
 
@@ -234,7 +235,7 @@ def encode_by_kernel(
     """
     fmt = how.fmt
     if fmt.has_tensor_scale and amax is None:
-        amax = _amax(x if rotation is None else rotation.of(x, axis), amax_axes, fmt)
+        amax = _rotated_amax(x, encoder, how, axis, rotation) if rotation else _amax(x, amax_axes, fmt)
     shape = _as_matrices(x.shape, axis, _lead(x, how, 0 if amax is None else amax.ndim))
     numbers = amax if fmt.has_tensor_scale else None
     noise = None
@@ -271,6 +272,24 @@ def _amax(x, amax_axes, fmt):
     x = x.astype(jnp.float32)
     kept = ~jnp.isnan(x) if fmt.saturates else jnp.isfinite(x)
     return amax_of(jnp.where(kept, jnp.abs(x), 0), amax_axes)
+
+
+def _rotated_amax(x, encoder, how, axis, rotation):
+    """Return the largest finite magnitude of x after rotation, by the kernels' own pass if they have one."""
+    kernel = encoder.load()
+    if not hasattr(kernel, "rotated_peaks"):
+        return _amax(rotation.of(x, axis), (), how.fmt)
+
+    def run(_, x):
+        return (
+            kernel.rotated_peaks(
+                x, codec=PlaceCodec(how, np.dtype(x.dtype)), axis=-1 if axis == -1 else -2, rotation=rotation,
+                keeps_infinity=how.fmt.saturates,
+            ),
+        )  # fmt: skip
+
+    (peaks,) = _by_matrix(run, None, x.reshape(_as_matrices(x.shape, axis, 0)))
+    return peaks.max()
 
 
 def _of_matrices(amax, shape, count):

@@ -36,6 +36,10 @@ class Interpreted:
         self.calls.append("decode")
         return tpu_blocks.decode(*args, **settings, interpret=True)
 
+    def rotated_peaks(self, *args, **settings):
+        self.calls.append("rotated_peaks")
+        return tpu_blocks.rotated_peaks(*args, **settings, interpret=True)
+
 
 @pytest.fixture
 def kernels(monkeypatch):
@@ -101,7 +105,7 @@ def test_rotated_bits_are_those_of_the_transform_and_the_codec(kernels, shape, a
         return jax.jit(lambda x: quantize_rotated(x, how, axis=axis, size=16, signs="fixed", key=None))(x)
 
     got = run()
-    assert kernels == ["encode"]
+    assert kernels == ["rotated_peaks", "encode"]
     ENCODERS._records.clear()
     jax.clear_caches()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run()), strict=True):
