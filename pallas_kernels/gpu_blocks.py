@@ -71,7 +71,7 @@ def encode(
     del scalars  # they are in the last row of the tables: a slice of its own would cost a launch
     at, numbers = _Blocks(x.shape, axis, codec), [tables]
     if codec.noises and noise is not None:
-        numbers += [noise.base, noise.strides, noise.seeds]
+        numbers += [noise.base, noise.seeds]
     shapes = []
     if wants_codes:
         lengths = at.count * codec.block * codec.bits // 8, at.count
@@ -228,7 +228,7 @@ class _Blocks:
 
 def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_codes, wants_values, machine):
     refs = iter(refs)
-    numbers = [next(refs) for _ in range(3)] if codec.noises else None
+    numbers = (next(refs), next(refs)) if codec.noises else None
     codes, headers = (next(refs), next(refs)) if wants_codes else (None, None)
     values = next(refs) if wants_values else None
     matrix, block, across, mask = at.here()
@@ -246,9 +246,8 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
     known = [tables[end - LANES + i] for i in range(codec.scalars)]
     noise = None
     if numbers is not None:
-        base, strides, seeds = numbers
-        row, column = strides[0], strides[1]
-        along, other = (column, row) if at.axis == -1 else (row, column)
+        base, seeds = numbers
+        along, other = (1, at.along) if at.axis == -1 else (at.across, 1)
         drawn = [
             codec.noise(base[matrix] + place * along + across * other, seeds[2 * matrix], seeds[2 * matrix + 1])
             for place in places

@@ -50,8 +50,11 @@ class Codec(Protocol):
     scalars: int
     is_square: bool
 
-    def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
-        """Return the noise of the elements with these indices, for the key words k0 and k1."""
+    def noise(self, index: jax.Array, k0: Any, k1: Any, low: int = 0) -> list[jax.Array]:
+        """Return the noise of the elements with these indices, for the key words k0 and k1.
+
+        `low` is added to indices that end in zeros for its bits.
+        """
         ...
 
     def encode(
@@ -84,16 +87,14 @@ class Rotation:
 
 
 class Noise(NamedTuple):
-    """The element indices and seeds from which noise is drawn.
+    """The element indices and seeds from which noise is drawn. Elements of a matrix are numbered row by row.
 
     Attributes:
-        base: int32 [L], the index of each matrix's first element.
-        strides: int32 [2], the difference of element indices between adjacent rows and between adjacent columns.
+        base: int32 [L], the index of each matrix's first element, a multiple of the number of its columns.
         seeds: int32 [L, 2], two key words for each matrix.
     """
 
     base: jax.Array
-    strides: jax.Array
     seeds: jax.Array
 
 
@@ -158,10 +159,7 @@ def encode(
     if codec.noises:
         if noise is None:
             raise ValueError("this codec draws noise, got noise=None: pass a Noise")
-        numbers = jnp.concatenate(
-            [noise.base[:, None], jnp.broadcast_to(noise.strides, (count, 2)), noise.seeds], axis=1
-        )
-        args.append(numbers)
+        args.append(jnp.concatenate([noise.base[:, None], noise.seeds], axis=1))
         specs.append(_SCALARS)
     if rotation is not None and rotation.signs is None:
         if signs is None:
@@ -500,13 +498,17 @@ def _parted(words, b, bits):
 
 def _noise(numbers, matrix, tile, codec):
     """Return a function of (group, place) that draws the noise of the elements there."""
-    base, row, column, k0, k1 = (numbers[matrix, i] for i in range(5))
-    along, across = (column, row) if tile.axis == -1 else (row, column)
+    base, k0, k1 = (numbers[matrix, i] for i in range(3))
+    columns = tile.sizes[0 if tile.axis == -1 else 1]
+    along, across = (1, columns) if tile.axis == -1 else (columns, 1)
     starts = tile.starts()
     sublane, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in (0, 1))
-    first = base + starts[0] * along + starts[1] * across + lane * across + sublane * (tile.unit * along)
+    first = base + starts[0] * along + starts[1] * across + lane * across + sublane * tile.unit * along
+    are_adjacent = tile.axis == -1 and columns % tile.unit == 0  # so that a unit's indices differ in their lowest bits
 
     def draw(group, place):
+        if are_adjacent:
+            return codec.noise(first + group * tile.group, k0, k1, place)
         return codec.noise(first + (group * tile.group + place) * along, k0, k1)
 
     return draw

@@ -20,7 +20,7 @@ import numpy as np
 from ifjax.codec import Encoding, Loss, Rounding, Search
 from ifjax.codec.encode import amax_of
 from ifjax.codec.places import PlaceCodec, decoder_refusal, encoder_refusal
-from ifjax.codec.rounding import NEAREST, seeds, strides
+from ifjax.codec.rounding import NEAREST, seeds
 from ifjax.formats import Format
 from ifjax.lookup import Registry
 from ifjax.numerics.devices import device_kind, may_be_partitioned
@@ -335,7 +335,7 @@ def _encode_matrices(amax, x, noise, *, encoder, how, axis, wants_codes, wants_v
     codec, kernel = PlaceCodec(how, np.dtype(x.dtype)), encoder.load()
     scalars, tables = codec.encoder_tables(amax, 1 if amax is None else len(amax))
     if noise is not None:
-        noise = kernel.Noise(noise[0], jnp.asarray(strides(x.shape)[1:], jnp.int32), noise[1])
+        noise = kernel.Noise(*noise)
     settings = {"codec": codec, "axis": axis, "wants_codes": wants_codes, "wants_values": wants_values}
     if rotation is not None:
         settings["rotation"] = rotation
