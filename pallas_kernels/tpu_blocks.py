@@ -11,7 +11,7 @@ transposed in VMEM, and its results are transposed back.
 x [L, R, C] holds L matrices, each with its own scalars and table. A short last block along the blocked axis is padded
 with zeros. Only requested outputs are written to memory.
 
-This module has not run on a TPU. It is compiled for v5e and v6e and run in the interpreter.
+This module has not run on a TPU. It is compiled for v5e, v6e and v7x and run in the interpreter.
 """
 
 import dataclasses
@@ -247,7 +247,7 @@ def _source(tile, dtype):
 def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, interpret, gathers=False):
     """Call a kernel for each tile of each matrix. `gathers`: the tiles of a matrix add to one result, in order."""
     moved = sum(a.size * a.dtype.itemsize for a in [*args, *out_shape])
-    order = "arbitrary" if gathers else "parallel"
+    order: Any = "arbitrary" if gathers else "parallel"
     return pl.pallas_call(
         body,
         out_shape=out_shape,
@@ -255,7 +255,7 @@ def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, in
         in_specs=specs,
         out_specs=out_specs,
         scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", *[order] * 2)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", order, order)),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),  # each array is moved once
         interpret=interpret,
         name=name,
