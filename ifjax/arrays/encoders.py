@@ -94,7 +94,7 @@ def _gpu_blocks():
 ENCODERS: Registry[Encoder] = Registry(
     "encoder", Encoder, "ifjax.arrays.ENCODERS",
     (
-        Encoder("tpu_blocks", "tpu", r"\bv[56] ?(lite|e)\b", _tpu_blocks),
+        Encoder("tpu_blocks", "tpu", r"\b(v[56] ?(lite|e)|(TPU ?|v)7x)\b", _tpu_blocks),
         Encoder("gpu_blocks", "cuda", r"\bG?(H(100|200|800|20)|B[123]00)\b", _gpu_blocks),
     ),
 )  # fmt: skip

@@ -155,7 +155,9 @@ def test_rotated_places_are_the_hadamard_transform(size):
 
 def test_what_goes_which_way_and_why():
     x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
-    assert ifjax.explain_quantize(x, target="TPU v5 lite") == ("tpu_blocks", "on TPU v5 lite")
+    for kind in ("TPU v5 lite", "TPU v6e", "TPU7x"):
+        assert ifjax.explain_quantize(x, target=kind) == ("tpu_blocks", f"on {kind}")
+    assert ifjax.explain_quantize(x, target="TPU v4").path == "xla"
     assert ifjax.explain_quantize(x, target="NVIDIA H200") == ("gpu_blocks", "on NVIDIA H200")
     assert ifjax.explain_quantize(x, target="NVIDIA A100") == ("xla", "there is no kernel for NVIDIA A100")
     settings = [
