@@ -187,7 +187,9 @@ def bundles(folder: Path, hlo: str, block: int, run: int) -> float:
     for name, shape, kind, rest in LINE.findall(entry):
         if kind != "custom-call" or not re.match(r"(encode_blocks|decode_blocks|rotated_peaks)\b", name):
             continue
-        (file,) = (f for f in folder.glob(f"*-{name}-*-final_bundles.txt") if "schedule" not in f.name)
+        # Of equal kernels one is compiled.
+        found = [f for n in (name, name.split(".")[0]) for f in folder.glob(f"*-{n}[.-]*final_bundles.txt")]
+        file = next(f for f in found if "schedule" not in f.name)
         loops = [0]  # bundles outside of loops over a tile, and of each of these
         for label, depth in re.findall(r"^ *0x[0-9a-f]+ +(LB)?.*?: *(>*) *\{", file.read_text(), re.MULTILINE):
             loops += [0] * (label == "LB" and len(depth) == 2)

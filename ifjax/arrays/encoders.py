@@ -54,6 +54,8 @@ class Encoder:
         load: returns the kernel module, which has `supports`, `encode` and `decode` as in `pallas_kernels.tpu_blocks`,
             and may have `rotated_peaks`, where XLA would write what it rotates for its maximum.
         measured: where times measured on hardware are stated, or None.
+        writes_multiples: whether a product's left operand is taken from the encoder as values, instead of as codes that
+            are decoded again.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Encoder:
     devices: str
     load: Callable[[], Any]
     measured: str | None = None
+    writes_multiples: bool = False
 
 
 class Rotated(NamedTuple):
@@ -94,7 +97,7 @@ def _gpu_blocks():
 ENCODERS: Registry[Encoder] = Registry(
     "encoder", Encoder, "ifjax.arrays.ENCODERS",
     (
-        Encoder("tpu_blocks", "tpu", r"\b(v[56] ?(lite|e)|(TPU ?|v)7x)\b", _tpu_blocks),
+        Encoder("tpu_blocks", "tpu", r"\b(v[56] ?(lite|e)|(TPU ?|v)7x)\b", _tpu_blocks, writes_multiples=True),
         Encoder("gpu_blocks", "cuda", r"\bG?(H(100|200|800|20)|B[123]00)\b", _gpu_blocks),
     ),
 )  # fmt: skip
@@ -228,10 +231,12 @@ def _as_matrices(shape, axis, amax_ndim) -> tuple[int, int, int]:
 def encode_by_kernel(
     x: jax.Array, key: jax.Array | None, amax: jax.Array | None, *, encoder: Encoder, how: Encoding, axis: int,
     amax_axes: tuple[int, ...], wants_codes: bool, wants_values: bool, rotation: Rotated | None = None,
+    is_unscaled: bool = False,
 ) -> tuple[list[jax.Array], jax.Array | None]:  # fmt: skip
     """Encode x with a kernel, rotated first if so asked; return ([packed codes, scale bytes, values], amax).
 
     The list holds only the wanted arrays. Codes and scales have the shapes of a QTensor, values that of x.
+    `is_unscaled`: the values are without the tensor's factor.
     """
     fmt = how.fmt
     if fmt.has_tensor_scale and amax is None:
@@ -245,7 +250,7 @@ def encode_by_kernel(
         noise = base, jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
     run = functools.partial(
         _encode_matrices, encoder=encoder, how=how, axis=-1 if axis == -1 else -2, wants_codes=wants_codes,
-        wants_values=wants_values, rotation=rotation,
+        wants_values=wants_values, rotation=rotation, is_unscaled=is_unscaled,
     )  # fmt: skip
     arrays = _by_matrix(run, _of_matrices(numbers, x.shape, shape[0]), x.reshape(shape), noise)
     return [_unfolded(array, x.shape, axis) for array in arrays], amax
@@ -331,8 +336,8 @@ def _by_matrix(run, amax, *arrays):
     return call(amax, *arrays)
 
 
-def _encode_matrices(amax, x, noise, *, encoder, how, axis, wants_codes, wants_values, rotation):
-    codec, kernel = PlaceCodec(how, np.dtype(x.dtype)), encoder.load()
+def _encode_matrices(amax, x, noise, *, encoder, how, axis, wants_codes, wants_values, rotation, is_unscaled):
+    codec, kernel = PlaceCodec(how, np.dtype(x.dtype), is_unscaled), encoder.load()
     scalars, tables = codec.encoder_tables(amax, 1 if amax is None else len(amax))
     if noise is not None:
         noise = kernel.Noise(*noise)

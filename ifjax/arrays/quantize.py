@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,19 @@ from jaxtyping import Array, Float
 
 from ifjax.arrays.blocking import DTYPES, Blocking
 from ifjax.arrays.encoders import Rotated, encode_by_kernel, encoder_for, refusal, work_of
-from ifjax.arrays.qtensor import QTensor
+from ifjax.arrays.qtensor import QTensor, decoded_by_xla
 from ifjax.codec import BlockLoss, Encoding, Loss, Rounding, Search, decode, encode
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, pick, split_blocks
 from ifjax.codec.decode import narrowed
 from ifjax.codec.headers import has_unsound, header_words
+from ifjax.codec.places import PlaceCodec
 from ifjax.formats import Format
 from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.devices import device_kind
 from ifjax.numerics.hadamard import SIZES, hadamard, signs_of
 from ifjax.numerics.packing import pack
 from ifjax.numerics.proofs import by_both, difference, fault_of, numbers_to_check
-from ifjax.numerics.xla import opaque
+from ifjax.numerics.xla import divide, opaque
 
 
 def quantize(
@@ -165,6 +166,44 @@ def quantize_rotated(
             data = x, key, place.pop("amax"), None
             return _quantize(*data, how=how, rotation=rotation, **place)
     return quantize(hadamard(x, axis=axis, size=size, signs=signs), how, axis=axis, key=key, amax=amax)
+
+
+class Multiples(NamedTuple):
+    """A quantized operand of a product: the values that are multiplied, and the factor of the result.
+
+    Attributes:
+        values: the values without the tensor's factor amax / K, in the operand's shape and dtype.
+        factor: float32 [], amax / K; 1 in formats without a tensor scale.
+    """
+
+    values: jax.Array
+    factor: jax.Array
+
+
+def multiples_of(
+    x: jax.Array, how: Encoding, *, axis: int, key: jax.Array | None, amax: Any = None, size: int | None = None,
+    signs: Any = None,
+) -> Multiples | None:  # fmt: skip
+    """Return what a product multiplies of quantize(x, how, ...), or of `quantize_rotated` if a size is given.
+
+    None where no kernel encodes x to such values.
+    """
+    encoder, rotation = encoder_for(device_kind()), None
+    if encoder is None or not encoder.writes_multiples or not how.rounding.packs:
+        return None
+    if size:
+        signs = signs_of(signs, size)
+        if size not in SIZES or isinstance(signs, Tracer):
+            return None
+        rotation = Rotated(size, tuple(int(sign) for sign in signs))
+    if refusal(encoder, x, how, axis, 0, is_weighed=False, is_clipped=False, rotation=rotation):
+        return None
+    if not PlaceCodec(how, np.dtype(x.dtype)).has_multiples:
+        return None
+    x, place = checked(x, how, axis, amax, key=key)
+    values, amax = _multiples(x, key, place.pop("amax"), None, how=how, rotation=rotation, **place)
+    has_scale = how.fmt.has_tensor_scale
+    return Multiples(values, divide(amax, how.fmt.tensor_constant(how.headroom)) if has_scale else jnp.float32(1))
 
 
 def checked(x, how: Encoding, axis: int, amax=None, amax_axes: Sequence[int] = (), key=None):
@@ -319,10 +358,10 @@ def _encoded(x, key, amax, weights, *, how, axis, amax_axes):
 _STATIC = ("how", "axis", "amax_axes")
 
 
-def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, rotation=None, **place):
+def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, rotation=None, is_unscaled=False, **place):
     """Return by_xla(*data), computed by a kernel on devices that have one for this input.
 
-    The result is (codes, scales, amax), or (values, mask of where gradients pass).
+    The result is (codes, scales, amax), or (values, mask of where gradients pass), or (unscaled values, amax).
     """
     x, _, _, weights = data
     how, axis = place["how"], place["axis"]
@@ -331,7 +370,7 @@ def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, rotation=None, **pl
         encoder is None
         or refusal(encoder, x, how, axis, amax_ndim, is_weighed=weights is not None, is_clipped=is_clipped,
                    rotation=rotation)
-        or _fault(encoder, how, x.dtype, max(axis, -2), wants_codes, rotation)
+        or _fault(encoder, how, x.dtype, max(axis, -2), wants_codes, rotation, is_unscaled)
     ):
         return opaque(by_xla, *data)
 
@@ -339,45 +378,61 @@ def _by_plan(by_xla, data, *, wants_codes, is_clipped=False, rotation=None, **pl
         del weights
         arrays, amax = encode_by_kernel(
             x, key, amax, encoder=encoder, wants_codes=wants_codes, wants_values=not wants_codes, rotation=rotation,
-            **place,
+            is_unscaled=is_unscaled, **place,
         )  # fmt: skip
-        return (*arrays, amax if wants_codes else None)
+        return (*arrays, amax if wants_codes or is_unscaled else None)
 
     ways = {encoder.platform: by_kernel, "default": by_xla}
     return opaque(lambda *data: lax.platform_dependent(*data, **ways), *data)
 
 
-def _fault(encoder, how, dtype, axis, wants_codes, rotation):
+def _fault(encoder, how, dtype, axis, wants_codes, rotation, is_unscaled):
     """Check the kernel on this machine's device; return what is wrong with it, or None."""
 
     def prove():
         def run():
             x, key = jnp.asarray(numbers_to_check((128, 512))).astype(dtype), jax.random.key(0)
             data = x, key if how.rounding.draws else None, None, None
-            if wants_codes:
-                return _quantize(*data, how=how, axis=axis, amax_axes=(), rotation=rotation)
+            if wants_codes or is_unscaled:
+                run = _quantize if wants_codes else _multiples
+                return run(*data, how=how, axis=axis, amax_axes=(), rotation=rotation)
             return _fake_quantize(*data, how=how, axis=axis, amax_axes=(), clipped=False)
 
         return difference(*by_both(run))
 
-    does = "quantize" if wants_codes else "fake_quantize"
+    does = "quantize" if wants_codes else "quantize to multiples" if is_unscaled else "fake_quantize"
     return fault_of(work_of(encoder, does, how, dtype, axis, rotation), encoder, prove)
 
 
 @jax.jit(static_argnames=(*_STATIC, "rotation"))
 def _quantize(x, key, amax, weights, *, how, axis, amax_axes, rotation=None):
     place = {"how": how, "axis": axis, "amax_axes": amax_axes}
-
-    def packed(x, *rest):
-        return _packed(x if rotation is None else rotation.of(x, axis), *rest, **place)
-
+    packed = functools.partial(_packed, rotation=rotation, **place)
     codes, scales, amax = _by_plan(packed, (x, key, amax, weights), wants_codes=True, rotation=rotation, **place)
-    blocking = Blocking(how.fmt, axis, x.shape[axis], x.dtype, how.headroom, how.block_2d)
-    return QTensor(codes, scales, amax, blocking)
+    return QTensor(codes, scales, amax, _blocking(x, how, axis))
 
 
-def _packed(x, key, amax, weights, *, how, axis, amax_axes):
-    """Return packed codes, scale bytes and amax, as a QTensor stores them."""
+@jax.jit(static_argnames=(*_STATIC, "rotation"))
+def _multiples(x, key, amax, weights, *, how, axis, amax_axes, rotation):
+    """Return the values of `_quantize` without the tensor's factor, in x's dtype, and amax."""
+    place = {"how": how, "axis": axis, "amax_axes": amax_axes}
+
+    def by_xla(*data):
+        codes, scales, amax = _packed(*data, rotation=rotation, **place)
+        q = QTensor(codes, scales, amax, _blocking(x, how, axis))
+        return decoded_by_xla(q.replaced(amax=None), x.dtype), amax
+
+    data = x, key, amax, weights
+    return _by_plan(by_xla, data, wants_codes=False, rotation=rotation, is_unscaled=True, **place)
+
+
+def _blocking(x, how, axis):
+    return Blocking(how.fmt, axis, x.shape[axis], x.dtype, how.headroom, how.block_2d)
+
+
+def _packed(x, key, amax, weights, *, how, axis, amax_axes, rotation=None):
+    """Return packed codes, scale bytes and amax of x, rotated first if so asked, as a QTensor stores them."""
+    x = x if rotation is None else rotation.of(x, axis)
     codes, scales, amax = _encoded(x, key, amax, weights, how=how, axis=axis, amax_axes=amax_axes)
     codes = merge_blocks(codes, axis)
     if how.block_2d:

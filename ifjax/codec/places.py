@@ -105,10 +105,12 @@ class PlaceCodec:
     Attributes:
         how: the encoding.
         dtype: float32 or bfloat16, to which returned values are rounded.
+        is_unscaled: whether the values that `encode` returns are without the tensor's factor amax / K.
     """
 
     how: Encoding
     dtype: np.dtype
+    is_unscaled: bool = False
 
     @property
     def fmt(self) -> Format:
@@ -225,21 +227,22 @@ class PlaceCodec:
             rs = [None] * len(xs) if noise is None else noise[i]
             trial = _Trial(self, i, payload, inverse, tensor, xs, ys, rs, machine)
             words = trial.words() if wants_codes else []
-            values = trial.values(given=not chooses) if chooses or wants_values else []
+            given = trial.unscaled() if wants_values and self.is_unscaled else None
+            values = trial.values(given=not chooses) if chooses or (wants_values and given is None) else []
             lost = None
             if chooses:
                 terms = [loss.term(_error(x, v, unit)) for x, v in zip(numbers, values, strict=True)]
                 lost = tree(loss.over, terms)
                 if across is not None:  # reduce in both orders and combine, as the encoder does
                     lost = loss.over(across(loss.over, lost), tree(loss.over, [across(loss.over, t) for t in terms]))
-            kept = [trial.sign_mask(), *values] if wants_values else []
+            kept = [trial.sign_mask(), *(values if given is None else given)] if wants_values else []
             trials.append((payload, lost, fmt.join(fmt.selector_of(c), payload), *words, *kept))
         (_, lost, header, *rest), *others = trials
         header, _, *rest = better((header, lost, *rest), others, fmt)
         words, values = rest, ()
         if wants_values:
             words, mask, values = rest[: -len(xs) - 1], rest[-len(xs) - 1], rest[-len(xs) :]
-            values = [self.given(v, tensor) for v in values] if chooses else values
+            values = [self.given(v, tensor) for v in values] if chooses and not self.is_unscaled else values
             values = [_signed(v, x, mask) for v, x in zip(values, xs, strict=True)] if self._on_magnitudes else values
         return Block(words, jnp.where(is_poisoned, fmt.scale.nan, header), values)
 
@@ -258,7 +261,9 @@ class PlaceCodec:
 
     def given(self, value: jax.Array, tensor: Tensor) -> jax.Array:
         """Convert a value from units of the loss to the tensor's units, saturated and rounded to the dtype."""
-        value = value * tensor.back if self.fmt.has_tensor_scale else value
+        return self._narrowed(value * tensor.back if self.fmt.has_tensor_scale else value)
+
+    def _narrowed(self, value):
         end = np.float32(jnp.finfo(self.dtype).max)
         value = lax.clamp(-end, value, end)  # as `narrowed`
         if self.dtype == np.float32:
@@ -282,6 +287,11 @@ class PlaceCodec:
     def _decoder_pages(self) -> int:
         """Number of rows that hold one number for each payload in the decoder's table, where any payload may occur."""
         return 1 if self.fmt.has_selector and self.fmt.scale.bits < 8 else 2
+
+    @property
+    def has_multiples(self) -> bool:
+        """Whether `encode` can return values without the tensor's factor."""
+        return self._on_magnitudes
 
     @functools.cached_property
     def _on_magnitudes(self) -> bool:
@@ -392,6 +402,15 @@ class _Trial:
             mask = self.sign_mask()
             values = [_signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]
         return values
+
+    def unscaled(self) -> list[jax.Array]:
+        """Return the magnitudes without the tensor's factor, rounded to the dtype, as `decode` gives them."""
+        assert self.grid is not None
+        assert not isinstance(self.grid, Steps)  # that has no levels, and is for machines
+        scale, step = self.codec.fmt.scale.decode(self.payload), np.float32(self.c.step)
+        levels = [np.float32(self.c.grid.values[k]) * scale for k in self.grid.listed]
+        levels = [self.codec._narrowed(level if step == 1 else level * step) for level in levels]
+        return [self.grid.value(place, levels) for place in self.places]
 
     def sign_mask(self) -> jax.Array:
         """Return the int32 that `_signed` adds to a magnitude's bits, so that the top bit tells if it may have a sign.

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from ifjax.arrays import QTensor, quantize
-from ifjax.arrays.quantize import quantize_rotated
+from ifjax.arrays.quantize import Multiples, multiples_of, quantize_rotated
 from ifjax.codec.blocks import pad_axis
 from ifjax.codec.encode import amax_of
 from ifjax.numerics.byte_order import as_array
@@ -177,7 +177,7 @@ def _product(x, w, key, amax, settings: Settings):
 def _forward(x, w, key, amax, settings):
     """Return y and the quantized operands whose product it is."""
     of_x, of_w, _ = three(amax)
-    qx = operand_of(x, "fprop", "lhs", -1, key, settings, of_x)
+    qx = operand_of(x, "fprop", "lhs", -1, key, settings, of_x, is_packed=settings.recipe.wgrad.lhs.reuse)
     qw = operand_of(w, "fprop", "rhs", -2, key, settings, of_w)
     return _multiply(qx, qw, -1, -2, settings.dtype, settings.out_dtype, settings.precision), (qx, qw)
 
@@ -217,10 +217,10 @@ def _product_bwd(settings, residuals, g):
     for_dgrad, for_wgrad, nothing, key, amax, maxima = residuals
     of_x, of_w, of_g = three(amax)
     g, _ = once(g, nothing)
-    left = operand_of(g, "dgrad", "lhs", -1, key, settings, of_g)
+    left = operand_of(g, "dgrad", "lhs", -1, key, settings, of_g, is_packed=False)
     right = operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings, of_w)
     dx = _multiply(left, right, -1, -1, settings.dtype, settings.x_dtype, settings.precision)
-    left = operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings, of_x)
+    left = operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings, of_x, is_packed=False)
     right = operand_of(g, "wgrad", "rhs", -2, key, settings, of_g)
     like = None
     if isinstance(left, QTensor) and not isinstance(for_wgrad, QTensor):
@@ -245,10 +245,10 @@ def _once_jvp(primals, tangents):
     )
 
 
-def operand_of(a, product_name, side, axis, key, settings, amax=None) -> Any:
+def operand_of(a, product_name, side, axis, key, settings, amax=None, *, is_packed=True) -> Any:
     """Return a, quantized along the contraction axis for one side of the named product: a QTensor or an array.
 
-    `amax` replaces a's own; None or 0 means a's own.
+    `amax` replaces a's own; None or 0 means a's own. Unless `is_packed`, also Multiples, where a kernel gives them.
     """
     product = getattr(settings.recipe, product_name)
     operand, size = getattr(product, side), product.hadamard
@@ -271,15 +271,19 @@ def operand_of(a, product_name, side, axis, key, settings, amax=None) -> Any:
             )
         if operand.how is None:
             return hadamard(a, axis=axis, size=size, signs=signs)
-        key = key if operand.is_random else None
-        return quantize_rotated(a, operand.how, axis=axis, size=size, signs=signs, key=key, amax=operand.amax)
+        place = {"axis": axis, "size": size, "signs": signs, "key": key if operand.is_random else None}
+        place["amax"] = operand.amax
+        values = None if is_packed or a.dtype != settings.dtype else multiples_of(a, operand.how, **place)
+        return quantize_rotated(a, operand.how, **place) if values is None else values
     if operand.how is None:
         return a
     if operand.amax is not None or not operand.how.fmt.has_tensor_scale:
         amax = operand.amax
     elif amax is not None:
         amax = lax.cond(amax > 0, lambda a, amax: amax, lambda a, amax: largest(a), a, amax)
-    return quantize(a, operand.how, axis=axis, key=key if operand.is_random else None, amax=amax)
+    place = {"axis": axis, "key": key if operand.is_random else None, "amax": amax}
+    values = None if is_packed or a.dtype != settings.dtype else multiples_of(a, operand.how, **place)
+    return quantize(a, operand.how, **place) if values is None else values
 
 
 def _check_key(key, recipe):
@@ -295,13 +299,18 @@ def _check_key(key, recipe):
 def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
     """Return the product of a and b, contracted along a_axis and b_axis: [batch, a's free axis, b's free axis].
 
+    a may be Multiples.
     `like` is the array from which the QTensor `a` was quantized, or None. Without it XLA propagates the output sharding
     before that of the codes, and all-gathers activations for the weight gradient instead of reducing partial sums.
     """
-    batch = (tuple(range(a.ndim - 2)),) * 2
-    numbers = ((a.ndim + a_axis,), (b.ndim + b_axis,)), batch
+    batch = (tuple(range(b.ndim - 2)),) * 2
+    numbers = ((b.ndim + a_axis,), (b.ndim + b_axis,)), batch
 
     def product(a, b, like, dtype=dtype):
+        if isinstance(a, Multiples):
+            impl = "xla" if isinstance(b, QTensor) else None
+            y = dot_general(a.values, b.astype(dtype), numbers, precision, accumulator(out_dtype), impl=impl)
+            return (y * a.factor).astype(out_dtype)
         a, b = a.astype(dtype), b.astype(dtype)
         if like is None or jax.device_count() == 1:
             return dot_general(a, b, numbers, precision, out_dtype)
@@ -309,7 +318,7 @@ def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
         values = jnp.where(like != like, jnp.nan, values)  # a no-op: both are NaN at the same places
         return (dot_general(values, b, numbers, precision, accumulator(out_dtype)) * factor).astype(out_dtype)
 
-    if dtype.itemsize != 2 or not (isinstance(a, QTensor) or isinstance(b, QTensor)):
+    if dtype.itemsize != 2 or isinstance(a, Multiples) or not (isinstance(a, QTensor) or isinstance(b, QTensor)):
         return product(a, b, like)
     # XLA:CPU does not multiply 16-bit matrices faster than float32 ones, and float32 avoids a second rounding.
     return by_platform(a, b, like, cpu=functools.partial(product, dtype=np.dtype(np.float32)), default=product)

@@ -13,10 +13,11 @@ from test_places import assert_same_numbers
 
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder
-from ifjax.arrays.quantize import quantize_rotated
+from ifjax.arrays.quantize import Multiples, multiples_of, quantize_rotated
 from ifjax.codec import Encoding
 from ifjax.codec.places import LANES
 from ifjax.numerics.hadamard import hadamard, random_signs
+from ifjax.products.dot_general import multiples
 from pallas_kernels import tpu_blocks
 
 
@@ -46,7 +47,8 @@ def kernels(monkeypatch):
     """Within, CPUs have the kernels; gives the list of calls."""
     jax.clear_caches()
     kernels = Interpreted()
-    monkeypatch.setattr(ENCODERS, "_records", {"interpreted": Encoder("interpreted", "cpu", "cpu", lambda: kernels)})
+    record = Encoder("interpreted", "cpu", "cpu", lambda: kernels, writes_multiples=True)
+    monkeypatch.setattr(ENCODERS, "_records", {"interpreted": record})
     with ifjax.kernels("always"):
         yield kernels.calls
     jax.clear_caches()
@@ -110,6 +112,28 @@ def test_rotated_bits_are_those_of_the_transform_and_the_codec(kernels, shape, a
     jax.clear_caches()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run()), strict=True):
         assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fmt", "shape", "axis", "rounding", "size"),
+    [("if4", (144, 24), -2, "stochastic_unbiased", 16), ("nvfp4", (16, 160), -1, "nearest", None),
+     ("mxfp4", (160, 24), -2, "nearest", None)],
+)  # fmt: skip
+def test_a_product_gets_the_values_that_codes_mean(kernels, fmt, shape, axis, rounding, size):
+    how, key = Encoding.of(fmt, rounding=rounding), None if rounding == "nearest" else jax.random.key(5)
+    x = jnp.asarray(data(shape) if size is None else np.nan_to_num(data(shape), posinf=1, neginf=1))
+    x, place = x.astype(jnp.bfloat16), {"axis": axis, "key": key}
+    got = multiples_of(x, how, **place, size=size, signs="fixed")
+    assert isinstance(got, Multiples)
+    assert kernels == ["rotated_peaks"] * (size is not None) + ["encode"]
+    ENCODERS._records.clear()
+    jax.clear_caches()
+    assert multiples_of(x, how, **place) is None
+    q = quantize_rotated(x, how, **place, size=16, signs="fixed") if size else ifjax.quantize(x, how, **place)
+    values, factor = multiples(q, jnp.bfloat16)
+    assert_same_numbers(got.values, values)
+    assert got.factor == factor
 
 
 @pytest.mark.slow
