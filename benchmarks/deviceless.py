@@ -196,8 +196,8 @@ def bundles(folder: Path, hlo: str, block: int, run: int) -> float:
             loops[max(len(depth) - 1, 0) and -1] += len(depth) > 0
         operands = " ".join(shapes.get(operand, "") for operand in re.findall(r"%([^\s,()]+)", rest.split("), ")[0]))
         values = max(bytes_of(a, True) / ITEM[a.split("[")[0]] for a in re.findall(r"\w+\[[\d,]+\]", shape + operands))
-        # A tile has 128 x 128 blocks. A loop rotates 8 x 128 runs at a time, or encodes two units of 8 x 128 blocks.
-        turns = [128 * block / (8 * run) if run else 0, 128 / 16]
+        # A tile has 128 x 128 blocks. A loop rotates 16 x 128 runs at a time, or encodes two units of 8 x 128 blocks.
+        turns = [128 * block / (16 * run) if run else 0, 128 / 16]
         turns = turns[:1] if "peaks" in name else turns[-len(loops[1:]) :]
         tile = loops[0] + sum(length * count for length, count in zip(loops[1:], turns, strict=True))
         total += tile * values / (128 * 128 * block)

@@ -532,7 +532,20 @@ def _rotate_all(source, tile, rotation, signs, dtype):
         _store(source, first, size, [rounded(p, dtype) for p in rotated(places)], dtype)
         return 0
 
-    lax.fori_loop(0, tile.length // (SUBLANES * size), run, 0)
+    _over_runs(tile, size, run, 0)
+
+
+def _over_runs(tile, size, run, start):
+    """Return run(g, carry) of each group of runs of a tile; two groups share an iteration where registers suffice."""
+    count = tile.length // (SUBLANES * size)
+    at_a_time = 2 if size <= 16 and count % 2 == 0 else 1
+
+    def step(i, carry):
+        for j in range(at_a_time):
+            carry = run(i * at_a_time + j, carry)
+        return carry
+
+    return lax.fori_loop(0, count // at_a_time, step, start)
 
 
 def _peaks_of_tile(x, out, source, *, tile, rotation, keeps_infinity):
@@ -552,10 +565,12 @@ def _peaks_of_tile(x, out, source, *, tile, rotation, keeps_infinity):
         places = [p * s for p, s in zip(_load(source, g * (SUBLANES * size), size, dtype), rotation.signs, strict=True)]
         sums = [v * np.float32(size**-0.5) for v in _sums(places)]
         bits = [lax.bitcast_convert_type(p, jnp.int32) & 0x7FFFFFFF for p in sums]
-        bits = functools.reduce(jnp.maximum, [jnp.where(b < end, b, 0) for b in bits])
-        return jnp.maximum(peak, jnp.where(g * SUBLANES + sublane < runs, bits, 0))
+        bits = [jnp.where(b < end, b, 0) for b in bits]
+        while len(bits) > 1:
+            bits = [jnp.maximum(a, b) for a, b in zip(bits[::2], bits[1::2], strict=True)]
+        return jnp.maximum(peak, jnp.where(g * SUBLANES + sublane < runs, bits[0], 0))
 
-    peak = lax.fori_loop(0, tile.length // (SUBLANES * size), run, jnp.zeros((SUBLANES, LANES), jnp.int32))
+    peak = _over_runs(tile, size, run, jnp.zeros((SUBLANES, LANES), jnp.int32))
     out[...] = jnp.maximum(out[...], rounded(_float(peak), dtype))
 
 
