@@ -221,7 +221,7 @@ def _product_bwd(settings, residuals, g):
     right = operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings, of_w)
     dx = _multiply(left, right, -1, -1, settings.dtype, settings.x_dtype, settings.precision)
     left = operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings, of_x, is_packed=False)
-    right = operand_of(g, "wgrad", "rhs", -2, key, settings, of_g)
+    right = operand_of(g, "wgrad", "rhs", -2, key, settings, of_g, is_packed=not isinstance(left, Multiples))
     like = None
     if isinstance(left, QTensor) and not isinstance(for_wgrad, QTensor):
         like = pad_axis(for_wgrad, left.shape[-2], -2)
@@ -299,17 +299,18 @@ def _check_key(key, recipe):
 def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
     """Return the product of a and b, contracted along a_axis and b_axis: [batch, a's free axis, b's free axis].
 
-    a may be Multiples.
+    a may be Multiples, and then b too.
     `like` is the array from which the QTensor `a` was quantized, or None. Without it XLA propagates the output sharding
     before that of the codes, and all-gathers activations for the weight gradient instead of reducing partial sums.
     """
-    batch = (tuple(range(b.ndim - 2)),) * 2
-    numbers = ((b.ndim + a_axis,), (b.ndim + b_axis,)), batch
+    ndim = b.values.ndim if isinstance(b, Multiples) else b.ndim
+    numbers = ((ndim + a_axis,), (ndim + b_axis,)), (tuple(range(ndim - 2)),) * 2
 
     def product(a, b, like, dtype=dtype):
         if isinstance(a, Multiples):
-            impl = "xla" if isinstance(b, QTensor) else None
-            y = dot_general(a.values, b.astype(dtype), numbers, precision, accumulator(out_dtype), impl=impl)
+            right, impl = b.values if isinstance(b, Multiples) else b, "xla" if isinstance(b, QTensor) else None
+            y = dot_general(a.values, right.astype(dtype), numbers, precision, accumulator(out_dtype), impl=impl)
+            y = y * b.factor if isinstance(b, Multiples) else y
             return (y * a.factor).astype(out_dtype)
         a, b = a.astype(dtype), b.astype(dtype)
         if like is None or jax.device_count() == 1:
