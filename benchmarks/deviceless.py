@@ -1,6 +1,6 @@
 """Memory traffic and size of the codec and of training products, compiled for devices that are not present.
 
-    python benchmarks/deviceless.py [--targets v5e v6e H200 B200] [--programs "quantize if4" ...] [--json FILE]
+    python benchmarks/deviceless.py [--targets v5e v6e v7x H200 B200] [--programs "quantize if4" ...] [--json FILE]
 
 No program is run: each is compiled for the target, and the compiled program is analysed. TPUs need the extra
 `compile-tpu`, GPUs `compile`. Targets for which nothing can be compiled are listed and left out. The columns are
@@ -10,7 +10,10 @@ No program is run: each is compiled for the target, and the compiled program is 
     floor      the bytes of a program with unlimited caches: x twice if an amax is computed, else once; results once
     temp       the peak memory of temporaries
     kernels    the number of operations of the compiled program that the device launches
-    us         on TPUs only: the time of the encoder's VLIW bundles, at one per cycle, without stalls and the amax pass
+    us         on v5e and v6e: the time of the VLIW bundles of kernels that encode, decode and take maxima of rotated
+               operands, at one per cycle, without stalls. For products, also the time in which the arrays of which XLA
+               takes maxima are read at the device's bandwidth; so all that is not the products themselves, but for
+               operations on tables and scalars
     a value    on GPUs only: the instructions of a thread of the encoder or decoder, for each of its values, and its
                registers; spills, if there are any. ptxas and nvdisasm of CUDA 13 tell
     seconds    the time to trace, lower and compile on this machine
@@ -19,7 +22,6 @@ Each target has its own process. The table is written to standard output as Mark
 """
 
 import argparse
-import collections
 import functools
 import importlib.util
 import json
@@ -33,8 +35,8 @@ import tempfile
 import time
 from pathlib import Path
 
-TARGETS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "H200": "cuda", "B200": "cuda"}
-GHZ = {"v5e": 1.503, "v6e": 1.751}
+TARGETS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1", "H200": "cuda", "B200": "cuda"}
+GHZ, BANDWIDTH = {"v5e": 1.503, "v6e": 1.751}, {"v5e": 819e9, "v6e": 1638e9}
 SIDE, TOKENS, MIB = 4096, 8192, 2**20
 
 GPU = """
@@ -148,11 +150,11 @@ ITEM = {
 LINE = re.compile(r"^ +(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$", re.MULTILINE)
 
 
-def bytes_of(shape: str) -> int:
-    """Return the bytes of an HLO shape or tuple, without arrays in memory space 1, a TPU's VMEM."""
+def bytes_of(shape: str, anywhere: bool = False) -> int:
+    """Return the bytes of an HLO shape or tuple, without arrays in memory space 1, a TPU's VMEM, unless `anywhere`."""
     total = 0
     for kind, lengths, layout in re.findall(r"\b(\w+)\[([\d,]*)\](\{[^{}]*\})?", shape):
-        if "S(1)" not in layout and kind in ITEM:
+        if (anywhere or "S(1)" not in layout) and kind in ITEM:
             total += ITEM[kind] * math.prod(int(n) for n in lengths.split(",") if n)
     return total
 
@@ -178,17 +180,43 @@ def traffic(hlo: str) -> tuple[int, int]:
     return moved, launched
 
 
-def bundles(folder: Path, block: int) -> float | None:
-    """Return the cycles of kernels that encode or decode SIDE x SIDE values, from libtpu's dump; None without one."""
-    for file in folder.glob("*code_blocks*-final_bundles.txt"):
-        if "schedule" in file.name:
+def bundles(folder: Path, hlo: str, block: int, run: int) -> float:
+    """Return the cycles of the kernels that encode, decode and take maxima, from libtpu's dump.
+
+    `block` is the values of a block, `run` the length of rotated runs.
+    """
+    total, entry = 0.0, hlo[hlo.index("\nENTRY ") :]
+    shapes = {name: shape for name, shape, _, _ in LINE.findall(entry)}
+    for name, shape, kind, rest in LINE.findall(entry):
+        if kind != "custom-call" or not re.match(r"(encode_blocks|decode_blocks|rotated_peaks|peaks_of_\w+)\b", name):
             continue
-        depths = collections.Counter(
-            match[1].count(">") for match in re.finditer(r"^\s*0x[0-9a-f]+\s+(.*?)\{", file.read_text(), re.MULTILINE)
-        )
-        # A tile has 128 x 128 blocks; each iteration of its loop processes two units of 8 x 128 blocks.
-        return depths[1] * SIDE**2 / (128 * 128 * block) + depths[2] * SIDE**2 / (2 * 8 * 128 * block)
-    return None
+        # Of equal kernels one is compiled.
+        found = [f for n in (name, name.split(".")[0]) for f in folder.glob(f"*-{n}[.-]*final_bundles.txt")]
+        file = next(f for f in found if "schedule" not in f.name)
+        loops = [0]  # bundles outside of loops over a tile, and of each of these
+        for label, depth in re.findall(r"^ *0x[0-9a-f]+ +(LB)?.*?: *(>*) *\{", file.read_text(), re.MULTILINE):
+            loops += [0] * (label == "LB" and len(depth) == 2)
+            loops[max(len(depth) - 1, 0) and -1] += len(depth) > 0
+        operands = " ".join(shapes.get(operand, "") for operand in re.findall(r"%([^\s,()]+)", rest.split("), ")[0]))
+        values = max(bytes_of(a, True) / ITEM[a.split("[")[0]] for a in re.findall(r"\w+\[[\d,]+\]", shape + operands))
+        # A tile has 128 x 128 blocks. A loop rotates 16 x 128 runs at a time, or encodes two units of 8 x 128 blocks.
+        turns = [128 * block / (16 * run) if run else 0, 128 / 16]
+        turns = turns[:1] if "peaks" in name else turns[-len(loops[1:]) :]
+        tile = loops[0] + sum(length * count for length, count in zip(loops[1:], turns, strict=True))
+        total += tile * values / (128 * 128 * block)
+    return total
+
+
+def read_for_maxima(hlo: str) -> int:
+    """Return the bytes of the arrays whose maxima the entry computation's operations take, also in a TPU's VMEM."""
+    entry = hlo[hlo.index("\nENTRY ") :]
+    shapes, total = {}, 0
+    for name, shape, kind, rest in LINE.findall(entry):
+        shapes[name] = shape
+        if kind in ("fusion", "reduce") and shape.startswith("f32[]"):
+            operands = re.findall(r"%([^\s,()]+)", rest.split("), ")[0])
+            total += sum(bytes_of(shapes.get(operand, ""), True) for operand in operands)
+    return total
 
 
 def values_of_a_thread(hlo: str) -> float:
@@ -236,10 +264,16 @@ def work(target: str, names: list[str], folder: Path) -> None:
             continue
         moved, row["kernels"] = traffic(program.as_text())
         row |= {"mib": moved / MIB, "temp": program.memory_analysis().temp_size_in_bytes / MIB}
-        block = ifjax.get_format(name.split()[1].rstrip(",")).block if floor is not None else 0
-        cycles = bundles(folder, block) if target in GHZ and floor is not None else None
-        if cycles is not None:
-            row["us"] = cycles / GHZ[target] / 1e3
+        of, run = name.split()[1].rstrip(","), 0
+        if floor is None:
+            recipe = ifjax.recipes.get_recipe(of)
+            fmt, run = recipe.fprop.lhs.fmt, recipe.wgrad.hadamard
+        else:
+            fmt = of
+        if target in GHZ and fmt is not None:
+            block, hlo = ifjax.get_format(fmt).block, program.as_text()
+            row["us"] = bundles(folder, hlo, block, run) / GHZ[target] / 1e3
+            row["us"] += 0 if floor else read_for_maxima(hlo) / BANDWIDTH[target] * 1e6
         if target in GPUS and floor is not None:
             row |= instructions(folder, f"sm_{GPUS[target]['major']}0a", values_of_a_thread(program.as_text()))
         print(json.dumps(row), flush=True)
@@ -253,8 +287,9 @@ def rows_of(target: str, names: list[str]) -> list[dict]:
         return []
     with tempfile.TemporaryDirectory() as folder:
         settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-        if target in GHZ:
-            settings["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        if target not in GPUS:
+            dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+            settings["LIBTPU_INIT_ARGS"] = f"{dump} --xla_jf_dump_llo_pass_label_regex=final_bundles"
         else:
             settings["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
         command = [sys.executable, __file__, "--worker", folder, "--targets", target, "--programs", *names]

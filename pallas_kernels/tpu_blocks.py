@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -71,8 +72,11 @@ class Codec(Protocol):
         """Return the number that decoders take, for a tensor with this largest magnitude."""
         ...
 
-    def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
-        """Return the noise of the elements with these indices, for the key words k0 and k1."""
+    def noise(self, index: jax.Array, k0: Any, k1: Any, low: int = 0) -> list[jax.Array]:
+        """Return the noise of the elements with these indices, for the key words k0 and k1.
+
+        `low` is added to indices that end in zeros for its bits.
+        """
         ...
 
     def encode(
@@ -280,12 +284,31 @@ def peaks(
 
     Blocks with a NaN or an infinity are left out. Arguments are those of `encode`, which takes x.
     """
+    body = functools.partial(_peaks_of_tile, block=codec.block, end=np.int32(0x7F800000), dtype=np.dtype(np.float32))
+    return _peaks(body, "peaks_of_blocks", x, [signs.reshape(-1, rotation.size)], codec, axis, rotation, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "axis", "rotation", "keeps_infinity", "interpret"))
+def rotated_peaks(
+    x: jax.Array, *, codec: Codec, axis: int, rotation: Rotation, keeps_infinity: bool, interpret: Any = False
+) -> jax.Array:  # fmt: skip
+    """Return float32 [L, n] whose maxima are the largest finite magnitudes of x [L, R, C], rotated and rounded.
+
+    `supports` allows x, axis and rotation; the rotation has signs of its own. NaN is left out, and infinity unless
+    `keeps_infinity`.
+    """
+    # Rounding keeps the order, so it is left until the end; magnitudes from `end` on do not count.
+    end = np.int32(0x7F800001 if keeps_infinity else 0x7F800000 if x.dtype == jnp.float32 else 0x7F7F8000)
+    body = functools.partial(_peaks_of_tile, block=1, end=end, dtype=x.dtype)
+    return _peaks(body, "rotated_peaks", x, [], codec, axis, rotation, interpret)
+
+
+def _peaks(body, name, x, signs, codec, axis, rotation, interpret):
     tile, count = _Tile.of(x.shape, axis, codec), len(x)
     words = (tile.length, jnp.float32) if x.dtype == jnp.float32 else (tile.length // 2, jnp.int32)
     (found,) = _run(
-        functools.partial(_peaks_of_tile, tile=tile, codec=codec, rotation=rotation), "peaks_of_blocks",
-        [x, signs.reshape(-1, rotation.size)], [tile.spec(1, 1), _SCALARS],
-        [jax.ShapeDtypeStruct((count, SUBLANES, LANES), jnp.float32)],
+        functools.partial(body, tile=tile, rotation=rotation), name, [x, *signs],
+        [tile.spec(1, 1)] + [_SCALARS] * len(signs), [jax.ShapeDtypeStruct((count, SUBLANES, LANES), jnp.float32)],
         [pl.BlockSpec((None, SUBLANES, LANES), lambda matrix, i, j: (matrix, 0, 0))],
         [pltpu.VMEM((words[0], LANES), words[1])], tile, count, interpret, gathers=True,
     )  # fmt: skip
@@ -568,8 +591,12 @@ def _noise(numbers, matrix, tile, codec):
     starts = tile.starts()
     sublane, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in (0, 1))
     first = base + starts[0] * along + starts[1] * across + lane * across + sublane * (tile.unit * along)
+    columns = tile.sizes[0 if tile.axis == -1 else 1]
+    are_adjacent = tile.axis == -1 and columns % tile.unit == 0  # so that a unit's indices differ in their lowest bits
 
     def draw(group, place):
+        if are_adjacent:
+            return codec.noise(first + group * tile.group, k0, k1, place)
         return codec.noise(first + (group * tile.group + place) * along, k0, k1)
 
     return draw
@@ -603,7 +630,20 @@ def _rotate_all(source, tile, rotation, signs, dtype):
         _store(source, first, size, [rounded(p, dtype) for p in rotated(places)], dtype)
         return 0
 
-    lax.fori_loop(0, tile.length // (SUBLANES * size), run, 0)
+    _over_runs(tile, size, run, 0)
+
+
+def _over_runs(tile, size, run, start):
+    """Return run(g, carry) of each group of runs of a tile; two groups share an iteration where registers suffice."""
+    count = tile.length // (SUBLANES * size)
+    at_a_time = 2 if size <= 16 and count % 2 == 0 else 1
+
+    def step(i, carry):
+        for j in range(at_a_time):
+            carry = run(i * at_a_time + j, carry)
+        return carry
+
+    return lax.fori_loop(0, count // at_a_time, step, start)
 
 
 def _signs(rotation, signs):
@@ -613,34 +653,46 @@ def _signs(rotation, signs):
     return [signs[matrix, i] for i in range(rotation.size)]
 
 
-def _peaks_of_tile(x, signs, out, source, *, tile, codec, rotation):
+def _peaks_of_tile(x, *refs, tile, rotation, block, end, dtype):
+    """Keep the largest magnitudes of rotated runs whose bits are below `end`, all of a block or none, as `dtype`."""
+    *signs, out, source = refs
+
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _():
         out[...] = jnp.zeros(out.shape, jnp.float32)
 
-    turned, size, dtype, known = tile.turned(x[...]), rotation.size, x.dtype, _signs(rotation, signs)
-    source[...] = turned if dtype == jnp.float32 else pltpu.bitcast(turned, jnp.int32)
+    turned, size, known = tile.turned(x[...]), rotation.size, _signs(rotation, signs[0] if signs else None)
+    source[...] = turned if x.dtype == jnp.float32 else pltpu.bitcast(turned, jnp.int32)
     sublane, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in (0, 1))
     runs, across = (whole - start for whole, start in zip(tile.sizes, tile.starts(), strict=True))
     runs = jnp.where(lane < across, runs // size, 0)  # the runs of each lane, of which the tile has the first
 
     def run(g, peak):
-        places = _load(source, g * (SUBLANES * size), size, dtype)
-        turned = rotated([p * s for p, s in zip(places, known, strict=True)])
-        bits = [lax.bitcast_convert_type(p, jnp.int32) & 0x7FFFFFFF for p in turned]
-        blocks = [functools.reduce(jnp.maximum, bits[i : i + codec.block]) for i in range(0, size, codec.block)]
-        found = functools.reduce(jnp.maximum, [jnp.where(b < 0x7F800000, b, 0) for b in blocks])
+        places = _load(source, g * (SUBLANES * size), size, x.dtype)
+        sums = [v * np.float32(size**-0.5) for v in _sums([p * s for p, s in zip(places, known, strict=True)])]
+        bits = [lax.bitcast_convert_type(p, jnp.int32) & 0x7FFFFFFF for p in sums]
+        bits = [_largest(bits[i : i + block]) for i in range(0, size, block)]
+        found = _largest([jnp.where(b < end, b, 0) for b in bits])
         return jnp.maximum(peak, jnp.where(g * SUBLANES + sublane < runs, found, 0))
 
-    peak = lax.fori_loop(0, tile.length // (SUBLANES * size), run, jnp.zeros((SUBLANES, LANES), jnp.int32))
-    out[...] = jnp.maximum(out[...], _float(peak))
+    peak = _over_runs(tile, size, run, jnp.zeros((SUBLANES, LANES), jnp.int32))
+    out[...] = jnp.maximum(out[...], rounded(_float(peak), dtype))
+
+
+def _largest(bits):
+    while len(bits) > 1:
+        bits = [jnp.maximum(a, b) for a, b in zip(bits[::2], bits[1::2], strict=True)]
+    return bits[0]
 
 
 def rotated(places: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return the normalized Hadamard transform of places, by the fast algorithm with adjacent places first.
+    """Return the normalized Hadamard transform of places. Zeros in the result are positive."""
+    factor = jnp.float32(len(places) ** -0.5)
+    return [jnp.where(v == 0, 0, v * factor) for v in _sums(places)]
 
-    Zeros in the result are positive.
-    """
+
+def _sums(places):
+    """Return the Hadamard transform of places times the root of their number; neighbours meet first."""
     values, stride = list(places), 1
     while stride < len(values):
         for i in range(len(values)):
@@ -648,8 +700,7 @@ def rotated(places: Sequence[jax.Array]) -> list[jax.Array]:
                 a, b = values[i], values[i + stride]
                 values[i], values[i + stride] = a + b, a - b
         stride *= 2
-    factor = jnp.float32(len(values) ** -0.5)
-    return [jnp.where(v == 0, 0, v * factor) for v in values]
+    return values
 
 
 def rounded(value: jax.Array, dtype: Any) -> jax.Array:

@@ -56,7 +56,8 @@ class Encoder:
         name: name of the kernels.
         platform: JAX platform that they compile for: "cuda", "tpu" or "cpu".
         devices: a regular expression that is searched for in the device kind, in JAX's spelling or the usual one.
-        load: returns the kernel module, which has `supports`, `encode` and `decode` as in `pallas_kernels.tpu_blocks`.
+        load: returns the kernel module, which has `supports`, `tables`, `encode`, `decode` and `peaks` as in
+            `pallas_kernels.tpu_blocks`, and may have `rotated_peaks`, where XLA would write what it rotates.
         measured: where times measured on hardware are stated, or None.
         gives_multiples: whether training products take values from the encoder, where none needs packed bytes.
     """
@@ -100,7 +101,7 @@ def _gpu_blocks():
 ENCODERS: Registry[Encoder] = Registry(
     "encoder", Encoder, "ifjax.arrays.ENCODERS",
     (
-        Encoder("tpu_blocks", "tpu", r"\bv[56] ?(lite|e)\b", _tpu_blocks),
+        Encoder("tpu_blocks", "tpu", r"\b(v[56] ?(lite|e)|(TPU ?|v)7x)\b", _tpu_blocks, gives_multiples=True),
         Encoder("gpu_blocks", "cuda", r"\bG?(H(100|200|800|20)|B[123]00)\b", _gpu_blocks, gives_multiples=True),
     ),
 )  # fmt: skip
@@ -275,11 +276,13 @@ def encode_by_kernel(
     shape = _as_matrices(x.shape, axis, _lead(x, axis, how.block_2d, lead))
     if how.fmt.has_tensor_scale:
         if amax is None:
-            magnitudes = _magnitudes(x if rotation is None else rotation.of(x, axis), how.fmt)
-            if may_be_partitioned():  # parts of tensors would be gathered
-                amax = amax_of(magnitudes, amax_axes)
-            else:
-                maxima = _maxima(magnitudes, amax_axes, kernel.PARTS)
+            maxima = None if rotation is None else _rotated_maxima(x, kernel, codec, axis, rotation)
+            if maxima is None:
+                magnitudes = _magnitudes(x if rotation is None else rotation.of(x, axis), how.fmt)
+                if may_be_partitioned():  # parts of tensors would be gathered
+                    amax = amax_of(magnitudes, amax_axes)
+                else:
+                    maxima = _maxima(magnitudes, amax_axes, kernel.PARTS)
         if amax is not None:
             maxima = _whole(amax).reshape(-1, 1)
         peaks, numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
@@ -370,6 +373,18 @@ def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:
 
 def _how_to_decode(q):
     return Encoding(q.fmt, dataclasses.replace(NEAREST, headroom=q.headroom))
+
+
+def _rotated_maxima(x, kernel, codec, axis, rotation):
+    """Return the maxima [1, n] of x rotated, by the kernels' own pass; None if they have none for it."""
+    if not hasattr(kernel, "rotated_peaks") or may_be_partitioned():
+        return None
+    place = {"codec": codec, "axis": -1 if axis == -1 else -2, "rotation": rotation}
+
+    def run(_, x):
+        return (kernel.rotated_peaks(x, **place, keeps_infinity=codec.fmt.saturates),)
+
+    return _by_matrix(run, None, x.reshape(_as_matrices(x.shape, axis, 0)))[0].reshape(1, -1)
 
 
 def _magnitudes(x, fmt):

@@ -158,9 +158,9 @@ class PlaceCodec:
         """Number of scalars that `encode` takes."""
         return 4
 
-    def noise(self, index: jax.Array, k0: Any, k1: Any) -> list[jax.Array]:
-        """Return the noise of elements with these indices, one array for each candidate."""
-        return noise_of(index, k0, k1, self.noises)
+    def noise(self, index: jax.Array, k0: Any, k1: Any, low: int = 0) -> list[jax.Array]:
+        """Return the noise of elements with these indices, one array for each candidate; `low` as for `noise_of`."""
+        return noise_of(index, k0, k1, self.noises, low)
 
     # --- once per tensor, by XLA ---
 

@@ -70,9 +70,13 @@ def strides(shape: tuple[int, ...]) -> list[np.int32]:
     return [_int32(math.prod(shape[axis + 1 :])) for axis in range(len(shape))]
 
 
-def noise_of(index: jax.Array, k0: jax.Array, k1: jax.Array, count: int) -> list[jax.Array]:
-    """Return the noise of elements with these int32 indices, by element-wise arithmetic that a kernel can call."""
-    x = _mixed(index ^ k0, 17, 0xED5AD4BB)
+def noise_of(index: jax.Array, k0: jax.Array, k1: jax.Array, count: int, low: int = 0) -> list[jax.Array]:
+    """Return the noise of elements with these int32 indices, by element-wise arithmetic that a kernel can call.
+
+    `low` is added to indices that end in zeros for its bits. Adjacent elements then share the first operations.
+    """
+    x = index ^ k0
+    x = (x ^ _shifted(x, 17) ^ np.int32(low)) * _int32(0xED5AD4BB)  # as _mixed(index + low ^ k0, 17, ...)
     noise = []
     for pair in range(-(-count // 2)):
         # The key's second word enters in the middle, so that the sequence of one key is never that of another, shifted.

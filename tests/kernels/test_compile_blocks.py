@@ -20,8 +20,11 @@ V5E = {
     "quantize nvfp4, axis -1": (1.3, 8, 120),
     "quantize nvfp4, axis -2": (1.3, 8, 120),
     "fake_quantize if4": (1.3, 8, None),
+    "fake_quantize if4, stochastic": (1.3, 8, None),
     "dequantize if4": (1.2, 8, None),
 }
+# Of a training product MiB in all, and us of its quantizers.
+V5E_PRODUCTS = {"product nvfp4": (2500, 4000), "product if4": (2500, 4000)}
 
 
 def rows_of(target, programs, out):
@@ -40,13 +43,27 @@ def rows_of(target, programs, out):
 def test_a_tpu_moves_little_more_than_it_must(tmp_path):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("pip install 'jax[tpu]' to compile for a TPU that is not there")
-    rows = rows_of("v5e", [*V5E, "product nvfp4"], tmp_path / "rows.json")
-    assert rows["product nvfp4"]["mib"] <= 2500, rows["product nvfp4"]
+    rows = rows_of("v5e", [*V5E, *V5E_PRODUCTS], tmp_path / "rows.json")
+    for name, (mib, us) in V5E_PRODUCTS.items():
+        assert rows[name]["mib"] <= mib, rows[name]
+        assert rows[name]["us"] <= SLACK * us, rows[name]
+    nearest, stochastic = (rows[f"fake_quantize if4{noise}"]["us"] for noise in ("", ", stochastic"))
+    assert stochastic <= SLACK * 1.3 * nearest
     for name, (ratio, temporaries, us) in V5E.items():
         row = rows[name]
         assert row["mib"] <= SLACK * ratio * row["floor"], row
         assert row["temp"] <= SLACK * temporaries, row
         assert us is None or row["us"] <= SLACK * us, row
+
+
+@pytest.mark.compile
+def test_a_v7x_has_the_kernels_too(tmp_path):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("pip install 'jax[tpu]' to compile for a TPU that is not there")
+    names = ["quantize if4, axis -1", "quantize nvfp4, axis -2", "fake_quantize if4", "dequantize if4"]
+    for row in rows_of("v7x", names, tmp_path / "rows.json").values():
+        assert row["mib"] <= SLACK * row["floor"], row
+        assert row["temp"] <= 8, row
 
 
 # The same on an H200, of bytes, launches, and instructions a value (of if4 and nvfp4 36 and 14 were asked).

@@ -14,10 +14,11 @@ from test_places import assert_same_numbers
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder
 from ifjax.arrays.ms_eden import ms_eden_packed
-from ifjax.arrays.quantize import quantize_rotated
+from ifjax.arrays.quantize import Multiples, operand_by_kernel, quantize_rotated
 from ifjax.codec import Encoding
 from ifjax.codec.places import LANES
 from ifjax.numerics.hadamard import hadamard, random_signs
+from ifjax.products.dot_general import multiples
 from pallas_kernels import tpu_blocks
 
 
@@ -42,13 +43,18 @@ class Interpreted:
         self.calls.append("decode")
         return tpu_blocks.decode(*args, **settings, interpret=True)
 
+    def rotated_peaks(self, *args, **settings):
+        self.calls.append("rotated_peaks")
+        return tpu_blocks.rotated_peaks(*args, **settings, interpret=True)
+
 
 @pytest.fixture
 def kernels(monkeypatch):
     """Within, CPUs have the kernels; gives the list of calls."""
     jax.clear_caches()
     kernels = Interpreted()
-    monkeypatch.setattr(ENCODERS, "_records", {"interpreted": Encoder("interpreted", "cpu", "cpu", lambda: kernels)})
+    record = Encoder("interpreted", "cpu", "cpu", lambda: kernels, gives_multiples=True)
+    monkeypatch.setattr(ENCODERS, "_records", {"interpreted": record})
     with ifjax.kernels("always"):
         yield kernels.calls
     jax.clear_caches()
@@ -67,8 +73,8 @@ def data(shape, seed=0):
 # Shapes that do not fill tiles, and what only one of them has: two modes, no tensor scale, several words a unit.
 CASES = {
     "if4, columns": ("if4", (40, 200), -1, "bfloat16", "stochastic_unbiased"),
-    "if4, rows": ("if4", (200, 40), -2, "float32", "nearest"),
-    "nvfp4, columns": ("nvfp4", (136, 264), -1, "float32", "stochastic"),
+    "if4, rows": ("if4", (200, 40), -2, "float32", "stochastic"),
+    "nvfp4, columns": ("nvfp4", (136, 272), -1, "float32", "stochastic"),
     "mxfp4, rows": ("mxfp4", (72, 136), -2, "bfloat16", "nearest"),
     "if4, squares": ("if4", (40, 72), -1, "float32", "nearest"),
     "nvfp4, squares": ("nvfp4", (2, 40, 72), -2, "bfloat16", "nearest"),
@@ -108,11 +114,33 @@ def test_rotated_bits_are_those_of_the_transform_and_the_codec(kernels, shape, a
         return jax.jit(lambda x: quantize_rotated(x, how, axis=axis, size=16, signs="fixed", key=None))(x)
 
     got = run()
-    assert kernels == ["encode"]
+    assert kernels == ["rotated_peaks", "encode"]
     ENCODERS._records.clear()
     jax.clear_caches()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run()), strict=True):
         assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fmt", "shape", "axis", "rounding", "size"),
+    [("if4", (144, 24), -2, "stochastic_unbiased", 16), ("nvfp4", (16, 160), -1, "nearest", None),
+     ("mxfp4", (160, 24), -2, "nearest", None)],
+)  # fmt: skip
+def test_a_product_gets_the_values_that_codes_mean(kernels, fmt, shape, axis, rounding, size):
+    how, key = Encoding.of(fmt, rounding=rounding), None if rounding == "nearest" else jax.random.key(5)
+    x = jnp.asarray(data(shape) if size is None else np.nan_to_num(data(shape), posinf=1, neginf=1))
+    x, place = x.astype(jnp.bfloat16), {"axis": axis, "key": key}
+    got = operand_by_kernel(x, how, packs=False, **place, size=size, signs="fixed")
+    assert isinstance(got, Multiples)
+    assert kernels == ["rotated_peaks"] * (size is not None) + ["encode"]
+    ENCODERS._records.clear()
+    jax.clear_caches()
+    assert operand_by_kernel(x, how, packs=False, **place) is None
+    q = quantize_rotated(x, how, **place, size=16, signs="fixed") if size else ifjax.quantize(x, how, **place)
+    values, factor = multiples(q, jnp.bfloat16)
+    assert_same_numbers(got.values, values)
+    assert (1 if got.factor is None else got.factor) == factor
 
 
 @pytest.mark.slow
@@ -158,7 +186,9 @@ def test_rotated_places_are_the_hadamard_transform(size):
 
 def test_what_goes_which_way_and_why():
     x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
-    assert ifjax.explain_quantize(x, target="TPU v5 lite") == ("tpu_blocks", "on TPU v5 lite")
+    for kind in ("TPU v5 lite", "TPU v6e", "TPU7x"):
+        assert ifjax.explain_quantize(x, target=kind) == ("tpu_blocks", f"on {kind}")
+    assert ifjax.explain_quantize(x, target="TPU v4").path == "xla"
     assert ifjax.explain_quantize(x, target="NVIDIA H200") == ("gpu_blocks", "on NVIDIA H200")
     assert ifjax.explain_quantize(x, target="NVIDIA A100") == ("xla", "there is no kernel for NVIDIA A100")
     settings = [
