@@ -39,7 +39,7 @@ from ifjax.codec.losses import LOSSES, BlockLoss, Loss, get_loss, without_last_b
 from ifjax.codec.rounding import NEAREST, ROUNDINGS, Rounding
 from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
 from ifjax.formats import Candidate, Format, get_format
-from ifjax.numerics.xla import by_platform, depending_on, divide, materialize
+from ifjax.numerics.xla import by_platform, depending_on, distinct, divide, materialize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ def encode(
     arguments = blocks, amax, None if noise is None else tuple(noise), weights
     if blocks.size > WHOLE or how.search is not None:
         return encoded(*arguments)
-    return by_platform(*arguments, cpu=functools.partial(encoded, whole=True), default=encoded)
+    return by_platform(*arguments, cpu=distinct(functools.partial(encoded, whole=True)), default=encoded)
 
 
 # The most values that are encoded as whole arrays on a CPU. To compile, a loss of whole blocks is a seventh of the

@@ -6,6 +6,7 @@ last place (openxla/xla#37181). A quantizer must agree bit for bit with other im
 jit, vmap and eager mode. So every division in the library goes through `divide`.
 """
 
+import collections.abc
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
@@ -129,7 +132,7 @@ _by_platform.def_abstract_eval(lambda *_, results, **__: list(results))
 def _run_by_platform(*args, cpu, default, results):
     # Arrays may be on a CPU beside an accelerator: `default` is right there, too.
     if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
-        return jax.tree.leaves((cpu if jax.default_backend() == "cpu" else default)(*args))
+        return jax.tree.leaves((jaxpr_as_fun(cpu) if jax.default_backend() == "cpu" else default)(*args))
     params = {"cpu": cpu, "default": default, "results": results}
     return jax.jit(functools.partial(_by_platform.bind, **params))(*args)
 
@@ -147,15 +150,14 @@ def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]
     jaxpr, shapes = jax.make_jaxpr(ways[0], return_shape=True)(*flat)
     if any(isinstance(a, Tracer) for a in jaxpr.consts):
         return lax.platform_dependent(*args, cpu=cpu, default=default)
-    traced = jax.extend.core.jaxpr_as_fun(jaxpr)
-    results = _by_platform.bind(*flat, cpu=traced, default=ways[1], results=tuple(jaxpr.out_avals))
+    results = _by_platform.bind(*flat, cpu=jaxpr, default=ways[1], results=tuple(jaxpr.out_avals))
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
 def _batched_by_platform(args, axes, *, cpu, default, results):
     del results
     size = next(a.shape[at] for a, at in zip(args, axes, strict=True) if at is not None)
-    mapped = [jax.vmap(f, tuple(axes), axis_size=size) for f in (cpu, default)]
+    mapped = [jax.vmap(f, tuple(axes), axis_size=size) for f in (jaxpr_as_fun(cpu), default)]
     outs = jax.tree.leaves(by_platform(*args, cpu=mapped[0], default=mapped[1]))
     return outs, [0] * len(outs)
 
@@ -168,7 +170,7 @@ def _differentiated(primals, tangents, *, cpu, default, results):
         args = list(primals)
         for i, a in zip(moving, moved, strict=True):
             args[i] = a
-        ways = [lambda *args, way=way: jax.tree.leaves(way(*args)) for way in (cpu, default)]
+        ways = [lambda *args, way=way: jax.tree.leaves(way(*args)) for way in (jaxpr_as_fun(cpu), default)]
         return lax.platform_dependent(*args, cpu=ways[0], default=ways[1])
 
     outs, rates = jax.jvp(f, [primals[i] for i in moving], [tangents[i] for i in moving])
@@ -184,7 +186,7 @@ mlir.register_lowering(
     _by_platform, mlir.lower_fun(lambda *args, default, **_: jax.tree.leaves(default(*args)), multiple_results=True)
 )
 mlir.register_lowering(
-    _by_platform, mlir.lower_fun(lambda *args, cpu, **_: jax.tree.leaves(cpu(*args)), multiple_results=True), "cpu"
+    _by_platform, mlir.lower_fun(lambda *args, cpu, **_: jaxpr_as_fun(cpu)(*args), multiple_results=True), "cpu"
 )
 
 
@@ -201,3 +203,79 @@ def materialize(f, *args):
 
 def _called(f, *args):
     return set_xla_metadata(f(*args), inlineable="false")
+
+
+def distinct(f):
+    """Return f, for CPUs only, as a function that does equal operations once, broadcasts of constants among them.
+
+    XLA finds equal operations too, but only after it has inlined every call and has gone through its first passes,
+    whose time grows with the number of operations. JAX writes a constant and its broadcast wherever one is used: half
+    of the codec's operations.
+    """
+
+    def of(*args):
+        flat, tree = jax.tree.flatten(args)
+        jaxpr, shapes = jax.make_jaxpr(lambda *flat: f(*jax.tree.unflatten(tree, flat)), return_shape=True)(*flat)
+        return jax.tree.unflatten(jax.tree.structure(shapes), _distinct(jaxpr, flat, {}))
+
+    return of
+
+
+def _distinct(closed: ClosedJaxpr, args, known: dict) -> list:
+    """Evaluate a jaxpr. `known` maps an operation and its operands to the results and the operands (kept alive)."""
+    jaxpr = closed.jaxpr
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
+    called = {v for eqn in jaxpr.eqns if eqn.primitive.name == "xla_metadata_value" for v in eqn.invars}  # `_called`
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        operands = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
+        if eqn.primitive is _by_platform:
+            outs = _distinct(params["cpu"], operands, known)
+        elif name == "jit" and not called.isdisjoint(eqn.outvars):
+            outs = jax.jit(functools.partial(_distinct_call, params["jaxpr"]))(*operands)
+        elif name == "jit":
+            outs = _distinct(params["jaxpr"], operands, known)
+        else:
+            outs = _once(eqn, operands, known)
+        values.update(zip(eqn.outvars, outs, strict=True))
+    return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+
+
+def _distinct_call(closed, *args):
+    return _distinct(closed, args, {})
+
+
+# Operations whose scalar operands are broadcast.
+_ELEMENTWISE = (
+    lax.add_p, lax.sub_p, lax.mul_p, lax.div_p, lax.max_p, lax.min_p, lax.and_p, lax.or_p, lax.xor_p, lax.eq_p,
+    lax.ne_p, lax.lt_p, lax.le_p, lax.gt_p, lax.ge_p, lax.shift_left_p, lax.shift_right_logical_p,
+    lax.shift_right_arithmetic_p,
+)  # fmt: skip
+
+
+def _once(eqn, operands, known):
+    shape = eqn.outvars[0].aval.shape
+    if eqn.primitive in _ELEMENTWISE and shape:
+        full = functools.partial(lax.broadcast, sizes=shape)
+        operands = [a if jnp.shape(a) else _looked_up(known, ("full", shape), full, a) for a in operands]
+
+    def run(*operands):
+        found = eqn.primitive.get_bind_params(eqn.params)
+        functions, params = found if isinstance(found, tuple) else ((), found)
+        with eqn.ctx.manager:
+            outs = eqn.primitive.bind(*functions, *operands, **params)
+        return outs if eqn.primitive.multiple_results else [outs]
+
+    params = tuple(sorted(eqn.params.items()))
+    is_known = not eqn.effects and all(isinstance(value, collections.abc.Hashable) for _, value in params)
+    return _looked_up(known, (eqn.primitive, params), run, *operands) if is_known else run(*operands)
+
+
+def _looked_up(known, key, run, *operands):
+    def of(a):
+        return id(a) if isinstance(a, Tracer | jax.Array) else (jax.typeof(a), np.asarray(a).tobytes())
+
+    key = *key, *map(of, operands)
+    if key not in known:
+        known[key] = run(*operands), operands
+    return known[key][0]
