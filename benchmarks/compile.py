@@ -1,10 +1,15 @@
 """CPU seconds to trace, lower and compile the codec's programs for a CPU.
 
     python benchmarks/compile.py [--rounds 5] [--programs "quantize if4" ...]
+    python benchmarks/compile.py --models [--rounds 1] [--programs "BERT, W4A4 if4" ...]
 
 Each figure is the least of the rounds, in seconds of processor time over all threads, with JAX's caches cleared before
 each round, since other work on the machine adds to it. "Each layer more" is a program of five equal layers minus that
 of one, divided by four. `operations` counts those of StableHLO. Nothing is run.
+
+--models measures transformers' unrolled models with random weights (`pip install "transformers<5"`), each beside its
+float32 program: the forward pass of a BERT of 36 Dense layers in the shape of all-MiniLM-L6-v2, for 64 sentences of 32
+tokens, its weights packed and its activations rounded; and the training step of a Llama of 2 layers (14 kernels).
 """
 
 import argparse
@@ -41,6 +46,55 @@ def programs():
             found[f"{count} training layers {fmt}"] = functools.partial(train, recipe=fmt), (
                 [square()] * count, small, key,
             )  # fmt: skip
+    return found
+
+
+def models():
+    """Return the programs of models by name: (function, arguments). Those in float32 come first."""
+    import transformers
+
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    bert = transformers.FlaxBertModel(
+        transformers.BertConfig(
+            vocab_size=64, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+        ), add_pooling_layer=False,
+    )  # fmt: skip
+    llama = transformers.FlaxLlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        )
+    )  # fmt: skip
+
+    def embed(params, ids):
+        return bert(ids, params=params).last_hidden_state
+
+    def logits(params, ids):
+        return llama(ids, params=params).logits
+
+    def step(run):
+        def loss(params, ids, key):
+            return jnp.square(run(params, ids, key)).mean()
+
+        def descend(params, ids, key):
+            return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params, ids, key))
+
+        return descend
+
+    def by_recipe(recipe):
+        return lambda params, ids, key: ifjax.quantized(logits, ifjax.recipes.get_recipe(recipe), key=key)(params, ids)
+
+    sentences, ids, key = jnp.zeros((64, 32), jnp.int32), jnp.zeros((2, 6), jnp.int32), jax.random.key(0)
+    found = {
+        "BERT, float32": (embed, (bert.params, sentences)),
+        "Llama training, float32": (step(lambda params, ids, key: logits(params, ids)), (llama.params, ids, key)),
+    }
+    for fmt in ("nvfp4", "if4"):
+        rules = ifjax.Rule("encoder/.*(dense|query|key|value)(/kernel)?", fmt, fmt)
+        packed, _ = ifjax.quantize_params(bert.params, rules, model=embed, sample=sentences)
+        found[f"BERT, W4A4 {fmt}"] = ifjax.quantized(embed, rules), (packed, sentences)
+        found[f"Llama training, {fmt}"] = step(by_recipe(fmt)), (llama.params, ids, key)
     return found
 
 
@@ -90,20 +144,24 @@ def measure(function, arguments, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--models", action="store_true")
     parser.add_argument("--programs", nargs="+")
     args = parser.parse_args()
-    found = programs()
+    found, rounds = (models(), args.rounds or 1) if args.models else (programs(), args.rounds or 5)
     jax.config.update("jax_enable_compilation_cache", False)
     jax.jit(lambda x: x + 1).lower(square()).compile()  # start-up is no program's
     print(f"jax {jax.__version__}, ifjax {ifjax.__version__}, {jax.default_backend()}\n")
     print("| program | trace | lower | compile | seconds | operations |\n" + "|---" * 6 + "|")
     totals = {}
     for name in args.programs or found:
-        parts, operations = measure(*found[name], args.rounds)
+        parts, operations = measure(*found[name], rounds)
         totals[name] = sum(parts), operations
         print(f"| {name} | {' | '.join(f'{s:.2f}' for s in parts)} | {sum(parts):.2f} | {operations} |", flush=True)
     for name, (seconds, operations) in totals.items():
+        dense = totals.get(f"{name.split(',')[0]}, float32")
+        if dense is not None and dense[0] != seconds:
+            print(f"| {name}, over float32 | | | | {seconds / dense[0]:.2f} | |")
         first = totals.get(name.replace(f"{LAYERS} ", "1 ", 1)) if name.startswith(f"{LAYERS} ") else None
         if first is not None:
             added = (seconds - first[0]) / (LAYERS - 1)

@@ -29,6 +29,7 @@ from ifjax.codec.blocks import (
     repeat,
     split_blocks,
     tree,
+    tree_along,
     unstack,
 )
 from ifjax.codec.decode import scaled
@@ -38,7 +39,7 @@ from ifjax.codec.losses import LOSSES, BlockLoss, Loss, get_loss, without_last_b
 from ifjax.codec.rounding import NEAREST, ROUNDINGS, Rounding
 from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
 from ifjax.formats import Candidate, Format, get_format
-from ifjax.numerics.xla import by_platform, depending_on, divide, materialize
+from ifjax.numerics.xla import by_platform, depending_on, distinct, divide, materialize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +156,22 @@ def encode(
         uint8 codes [..., m, B, ...], uint8 headers [..., m * W, ...] and amax. The amax is None without a tensor scale;
         otherwise its axes reach to the last of `amax_axes`, with length 1 where `amax_axes` skips an axis.
     """
+    encoded = functools.partial(_encode, how=how, axis=axis, amax_axes=amax_axes)
+    arguments = blocks, amax, None if noise is None else tuple(noise), weights
+    if blocks.size > WHOLE or how.search is not None:
+        return encoded(*arguments)
+    return by_platform(*arguments, cpu=distinct(functools.partial(encoded, whole=True)), default=encoded)
+
+
+# The most values that are encoded as whole arrays on a CPU. To compile, a loss of whole blocks is a seventh of the
+# operations of one that is unrolled over the places of a block. For more values it is slower, because its terms are
+# written to memory.
+WHOLE = 1 << 16
+
+
+def _encode(blocks, amax, noise, weights, *, how, axis, amax_axes, whole=False):
     fmt = how.fmt
-    peaks, runs = block_peaks(blocks, axis, how)
+    peaks, runs = block_peaks(blocks, axis, how, whole=whole)
     tensor = None
     if not fmt.has_tensor_scale:
         amax = None
@@ -169,12 +184,13 @@ def encode(
         amax, own = joint(blocks, peaks, runs, amax, weights, how, axis)
         tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim)
     in_stages = _encode_in_stages if own is None else functools.partial(_encode_in_stages, own=own)
-    encoded = functools.partial(in_stages, how=how, axis=axis)
+    encoded = functools.partial(in_stages, how=how, axis=axis, whole=whole)
     # The one-pass form pays off only if there are several candidates: with one, nothing is chosen, and platforms
     # without stage boundaries already run the stages in one pass.
     plain = isinstance(how.loss, BlockLoss) and not (how.block_2d or how.search or fmt.scale.runs or fmt.ties == "last")
-    extras = Extras(None if noise is None else tuple(noise), _unit_weights(weights, blocks.ndim, axis, (1,)))
-    if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and plain and fmt.scale.nbytes == 1 and weights is None:
+    extras = Extras(noise, _unit_weights(weights, blocks.ndim, axis, (1,)))
+    plain = plain and fmt.scale.nbytes == 1 and weights is None
+    if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and plain and not whole:
         in_one_pass = functools.partial(_encode_in_one_pass, how=how, axis=axis)
         encoded = functools.partial(by_platform, cpu=encoded, default=in_one_pass)
     codes, headers = encoded(blocks, peaks, runs, tensor, extras)
@@ -202,10 +218,10 @@ def amax_of(magnitudes: jax.Array, amax_axes: tuple[int, ...]) -> jax.Array:
 # --- two implementations of the encoder ------------------------------------------------------------------------------
 
 
-def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None):
+def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None, whole=False):
     """Choose a trial for each block, then encode; return uint8 codes [..., m, B, ...], int32 headers [..., m, ...].
 
-    `own` holds each candidate's payloads; None means those given by the blocks' maxima.
+    `own` holds each candidate's payloads; None means those given by the blocks' maxima. `whole`: see `WHOLE`.
     """
     fmt = how.fmt
 
@@ -215,7 +231,7 @@ def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None):
 
     def chosen(blocks, peaks, runs, tensor, extras, own):
         own = wanted_payloads(peaks, runs, tensor, how) if own is None else own
-        word = choose(blocks, peaks, own, tensor, extras, how, axis)
+        word = choose(blocks, peaks, own, tensor, extras, how, axis, whole=whole)
         # A scale with several factors has a different inverse at each place; it is then computed during encoding.
         return word, None if fmt.scale.runs else inverse_of(word, tensor)
 
@@ -300,31 +316,41 @@ def joint(blocks, peaks, runs, amax, weights, how, axis):
 # --- the steps of the encoder ----------------------------------------------------------------------------------------
 
 
-def block_peaks(blocks, axis, how):
+def block_peaks(blocks, axis, how, *, whole=False):
     """Return int32 bits of each block's largest finite magnitude, and for each length of runs those of the runs.
 
     The sign bit marks a block with a NaN or an infinity. In formats that saturate, infinity counts as a magnitude.
     """
     infinity = np.int32(0x7F800000)
     poison = infinity + 1 if how.fmt.saturates else infinity
-    bits = [magnitude_bits(bits_of(x)) for x in places(blocks, axis)]
-    kept = [lax.select(lax.lt(b, lax.full_like(b, poison)), b, lax.full_like(b, 0)) for b in bits]
-    peak = tree(lax.max, kept)
-    runs = [[tree(lax.max, kept[i : i + n]) for i in range(0, len(kept), n)] for n in how.fmt.scale.runs]
-    poisoned = (tree(lax.max, bits) >= poison).astype(jnp.int32)
+    if whole and not how.fmt.scale.runs:
+        bits, at = magnitude_bits(bits_of(blocks.astype(jnp.float32))), blocks.ndim + axis
+        peak = jnp.max(jnp.where(bits < poison, bits, 0), at)
+        poisoned = (jnp.max(bits, at) >= poison).astype(jnp.int32)
+        runs = []
+    else:
+        bits = [magnitude_bits(bits_of(x)) for x in places(blocks, axis)]
+        kept = [lax.select(lax.lt(b, lax.full_like(b, poison)), b, lax.full_like(b, 0)) for b in bits]
+        peak = tree(lax.max, kept)
+        runs = [[tree(lax.max, kept[i : i + n]) for i in range(0, len(kept), n)] for n in how.fmt.scale.runs]
+        poisoned = (tree(lax.max, bits) >= poison).astype(jnp.int32)
     if how.block_2d:
-        square = -3 - axis
-        parts = [unstack(split_blocks(a, len(bits), square), square) for a in (peak, poisoned)]
-        peak, poisoned = (repeat(tree(lax.max, part), len(bits), square) for part in parts)
+        square, block = -3 - axis, how.fmt.block
+        parts = [split_blocks(a, block, square) for a in (peak, poisoned)]
+        peak, poisoned = (repeat(_reduced(lax.max, part, square, whole=whole), block, square) for part in parts)
     return peak | (poisoned << 31), runs
 
 
-def choose(blocks, peaks, own, tensor, extras: "Extras", how, axis):
+def _reduced(op, a, axis, *, whole):
+    return tree_along(op, a, axis) if whole else tree(op, unstack(a, axis))
+
+
+def choose(blocks, peaks, own, tensor, extras: "Extras", how, axis, *, whole=False):
     """Return the word of each block's best trial, int32 [..., m, ...] (see `ifjax.codec.search`)."""
     fmt = how.fmt
     if len(own) == 1 and how.search is None:
         return jnp.where(peaks < 0, fmt.scale.nan, own[0])
-    trials = _BlockTrials(blocks, peaks, tensor, extras, how, axis)
+    trials = _BlockTrials(blocks, peaks, tensor, extras, how, axis, whole)
     return jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
 
 
@@ -465,8 +491,9 @@ def _error(x, decoded, unit):
 class _BlockTrials:
     """An implementation of `ifjax.codec.search.Trials` for blocks."""
 
-    def __init__(self, blocks, peaks, tensor, extras, how, axis):
+    def __init__(self, blocks, peaks, tensor, extras, how, axis, whole=False):
         self.blocks, self.tensor, self.extras, self.how, self.axis = blocks, tensor, extras, how, axis
+        self.whole = whole and not how.fmt.scale.runs
         self.unit = _loss_unit(peaks, tensor)
 
     def loss(self, i, payload, rounding, multiplier):
@@ -522,7 +549,10 @@ class _BlockTrials:
         if fmt.scale.runs:
             trial, tensor = insert_axis((trial, tensor), axis)
             place = lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim + axis)
-        inverse, scale = _scales(trial, multiplier, place, tensor, how)
+        scales = functools.partial(_scales, place=place, how=how)
+        # Not computed again for each value of a block.
+        scales = functools.partial(materialize, scales) if self.whole else scales
+        inverse, scale = scales(trial, multiplier, tensor)
         if not fmt.scale.runs:
             (inverse, scale, trial), tensor = insert_axis(((inverse, scale, trial), tensor), axis)
         x, constant = blocks.astype(jnp.float32), fmt.tensor_constant(how.headroom)
@@ -539,11 +569,15 @@ class _BlockTrials:
             of_blocks = functools.partial(self._terms, term, i=i)
             terms = materialize(of_blocks, self.blocks, extras, trial, multiplier, self.tensor)
             return tree(over, unstack(terms, axis))
+        if self.whole:
+            terms = self._terms(term, self.blocks, extras, trial, multiplier, self.tensor, i)
+            parts = split_blocks(terms, largest_divisor(fmt.block, 32), axis)
+            return tree_along(over, tree_along(over, parts, axis), axis)
 
         def along(blocks, extras, trial, multiplier, tensor, axis):
             part = largest_divisor(blocks.shape[axis], 32)
             if part == blocks.shape[axis]:
-                inverse, scale = _scales(trial, multiplier, 0, tensor, how)
+                inverse, scale = _scales(trial, multiplier, tensor, 0, how)
                 divisor = divisor_of(scale, tensor, fmt, how.headroom)
                 others = [[None] * part if a is None else unstack(a, axis) for a in extras]
                 terms = []
@@ -566,11 +600,11 @@ class _BlockTrials:
         # Reduce over rows first, and over columns first, and combine both, so that transposing the 2-D block changes
         # no bit.
         def of_squares(terms):
-            over_rows = tree(over, unstack(terms, axis))
-            over_rows = tree(over, unstack(split_blocks(over_rows, fmt.block, square), square))
+            reduced = functools.partial(_reduced, over, whole=self.whole)
+            over_rows = reduced(split_blocks(reduced(terms, axis), fmt.block, square), square)
             other = square - 1 if square < axis else square  # the same axis, in an array that still has the axis B
-            over_columns = tree(over, unstack(split_blocks(terms, fmt.block, other), other))
-            return over(over_rows, tree(over, unstack(over_columns, axis)))
+            over_columns = reduced(split_blocks(terms, fmt.block, other), other)
+            return over(over_rows, reduced(over_columns, axis))
 
         arguments = self.blocks, self.extras.of(i), trial, multiplier, self.tensor
         terms = materialize(functools.partial(self._terms, term, i=i), *arguments)
@@ -608,7 +642,7 @@ class _Term(NamedTuple):
 _SUMS = _Term(False), _Term(True)
 
 
-def _scales(trial, multiplier, place, tensor, how):
+def _scales(trial, multiplier, tensor, place, how):
     """Return the factor that scales x to the grid for rounding, and the scale that decodes."""
     fmt = how.fmt
     if trial.payload is None:

@@ -669,7 +669,8 @@ def encode_in_one_pass(blocks, how, **settings):
     """What `codec.encode` gives by the arrangement that it leaves to GPUs, for formats without a choice too."""
     module = sys.modules["ifjax.codec.encode"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_encode_in_stages", module._encode_in_one_pass)
+        patch.setattr(module, "_encode_in_stages", lambda *a, whole, **b: module._encode_in_one_pass(*a, **b))
+        patch.setattr(module, "WHOLE", 0)
         return codec.encode(blocks, how, **settings)
 
 
@@ -707,6 +708,25 @@ def test_one_pass_gives_the_bytes_of_stages(fmt):
         want, (codes, scales) = quantized(x, fmt), one_pass(x, None)
         assert_array_equal(scales, want.scales)
         assert_array_equal(codes, want.codes)
+
+
+@pytest.mark.by_default("*-if4", "*-nvfp4")
+@each_format
+@pytest.mark.parametrize("settings", [{}, {"axis": -2}, {"loss": "mae", "block_2d": True}], ids=str)
+def test_large_arrays_get_the_bytes_of_small_ones(fmt, settings, monkeypatch):
+    """Small arrays are encoded as a whole, large ones with the places of a block unrolled."""
+    if fmt.scale.runs and settings.get("block_2d"):
+        pytest.skip("its scales have parts, which squares cannot share")
+    quantize = functools.partial(ifjax.quantize, fmt=fmt, **settings)
+    inputs = magnitudes(), around_zero(), poisoned_input()[0]
+    small, large = jax.jit(lambda x: quantize(x)), jax.jit(lambda x: quantize(x))
+    wanted = [small(x) for x in inputs]
+    monkeypatch.setattr(sys.modules["ifjax.codec.encode"], "WHOLE", 0)
+    jax.clear_caches()
+    for x, want in zip(inputs, wanted, strict=True):
+        for a, b in zip(jax.tree.leaves(large(x)), jax.tree.leaves(want), strict=True):
+            assert_array_equal(np.atleast_1d(a).view(np.uint8), np.atleast_1d(b).view(np.uint8))
+    jax.clear_caches()
 
 
 @pytest.mark.by_default("fouroversix-mse-*")

@@ -22,9 +22,12 @@ def operations(text):
     return len(re.findall(r" = \"?stablehlo\.", text))
 
 
-@pytest.mark.parametrize(("fmt", "most"), [("if4", 1420), ("nvfp4", 640)])
-def test_quantize_has_few_operations(fmt, most):
-    assert operations(lowered(functools.partial(ifjax.quantize, fmt=fmt), X)) <= most
+@pytest.mark.parametrize(
+    ("fmt", "side", "most"), [("if4", 64, 600), ("if4", 512, 1420), ("nvfp4", 64, 320), ("nvfp4", 512, 640)]
+)
+def test_quantize_has_few_operations(fmt, side, most):
+    x = jax.ShapeDtypeStruct((side, side), jnp.bfloat16)
+    assert operations(lowered(functools.partial(ifjax.quantize, fmt=fmt), x)) <= most
 
 
 def test_equal_layers_share_their_functions():
