@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -284,7 +283,7 @@ def peaks(
 
     Blocks with a NaN or an infinity are left out. Arguments are those of `encode`, which takes x.
     """
-    body = functools.partial(_peaks_of_tile, block=codec.block, end=np.int32(0x7F800000), dtype=np.dtype(np.float32))
+    body = functools.partial(_peaks_of_tile, block=codec.block, end=0x7F800000, dtype=jnp.dtype(jnp.float32))
     return _peaks(body, "peaks_of_blocks", x, [signs.reshape(-1, rotation.size)], codec, axis, rotation, interpret)
 
 
@@ -298,7 +297,7 @@ def rotated_peaks(
     `keeps_infinity`.
     """
     # Rounding keeps the order, so it is left until the end; magnitudes from `end` on do not count.
-    end = np.int32(0x7F800001 if keeps_infinity else 0x7F800000 if x.dtype == jnp.float32 else 0x7F7F8000)
+    end = 0x7F800001 if keeps_infinity else 0x7F800000 if x.dtype == jnp.float32 else 0x7F7F8000
     body = functools.partial(_peaks_of_tile, block=1, end=end, dtype=x.dtype)
     return _peaks(body, "rotated_peaks", x, [], codec, axis, rotation, interpret)
 
@@ -669,7 +668,7 @@ def _peaks_of_tile(x, *refs, tile, rotation, block, end, dtype):
 
     def run(g, peak):
         places = _load(source, g * (SUBLANES * size), size, x.dtype)
-        sums = [v * np.float32(size**-0.5) for v in _sums([p * s for p, s in zip(places, known, strict=True)])]
+        sums = [v * size**-0.5 for v in _sums([p * s for p, s in zip(places, known, strict=True)])]
         bits = [lax.bitcast_convert_type(p, jnp.int32) & 0x7FFFFFFF for p in sums]
         bits = [_largest(bits[i : i + block]) for i in range(0, size, block)]
         found = _largest([jnp.where(b < end, b, 0) for b in bits])

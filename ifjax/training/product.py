@@ -310,7 +310,7 @@ def _is_decoded(a, other, product_name, side, settings):
     for array, operand, axis in zip((a, other) if side == "lhs" else (other, a), product.operands, axes, strict=True):
         array = array.values if isinstance(array, Multiples) else array
         if not isinstance(array, QTensor):
-            if operand.how is None or not operand.how.rounding.packs:
+            if operand.how is None or operand.how.rounding.rotates:
                 return False
             array = jax.eval_shape(functools.partial(_zeros, array.shape, operand.how, axis, dtype))
         packed.append(array)
