@@ -178,7 +178,7 @@ class PlaceCodec:
         payload = np.arange(length, dtype=np.int32)
         if amax is None:
             rows = [inverse_for(jnp.broadcast_to(payload, (count, 1, length)), None, None, 0, None, how)]
-            return _with_scalars(rows, [jnp.ones(count, jnp.float32)] * 4)
+            return with_scalars(rows, [jnp.ones(count, jnp.float32)] * 4)
         tensor = normalized(amax, fmt.tensor_constant(how.headroom), 3)
         # The first row holds the inverses, which have no code.
         rows = [(0, 1.0), *((code, c.step) for c in fmt.candidates for code in _listed(c))]
@@ -191,7 +191,7 @@ class PlaceCodec:
             scale, units = fmt.scale.decode(payload[:, at]), TensorScale(tensor.power, peaks[:, at])
             values = grid_values(codes[:, at], c.decoding)
             table.append(scaled(values, scale, steps[:, at], units, fmt.tensor_constant(how.headroom)))
-        return _with_scalars(table, [tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)])
+        return with_scalars(table, [tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)])
 
     def factor(self, amax: jax.Array, machine: Machine | None = None) -> jax.Array:
         """Return the tensor's factor amax / K, for amax of any shape."""
@@ -281,7 +281,7 @@ class PlaceCodec:
                 known[c.peak, c.scale_multiplier] = payload, inverse, ys
             payload, inverse, ys = known[c.peak, c.scale_multiplier]
             rs = [None] * len(xs) if noise is None else noise[i]
-            trial = _Trial(self, i, payload, inverse, tensor, xs, ys, rs, machine)
+            trial = Trial(self, i, payload, inverse, tensor, xs, ys, rs, machine)
             words = trial.words() if wants_codes else []
             wants_given = wants_values and not self.in_multiples
             values = trial.values(given=not chooses) if chooses or wants_given else []
@@ -456,7 +456,7 @@ class PlaceCodec:
         return jnp.maximum(payload, 1) if fmt.prevent_zero else payload
 
 
-class _Trial:
+class Trial:
     """A block as candidate i encodes it. ys are xs scaled by `inverse`, as magnitudes if the codec works on those."""
 
     def __init__(self, codec: PlaceCodec, i: int, payload, inverse, tensor: Tensor, xs, ys, rs, machine):
@@ -625,7 +625,7 @@ def _full(shape, amax, *arrays):
     return full
 
 
-def _with_scalars(rows, numbers):
+def with_scalars(rows, numbers):
     """Return the numbers as [count, 4], and the table of these rows with the numbers at the start of its last row."""
     numbers = jnp.stack([number.reshape(-1) for number in numbers], -1)
     table = _as_table(rows, jnp.pad(numbers, ((0, 0), (0, LANES - numbers.shape[1]))))
@@ -686,7 +686,7 @@ class EdenCodec(PlaceCodec):
         """Return the scalars (power, unit) [count, 2], and a table [count, 8, 128] whose last row begins with them."""
         assert amax is not None
         del count
-        return _with_scalars([], list(eden_units(amax, self.fmt)))
+        return with_scalars([], list(eden_units(amax, self.fmt)))
 
     def factor(self, amax: jax.Array, machine: Machine | None = None) -> jax.Array:
         return self.stored_amax(amax, machine) * np.float32(1 / eden_constant(self.fmt))  # a power of two
@@ -727,7 +727,7 @@ class EdenCodec(PlaceCodec):
         trials = []
         for i, c in enumerate(fmt.candidates):
             kept = jnp.where(is_poisoned, 0, unit)  # a poisoned block has codes of 0
-            trial = _Trial(self, i, byte, kept, Tensor(power, 1, 1, 1, lookup), xs, ends, [None] * len(xs), machine)
+            trial = Trial(self, i, byte, kept, Tensor(power, 1, 1, 1, lookup), xs, ends, [None] * len(xs), machine)
             qs = trial.magnitudes()
             lost = self._sum([(y - q, y - q) for y, q in zip(ys, qs, strict=True)])
             trials.append((lost, fmt.selector_of(c), *qs, *trial.words()))

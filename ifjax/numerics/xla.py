@@ -156,19 +156,19 @@ def _ways(first, second):
     return jaxpr_as_fun(first), second
 
 
-_by_platform, _unless_exported = _choice("by_platform"), _choice("unless_exported")
+by_platform_p, unless_exported_p = _choice("by_platform"), _choice("unless_exported")
 
 
-@_by_platform.def_impl
+@by_platform_p.def_impl
 def _run_by_platform(*args, first, second, results):
     # Arrays may be on a CPU beside an accelerator: `second` is right there, too.
     if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
         return jax.tree.leaves(_ways(first, second)[jax.default_backend() != "cpu"](*args))
     params = {"first": first, "second": second, "results": results}
-    return jax.jit(functools.partial(_by_platform.bind, **params))(*args)
+    return jax.jit(functools.partial(by_platform_p.bind, **params))(*args)
 
 
-@_unless_exported.def_impl
+@unless_exported_p.def_impl
 def _run_first(*args, first, **_):
     return jaxpr_as_fun(first)(*args)
 
@@ -181,13 +181,13 @@ def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]
     platform is lowered. Functions that hold traced values cannot wait for that, and are traced here. Both functions
     must return the same types, and hold traced values only if both do.
     """
-    result = _chosen(_by_platform, args, cpu, default)
+    result = _chosen(by_platform_p, args, cpu, default)
     return lax.platform_dependent(*args, cpu=cpu, default=default) if result is None else result
 
 
 def unless_exported(*args: Any, run: Callable[..., Any], exported: Callable[..., Any]) -> Any:
     """Return run(*args), but exported(*args) in programs that `jax.export` writes. Neither may hold traced values."""
-    return _chosen(_unless_exported, args, run, exported)
+    return _chosen(unless_exported_p, args, run, exported)
 
 
 def _differentiated(primals, tangents, *, first, second, results):
@@ -208,7 +208,7 @@ def _differentiated(primals, tangents, *, first, second, results):
     ]
 
 
-ad.primitive_jvps[_by_platform] = _differentiated
+ad.primitive_jvps[by_platform_p] = _differentiated
 
 
 def _lowered(is_first):
@@ -220,10 +220,10 @@ def _lowered(is_first):
     return rule
 
 
-mlir.register_lowering(_by_platform, _lowered(lambda _: False))
-mlir.register_lowering(_by_platform, _lowered(lambda _: True), "cpu")
+mlir.register_lowering(by_platform_p, _lowered(lambda _: False))
+mlir.register_lowering(by_platform_p, _lowered(lambda _: True), "cpu")
 mlir.register_lowering(
-    _unless_exported, _lowered(lambda ctx: not ctx.module_context.lowering_parameters.for_export)
+    unless_exported_p, _lowered(lambda ctx: not ctx.module_context.lowering_parameters.for_export)
 )
 
 
@@ -266,7 +266,7 @@ def _distinct(closed: ClosedJaxpr, args, known: dict) -> list:
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         operands = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
-        if eqn.primitive is _by_platform:
+        if eqn.primitive is by_platform_p:
             outs = _distinct(params["first"], operands, known)
         elif name == "jit" and not called.isdisjoint(eqn.outvars):
             outs = jax.jit(functools.partial(_distinct_call, params["jaxpr"]))(*operands)
