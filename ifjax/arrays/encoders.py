@@ -22,8 +22,9 @@ from jax.sharding import AxisType, PartitionSpec
 from ifjax.arrays.parts import Pieces, has_known_parts, partitioned
 from ifjax.codec import Encoding, Loss, Rounding, Search
 from ifjax.codec.blocks import largest_divisor
+from ifjax.codec.eden_places import EdenCodec
 from ifjax.codec.encode import amax_of
-from ifjax.codec.places import LANES, EdenCodec, PlaceCodec, decoder_refusal, encoder_refusal
+from ifjax.codec.places import LANES, PlaceCodec, decoder_refusal, encoder_refusal
 from ifjax.codec.rounding import NEAREST, seeds, strides
 from ifjax.formats import Format
 from ifjax.lookup import Registry

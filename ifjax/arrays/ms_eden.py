@@ -24,8 +24,8 @@ from ifjax.arrays.qtensor import QTensor
 from ifjax.codec import ROUNDINGS, Rounding
 from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, merge_blocks, split_blocks
 from ifjax.codec.eden import eden_constant, eden_peak, eden_units
+from ifjax.codec.eden_places import EdenCodec
 from ifjax.codec.headers import has_unsound
-from ifjax.codec.places import EdenCodec
 from ifjax.codec.rounding import uniform_noise
 from ifjax.formats import E4M3, Candidate, Format, get_format
 from ifjax.numerics.byte_order import as_array

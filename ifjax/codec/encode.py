@@ -39,7 +39,8 @@ from ifjax.codec.losses import LOSSES, BlockLoss, Loss, get_loss, without_last_b
 from ifjax.codec.rounding import NEAREST, ROUNDINGS, Rounding
 from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
 from ifjax.formats import Candidate, Format, get_format
-from ifjax.numerics.xla import by_platform, depending_on, distinct, divide, materialize
+from ifjax.numerics.distinct import distinct
+from ifjax.numerics.xla import by_platform, depending_on, divide, materialize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,9 @@ from jax import lax
 
 from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, pick, tree
 from ifjax.codec.decode import decode, grid_values, narrowed, scaled, unscaled
-from ifjax.codec.eden import EDEN_LARGEST_SCALE, eden_constant, eden_peak, eden_units
 from ifjax.codec.encode import Encoding, codes_of, inverse_for, keep_negative
 from ifjax.codec.headers import LARGE_AMAX, TensorScale, normalized, power_near
-from ifjax.codec.losses import LOSSES, BlockLoss, without_last_bit
+from ifjax.codec.losses import LOSSES, BlockLoss
 from ifjax.codec.place_grids import Machine, Steps, payload_of, place_grid, select, with_sign
 from ifjax.codec.rounding import noise_of, uniform_noise
 from ifjax.codec.search import better
@@ -648,137 +647,6 @@ def _look_up(lookup: Lookup, row, index, pages):
         return lookup(row, index)
     low = index & (LANES - 1)
     return jnp.where(index < LANES, lookup(row, low), lookup(row + 1, low))
-
-
-class EdenCodec(PlaceCodec):
-    """The arithmetic of MS-EDEN, with the bits of `ifjax.arrays.ms_eden`, for runs of a rotation.
-
-    The first grid of `how.fmt` breaks ties away from zero; see `EdenCodec.of`.
-    """
-
-    @classmethod
-    def of(cls, fmt: Format, dtype: np.dtype) -> "EdenCodec":
-        """Return the codec of a format that `ms_eden` takes."""
-        first, *others = fmt.candidates
-        first = dataclasses.replace(first, grid=dataclasses.replace(first.grid, ties="away"))
-        return cls(Encoding(dataclasses.replace(fmt, candidates=(first, *others))), dtype)
-
-    @property
-    def corrects_runs(self) -> bool:
-        return True
-
-    @property
-    def noises(self) -> int:
-        return 1
-
-    @property
-    def scalars(self) -> int:
-        return 2
-
-    @property
-    def refusal(self) -> str | None:
-        """Why a kernel cannot encode like this; None if it can."""
-        if self.block & (self.block - 1) or not self._on_magnitudes:
-            return "its blocks are no power of two, or its grids are not symmetric"
-        return encoder_refusal(self.how)
-
-    def encoder_tables(self, amax: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
-        """Return the scalars (power, unit) [count, 2], and a table [count, 8, 128] whose last row begins with them."""
-        assert amax is not None
-        del count
-        return with_scalars([], list(eden_units(amax, self.fmt)))
-
-    def factor(self, amax: jax.Array, machine: Machine | None = None) -> jax.Array:
-        return self.stored_amax(amax, machine) * np.float32(1 / eden_constant(self.fmt))  # a power of two
-
-    def stored_amax(self, amax: jax.Array, machine: Machine | None = None) -> jax.Array:
-        (power, unit), _ = self.rows_of_table(amax, machine)
-        inverse = as_float(np.int32(254 << 23) - bits_of(power))  # of a power of two
-        return unit * np.float32(eden_constant(self.fmt)) * inverse
-
-    def rows_of_table(
-        self, amax: jax.Array, machine: Machine | None = None
-    ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Return [power, unit] for one tensor, arrays [128], and no rows."""
-        power = power_near(amax)
-        scaled = over(over(amax * power, EDEN_LARGEST_SCALE, machine), eden_peak(self.fmt), machine)
-        return [power, jnp.where(amax * power > 0, scaled, 1)], []
-
-    def encode(
-        self, xs: Sequence[jax.Array], noise: Any, scalars: Sequence[Any], lookup: Lookup, *, wants_codes: bool,
-        wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None, machine: Machine | None = None,
-    ) -> Block:  # fmt: skip
-        """Encode a block, given its rotated places xs; `noise` is one number for it.
-
-        `across` maps (op, a) to the reduction of a by op over the blocks of a run; None for runs of one block.
-        """
-        assert not wants_values, "MS-EDEN gives codes"
-        (power, unit), fmt, scale_of = scalars, self.fmt, cast(TableScale, self.fmt.scale)
-        if machine is None:
-            peak = as_float(tree(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs]))
-        else:
-            peak = tree(machine.maximum, [jnp.abs(x) for x in xs])
-        is_poisoned = bits_of(peak) >= np.int32(0x7F800000)
-        wanted = _quotient(over(peak * power, eden_peak(fmt), machine), unit, machine)
-        byte = payload_of(scale_of, wanted)
-        scale = jnp.where(byte == 0, 1, scale_of.decode(byte))
-        ys = _quotients([jnp.abs(x) * power for x in xs], scale * unit, machine)
-        ends = ys if machine is None or self._end is None else [jnp.minimum(y, self._end) for y in ys]
-        trials = []
-        for i, c in enumerate(fmt.candidates):
-            kept = jnp.where(is_poisoned, 0, unit)  # a poisoned block has codes of 0
-            trial = Trial(self, i, byte, kept, Tensor(power, 1, 1, 1, lookup), xs, ends, [None] * len(xs), machine)
-            qs = trial.magnitudes()
-            lost = self._sum([(y - q, y - q) for y, q in zip(ys, qs, strict=True)])
-            trials.append((lost, fmt.selector_of(c), *qs, *trial.words()))
-        (lost, selector, *best), *others = trials
-        for other_lost, other_selector, *other in others:
-            wins = other_lost < lost
-            lost, selector = jnp.where(wins, other_lost, lost), jnp.where(wins, other_selector, selector)
-            best = [jnp.where(wins, a, b) for a, b in zip(other, best, strict=True)]
-        qs, words = best[: len(xs)], best[len(xs) :]
-        above, below = (self._sum(list(zip(ys, a, strict=True))) for a in (ys, qs))
-        if across is not None:
-            above, below = across(jnp.add, above), across(jnp.add, below)
-        factor = jnp.where(below == 0, 1, _quotient(above, below, machine))
-        payload = self._stochastic(scale * factor, noise + np.float32(0.5))
-        return Block(words, jnp.where(is_poisoned, fmt.scale.nan, fmt.join(selector, payload)), ())
-
-    @staticmethod
-    def _sum(pairs):
-        return tree(jnp.add, [without_last_bit(a * b) for a, b in pairs])
-
-    def _stochastic(self, value, noise):
-        """Return the payload of the scale above or below `value`. Their difference is a power of two."""
-        scale = cast(TableScale, self.fmt.scale)
-        nearest = payload_of(scale, value)
-        lower = jnp.where(scale.decode(nearest) > value, nearest - 1, nearest)
-        upper = jnp.minimum(lower + 1, scale.top)
-        down = scale.decode(lower)
-        return jnp.where(noise * (scale.decode(upper) - down) < value - down, upper, lower)
-
-
-def _quotient(a, b, machine):
-    """Return a / b, correctly rounded."""
-    b = jnp.broadcast_to(b, a.shape)
-    return correct_quotient(a, b, a / b) if machine is None else machine.quotient(a, b)
-
-
-def _quotients(numbers, b, machine):
-    """Return a / b for each number a, correctly rounded.
-
-    A fused remainder and the correctly rounded reciprocal make of a quotient within two units one within one unit, and
-    of that the nearest (Markstein).
-    """
-    if machine is None:
-        return [_quotient(a, b, machine) for a in numbers]
-    inverse, quotients = machine.quotient(jnp.ones_like(b), b), []
-    for a in numbers:
-        quotient = a * inverse
-        for _ in range(2):
-            quotient = machine.fma(machine.fma(quotient, -b, a), inverse, quotient)
-        quotients.append(quotient)
-    return quotients
 
 
 def _picked(selector, options: np.ndarray) -> Any:

@@ -6,7 +6,6 @@ last place (openxla/xla#37181). A quantizer must agree bit for bit with other im
 jit, vmap and eager mode. So every division in the library goes through `divide`.
 """
 
-import collections.abc
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +13,11 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
@@ -240,79 +238,3 @@ def materialize(f, *args):
 
 def _called(f, *args):
     return set_xla_metadata(f(*args), inlineable="false")
-
-
-def distinct(f):
-    """Return f, for CPUs only, as a function that does equal operations once, broadcasts of constants among them.
-
-    XLA finds equal operations too, but only after it has inlined every call and has gone through its first passes,
-    whose time grows with the number of operations. JAX writes a constant and its broadcast wherever one is used: half
-    of the codec's operations.
-    """
-
-    def of(*args):
-        flat, tree = jax.tree.flatten(args)
-        jaxpr, shapes = jax.make_jaxpr(lambda *flat: f(*jax.tree.unflatten(tree, flat)), return_shape=True)(*flat)
-        return jax.tree.unflatten(jax.tree.structure(shapes), _distinct(jaxpr, flat, {}))
-
-    return of
-
-
-def _distinct(closed: ClosedJaxpr, args, known: dict) -> list:
-    """Evaluate a jaxpr. `known` maps an operation and its operands to the results and the operands (kept alive)."""
-    jaxpr = closed.jaxpr
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
-    called = {v for eqn in jaxpr.eqns if eqn.primitive.name == "xla_metadata_value" for v in eqn.invars}  # `_called`
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        operands = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
-        if eqn.primitive is by_platform_p:
-            outs = _distinct(params["first"], operands, known)
-        elif name == "jit" and not called.isdisjoint(eqn.outvars):
-            outs = jax.jit(functools.partial(_distinct_call, params["jaxpr"]))(*operands)
-        elif name == "jit":
-            outs = _distinct(params["jaxpr"], operands, known)
-        else:
-            outs = _once(eqn, operands, known)
-        values.update(zip(eqn.outvars, outs, strict=True))
-    return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
-
-
-def _distinct_call(closed, *args):
-    return _distinct(closed, args, {})
-
-
-# Operations whose scalar operands are broadcast.
-_ELEMENTWISE = (
-    lax.add_p, lax.sub_p, lax.mul_p, lax.div_p, lax.max_p, lax.min_p, lax.and_p, lax.or_p, lax.xor_p, lax.eq_p,
-    lax.ne_p, lax.lt_p, lax.le_p, lax.gt_p, lax.ge_p, lax.shift_left_p, lax.shift_right_logical_p,
-    lax.shift_right_arithmetic_p,
-)  # fmt: skip
-
-
-def _once(eqn, operands, known):
-    shape = eqn.outvars[0].aval.shape
-    if eqn.primitive in _ELEMENTWISE and shape:
-        full = functools.partial(lax.broadcast, sizes=shape)
-        operands = [a if jnp.shape(a) else _looked_up(known, ("full", shape), full, a) for a in operands]
-
-    def run(*operands):
-        found = eqn.primitive.get_bind_params(eqn.params)
-        functions, params = found if isinstance(found, tuple) else ((), found)
-        with eqn.ctx.manager:
-            outs = eqn.primitive.bind(*functions, *operands, **params)
-        return outs if eqn.primitive.multiple_results else [outs]
-
-    params = tuple(sorted(eqn.params.items()))
-    is_known = not eqn.effects and all(isinstance(value, collections.abc.Hashable) for _, value in params)
-    return _looked_up(known, (eqn.primitive, params), run, *operands) if is_known else run(*operands)
-
-
-def _looked_up(known, key, run, *operands):
-    def of(a):
-        return id(a) if isinstance(a, Tracer | jax.Array) else (jax.typeof(a), np.asarray(a).tobytes())
-
-    key = *key, *map(of, operands)
-    if key not in known:
-        known[key] = run(*operands), operands
-    return known[key][0]

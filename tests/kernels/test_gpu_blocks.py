@@ -18,7 +18,8 @@ from ifjax.arrays.qtensor import unscaled_values
 from ifjax.arrays.quantize import Multiples, operand_by_kernel, quantize_rotated
 from ifjax.codec import Encoding, decode
 from ifjax.codec.decode import narrowed
-from ifjax.codec.places import EdenCodec, PlaceCodec, over
+from ifjax.codec.eden_places import EdenCodec
+from ifjax.codec.places import PlaceCodec, over
 from ifjax.codec.rounding import seeds
 from ifjax.numerics.xla import divide
 from ifjax.training import product
