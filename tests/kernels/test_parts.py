@@ -48,13 +48,13 @@ CASES = {
 }
 
 
-@pytest.mark.by_default("columns-Auto", "a sequence-Explicit")
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
-@pytest.mark.parametrize("case", CASES)
-def test_devices_encode_and_decode_their_parts(taken, case, kind):
+@pytest.mark.by_default("*columns", "Explicit-a sequence")
+@pytest.mark.parametrize(
+    ("kind", "case"), [*(("Auto", case) for case in CASES), ("Explicit", "matrices"), ("Explicit", "a sequence")]
+)
+def test_devices_encode_and_decode_their_parts(taken, kind, case):
     fmt, shape, axis, spec, rounding = CASES[case]
-    if case == "blocks that are torn" and kind == AxisType.Explicit:
-        pytest.skip("quantize raises for them: see test_sharding")
+    kind = AxisType[kind]
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
     whole = jnp.asarray(data(shape)).astype(jnp.bfloat16)
     settings = {"axis": axis, "rounding": rounding, "key": None if rounding == "nearest" else jax.random.key(3)}
