@@ -600,7 +600,8 @@ def _is_exact(fmt: Format, c: Candidate, dtype: np.dtype) -> bool:
     """Return whether the dtype represents a candidate's values times every scale exactly."""
     values = np.array(c.grid.values, np.float64) + c.offset
     products = np.outer(values, np.array(cast(TableScale, fmt.scale).values)) * np.float64(c.step)
-    return bool(np.all(products.astype(dtype).astype(np.float64) == products))
+    with np.errstate(over="ignore"):  # what overflows is not exact
+        return bool(np.all(products.astype(dtype).astype(np.float64) == products))
 
 
 def _listed(c: Candidate) -> tuple[int, ...]:
