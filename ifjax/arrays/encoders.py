@@ -327,12 +327,12 @@ def refusal_of_runs(encoder: Encoder, x: Any, codec: EdenCodec, axis: int, size:
 
 
 def encode_runs_by_kernel(
-    x: jax.Array, key: jax.Array, amax: jax.Array | None, signs: jax.Array, *, encoder: Encoder, codec: EdenCodec,
-    axis: int,
+    x: jax.Array, key: jax.Array, amax: jax.Array | None, signs: jax.Array, words: jax.Array | None, *,
+    encoder: Encoder, codec: EdenCodec, axis: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Encode x by MS-EDEN with a kernel; return packed codes, scale bytes and the amax of the QTensor.
 
-    `signs` are float32 [size]. An amax of None or 0 is x's own.
+    `signs` are float32 [size]. An amax of None or 0 is x's own. `words` int32 [2] are the key's `seeds`, if known.
     """
     shape, at, size = _as_matrices(x.shape, axis, 0), -1 if axis == -1 else -2, len(signs)
     count, kernel, place = shape[0], encoder.load(), {"codec": codec, "axis": at, "rotation": Rotated(size, None)}
@@ -354,7 +354,8 @@ def encode_runs_by_kernel(
     blocks[at] //= codec.block
     base = jnp.arange(count, dtype=jnp.int32) * np.uint32(math.prod(blocks[1:]) % 2**32).view(np.int32)
     own_strides = jnp.broadcast_to(jnp.asarray(strides(tuple(blocks))[1:], jnp.int32), (count, 2))
-    noise = base, own_strides, jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
+    words = jnp.stack(seeds(key)) if words is None else words
+    noise = base, own_strides, jnp.broadcast_to(words, (count, 2))
     codes, scales = _by_matrix(encoded, numbers, matrices, noise, signs)
     return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), stored[0]
 

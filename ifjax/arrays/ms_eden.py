@@ -103,10 +103,12 @@ def ms_eden_packed(
     signs: Literal["fixed"] | ArrayLike | None = None,
     noise: ArrayLike | None = None,
     amax: ArrayLike | None = None,
+    words: jax.Array | None = None,
 ) -> QTensor:
     """Return the values of `ms_eden` as a QTensor in `packed_format(fmt)`; arguments and errors are those of `ms_eden`.
 
-    Its `amax` is not the array's, but the number to which K maps the factor of all values.
+    `words` int32 [2] are the key's `seeds`, if they are known. The QTensor's `amax` is not the array's, but the number
+    to which K maps the factor of all values.
     """
     fmt = check_format(fmt, size)
     x = as_array(x)
@@ -122,7 +124,7 @@ def ms_eden_packed(
         codes, scales, end = _by_xla(x, key, amax, signs, noise, **place)
     else:
         signs = jnp.asarray(signs_of(signs, size), jnp.float32)
-        codes, scales, end = _by_plan(x, key, amax, signs, encoder=encoder, **place)
+        codes, scales, end = _by_plan(x, key, amax, signs, words, encoder=encoder, **place)
     axis = axis % x.ndim - x.ndim
     return QTensor(codes, scales, end, Blocking(packed_format(fmt), axis, x.shape[axis], x.dtype, _headroom(fmt)))
 
@@ -164,15 +166,19 @@ def _fault(encoder, codec, dtype, fmt, axis, size):
 
 
 @jax.jit(static_argnames=("encoder", "fmt", "axis", "size"))
-def _by_plan(x, key, amax, signs, *, encoder, fmt, axis, size):
+def _by_plan(x, key, amax, signs, words, *, encoder, fmt, axis, size):
     """Return `_by_xla`, by a kernel on the platform that it compiles for."""
     axis, codec = axis % x.ndim - x.ndim, EdenCodec.of(fmt, np.dtype(x.dtype))
 
     def by_kernel(*data):
         return encode_runs_by_kernel(*data, encoder=encoder, codec=codec, axis=axis)
 
-    ways = {encoder.platform: by_kernel, "default": functools.partial(_by_xla, fmt=fmt, axis=axis, size=size)}
-    return opaque(lambda *data: lax.platform_dependent(*data, **ways), x, key, amax, signs)
+    def by_xla(x, key, amax, signs, words):
+        del words
+        return _by_xla(x, key, amax, signs, fmt=fmt, axis=axis, size=size)
+
+    ways = {encoder.platform: by_kernel, "default": by_xla}
+    return opaque(lambda *data: lax.platform_dependent(*data, **ways), x, key, amax, signs, words)
 
 
 @functools.lru_cache

@@ -156,17 +156,19 @@ class Multiples(NamedTuple):
     """What a product needs of a quantized operand, with what an encoder knows of it already.
 
     Attributes:
-        values: the values without the tensor's factor, or a QTensor that has them.
+        values: the values without the tensor's factor; None if only `packed` has them.
         factor: the tensor's factor, float32; None if it has none.
+        packed: the QTensor, if it is needed later; else None.
     """
 
     values: Any
     factor: jax.Array | None
+    packed: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the values."""
-        return self.values.shape
+        return (self.packed if self.values is None else self.values).shape
 
     @property
     def ndim(self) -> int:
@@ -175,12 +177,13 @@ class Multiples(NamedTuple):
 
 
 def operand_by_kernel(
-    x: jax.Array, how: Encoding, *, axis: int, packs: bool, key: jax.Array | None, words: jax.Array | None = None,
-    amax: Any = None, size: int | None = None, signs: Any = None,
+    x: jax.Array, how: Encoding, *, axis: int, wants_codes: bool, wants_values: bool, key: jax.Array | None,
+    words: jax.Array | None = None, amax: Any = None, size: int | None = None, signs: Any = None,
 ) -> Multiples | None:  # fmt: skip
     """Return Multiples of quantize(x, ...), transformed first by hadamard(size=, signs=) if size is given.
 
-    None where no kernel gives them. With `packs` their values are a QTensor. `words` are the key's `seeds`, if known.
+    None where no kernel gives them. They are packed, or values, or both, as wanted. `words` are the key's `seeds`, if
+    known.
     """
     encoder, rotation = encoder_for(device_kind()), _rotation(size, signs)
     if encoder is None or (size is not None and rotation is None):
@@ -188,7 +191,8 @@ def operand_by_kernel(
     if refusal(encoder, x, how, axis, 0, is_weighed=False, is_clipped=False, rotation=rotation):
         return None
     x, place = checked(x, how, axis, amax, key=key)
-    return _multiples(x, key, words, place.pop("amax"), how=how, rotation=rotation, packs=packs, **place)
+    wants = {"wants_codes": wants_codes, "wants_values": wants_values}
+    return _multiples(x, key, words, place.pop("amax"), how=how, rotation=rotation, **wants, **place)
 
 
 def _rotation(size, signs):
@@ -408,7 +412,8 @@ def _fault(encoder, how, dtype, axis, does, rotation):
             if does == "quantize":
                 return _quantize(*data, None, None, rotation=rotation, **place)
             if does == "multiply":
-                return _multiples(*data, None, None, rotation=rotation, packs=False, **place)
+                wants = {"wants_codes": True, "wants_values": True}
+                return _multiples(*data, None, None, rotation=rotation, **wants, **place)
             return _fake_quantize(*data, None, None, clipped=False, **place)
 
         return difference(*by_both(run))
@@ -428,8 +433,8 @@ def _quantize(x, key, amax, weights, *, how, axis, amax_axes, rotation=None):
     return QTensor(codes, scales, amax, blocking)
 
 
-@jax.jit(static_argnames=(*_STATIC, "rotation", "packs"))
-def _multiples(x, key, words, amax, *, how, axis, amax_axes, rotation, packs):
+@jax.jit(static_argnames=(*_STATIC, "rotation", "wants_codes", "wants_values"))
+def _multiples(x, key, words, amax, *, how, axis, amax_axes, rotation, wants_codes, wants_values):
     place = {"how": how, "axis": axis, "amax_axes": amax_axes}
     blocking = Blocking(how.fmt, axis, x.shape[axis], x.dtype, how.headroom, how.block_2d)
 
@@ -439,16 +444,18 @@ def _multiples(x, key, words, amax, *, how, axis, amax_axes, rotation, packs):
         del words
         q = QTensor(*_packed(x if rotation is None else rotation.of(x, axis), key, amax, None, **place), blocking)
         factor = None if q.amax is None else divide(q.amax, how.fmt.tensor_constant(how.headroom))
-        return Multiples(q if packs else unscaled_values(q, x.dtype), factor)
+        return Multiples(unscaled_values(q, x.dtype) if wants_values else None, factor, q if wants_codes else None)
 
     def by_kernel(x, key, words, amax):
         assert encoder is not None
         arrays, amax, factor = encode_by_kernel(
-            x, key, amax, encoder=encoder, wants_codes=packs, wants_values=not packs, rotation=rotation,
+            x, key, amax, encoder=encoder, wants_codes=wants_codes, wants_values=wants_values, rotation=rotation,
             in_multiples=True, words=words, **place,
         )  # fmt: skip
-        packed: Any = (*arrays, amax, blocking)
-        return Multiples(QTensor(*packed) if packs else arrays[0], factor)
+        packed: Any = (*arrays[:2], amax, blocking)
+        return Multiples(
+            arrays[-1] if wants_values else None, factor, QTensor(*packed) if wants_codes else None
+        )  # fmt: skip
 
     run = by_xla if encoder is None else functools.partial(by_kernel_or_xla, encoder, by_kernel, by_xla)
     return opaque(run, *data)

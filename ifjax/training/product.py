@@ -181,9 +181,9 @@ def _product(x, w, key, amax, settings: Settings):
 
 def _forward(x, w, key, amax, settings):
     """Return y and the quantized operands whose product it is."""
-    recipe, (of_x, of_w, _), words = settings.recipe, three(amax), _words(key, settings)
-    qx = operand_of(x, "fprop", "lhs", -1, key, settings, of_x, words, like=w, packs=recipe.wgrad.lhs.reuse)
-    qw = operand_of(w, "fprop", "rhs", -2, key, settings, of_w, words, like=x, packs=recipe.dgrad.rhs.reuse)
+    recipe, (of_x, of_w, _), drawn = settings.recipe, three(amax), _drawn(key, settings)
+    qx = operand_of(x, "fprop", "lhs", -1, key, settings, of_x, drawn, like=w, later=(recipe.wgrad, "lhs"))
+    qw = operand_of(w, "fprop", "rhs", -2, key, settings, of_w, drawn, like=x, later=(recipe.dgrad, "rhs"))
     return _multiply(qx, qw, -1, -2, settings.dtype, settings.out_dtype, settings.precision), (qx, qw)
 
 
@@ -205,8 +205,9 @@ def _product_fwd(x, w, key, amax, settings):
     of_x, of_w, _ = three(amax)
 
     def kept(a, forward, operand, product_name, side, axis, amax):
-        if operand.reuse:
-            return forward
+        if operand.reuse:  # of both the bytes are kept, since the backward pass rounds what they mean anew
+            has_both = isinstance(forward, Multiples) and forward.packed is not None and forward.values is not None
+            return forward.packed if has_both else forward
         is_packed = recipe.residuals == "packed" and operand.is_packed_early
         return operand_of(a, product_name, side, axis, key, settings, amax) if is_packed else a
 
@@ -222,12 +223,12 @@ def _product_bwd(settings, residuals, g):
     for_dgrad, for_wgrad, nothing, key, amax, maxima = residuals
     of_x, of_w, of_g = three(amax)
     g, _ = once(g, nothing)
-    words = _words(key, settings)
-    left = operand_of(g, "dgrad", "lhs", -1, key, settings, of_g, words, like=for_dgrad)
-    right = operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings, of_w, words, like=g)
+    drawn = _drawn(key, settings)
+    left = operand_of(g, "dgrad", "lhs", -1, key, settings, of_g, drawn, like=for_dgrad)
+    right = operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings, of_w, drawn, like=g)
     dx = _multiply(left, right, -1, -1, settings.dtype, settings.x_dtype, settings.precision)
-    left = operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings, of_x, words, like=g)
-    right = operand_of(g, "wgrad", "rhs", -2, key, settings, of_g, words, like=for_wgrad)
+    left = operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings, of_x, drawn, like=g)
+    right = operand_of(g, "wgrad", "rhs", -2, key, settings, of_g, drawn, like=for_wgrad)
     like = None
     if isinstance(left, QTensor | Multiples) and not isinstance(for_wgrad, QTensor | Multiples):
         like = pad_axis(for_wgrad, left.shape[-2], -2)
@@ -252,34 +253,34 @@ def _once_jvp(primals, tangents):
 
 
 def operand_of(
-    a, product_name, side, axis, key, settings, amax=None, words=None, *, like=None, packs=False
+    a: Any, product_name, side, axis, key, settings, amax=None, drawn=None, *, like: Any = None, later: Any = None
 ) -> Any:  # fmt: skip
     """Return a, quantized along the contraction axis for one side of the named product: a QTensor or an array.
 
-    `amax` replaces a's own; None or 0 means a's own. `words` are those of `_words`. With the other operand as `like`,
-    the result is Multiples where the device's encoder gives them and decoded values are multiplied; with `packs` those
-    of a QTensor.
+    `amax` replaces a's own; None or 0 means a's own. `drawn` is that of `_drawn`. With the other operand as `like`, the
+    result is Multiples where the device's encoder gives them and decoded values are multiplied. `later` is the product
+    of the backward pass that may reuse the result, and its side.
     """
     product = getattr(settings.recipe, product_name)
     operand, size = getattr(product, side), product.hadamard
     if isinstance(a, QTensor | Multiples):
-        if not operand.reuse or not (operand.fmt or size):
+        if not _rounds_anew(product, side):
             return a  # already quantized for this product, or reused unchanged
-        a = (a if isinstance(a, QTensor) else a.values).dequantize()
-    a, at = lax.stop_gradient(a), ("fprop", "dgrad", "wgrad").index(product_name)
+        a = (a if isinstance(a, QTensor) else a.packed).dequantize()
+    a, words, rotated = lax.stop_gradient(a), None, {}
     if product.is_random:
         _check_key(key, settings.recipe)
-        key = jax.random.fold_in(key, at)
-        for_lhs, for_rhs, for_signs = jax.random.split(key, 3)
+        at = _PRODUCTS.index(product_name)
+        keys = jax.random.split(jax.random.fold_in(key, at), 3) if drawn is None else drawn.keys[at]
+        for_lhs, for_rhs, for_signs = keys
         key = for_lhs if side == "lhs" else for_rhs
-        words = None if words is None else words[at, 0 if side == "lhs" else 1]
-    rotated = {}
+        words = None if drawn is None else drawn.words[at, 0 if side == "lhs" else 1]
     if size:
         a = pad_axis(a, -(-a.shape[axis] // size) * size, axis)
         signs = random_signs(for_signs, size) if product.signs == "fresh" else product.signs
         if operand.how is not None and operand.how.rounding.rotates:
             return operand.how.rounding.operand(
-                a, operand.how.fmt, key=key, axis=axis, size=size, signs=signs, amax=operand.amax
+                a, operand.how.fmt, key=key, axis=axis, size=size, signs=signs, amax=operand.amax, words=words
             )
         if operand.how is None:
             return hadamard(a, axis=axis, size=size, signs=signs)
@@ -292,13 +293,22 @@ def operand_of(
         amax = lax.cond(amax > 0, lambda a, amax: amax, lambda a, amax: largest(a), a, amax)
     how, place = operand.how, {"axis": axis, "key": key if operand.is_random else None, "amax": amax, **rotated}
     if like is not None and gives_multiples() and _is_decoded(a, like, product_name, side, settings):
-        found = operand_by_kernel(a, how, packs=packs, words=words if operand.is_random else None, **place)
+        is_kept, rounds_anew = (False, False) if later is None else (getattr(*later).reuse, _rounds_anew(*later))
+        wants = {"wants_codes": is_kept, "wants_values": rounds_anew or not is_kept}
+        found = operand_by_kernel(a, how, words=words if operand.is_random else None, **wants, **place)
         if found is not None:
             return found
     return quantize_rotated(a, how, **place) if size else quantize(a, how, **place)
 
 
 _CONTRACTED = {"fprop": (-1, -2), "dgrad": (-1, -1), "wgrad": (-2, -2)}
+_PRODUCTS = tuple(_CONTRACTED)
+
+
+def _rounds_anew(product, side):
+    """Return whether a product rounds what it reuses of the forward pass once more."""
+    operand = getattr(product, side)
+    return operand.reuse and bool(operand.fmt or product.hadamard)
 
 
 def _is_decoded(a, other, product_name, side, settings):
@@ -308,7 +318,8 @@ def _is_decoded(a, other, product_name, side, settings):
         return False
     packed = []
     for array, operand, axis in zip((a, other) if side == "lhs" else (other, a), product.operands, axes, strict=True):
-        array = array.values if isinstance(array, Multiples) else array
+        if isinstance(array, Multiples):
+            array = array.values if array.packed is None else array.packed
         if not isinstance(array, QTensor):
             if operand.how is None or operand.how.rounding.rotates:
                 return False
@@ -326,20 +337,26 @@ def _zeros(shape, how, axis, dtype):
     return QTensor(codes, scales, jnp.float32(0) if how.fmt.has_tensor_scale else None, blocking)
 
 
-def _words(key, settings):
-    """Return the `seeds` of both operands of each product, int32 [3, 2, 2]; None if the key's bits cannot be batched.
+class _Drawn(NamedTuple):
+    """What the three products draw from a key: keys [3, 3] of operands and signs, and operands' `seeds` [3, 2, 2]."""
 
-    Derived together, they take a GPU three launches instead of two for each operand and one more.
+    keys: jax.Array
+    words: jax.Array
+
+
+def _drawn(key, settings):
+    """Return what the products draw; None if the bits of such keys are others when they are drawn together.
+
+    Drawn together, they take a GPU three launches instead of two for each operand and one more.
     """
     if key is None or not settings.recipe.needs_key or not gives_multiples():
         return None
     if "threefry" not in str(jax.random.key_impl(key)):
         return None
 
-    def of_product(at):
-        return jax.vmap(lambda key: jnp.stack(seeds(key)))(jax.random.split(jax.random.fold_in(key, at), 3)[:2])
-
-    return jax.vmap(of_product)(jnp.arange(3))
+    keys = jax.vmap(lambda at: jax.random.split(jax.random.fold_in(key, at), 3))(jnp.arange(3))
+    words = jax.vmap(jax.vmap(lambda key: jnp.stack(seeds(key))))(keys[:, :2])
+    return _Drawn(keys, words)
 
 
 def _check_key(key, recipe):
@@ -385,5 +402,5 @@ def _in_multiples(a, dtype):
     """Return the values of a QTensor or Multiples without the tensor's factor, as `dtype`, and the factor."""
     if isinstance(a, QTensor):
         return multiples(a.astype(dtype), dtype)
-    values = unscaled_values(a.values, dtype) if isinstance(a.values, QTensor) else a.values.astype(dtype)
+    values = unscaled_values(a.packed, dtype) if a.values is None else a.values.astype(dtype)
     return values, np.float32(1) if a.factor is None else a.factor

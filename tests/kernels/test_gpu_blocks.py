@@ -267,10 +267,10 @@ def test_rotated_bits_are_those_of_the_transform_and_the_codec(monkeypatch, case
         assert_array_equal(a, b)
 
 
-@pytest.mark.by_default("values-nvfp4*")
+@pytest.mark.by_default("both-nvfp4*")
 @pytest.mark.parametrize("case", ROTATED)
-@pytest.mark.parametrize("packs", [False, True], ids=["values", "packed"])
-def test_operands_of_products_have_the_bits_of_the_codec(monkeypatch, case, packs):
+@pytest.mark.parametrize("wanted", ["values", "codes", "both"])
+def test_operands_of_products_have_the_bits_of_the_codec(monkeypatch, case, wanted):
     fmt, shape, axis, dtype, size, rounding = ROTATED[case]
     monkeypatch.setattr(ENCODERS, "_records", {"mine": Encoder("mine", "cpu", "cpu", lambda: Interpreted)})
     x = jnp.nan_to_num(jnp.asarray(data(shape)).astype(dtype), posinf=1, neginf=1)
@@ -279,13 +279,18 @@ def test_operands_of_products_have_the_bits_of_the_codec(monkeypatch, case, pack
     how, place = Encoding.of(fmt, rounding=rounding), {"axis": axis, "size": size, "signs": "fixed", "key": key}
 
     def run(x):
-        return operand_by_kernel(x, how, packs=packs, words=words, **place)
+        wants = {"wants_codes": wanted != "values", "wants_values": wanted != "codes"}
+        return operand_by_kernel(x, how, words=words, **wants, **place)
 
     with ifjax.kernels("always"):
         got = jax.jit(run)(x)
     with ifjax.kernels("never"):
         q = quantize_rotated(x, how, **place)
-    assert_same_numbers(unscaled_values(got.values, dtype) if packs else got.values, unscaled_values(q, dtype))
+    assert ((got.values is None), (got.packed is None)) == (wanted == "codes", wanted == "values")
+    if got.values is not None:
+        assert_same_numbers(got.values, unscaled_values(q, dtype))
+    for a, b in zip(jax.tree.leaves(got.packed), jax.tree.leaves(q), strict=True) if got.packed is not None else ():
+        assert_array_equal(a, b)
     assert (got.factor is None) == (q.amax is None)
     if q.amax is not None:
         assert_array_equal(got.factor, divide(q.amax, q.fmt.tensor_constant(q.headroom)))

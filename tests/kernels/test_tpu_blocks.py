@@ -131,12 +131,13 @@ def test_a_product_gets_the_values_that_codes_mean(kernels, fmt, shape, axis, ro
     how, key = Encoding.of(fmt, rounding=rounding), None if rounding == "nearest" else jax.random.key(5)
     x = jnp.asarray(data(shape) if size is None else np.nan_to_num(data(shape), posinf=1, neginf=1))
     x, place = x.astype(jnp.bfloat16), {"axis": axis, "key": key}
-    got = operand_by_kernel(x, how, packs=False, **place, size=size, signs="fixed")
+    wants = {"wants_codes": False, "wants_values": True}
+    got = operand_by_kernel(x, how, **wants, **place, size=size, signs="fixed")
     assert isinstance(got, Multiples)
     assert kernels == ["rotated_peaks"] * (size is not None) + ["encode"]
     ENCODERS._records.clear()
     jax.clear_caches()
-    assert operand_by_kernel(x, how, packs=False, **place) is None
+    assert operand_by_kernel(x, how, **wants, **place) is None
     q = quantize_rotated(x, how, **place, size=16, signs="fixed") if size else ifjax.quantize(x, how, **place)
     values, factor = multiples(q, jnp.bfloat16)
     assert_same_numbers(got.values, values)
