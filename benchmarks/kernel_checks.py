@@ -20,9 +20,10 @@ FORMATS = ("if4", "nvfp4", "fouroversix", "nvint4", "mxfp4")
 
 def interpret_kernels(kernel: Any) -> None:
     """Let CPUs interpret a kernel module such as `pallas_kernels.gpu_blocks`, instead of their own way by XLA."""
+    names = [name for name in ("tables", "encode", "decode", "peaks", "rotated_peaks") if hasattr(kernel, name)]
     interpreted = SimpleNamespace(
         Noise=kernel.Noise, PARTS=kernel.PARTS, supports=kernel.supports,
-        **{name: functools.partial(getattr(kernel, name), interpret=True) for name in ("tables", "encode", "decode")},
+        **{name: functools.partial(getattr(kernel, name), interpret=True) for name in names},
     )  # fmt: skip
     ENCODERS.register(Encoder("interpreted", "cpu", r"^cpu$", lambda: interpreted))
 

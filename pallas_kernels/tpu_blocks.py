@@ -157,12 +157,13 @@ def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) 
 
 
 def tables(
-    codec: Codec, maxima: jax.Array
+    codec: Codec, maxima: jax.Array, *, interpret: Any = False
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Return each tensor's stored amax and factor [L], and the scalars and tables of `encode`.
 
-    `maxima` [L, at most PARTS] are those of parts of each tensor.
+    `maxima` [L, at most PARTS] are those of parts of each tensor. `interpret` is for the GPU's, which is a kernel.
     """
+    del interpret
     amax = maxima.max(1)
     return (codec.stored_amax(amax), codec.factor(amax)), codec.encoder_tables(amax, len(amax))
 
