@@ -11,7 +11,7 @@ transposed in VMEM, and its results are transposed back.
 x [L, R, C] holds L matrices, each with its own scalars and table. A short last block along the blocked axis is padded
 with zeros. Only requested outputs are written to memory.
 
-This module has not run on a TPU. It is compiled for v5e and v6e and run in the interpreter.
+This module has not run on a TPU. It is compiled for v5e, v6e and v7x and run in the interpreter.
 """
 
 import dataclasses
