@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from ifjax.arrays.parts import Pieces, has_known_parts, partitioned
+from ifjax.arrays.parts import Pieces, everywhere, has_known_parts, partitioned
 from ifjax.codec import Encoding, Loss, Rounding, Search
 from ifjax.codec.blocks import largest_divisor
 from ifjax.codec.eden_places import EdenCodec
@@ -286,7 +286,8 @@ def encode_by_kernel(
                     maxima = _maxima(magnitudes, amax_axes, kernel.PARTS)
         if amax is not None:
             maxima = _whole(amax).reshape(-1, 1)
-        peaks, numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
+        tables = functools.partial(kernel.tables, codec)
+        peaks, numbers = _by_matrix(lambda _, maxima: everywhere(tables, maxima), None, maxima)
         lengths = [x.shape[a] if a in amax_axes else 1 for a in range(lead)]
         own, factor = (a.reshape(lengths) for a in peaks)
         amax = own if amax is None else amax

@@ -122,6 +122,15 @@ def partitioned(
     return list(call(*args))
 
 
+def everywhere(run: Callable[..., Any], *args: jax.Array) -> Any:
+    """Return run(*args), which each device computes from whole arrays if their sharding is part of their type."""
+    if not has_known_parts(args[0]):
+        return run(*args)
+    whole = PartitionSpec()
+    args = tuple(jax.reshard(a, whole) for a in args)
+    return jax.shard_map(run, in_specs=whole, out_specs=whole, check_vma=False)(*args)
+
+
 def has_known_parts(a: Any) -> bool:
     """Return whether an array's sharding is part of its type, over all axes of a mesh."""
     types = jax.typeof(a).sharding.mesh.axis_types

@@ -401,15 +401,17 @@ def unscaled_values(q: QTensor, dtype: Any = np.float32) -> Float[Array, "..."]:
 
 def _decoded(q, dtype):
     """Decode q, by a kernel on devices that have one for it. If q.amax is None, the tensor's factor is left out."""
-
-    def by_xla(q):
-        return narrowed(_values(q, q.amax), dtype)
-
+    by_xla = functools.partial(decoded_by_xla, dtype=dtype)
     encoder = encoder_for(device_kind())
     if encoder is None or refusal_to_decode(encoder, q, dtype) or _fault(encoder, q, dtype):
         return by_xla(q)
     by_kernel = functools.partial(decode_by_kernel, encoder=encoder, dtype=dtype)
     return by_kernel_or_xla(encoder, by_kernel, by_xla, q)
+
+
+def decoded_by_xla(q: QTensor, dtype: Any) -> jax.Array:
+    """Return q's values, rounded to `dtype`, by XLA. If q.amax is None, the tensor's factor is left out."""
+    return narrowed(_values(q, q.amax), dtype)
 
 
 def _fault(encoder, q, dtype):

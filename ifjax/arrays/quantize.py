@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ifjax.arrays.blocking import DTYPES, Blocking
 from ifjax.arrays.encoders import Rotated, by_kernel_or_xla, encode_by_kernel, encoder_for, refusal, work_of
-from ifjax.arrays.qtensor import QTensor, unscaled_values
+from ifjax.arrays.qtensor import QTensor, decoded_by_xla
 from ifjax.codec import BlockLoss, Encoding, Loss, Rounding, Search, decode, encode
 from ifjax.codec.blocks import crop, merge_blocks, pad_axis, pick, split_blocks
 from ifjax.codec.decode import narrowed
@@ -444,7 +444,8 @@ def _multiples(x, key, words, amax, *, how, axis, amax_axes, rotation, wants_cod
         del words
         q = QTensor(*_packed(x if rotation is None else rotation.of(x, axis), key, amax, None, **place), blocking)
         factor = None if q.amax is None else divide(q.amax, how.fmt.tensor_constant(how.headroom))
-        return Multiples(unscaled_values(q, x.dtype) if wants_values else None, factor, q if wants_codes else None)
+        values = decoded_by_xla(q.replaced(amax=None), x.dtype) if wants_values else None
+        return Multiples(values, factor, q if wants_codes else None)
 
     def by_kernel(x, key, words, amax):
         assert encoder is not None
