@@ -296,9 +296,7 @@ def encode_by_kernel(
         numbers = codec.encoder_tables(None, 1)
     noise = None
     if how.rounding.noise is not None and key is not None:
-        count, size = shape[0], np.uint32(math.prod(shape[1:]) % 2**32).view(np.int32)
-        base = jnp.arange(count, dtype=jnp.int32) * size
-        noise = base, jnp.broadcast_to(jnp.stack(seeds(key)) if words is None else words, (count, 2))
+        noise = _first_indices(shape), _seeds(key, words, shape[0])
     run = functools.partial(
         _encode_matrices, kernel=kernel, codec=codec, axis=-1 if axis == -1 else -2, wants_codes=wants_codes,
         wants_values=wants_values, rotation=rotation,
@@ -353,10 +351,8 @@ def encode_runs_by_kernel(
     (stored, _), numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
     blocks = list(shape)
     blocks[at] //= codec.block
-    base = jnp.arange(count, dtype=jnp.int32) * np.uint32(math.prod(blocks[1:]) % 2**32).view(np.int32)
     own_strides = jnp.broadcast_to(jnp.asarray(strides(tuple(blocks))[1:], jnp.int32), (count, 2))
-    words = jnp.stack(seeds(key)) if words is None else words
-    noise = base, own_strides, jnp.broadcast_to(words, (count, 2))
+    noise = _first_indices(blocks), own_strides, _seeds(key, words, count)
     codes, scales = _by_matrix(encoded, numbers, matrices, noise, signs)
     return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), stored[0]
 
@@ -376,6 +372,16 @@ def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:
 
 def _how_to_decode(q):
     return Encoding(q.fmt, dataclasses.replace(NEAREST, headroom=q.headroom))
+
+
+def _first_indices(shape):
+    """Return the index of the first element of each matrix [L, R, C], modulo 2^32: int32 [L]."""
+    return jnp.arange(shape[0], dtype=jnp.int32) * strides(tuple(shape))[0]
+
+
+def _seeds(key, words, count):
+    """Return the `seeds` of a key, or those known as `words`, for each of `count` matrices: int32 [count, 2]."""
+    return jnp.broadcast_to(jnp.stack(seeds(key)) if words is None else words, (count, 2))
 
 
 def _rotated_maxima(x, kernel, codec, axis, rotation):

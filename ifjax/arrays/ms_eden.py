@@ -15,11 +15,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
 from ifjax.arrays.blocking import Blocking
-from ifjax.arrays.encoders import Rotated, encode_runs_by_kernel, encoder_for, refusal_of_runs, work_of
+from ifjax.arrays.encoders import (
+    Rotated,
+    by_kernel_or_xla,
+    encode_runs_by_kernel,
+    encoder_for,
+    refusal_of_runs,
+    work_of,
+)
 from ifjax.arrays.qtensor import QTensor
 from ifjax.codec import ROUNDINGS, Rounding
 from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, merge_blocks, split_blocks
@@ -177,8 +183,8 @@ def _by_plan(x, key, amax, signs, words, *, encoder, fmt, axis, size):
         del words
         return _by_xla(x, key, amax, signs, fmt=fmt, axis=axis, size=size)
 
-    ways = {encoder.platform: by_kernel, "default": by_xla}
-    return opaque(lambda *data: lax.platform_dependent(*data, **ways), x, key, amax, signs, words)
+    run = functools.partial(by_kernel_or_xla, encoder, by_kernel, by_xla)
+    return opaque(run, x, key, amax, signs, words)
 
 
 @functools.lru_cache
