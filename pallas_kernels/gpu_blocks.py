@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.tpu_blocks import LANES, Codec, Noise, Rotation, rotated
 
-__all__ = ["Noise", "decode", "encode", "supports", "tables"]
+__all__ = ["Noise", "decode", "encode", "peaks", "supports", "tables"]
 
 THREADS = 128
 PARTS = 4096  # maxima of parts of a tensor that `tables` takes
@@ -266,8 +266,8 @@ class _Blocks:
     """The assignment of a matrix's blocks to threads, such that adjacent threads access adjacent memory.
 
     A slot is a place for a block; a thread has one or two adjacent slots, and a program `width`. The blocks of a square
-    are in `block` adjacent slots; a square at the edge has slots without a block. So are
-    those of a run of the rotation.
+    are in `block` adjacent slots; a square at the edge has slots without a block. Those of a run of the rotation are
+    adjacent, too.
     """
 
     def __init__(self, shape, axis, codec, rotation=None):
