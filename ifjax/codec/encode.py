@@ -159,15 +159,9 @@ def encode(
     """
     encoded = functools.partial(_encode, how=how, axis=axis, amax_axes=amax_axes)
     arguments = blocks, amax, None if noise is None else tuple(noise), weights
-    if blocks.size > WHOLE or how.search is not None:
+    if how.search is not None:
         return encoded(*arguments)
     return by_platform(*arguments, cpu=distinct(functools.partial(encoded, whole=True)), default=encoded)
-
-
-# The most values that are encoded as whole arrays on a CPU. To compile, a loss of whole blocks is a seventh of the
-# operations of one that is unrolled over the places of a block. For more values it is slower, because its terms are
-# written to memory.
-WHOLE = 1 << 16
 
 
 def _encode(blocks, amax, noise, weights, *, how, axis, amax_axes, whole=False):
@@ -222,7 +216,8 @@ def amax_of(magnitudes: jax.Array, amax_axes: tuple[int, ...]) -> jax.Array:
 def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None, whole=False):
     """Choose a trial for each block, then encode; return uint8 codes [..., m, B, ...], int32 headers [..., m, ...].
 
-    `own` holds each candidate's payloads; None means those given by the blocks' maxima. `whole`: see `WHOLE`.
+    `own` holds each candidate's payloads; None means those given by the blocks' maxima. `whole`: whether losses are
+    computed in parts (see `_BlockTrials`).
     """
     fmt = how.fmt
 
@@ -230,13 +225,14 @@ def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None, 
         header, _, rounding, multiplier = word_parts(word, fmt)
         return inverse_for(fmt.split(header)[1], rounding, multiplier, place, tensor, how)
 
-    def chosen(blocks, peaks, runs, tensor, extras, own):
+    def chosen(copies, peaks, runs, tensor, extras, own):
         own = wanted_payloads(peaks, runs, tensor, how) if own is None else own
-        word = choose(blocks, peaks, own, tensor, extras, how, axis, whole=whole)
+        word = choose(copies, peaks, own, tensor, extras, how, axis)
         # A scale with several factors has a different inverse at each place; it is then computed during encoding.
         return word, None if fmt.scale.runs else inverse_of(word, tensor)
 
-    word, inverse = materialize(chosen, blocks, peaks, runs, tensor, extras, own)
+    copies = [blocks] * (_parts_of(largest_divisor(fmt.block, 32)) if whole else 1)
+    word, inverse = materialize(chosen, copies, peaks, runs, tensor, extras, own)
 
     def codes_of_blocks(blocks, word, inverse, tensor, noise):
         word, inverse, tensor = insert_axis((word, inverse, tensor), axis)
@@ -305,7 +301,7 @@ def joint(blocks, peaks, runs, amax, weights, how, axis):
 
     def fit(amax, payloads):
         def of_blocks(blocks, peaks, extras, tensor, payloads):
-            trials = _BlockTrials(blocks, peaks, tensor, extras, how, axis)
+            trials = _BlockTrials([blocks], peaks, tensor, extras, how, axis)
             return [[jnp.where(peaks < 0, 0, a) for a in trials.fit(i, p)] for i, p in enumerate(payloads)]
 
         tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim, power)
@@ -338,7 +334,8 @@ def block_peaks(blocks, axis, how, *, whole=False):
     if how.block_2d:
         square, block = -3 - axis, how.fmt.block
         parts = [split_blocks(a, block, square) for a in (peak, poisoned)]
-        peak, poisoned = (repeat(_reduced(lax.max, part, square, whole=whole), block, square) for part in parts)
+        peaks_of = jnp.max if whole else lambda a, axis: tree(lax.max, unstack(a, axis))
+        peak, poisoned = (repeat(peaks_of(part, part.ndim + square), block, square) for part in parts)
     return peak | (poisoned << 31), runs
 
 
@@ -346,12 +343,15 @@ def _reduced(op, a, axis, *, whole):
     return tree_along(op, a, axis) if whole else tree(op, unstack(a, axis))
 
 
-def choose(blocks, peaks, own, tensor, extras: "Extras", how, axis, *, whole=False):
-    """Return the word of each block's best trial, int32 [..., m, ...] (see `ifjax.codec.search`)."""
+def choose(copies, peaks, own, tensor, extras: "Extras", how, axis):
+    """Return the word of each block's best trial, int32 [..., m, ...] (see `ifjax.codec.search`).
+
+    `copies` holds the blocks: see `_BlockTrials`.
+    """
     fmt = how.fmt
     if len(own) == 1 and how.search is None:
         return jnp.where(peaks < 0, fmt.scale.nan, own[0])
-    trials = _BlockTrials(blocks, peaks, tensor, extras, how, axis, whole)
+    trials = _BlockTrials(copies, peaks, tensor, extras, how, axis)
     return jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
 
 
@@ -489,12 +489,25 @@ def _error(x, decoded, unit):
     return decoded - x if unit is None else decoded * unit - x * unit
 
 
-class _BlockTrials:
-    """An implementation of `ifjax.codec.search.Trials` for blocks."""
+def _parts_of(block):
+    """Return the number of equal parts of a block that `_BlockTrials` takes apart, a power of two."""
+    count = 1
+    while block % (2 * count) == 0 and block > 4 * count:
+        count *= 2
+    return count
 
-    def __init__(self, blocks, peaks, tensor, extras, how, axis, whole=False):
-        self.blocks, self.tensor, self.extras, self.how, self.axis = blocks, tensor, extras, how, axis
-        self.whole = whole and not how.fmt.scale.runs
+
+class _BlockTrials:
+    """An implementation of `ifjax.codec.search.Trials` for blocks.
+
+    `copies` holds the blocks: once, to compute losses of each place of a block, or as often as `_parts_of` says, to
+    compute them of parts of a block. For XLA:CPU parts are a fifth of the operations, and one pass over the blocks as
+    well, if no array is needed in more than 15 places. Hence each part is read from another parameter.
+    """
+
+    def __init__(self, copies, peaks, tensor, extras, how, axis):
+        self.copies, self.tensor, self.extras, self.how, self.axis = copies, tensor, extras, how, axis
+        self.blocks = copies[0]
         self.unit = _loss_unit(peaks, tensor)
 
     def loss(self, i, payload, rounding, multiplier):
@@ -550,10 +563,7 @@ class _BlockTrials:
         if fmt.scale.runs:
             trial, tensor = insert_axis((trial, tensor), axis)
             place = lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim + axis)
-        scales = functools.partial(_scales, place=place, how=how)
-        # Not computed again for each value of a block.
-        scales = functools.partial(materialize, scales) if self.whole else scales
-        inverse, scale = scales(trial, multiplier, tensor)
+        inverse, scale = _scales(trial, multiplier, tensor, place, how)
         if not fmt.scale.runs:
             (inverse, scale, trial), tensor = insert_axis(((inverse, scale, trial), tensor), axis)
         x, constant = blocks.astype(jnp.float32), fmt.tensor_constant(how.headroom)
@@ -570,29 +580,46 @@ class _BlockTrials:
             of_blocks = functools.partial(self._terms, term, i=i)
             terms = materialize(of_blocks, self.blocks, extras, trial, multiplier, self.tensor)
             return tree(over, unstack(terms, axis))
-        if self.whole:
-            terms = self._terms(term, self.blocks, extras, trial, multiplier, self.tensor, i)
-            parts = split_blocks(terms, largest_divisor(fmt.block, 32), axis)
-            return tree_along(over, tree_along(over, parts, axis), axis)
 
-        def along(blocks, extras, trial, multiplier, tensor, axis):
-            part = largest_divisor(blocks.shape[axis], 32)
-            if part == blocks.shape[axis]:
-                inverse, scale = _scales(trial, multiplier, tensor, 0, how)
-                divisor = divisor_of(scale, tensor, fmt, how.headroom)
-                others = [[None] * part if a is None else unstack(a, axis) for a in extras]
-                terms = []
-                for x, r, weight in zip(places(blocks, axis), *others, strict=True):
-                    x, decoded = decoded_place(x, r, inverse, scale, tensor, divisor, fmt.candidates[i], fmt)
-                    terms.append(term(x, decoded, trial.unit, weight))
-                return tree(over, terms)
+        def along(copies, extras, trial, multiplier, tensor, axis):
+            part = largest_divisor(copies[0].shape[axis], 32)
+            if part == copies[0].shape[axis]:
+                return (self._over_places if len(copies) == 1 else self._over_parts)(
+                    term, i, copies, extras, trial, multiplier, tensor, axis
+                )
             # A long block is split into parts, because unrolling all of it would take minutes to compile.
-            blocks, extras = jax.tree.map(lambda a: split_blocks(a, part, axis), (blocks, extras))
+            copies, extras = jax.tree.map(lambda a: split_blocks(a, part, axis), (copies, extras))
             trial, tensor = insert_axis((trial, tensor), axis)
-            parts = materialize(functools.partial(along, axis=axis), blocks, extras, trial, multiplier, tensor)
+            parts = materialize(functools.partial(along, axis=axis), copies, extras, trial, multiplier, tensor)
             return tree(over, unstack(parts, axis))
 
-        return along(self.blocks, extras, trial, multiplier, self.tensor, axis)
+        return along(self.copies, extras, trial, multiplier, self.tensor, axis)
+
+    def _over_places(self, term, i, copies, extras, trial, multiplier, tensor, axis):
+        fmt, how, (blocks,) = self.how.fmt, self.how, copies
+        inverse, scale = _scales(trial, multiplier, tensor, 0, how)
+        divisor = divisor_of(scale, tensor, fmt, how.headroom)
+        others = [[None] * blocks.shape[axis] if a is None else unstack(a, axis) for a in extras]
+        terms = []
+        for x, r, weight in zip(places(blocks, axis), *others, strict=True):
+            x, decoded = decoded_place(x, r, inverse, scale, tensor, divisor, fmt.candidates[i], fmt)
+            terms.append(term(x, decoded, trial.unit, weight))
+        return tree(term.over, terms)
+
+    def _over_parts(self, term, i, copies, extras, trial, multiplier, tensor, axis):
+        fmt, how, count = self.how.fmt, self.how, len(copies)
+        scales = functools.partial(_scales, place=0, how=how)
+        # As arrays of their own, because each part would be a place in which they are needed.
+        scales = materialize(scales, trial, multiplier, tensor)
+        (inverse, scale, unit), tensor = insert_axis(((*scales, trial.unit), tensor), axis)
+        others = [[None] * count if a is None else jnp.split(a, count, axis) for a in extras]
+        terms = []
+        for at, (blocks, r, weight) in enumerate(zip(copies, *others, strict=True)):
+            x = jnp.split(blocks, count, axis)[at].astype(jnp.float32)
+            divisor = divisor_of(x, tensor, fmt, how.headroom)
+            x, decoded = decoded_place(x, r, inverse, scale, tensor, divisor, fmt.candidates[i], fmt)
+            terms.append(term(x, decoded, unit, weight))
+        return tree_along(term.over, tree(term.over, terms), axis)
 
     def _over_squares(self, term, i, trial, multiplier):
         fmt, axis, over = self.how.fmt, self.axis, term.over
@@ -601,7 +628,7 @@ class _BlockTrials:
         # Reduce over rows first, and over columns first, and combine both, so that transposing the 2-D block changes
         # no bit.
         def of_squares(terms):
-            reduced = functools.partial(_reduced, over, whole=self.whole)
+            reduced = functools.partial(_reduced, over, whole=len(self.copies) > 1)
             over_rows = reduced(split_blocks(reduced(terms, axis), fmt.block, square), square)
             other = square - 1 if square < axis else square  # the same axis, in an array that still has the axis B
             over_columns = reduced(split_blocks(terms, fmt.block, other), other)

@@ -59,7 +59,7 @@ def encode_block(
         trials = _FeedbackTrials(step, tensor, how)
         word = jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
     else:
-        word = choose(step.x, peaks, own, tensor, Extras(), how, -2)
+        word = choose([step.x], peaks, own, tensor, Extras(), how, -2)
     header, _, rounding, multiplier = word_parts(word, fmt)
     codes, errors = _codes(step, header, rounding, multiplier, tensor, how)
     return codes, header, errors

@@ -670,8 +670,13 @@ def encode_in_one_pass(blocks, how, **settings):
     module = sys.modules["ifjax.codec.encode"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_encode_in_stages", lambda *a, whole, **b: module._encode_in_one_pass(*a, **b))
-        patch.setattr(module, "WHOLE", 0)
+        patch.setattr(module, "_encode", by_places)
         return codec.encode(blocks, how, **settings)
+
+
+def by_places(*args, whole=False, encode=sys.modules["ifjax.codec.encode"]._encode, **settings):
+    """What `codec.encode` does on other platforms and with a search: losses by places of blocks, not by parts."""
+    return encode(*args, **settings)
 
 
 def compiled(encode, how, axis=-1):
@@ -713,18 +718,17 @@ def test_one_pass_gives_the_bytes_of_stages(fmt):
 @pytest.mark.by_default("*-if4", "*-nvfp4")
 @each_format
 @pytest.mark.parametrize("settings", [{}, {"axis": -2}, {"loss": "mae", "block_2d": True}], ids=str)
-def test_large_arrays_get_the_bytes_of_small_ones(fmt, settings, monkeypatch):
-    """Small arrays are encoded as a whole, large ones with the places of a block unrolled."""
+def test_losses_by_places_give_the_bytes_of_those_by_parts(fmt, settings, monkeypatch):
     if fmt.scale.runs and settings.get("block_2d"):
         pytest.skip("its scales have parts, which squares cannot share")
     quantize = functools.partial(ifjax.quantize, fmt=fmt, **settings)
     inputs = magnitudes(), around_zero(), poisoned_input()[0]
-    small, large = jax.jit(lambda x: quantize(x)), jax.jit(lambda x: quantize(x))
-    wanted = [small(x) for x in inputs]
-    monkeypatch.setattr(sys.modules["ifjax.codec.encode"], "WHOLE", 0)
+    parts, places = jax.jit(lambda x: quantize(x)), jax.jit(lambda x: quantize(x))
+    wanted = [parts(x) for x in inputs]
+    monkeypatch.setattr(sys.modules["ifjax.codec.encode"], "_encode", by_places)
     jax.clear_caches()
     for x, want in zip(inputs, wanted, strict=True):
-        for a, b in zip(jax.tree.leaves(large(x)), jax.tree.leaves(want), strict=True):
+        for a, b in zip(jax.tree.leaves(places(x)), jax.tree.leaves(want), strict=True):
             assert_array_equal(np.atleast_1d(a).view(np.uint8), np.atleast_1d(b).view(np.uint8))
     jax.clear_caches()
 
