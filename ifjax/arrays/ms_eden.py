@@ -28,12 +28,13 @@ from ifjax.arrays.encoders import (
 )
 from ifjax.arrays.qtensor import QTensor
 from ifjax.codec import ROUNDINGS, Rounding
-from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, merge_blocks, split_blocks
+from ifjax.codec.blocks import merge_blocks, split_blocks
 from ifjax.codec.eden import eden_constant, eden_peak, eden_units
 from ifjax.codec.eden_places import EdenCodec
 from ifjax.codec.headers import has_unsound
 from ifjax.codec.rounding import uniform_noise
 from ifjax.formats import E4M3, Candidate, Format, get_format
+from ifjax.formats.floats import as_float, bits_of, magnitude_bits
 from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.devices import device_kind
 from ifjax.numerics.hadamard import SIZES, hadamard, random_signs, signs_of

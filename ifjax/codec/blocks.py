@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ifjax.formats.floats import as_float
+
 
 def split_blocks(x: jax.Array, block: int, axis: int) -> jax.Array:
     """Split an axis into blocks: [..., n, ...] -> [..., m, B, ...], padded with zeros."""
@@ -102,18 +104,3 @@ def pick(index: jax.Array | int, options: Sequence[jax.Array]) -> jax.Array:
 def largest_divisor(n: int, limit: int) -> int:
     """Return the largest divisor of n that is at most `limit`."""
     return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
-
-
-def bits_of(x: jax.Array) -> jax.Array:
-    """Return the bits of float32 values as int32."""
-    return lax.bitcast_convert_type(x, jnp.int32)
-
-
-def as_float(bits: jax.Array) -> jax.Array:
-    """Return the float32 values with these bits."""
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def magnitude_bits(bits: jax.Array) -> jax.Array:
-    """Clear the sign bit; the resulting integers have the order of the magnitudes."""
-    return lax.bitwise_and(bits, lax.full_like(bits, 0x7FFFFFFF))

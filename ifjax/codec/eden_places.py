@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, tree
+from ifjax.codec.blocks import tree
 from ifjax.codec.eden import EDEN_LARGEST_SCALE, eden_constant, eden_peak, eden_units
 from ifjax.codec.encode import Encoding
 from ifjax.codec.headers import power_near
@@ -16,6 +16,7 @@ from ifjax.codec.losses import without_last_bit
 from ifjax.codec.place_grids import Machine, payload_of
 from ifjax.codec.places import Block, Lookup, PlaceCodec, Tensor, Trial, encoder_refusal, over, with_scalars
 from ifjax.formats import Format, TableScale
+from ifjax.formats.floats import as_float, bits_of, magnitude_bits
 from ifjax.numerics.xla import correct_quotient
 
 

@@ -18,12 +18,9 @@ import numpy as np
 from jax import lax
 
 from ifjax.codec.blocks import (
-    as_float,
-    bits_of,
     gather_squares,
     insert_axis,
     largest_divisor,
-    magnitude_bits,
     pick,
     places,
     repeat,
@@ -39,6 +36,7 @@ from ifjax.codec.losses import LOSSES, BlockLoss, Loss, get_loss, without_last_b
 from ifjax.codec.rounding import NEAREST, ROUNDINGS, Rounding
 from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
 from ifjax.formats import Candidate, Format, get_format
+from ifjax.formats.floats import as_float, bits_of, magnitude_bits
 from ifjax.numerics.distinct import distinct
 from ifjax.numerics.xla import by_platform, depending_on, divide, materialize
 

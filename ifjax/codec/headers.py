@@ -8,7 +8,8 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from ifjax.codec.blocks import as_float, bits_of, merge_blocks, split_blocks, unstack
+from ifjax.codec.blocks import merge_blocks, split_blocks, unstack
+from ifjax.formats.floats import as_float, bits_of
 from ifjax.numerics.xla import divide
 
 

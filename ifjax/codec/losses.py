@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from jax import lax
 
-from ifjax.codec.blocks import as_float, bits_of
+from ifjax.formats.floats import as_float, bits_of
 from ifjax.lookup import Registry
 
 

@@ -13,10 +13,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from ifjax.codec.blocks import as_float, bits_of
 from ifjax.formats import Candidate, Grid, TableScale
+from ifjax.formats.floats import BinaryFloat, as_float, bits_of
 
 _EXPONENT = np.int32(0x7F800000)
 
@@ -129,24 +128,13 @@ def _floats(grid: Grid) -> "_Floats | None":
 
 
 @dataclasses.dataclass(frozen=True)
-class _Floats:
-    """Magnitudes of a binary float with m >= 1 mantissa bits.
+class _Floats(BinaryFloat):
+    """Magnitudes of a binary float.
 
-    The levels are the values of the lowest normal binade; all other values are these times a power of two. `lowest` is
-    the least normal value, `largest` the largest value, and `count` the number of codes, rounded up to a power of two.
+    The levels are the values of the lowest normal binade; all other values are these times a power of two.
     """
 
-    lowest: np.float32
-    largest: np.float32
-    count: int
-    m: int
     is_symmetric = True
-
-    @classmethod
-    def of(cls, magnitudes: Sequence[float], largest: float, m: int) -> "_Floats":
-        """Return the grid for the ascending magnitudes of all codes."""
-        count = 1 << (len(magnitudes) - 1).bit_length()
-        return cls(np.float32(magnitudes[1 << m]), np.float32(largest), count, m)
 
     @property
     def listed(self):
@@ -161,37 +149,6 @@ class _Floats:
         """The grid for numbers of which none rounds to a value beyond it, when no noise is added."""
         return dataclasses.replace(self, largest=np.float32(np.inf))
 
-    def rounded(self, y, noise, machine=None):
-        """Return (sum, value): adding a large number to y rounds it to a step of its binade, half to even.
-
-        The lowest bits of the sum count steps, and its exponent counts binades.
-        """
-        top, m = self.largest, self.m
-        y = jnp.minimum(y, top) if noise is None and top < np.inf else y
-        binade = as_float(bits_of(jnp.maximum(y, self.lowest)) & _EXPONENT)
-        if noise is not None:
-            # A number beyond the grid counts as in the last binade. The sum is y / step plus the noise, times the step.
-            binade = jnp.minimum(binade, (top.view(np.int32) & _EXPONENT).view(np.float32))
-            y = jnp.minimum(y + noise * (binade * np.float32(2.0**-m)), top)
-        # Adding `_lift` more steps makes the lowest bits of the sum those of the code.
-        factor = 2.0 ** (23 - m) + self._lift * 2.0**-m
-        if machine is not None:
-            total = machine.fma(binade, factor, y)
-            return total, machine.fma(binade, -factor, total)
-        large = binade * np.float32(factor)
-        total = y + large
-        return total, total - large
-
-    def code(self, place, shift):
-        code = self.low_bits(place) & np.int32(self.count - 1)
-        return code << shift if shift else code
-
-    def low_bits(self, place):
-        total = bits_of(place[0])
-        # The code is the number of steps, with 2^m steps for each binade.
-        total = total + lax.shift_right_logical(total, np.int32(23 - self.m))
-        return total if self.count >= 8 else total & np.int32(self.count - 1)
-
     def number(self, place, machine=None):
         return place[1]
 
@@ -201,15 +158,6 @@ class _Floats:
         power = as_float(bits & _EXPONENT)
         power = power if self.lowest == 1 else power * (1 / self.lowest)
         return select(masks, levels) * power
-
-    @property
-    def _lift(self):
-        """Number of steps, even, for which the sum of the lowest binade plus its exponent ends in zero bits.
-
-        At least two, so that noise cannot move the sum for 0 below the power of two.
-        """
-        exponent = int(np.float32(self.lowest * 2.0 ** (23 - self.m)).view(np.int32)) >> 23
-        return -(exponent << self.m) % self.count or self.count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ifjax.codec.blocks import as_float, bits_of, magnitude_bits, pick, tree
+from ifjax.codec.blocks import pick, tree
 from ifjax.codec.decode import decode, grid_values, narrowed, scaled, unscaled
 from ifjax.codec.encode import Encoding, codes_of, inverse_for, keep_negative
 from ifjax.codec.headers import LARGE_AMAX, TensorScale, normalized, power_near
@@ -25,6 +25,7 @@ from ifjax.codec.place_grids import Machine, Steps, payload_of, place_grid, sele
 from ifjax.codec.rounding import noise_of, uniform_noise
 from ifjax.codec.search import better
 from ifjax.formats import Candidate, Format, Grid, TableScale
+from ifjax.formats.floats import as_float, bits_of, magnitude_bits
 from ifjax.numerics.xla import correct_quotient, divide
 
 LANES = 128  # entries in a row of a table

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ifjax.codec.blocks import as_float
+from ifjax.formats.floats import as_float
 from ifjax.lookup import Registry
 
 

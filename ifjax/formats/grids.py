@@ -7,7 +7,6 @@ decoder follow from these. Grids that are symmetric about zero, as detected from
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,6 +15,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import lax
+
+from ifjax.formats.floats import decode_float, float_mantissa_bits
 
 Ties = Literal["even", "down", "away", "lower"]
 Zero = Literal["signed", "negative", "unsigned"]
@@ -302,36 +303,6 @@ def nearest_multiple(y, mantissa_bits: int, unit: float, largest: float, noise=N
         n = y * lax.bitcast_convert_type(np.int32(254 << 23) - own, jnp.float32)
         binade = (exponent - (lowest & binades)) >> 23
     return step, binade, lax.round(n if noise is None else n + noise, lax.RoundingMethod.TO_NEAREST_EVEN)
-
-
-def decode_float(index, mantissa_bits: int, unit: float):
-    """Return the value of a code of a binary float whose smallest subnormal is `unit`."""
-    # Place the code in the bits of a float32. For subnormal codes, subtract the implicit leading one.
-    one = np.float32(unit * 2**mantissa_bits)
-    exponent = one.view(np.int32) - np.int32(1 << 23)
-    normal = lax.bitcast_convert_type((index << (23 - mantissa_bits)) + exponent, jnp.float32)
-    return jnp.where(index < 1 << mantissa_bits, normal + normal - one, normal)
-
-
-def float_mantissa_bits(magnitudes: Sequence[float]) -> int | None:
-    """Return m if these are the values >= 0, in code order, of a binary float with m mantissa bits; None otherwise.
-
-    The float has subnormals.
-    """
-    unit = magnitudes[1]
-    if magnitudes[0] != 0 or math.frexp(unit)[0] != 0.5:  # the arithmetic works on exponent bits
-        return None
-    for m in range((len(magnitudes) - 1).bit_length() + 1):
-        if all(value == unit * _float_units(i, m) for i, value in enumerate(magnitudes)):
-            return m
-    return None
-
-
-def _float_units(index: int, mantissa_bits: int) -> int:
-    """Return the magnitude of a code of a binary float, in units of the smallest subnormal."""
-    if index < 1 << mantissa_bits:
-        return index
-    return (1 << mantissa_bits | index & ((1 << mantissa_bits) - 1)) << ((index >> mantissa_bits) - 1)
 
 
 def _select(above, values):

@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from ifjax.formats.grids import decode_float, float_mantissa_bits, nearest_multiple
+from ifjax.formats.floats import decode_float, float_mantissa_bits
+from ifjax.formats.grids import nearest_multiple
 from ifjax.lookup import Registry
 from ifjax.numerics.xla import divide
 

@@ -23,11 +23,11 @@ from jaxtyping import Float
 
 from ifjax.arrays import QTensor, quantize
 from ifjax.codec import Encoding
-from ifjax.codec.blocks import bits_of
 from ifjax.codec.decode import scaled
 from ifjax.codec.encode import decoded_place, inverse_for, wanted_payload
 from ifjax.codec.headers import normalized
 from ifjax.formats import FORMATS, Candidate, Format, get_format
+from ifjax.formats.floats import bits_of
 from ifjax.measure.errors import ErrorStats
 
 if TYPE_CHECKING:
