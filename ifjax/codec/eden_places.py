@@ -13,7 +13,7 @@ from ifjax.codec.eden import EDEN_LARGEST_SCALE, eden_constant, eden_peak, eden_
 from ifjax.codec.encode import Encoding
 from ifjax.codec.headers import power_near
 from ifjax.codec.losses import without_last_bit
-from ifjax.codec.place_grids import Machine, payload_of
+from ifjax.codec.place_grids import Machine
 from ifjax.codec.places import Block, Lookup, PlaceCodec, Tensor, Trial, encoder_refusal, over, with_scalars
 from ifjax.formats import Format, TableScale
 from ifjax.formats.floats import as_float, bits_of, magnitude_bits
@@ -90,7 +90,7 @@ class EdenCodec(PlaceCodec):
             peak = tree(machine.maximum, [jnp.abs(x) for x in xs])
         is_poisoned = bits_of(peak) >= np.int32(0x7F800000)
         wanted = _quotient(over(peak * power, eden_peak(fmt), machine), unit, machine)
-        byte = payload_of(scale_of, wanted)
+        byte = scale_of.encode(wanted)
         scale = jnp.where(byte == 0, 1, scale_of.decode(byte))
         ys = _quotients([jnp.abs(x) * power for x in xs], scale * unit, machine)
         ends = ys if machine is None or self._end is None else [jnp.minimum(y, self._end) for y in ys]
@@ -121,7 +121,7 @@ class EdenCodec(PlaceCodec):
     def _stochastic(self, value, noise):
         """Return the payload of the scale above or below `value`. Their difference is a power of two."""
         scale = cast(TableScale, self.fmt.scale)
-        nearest = payload_of(scale, value)
+        nearest = scale.encode(value)
         lower = jnp.where(scale.decode(nearest) > value, nearest - 1, nearest)
         upper = jnp.minimum(lower + 1, scale.top)
         down = scale.decode(lower)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifjax.formats import Candidate, Grid, TableScale
+from ifjax.formats import Candidate, Grid
 from ifjax.formats.floats import BinaryFloat, as_float, bits_of
 
 _EXPONENT = np.int32(0x7F800000)
@@ -111,14 +111,6 @@ def place_grid(c: Candidate) -> PlaceGrid | None:
     if c.offset:
         return _Signed(grid)
     return _floats(grid) or (_Magnitudes(grid) if is_short else computed)
-
-
-def payload_of(scale: TableScale, y: jax.Array) -> jax.Array:
-    """Return scale.encode(y) for an arithmetic scale, without `round`, which not all kernel compilers support."""
-    if scale.mantissa_bits == 0 or scale.rounding != "even":
-        return scale.encode(y)
-    floats = _Floats.of(scale.values, scale.values[scale.top], scale.mantissa_bits)
-    return floats.code(floats.rounded(y, None), 0)
 
 
 def _floats(grid: Grid) -> "_Floats | None":

@@ -21,7 +21,7 @@ from ifjax.codec.decode import decode, grid_values, narrowed, scaled, unscaled
 from ifjax.codec.encode import Encoding, codes_of, inverse_for, keep_negative
 from ifjax.codec.headers import LARGE_AMAX, TensorScale, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss
-from ifjax.codec.place_grids import Machine, Steps, payload_of, place_grid, select, with_sign
+from ifjax.codec.place_grids import Machine, Steps, place_grid, select, with_sign
 from ifjax.codec.rounding import noise_of, uniform_noise
 from ifjax.codec.search import better
 from ifjax.formats import Candidate, Format, Grid, TableScale
@@ -452,7 +452,7 @@ class PlaceCodec:
             scale = jnp.where(is_small, scale * np.float32(2.0**-64), scale)
             scale = jnp.where(peak > 0, jnp.maximum(scale, np.float32(2.0**-126)), 0)
         scale = scale if c.scale_multiplier == 1 else scale * np.float32(c.scale_multiplier)
-        payload = payload_of(cast(TableScale, fmt.scale), scale)  # see `_refusal`
+        payload = fmt.scale.encode(scale)
         return jnp.maximum(payload, 1) if fmt.prevent_zero else payload
 
 

@@ -30,8 +30,9 @@ def magnitude_bits(bits: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class BinaryFloat:
-    """Magnitudes of a binary float with m >= 1 mantissa bits.
+    """Magnitudes of a binary float with m >= 1 mantissa bits, ties to the even code.
 
+    Adding a large number rounds. It is a number for each value, so XLA does not take it away again beforehand.
     `lowest` is the least normal value, `largest` the largest value, and `count` the number of codes, rounded up to a
     power of two.
     """
@@ -43,14 +44,27 @@ class BinaryFloat:
 
     @classmethod
     def of(cls, magnitudes: Sequence[float], largest: float, m: int) -> Any:
-        """Return the grid for the ascending magnitudes of all codes."""
+        """Return the float for the ascending magnitudes of all codes; `largest` is the largest that is written.
+
+        None if a number that is added is not a finite float32.
+        """
+        if largest >= 2.0 ** (103 + m):
+            return None
         count = 1 << (len(magnitudes) - 1).bit_length()
         return cls(np.float32(magnitudes[1 << m]), np.float32(largest), count, m)
 
-    def rounded(self, y, noise, machine=None):
-        """Return (sum, value): adding a large number to y rounds it to a step of its binade, half to even.
+    def nearest(self, y):
+        """Round y of either sign to the nearest value."""
+        y = lax.clamp(-self.largest, y, self.largest)
+        binade = as_float(lax.max(bits_of(y) & _EXPONENT, self.lowest.view(np.int32)))
+        large = binade * np.float32(1.5 * 2.0 ** (23 - self.m))
+        return (y + large) - large
 
-        The lowest bits of the sum count steps, and its exponent counts binades.
+    def rounded(self, y, noise, machine=None):
+        """Return (sum, value) of magnitudes y: the sum with the large number has y's code in its lowest bits.
+
+        Noise as for `Grid.round`. The sum is rounded to a step of y's binade. Its lowest bits count steps, and its
+        exponent counts binades.
         """
         top, m = self.largest, self.m
         y = jnp.minimum(y, top) if noise is None and top < np.inf else y
@@ -68,11 +82,13 @@ class BinaryFloat:
         total = y + large
         return total, total - large
 
-    def code(self, place, shift):
+    def code(self, place, shift=0):
+        """Return the int32 code of what `rounded` gave, shifted left."""
         code = self.low_bits(place) & np.int32(self.count - 1)
         return code << shift if shift else code
 
     def low_bits(self, place):
+        """Return an int32 whose lowest three bits are a code below 8; its other bits are arbitrary."""
         total = bits_of(place[0])
         # The code is the number of steps, with 2^m steps for each binade.
         total = total + lax.shift_right_logical(total, np.int32(23 - self.m))

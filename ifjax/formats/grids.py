@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from ifjax.formats.floats import decode_float, float_mantissa_bits
+from ifjax.formats.floats import BinaryFloat, bits_of, decode_float, float_mantissa_bits
 
 Ties = Literal["even", "down", "away", "lower"]
 Zero = Literal["signed", "negative", "unsigned"]
@@ -167,10 +167,12 @@ class Grid:
         """
         if self._form == "any":
             return _select(self._is_above(y, noise), [self.values[c] for c in self.order])
-        if m := self._mantissa_to_round:
+        if floats := self._floats:
+            return floats.nearest(y) if noise is None else jnp.copysign(floats.rounded(lax.abs(y), noise)[1], y)
+        if self._step:
             # Rounding to nearest is symmetric, so y may keep its sign, but noise is added to magnitudes.
-            step, _, n = nearest_multiple(y if noise is None else lax.abs(y), m, self.magnitudes[1], self.max, noise)
-            rounded = lax.clamp(np.float32(-self.max), n * step, np.float32(self.max))
+            n = self._steps(y if noise is None else lax.abs(y), noise)
+            rounded = n if self._step == 1 else n * np.float32(self._step)
             return rounded if noise is None else jnp.copysign(rounded, y)
         return jnp.copysign(_select(self._is_above(lax.abs(y), noise), self.magnitudes), y)
 
@@ -178,22 +180,22 @@ class Grid:
         """Return the int32 codes of y (finite float32), saturating; `noise` as in `round`."""
         if self._form == "any":
             return _select(self._is_above(y, noise), [np.int32(c) for c in self.order])
-        a = lax.abs(y)
         count = len(self.magnitudes)
-        if m := self._mantissa_to_round:
-            _, binade, n = nearest_multiple(a, m, self.magnitudes[1], self.max, noise)
-            # Rounding up beyond a binade carries into the next one in the addition. The float is bounded before its
-            # conversion to an integer, which is undefined for large values.
-            n = lax.min(n, np.float32(2 ** (m + 1))).astype(jnp.int32)
-            index = jnp.minimum(n + (binade << m), count - 1)
+        if self._step and self.is_twos_complement and noise is None:
+            return self._steps(y, None).astype(jnp.int32) & (2 * count - 1)
+        a = lax.abs(y)
+        if self._floats:
+            index = self._floats.code(self._floats.rounded(a, noise))
+        elif self._step:
+            index = self._steps(a, noise).astype(jnp.int32)
         else:
             above = self._is_above(a, noise)
             index = sum((b.astype(jnp.int32) for b in above[1:]), above[0].astype(jnp.int32))
         if self.is_twos_complement:
-            return jnp.where(_sign_bit(y), -index, index) & (2 * count - 1)
-        negative = (y < 0) if self.zero == "negative" else _sign_bit(y)
-        if self.zero == "unsigned":
-            negative &= index > 0
+            return jnp.where(bits_of(y) < 0, -index, index) & (2 * count - 1)
+        if self.zero == "signed":
+            return index | lax.shift_right_logical(bits_of(y), np.int32(32 - self.bits)) & count
+        negative = (y < 0) if self.zero == "negative" else (bits_of(y) < 0) & (index > 0)
         return index | (negative.astype(jnp.int32) << (self.bits - 1))
 
     def decode(self, codes: jax.Array) -> jax.Array:
@@ -246,11 +248,27 @@ class Grid:
         return tuple(edges)
 
     @property
-    def _mantissa_to_round(self) -> int:
+    def _rounded_bits(self) -> int:
         """Number of mantissa bits if rounding to that many bits rounds to this grid; 0 otherwise."""
         # Half-to-even on multiples of the step is half-to-even on codes only if each binade starts at an even code,
         # that is, for m >= 1.
         return (self.mantissa_bits or 0) if self.ties == "even" else 0
+
+    @functools.cached_property
+    def _floats(self) -> BinaryFloat | None:
+        m = self._rounded_bits
+        return BinaryFloat.of(self.magnitudes, self.max, m) if m and len(self.magnitudes) > 2 << m else None
+
+    @functools.cached_property
+    def _step(self) -> float:
+        """The difference of all neighbours if they are equally far apart and ties go to even; 0 otherwise."""
+        return self.magnitudes[1] if self._rounded_bits and len(self.magnitudes) <= 2 << self._rounded_bits else 0
+
+    def _steps(self, y, noise):
+        """Return how many steps, as a float, y is from 0 after rounding."""
+        n, most = y if self._step == 1 else y * np.float32(1 / self._step), np.float32(self.max / self._step)
+        n = lax.round(n if noise is None else n + noise, lax.RoundingMethod.TO_NEAREST_EVEN)
+        return lax.clamp(-most, n, most)
 
     def position(self, y: jax.Array) -> jax.Array:
         """Return how many steps y lies above the smallest value, fractional between two neighbours (see `edges`)."""
@@ -282,29 +300,6 @@ class Grid:
         return farther if self.ties == "away" else not farther
 
 
-def nearest_multiple(y, mantissa_bits: int, unit: float, largest: float, noise=None):
-    """Round y to `mantissa_bits` after the leading one, or to multiples of `unit` where that is coarser.
-
-    Returns (step, binade, n). The result is n * step, where step = unit * 2^binade and n is a float. Binade 0 includes
-    the subnormals, and the last binade includes all values beyond `largest`. Ties go to even; `noise` is added before
-    rounding. Every operation except the rounding is exact. Without noise y may be negative; n then has its sign.
-    """
-    binades = np.int32(0xFF << 23)
-    lowest = np.float32(unit * 2**mantissa_bits).view(np.int32)
-    highest = np.float32(largest).view(np.int32)
-    if lowest & binades == highest & binades:  # an integer grid: all steps are equal
-        step, binade, n = np.float32(unit), np.int32(0), y if unit == 1 else y * np.float32(1 / unit)
-    else:
-        shift = np.int32(mantissa_bits << 23)
-        bits = lax.bitcast_convert_type(y if noise is not None else lax.abs(y), jnp.int32)
-        exponent = lax.clamp(lowest, bits, highest) & binades
-        own = exponent - shift
-        step = lax.bitcast_convert_type(own, jnp.float32)
-        n = y * lax.bitcast_convert_type(np.int32(254 << 23) - own, jnp.float32)
-        binade = (exponent - (lowest & binades)) >> 23
-    return step, binade, lax.round(n if noise is None else n + noise, lax.RoundingMethod.TO_NEAREST_EVEN)
-
-
 def _select(above, values):
     """Return values[i + 1] for the last i where `above[i]` is true, or values[0] if there is none."""
     kind = jnp.int32 if isinstance(values[0], np.integer) else jnp.float32
@@ -312,10 +307,6 @@ def _select(above, values):
     for is_above, value in zip(above, values[1:], strict=True):
         picked = jnp.where(is_above, kind(value), picked)
     return picked
-
-
-def _sign_bit(y):
-    return lax.bitcast_convert_type(y, jnp.int32) < 0
 
 
 def _ml_dtypes_magnitudes(dtype, count: int) -> tuple[float, ...]:

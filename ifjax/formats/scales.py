@@ -17,8 +17,7 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from ifjax.formats.floats import decode_float, float_mantissa_bits
-from ifjax.formats.grids import nearest_multiple
+from ifjax.formats.floats import BinaryFloat, decode_float, float_mantissa_bits
 from ifjax.lookup import Registry
 from ifjax.numerics.xla import divide
 
@@ -161,7 +160,7 @@ class TableScale(Scale):
     @property
     def is_arithmetic(self) -> bool:
         """Whether `encode` and `decode` use arithmetic on the bits of a binary float instead of a table lookup."""
-        return self._mantissa_bits is not None and (self.rounding == "even" or self._is_exponent)
+        return self._is_exponent if self.rounding == "up" else self._floats is not None
 
     @property
     def mantissa_bits(self) -> int:
@@ -172,6 +171,11 @@ class TableScale(Scale):
     def _mantissa_bits(self) -> int | None:
         return float_mantissa_bits(self.values)
 
+    @functools.cached_property
+    def _floats(self) -> BinaryFloat | None:
+        m = self._mantissa_bits  # with none, powers of two, ties would go to the larger one
+        return BinaryFloat.of(self.values, self.values[self.top], m) if m else None
+
     @property
     def _is_exponent(self) -> bool:
         """Whether payloads are exponents of float32."""
@@ -179,17 +183,14 @@ class TableScale(Scale):
 
     def encode(self, scale, *parts):
         del parts
-        m = self._mantissa_bits
         if self.rounding == "up":
             if self._is_exponent:  # a nonzero mantissa rounds up to the next exponent
                 bits = lax.bitcast_convert_type(scale, jnp.int32)
                 return jnp.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(jnp.int32), self.top)
             table = jnp.asarray(self.values[: self.top], jnp.float32)
             return jnp.searchsorted(table, scale, side="left").astype(jnp.int32)
-        if m is not None:
-            _, binade, n = nearest_multiple(scale, m, self.values[1], self.values[self.top])
-            carried = jnp.minimum(n, np.float32(2 ** (m + 1))).astype(jnp.int32)
-            return jnp.minimum(carried + (binade << m), self.top)
+        if floats := self._floats:
+            return floats.code(floats.rounded(scale, None))
         return self._nearest(scale)
 
     def decode(self, payload, place=0):

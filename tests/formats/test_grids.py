@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from ifjax.formats import E2M0, E2M1, E2M3, E3M2, INT3, INT4, INT6, Grid, TableScale, grids, scales
+from ifjax.formats import E2M0, E2M1, E2M3, E3M2, INT3, INT4, INT6, Grid, TableScale, scales
+from ifjax.formats.floats import BinaryFloat
 
 NAMED = (E2M0, E2M1, E2M3, E3M2, INT3, INT4, INT6)
 # Half of NF4 and its mirror; its midpoints are no float32 numbers.
@@ -421,15 +422,27 @@ def test_a_scale_keeps_its_own_bytes(scale):
     assert scale.dtype is None or np.isnan(np.uint8(scale.nan).view(scale.dtype).astype(np.float32))
 
 
-def test_bounds_saturate_in_the_rounding_of_multiples():
-    """The exponent of a is clipped to the grid's binades: huge numbers must not wrap around."""
-    step, binade, n = grids.nearest_multiple(np.float32([0, 1e-37, 448, 3e38, np.inf]), 3, 2.0**-9, 448.0)
-    assert_array_equal(step, np.float32([2**-9, 2**-9, 32, 32, 32]))
-    assert_array_equal(binade, [0, 0, 14, 14, 14])
-    assert_array_equal(n[:3], np.float32([0, 0, 14]))
+@pytest.mark.parametrize("minifloat", [(3, 2, 2), (4, 3, 7), (5, 1, 40), (7, 1, 20)], ids=str)
+def test_a_binary_float_rounds_numbers_of_any_size(minifloat):
+    m, values = minifloat[1], np.float32(TableScale.minifloat("mine", *minifloat).values)
+    values = values[values < 2.0 ** (103 + m)]
+    assert BinaryFloat.of(values.tolist(), 3e38, m) is None  # the numbers that are added would be infinite
+    floats = BinaryFloat.of(values.tolist(), values[-1], m)
+    y = np.abs(dense(values, 64 * len(values)))
+    y = np.append(y, np.float32(np.inf))
+    distance = np.abs(np.minimum(y, values[-1]).astype(np.float64)[:, None] - values)
+    near = distance == distance.min(-1, keepdims=True)
+    near &= (near.sum(-1, keepdims=True) == 1) | (np.arange(len(values)) % 2 == 0)
+    codes = near.argmax(-1)
+    for run in (lambda f: f, jax.jit):
+        assert_array_equal(run(lambda y: floats.code(floats.rounded(y, None)))(y), codes)
+        assert_array_equal(run(floats.nearest)(y), values[codes])
+        assert_array_equal(run(floats.nearest)(-y), -values[codes])
+        assert np.isnan(run(floats.nearest)(np.float32(np.nan)))
 
 
 UE5M3 = TableScale.minifloat("ue5m3", 5, 3, 15)
+POWERS = TableScale("powers", (0.0, *(2.0**i for i in range(-4, 7))))
 
 
 def test_a_minifloat_without_a_sign_has_the_values_of_its_fields():
@@ -446,7 +459,7 @@ def test_a_minifloat_without_a_sign_has_the_values_of_its_fields():
 
 @pytest.mark.by_default("e4m3-1", "ue5m3-3")
 @pytest.mark.parametrize("factor", [1, 3])  # times 3 it is no float of any kind: looked up
-@pytest.mark.parametrize("scale", [scales.E4M3, UE5M3], ids=lambda s: s.name)
+@pytest.mark.parametrize("scale", [scales.E4M3, UE5M3, POWERS], ids=lambda s: s.name)
 def test_a_table_rounds_to_the_nearest_value_half_to_the_even_payload(scale, factor):
     values = np.float64(scale.values) * factor
     table = TableScale("mine", tuple(values))
