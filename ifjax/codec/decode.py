@@ -34,12 +34,20 @@ def decode(
     """
     selector, payload = fmt.split(headers)
     values = unscaled(codes, selector, fmt)
-    step = pick(selector, [jnp.float32(d.step) for d in fmt.decodings])
+    steps = [d.step for d in fmt.decodings]
+    step = 1.0 if set(steps) == {1} else pick(selector, [jnp.float32(s) for s in steps])
     tensor = None if amax is None else safe(amax, codes.ndim)
     divisor = None if tensor is None else fmt.tensor_constant(headroom) * tensor.power
-    values = scaled(values, fmt.scale.decode(payload, place), step, tensor, divisor)
+    values = scaled(values, scale_of(payload, fmt, place), step, tensor, divisor)
     # With a tensor scale values are no larger than amax, but E5M3's products overflow on the way, as published.
-    return values if tensor is not None else lax.clamp(np.float32(-FLOAT32_END), values, np.float32(FLOAT32_END))
+    if tensor is not None or fmt.largest <= FLOAT32_END:
+        return values
+    return lax.clamp(np.float32(-FLOAT32_END), values, np.float32(FLOAT32_END))
+
+
+def scale_of(payload: jax.Array, fmt: Format, place: Any = 0) -> jax.Array:
+    """Return the float32 scales of payloads from `fmt.split`."""
+    return (fmt.scale.decode_written if fmt.has_selector else fmt.scale.decode)(payload, place)
 
 
 def narrowed(values: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -61,7 +69,7 @@ def block_scale(headers: jax.Array, fmt: Format) -> jax.Array:
     For scales with one factor per block.
     """
     selector, payload = fmt.split(headers)
-    return fmt.scale.decode(payload) * pick(selector, [jnp.float32(d.step) for d in fmt.decodings])
+    return scale_of(payload, fmt) * pick(selector, [jnp.float32(d.step) for d in fmt.decodings])
 
 
 def grid_values(codes: jax.Array, decoding: Decoding) -> jax.Array:

@@ -119,7 +119,7 @@ def reference(x: jax.Array, fmt: Format, amax: jax.Array | None = None) -> tuple
         runs = [list(jnp.max(jnp.abs(x.reshape(-1, run)), axis=1)) for run in fmt.scale.runs]
         payload = wanted_payload(candidate, bits_of(peak), runs, tensor, fmt, 1.0)
         place = jnp.arange(fmt.block)
-        scale, inverse = fmt.scale.decode(payload, place), _inverse(payload, place, tensor, fmt)
+        scale, inverse = fmt.scale.decode_written(payload, place), _inverse(payload, place, tensor, fmt)
         (codes,) = codes_of(x, None, inverse, power, [candidate], fmt)
         values = candidate.grid.decode(codes) + np.float32(candidate.offset)
         decoded = scaled(values, scale, candidate.step, tensor, fmt.tensor_constant())
@@ -266,7 +266,7 @@ def _encode_in_one_pass(blocks, peaks, runs, tensor, extras, how, axis):
         """Return (payload, loss, header, words of codes) of candidate i."""
         # The NaN payload gives zero codes and NaN losses, so that no other candidate is chosen.
         payload = jnp.where(peaks < 0, fmt.scale.nan, wanted_payload(candidate, peaks, runs, tensor, fmt, how.headroom))
-        scale, inverse = fmt.scale.decode(payload), _inverse(payload, 0, tensor, fmt)
+        scale, inverse = fmt.scale.decode_written(payload), _inverse(payload, 0, tensor, fmt)
         divisor = fmt.tensor_constant(how.headroom)
         inverse, scale, wide = insert_axis((inverse, scale, tensor), axis)
         power = 1 if wide is None else wide.power
@@ -380,7 +380,7 @@ def _inverse(payload, place, tensor, fmt):
     """Return the factor from x * power to units of the first grid; 0 for blocks whose scale is zero or NaN."""
     if tensor is None:
         return fmt.scale.inverse(payload, place)
-    return _reciprocal(tensor.unit * fmt.scale.decode(payload, place))
+    return _reciprocal(tensor.unit * fmt.scale.decode_written(payload, place))
 
 
 def inverse_for(payload, rounding, multiplier, place, tensor, how):
@@ -390,7 +390,7 @@ def inverse_for(payload, rounding, multiplier, place, tensor, how):
     if multiplier is None or how.search is None or not how.search.is_decoupled:
         return inverse
     factors = jnp.asarray((1.0, *how.search.multipliers), jnp.float32)[multiplier]
-    scale = fmt.scale.decode(rounding, place) * factors
+    scale = fmt.scale.decode_written(rounding, place) * factors
     decoupled = _reciprocal(scale if tensor is None else tensor.unit * scale)
     return decoupled if inverse is None else jnp.where(multiplier > 0, decoupled, inverse)
 
@@ -674,5 +674,5 @@ def _scales(trial, multiplier, tensor, place, how):
     if trial.payload is None:
         scale = jnp.ones(trial.rounding.shape, jnp.float32)
     else:
-        scale = fmt.scale.decode(trial.payload, place)
+        scale = fmt.scale.decode_written(trial.payload, place)
     return inverse_for(trial.payload, trial.rounding, multiplier, place, tensor, how), scale

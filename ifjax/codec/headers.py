@@ -61,8 +61,8 @@ def power_near(amax: jax.Array) -> jax.Array:
 
     2^127 and above are scaled to [2, 4), because the reciprocal of 2^127 is not a normal number.
     """
-    exponent = lax.clamp(np.int32(-126), (bits_of(amax) >> 23) - 127, np.int32(126))
-    return jnp.where(amax > 0, as_float((127 - exponent) << 23), 1)
+    exponent = lax.clamp(np.int32(1), bits_of(amax) >> 23, np.int32(253))
+    return jnp.where(amax > 0, as_float((254 - exponent) << 23), 1)
 
 
 def normalized(amax: jax.Array, constant: np.float32, ndim: int, power: jax.Array | None = None) -> TensorScale:

@@ -219,6 +219,12 @@ class Format:
         """Return K, to which the tensor's maximum maps: Q * `tensor_peak`, rounded once; 1 without a tensor scale."""
         return np.float32(1 if self.tensor_peak is None else self._peak * self.tensor_peak * headroom)
 
+    @functools.cached_property
+    def largest(self) -> float:
+        """A bound of decoded magnitudes and of the products on the way, before the tensor scale."""
+        ends = (max(abs(v + d.offset) for v in d.grid.values) * max(d.step, 1) for d in self.decodings)
+        return self.scale.largest * max(ends)
+
     @property
     def _peak(self) -> float:
         return self.grid.max if self.peak is None else self.peak

@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -46,6 +47,11 @@ class Scale(abc.ABC):
     top: int = 0xFE
     dtype: np.dtype | None = None
 
+    @property
+    def largest(self) -> float:
+        """A bound of the factors that payloads decode to."""
+        return math.inf
+
     @abc.abstractmethod
     def encode(self, scale: jax.Array, *parts: Sequence[jax.Array]) -> jax.Array:
         """Return int32 payloads for wanted scales, float32 >= 0 (infinity allowed). Saturates; never returns NaN.
@@ -60,12 +66,16 @@ class Scale(abc.ABC):
         `place` is an integer, or int32 that broadcasts against `payload`.
         """
 
+    def decode_written(self, payload: jax.Array, place: Any = 0) -> jax.Array:
+        """Do what `decode` does, for payloads that `encode` returns and for `nan` only."""
+        return self.decode(payload, place)
+
     def inverse(self, payload: jax.Array, place: Any = 0) -> jax.Array:
         """Return the factor that converts numbers to units of the grid; 0 where the scale is 0 or NaN.
 
         It is a rounded reciprocal, because the published encoders multiply by one and never divide by the scale.
         """
-        scale = self.decode(payload, place)
+        scale = self.decode_written(payload, place)
         return jnp.where(scale > 0, divide(1.0, scale), 0)
 
     def refined(self, payload: jax.Array, losses: Callable[[jax.Array], list[jax.Array]]) -> jax.Array:
@@ -158,6 +168,10 @@ class TableScale(Scale):
         return len(self.values) - 1 if self.last is None else self.last
 
     @property
+    def largest(self) -> float:
+        return self.values[-1]
+
+    @property
     def is_arithmetic(self) -> bool:
         """Whether `encode` and `decode` use arithmetic on the bits of a binary float instead of a table lookup."""
         return self._is_exponent if self.rounding == "up" else self._floats is not None
@@ -200,6 +214,10 @@ class TableScale(Scale):
             value = self._value(payload & 0x7F)
             return jnp.where(payload & 0x80, -value, value)
         return self._value(payload)
+
+    def decode_written(self, payload, place=0):
+        del place
+        return self._value(payload.astype(jnp.int32))
 
     def _value(self, payload):
         m = self._mantissa_bits

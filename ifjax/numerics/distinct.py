@@ -1,7 +1,9 @@
-"""Equal operations of a program for CPUs, done once."""
+"""Equal operations of a program for CPUs, done once, and only those whose results are needed."""
 
 import collections.abc
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,41 +18,61 @@ from ifjax.numerics.xla import by_platform_p
 def distinct(f):
     """Return f, for CPUs only, as a function that does equal operations once, broadcasts of constants among them.
 
-    XLA finds equal operations too, but only after it has inlined every call and has gone through its first passes,
-    whose time grows with the number of operations. JAX writes a constant and its broadcast wherever one is used: half
-    of the codec's operations.
+    XLA finds equal and needless operations too, but only after it has inlined every call and has gone through its first
+    passes, whose time grows with the number of operations. JAX writes a constant and its broadcast wherever one is used:
+    half of the codec's operations.
     """
 
     def of(*args):
         flat, tree = jax.tree.flatten(args)
         jaxpr, shapes = jax.make_jaxpr(lambda *flat: f(*jax.tree.unflatten(tree, flat)), return_shape=True)(*flat)
-        return jax.tree.unflatten(jax.tree.structure(shapes), _distinct(jaxpr, flat, {}))
+        outs = _distinct(jaxpr, flat, {}, [True] * len(jaxpr.out_avals))
+        return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
     return of
 
 
-def _distinct(closed: ClosedJaxpr, args, known: dict) -> list:
-    """Evaluate a jaxpr. `known` maps an operation and its operands to the results and the operands (kept alive)."""
+def _distinct(closed: ClosedJaxpr, args, known: dict, wanted: Sequence[bool]) -> list:
+    """Evaluate a jaxpr; a result that is not wanted may be None.
+
+    `known` maps an operation and its operands to the results and the operands (kept alive).
+    """
     jaxpr = closed.jaxpr
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
     called = {v for eqn in jaxpr.eqns if eqn.primitive.name == "xla_metadata_value" for v in eqn.invars}  # `_called`
-    for eqn in jaxpr.eqns:
+    eqns, needed = _needed(jaxpr, wanted)
+    for eqn in eqns:
         name, params = eqn.primitive.name, eqn.params
         operands = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
+        wanted_here = [v in needed for v in eqn.outvars]
         if eqn.primitive is by_platform_p:
-            outs = _distinct(params["first"], operands, known)
+            outs = _distinct(params["first"], operands, known, wanted_here)
         elif name == "jit" and not called.isdisjoint(eqn.outvars):
             outs = jax.jit(functools.partial(_distinct_call, params["jaxpr"]))(*operands)
         elif name == "jit":
-            outs = _distinct(params["jaxpr"], operands, known)
+            outs = _distinct(params["jaxpr"], operands, known, wanted_here)
         else:
             outs = _once(eqn, operands, known)
         values.update(zip(eqn.outvars, outs, strict=True))
-    return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+    return [v.val if isinstance(v, Literal) else values.get(v) for v in jaxpr.outvars]
+
+
+def _needed(jaxpr, wanted):
+    """Return the equations on which wanted results depend, and all variables that these read."""
+    read, eqns = _variables(itertools.compress(jaxpr.outvars, wanted)), []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not read.isdisjoint(eqn.outvars):
+            eqns.append(eqn)
+            read |= _variables(eqn.invars)
+    return eqns[::-1], read
+
+
+def _variables(atoms):
+    return {v for v in atoms if not isinstance(v, Literal)}
 
 
 def _distinct_call(closed, *args):
-    return _distinct(closed, args, {})
+    return _distinct(closed, args, {}, [True] * len(closed.out_avals))
 
 
 # Operations whose scalar operands are broadcast.

@@ -49,8 +49,12 @@ def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
 def _byte(codes, bits, j):
     """Return byte j of a group, made of the codes that overlap bits [8j, 8j + 8)."""
     starts = {i: i * bits - 8 * j for i in range(len(codes))}
-    parts = [codes[i] << at if at >= 0 else codes[i] >> -at for i, at in starts.items() if -bits < at < 8]
+    parts = [_shifted(codes[i], at) for i, at in starts.items() if -bits < at < 8]
     return functools.reduce(operator.or_, parts) & 0xFF
+
+
+def _shifted(a, left):
+    return a << left if left > 0 else a >> -left if left else a
 
 
 def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
@@ -68,7 +72,8 @@ def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
         starts = [divmod(i * bits, 8) for i in range(group)]
         codes = jnp.stack([(members[j] | members[j + 1] << 8) >> shift for j, shift in starts], axis)
         return codes & (2**bits - 1)
-    word = sum(lax.index_in_dim(packed, j, axis, keepdims=True).astype(jnp.int32) << (8 * j) for j in range(width))
+    parts = [lax.index_in_dim(packed, j, axis, keepdims=True).astype(jnp.int32) for j in range(width)]
+    word = functools.reduce(operator.or_, [_shifted(part, 8 * j) for j, part in enumerate(parts)])
     # Shift by a small constant array: interleaving `group` arrays instead would cost another pass over memory.
     shifts = (jnp.arange(group, dtype=jnp.int32) * bits).reshape(*(1 for _ in before), 1, group, *(1 for _ in after))
     return (word >> shifts) & (2**bits - 1)

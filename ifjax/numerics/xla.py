@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.custom_batching import custom_vmap
@@ -22,23 +23,31 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 
-@jax.jit(static_argnames="varies")  # so that the hundreds of divisions in a codec are traced only once for each shape
 def divide(a: ArrayLike, b: ArrayLike, *, varies: bool = False) -> jax.Array:
     """Return float32 a / b, correctly rounded on every platform, jitted or not, batched or not.
 
     Subnormal quotients are exempt, because XLA:CPU and TPUs flush them to zero. `varies` states that b is an array of
     a's shape from `depending_on`, so that no further protection from XLA's rewrites is needed.
     """
+    return _divide(a, b, varies=varies, by_array=not _is_number(b) and _is_number(a))
+
+
+@jax.jit(static_argnames=("varies", "by_array"))  # the hundreds of divisions in a codec are traced once for each shape
+def _divide(a, b, *, varies, by_array):
     a, b = jnp.broadcast_arrays(jnp.float32(a), jnp.float32(b))
     if varies:
         return by_platform(a, b, cpu=lax.div, default=lambda a, b: correct_quotient(a, b, a / b))
-    return by_platform(a, b, cpu=_quotient, default=_corrected_quotient)
+    return by_platform(a, b, cpu=functools.partial(_quotient, by_array=by_array), default=_corrected_quotient)
 
 
-def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-    # The barrier hides from XLA:CPU that a, and so the divisor, may be a broadcast. XLA:CPU drops it before fusion.
+def _quotient(a: jax.Array, b: jax.Array, by_array: bool) -> jax.Array:
+    # The divisor becomes NaN where a is (where b is, if a is one number), which changes no quotient. The barrier hides
+    # from XLA:CPU that the array may be a broadcast, and so the divisor. XLA:CPU drops it before fusion.
+    if by_array:
+        b = lax.optimization_barrier(b)
+        return a / jnp.where(b == b, b, jnp.float32(jnp.nan))
     a = lax.optimization_barrier(a)
-    return a / depending_on(a, b)
+    return a / jnp.where(a == a, b, jnp.float32(jnp.nan))
 
 
 def _corrected_quotient(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -52,7 +61,12 @@ def depending_on(a: jax.Array, b: ArrayLike) -> jax.Array:
     XLA rewrites divisions by a scalar, by a broadcast and by another division. The result is none of these, because it
     depends on every element of a. It costs nothing after fusion.
     """
-    return jnp.where((a == a) & (b == b), b, jnp.float32(jnp.nan))
+    known = a == a if _is_number(b) else (a == a) & (b == b)
+    return jnp.where(known, b, jnp.float32(jnp.nan))
+
+
+def _is_number(a: ArrayLike) -> bool:
+    return isinstance(a, int | float | np.number)
 
 
 def correct_quotient(a: jax.Array, b: jax.Array, q: jax.Array) -> jax.Array:
@@ -113,7 +127,7 @@ def after(x: jax.Array, a: jax.Array) -> jax.Array:
 
 @custom_vmap
 def _zero_of(bits):
-    return lax.platform_dependent(bits, cpu=lambda b: (b & 1) >> 1, default=lambda b: b & 0)
+    return by_platform(bits, cpu=lambda b: (b & 1) >> 1, default=lambda b: b & 0)
 
 
 @_zero_of.def_vmap
