@@ -45,28 +45,29 @@ def rounded(x: jax.Array, q: Any) -> jax.Array:
     return straight_through(x, q.dequantize(), None) if isinstance(q, QTensor) else q
 
 
-def multiplied(
-    x: jax.Array, w: Any, activation: Callable[[jax.Array], Any], product: Callable[[Any, Any], jax.Array]
-) -> jax.Array:
-    """Return product(activation(x), w) with a straight-through gradient for x; product must be linear in x."""
+def multiplied(x: jax.Array, q: Any, w: Any, product: Callable[[Any, Any], jax.Array]) -> jax.Array:
+    """Return product(q, w), where q is x or stands for it; product must be linear in x.
+
+    If q is a QTensor of x, x has the gradient, straight through.
+    """
+    if not isinstance(q, QTensor):
+        return product(q, w)
     x = jnp.asarray(x)
-    kind = jax.eval_shape(activation, x)
-    if not isinstance(kind, QTensor):
-        return product(activation(x), w)
+    shapes = jax.tree.map(jax.typeof, q)
 
     @jax.custom_vjp
-    def multiply(x, w):
-        return product(activation(x), w)
+    def multiply(x, q, w):
+        return product(q, w)
 
-    def forward(x, w):
-        return multiply(x, w), w
+    def forward(x, q, w):
+        return multiply(x, q, w), w
 
     def backward(w, g):
         _, pull = jax.vjp(lambda x: product(x, w), jnp.zeros(x.shape, x.dtype))
-        return *pull(g), no_gradient(w)
+        return *pull(g), no_gradient(shapes), no_gradient(w)
 
     multiply.defvjp(forward, backward)
-    return multiply(x, w)
+    return multiply(x, q, w)
 
 
 def without_gradient(kernel: jax.Array, path: str) -> jax.Array:

@@ -132,6 +132,13 @@ class Weight:
         return dataclasses.replace(self, value=value, axes=tuple(axes))
 
 
+class _Encoded(NamedTuple):
+    """An activation and the QTensor that is multiplied in its place."""
+
+    x: Any
+    q: QTensor
+
+
 class Rewriter:
     """Evaluates programs on weights. Each quantized program has one, which caches the jitted programs and products.
 
@@ -144,9 +151,17 @@ class Rewriter:
         self.amax, self.note = amax, note
         self._inner: dict[Any, Any] = {}
         self._products: dict[Any, Any] = {}
+        self._encoded: dict[Any, tuple[Any, QTensor]] = {}  # activations of the program that is being evaluated
 
     def run(self, program: Any, values: Sequence[Any], key: jax.Array | None = None) -> list[Any]:
         """Evaluate a program (a ClosedJaxpr); values and results are arrays or Weights."""
+        outer, self._encoded = self._encoded, {}
+        try:
+            return self._run(program, values, key)
+        finally:
+            self._encoded = outer
+
+    def _run(self, program, values, key):
         jaxpr, env = program.jaxpr, {}
         env.update(zip(jaxpr.constvars, program.consts, strict=True))
         env.update(zip(jaxpr.invars, values, strict=True))
@@ -200,7 +215,30 @@ class Rewriter:
                 return handler(self, eqn, ins, key)
 
             self._products[same] = jax.jit(quantized_product)
-        return self._products[same](ins, key)
+        return self._products[same](self._with_encoded(eqn, ins), key)
+
+    def _with_encoded(self, eqn, ins):
+        """Return the operands, with the activation of a product that multiplies it packed as an `_Encoded`.
+
+        Products of one activation, as those of queries, keys and values, share its codes.
+        """
+        if eqn.primitive.name != "dot_general" or self.note is not None:
+            return ins
+        side = 1 if isinstance(ins[1], Weight) else 0
+        w, x = ins[side], ins[1 - side]
+        how = w.how
+        if isinstance(x, Weight) or not w.is_packed or w.has_more or None in w.axes or how.recipe is not None:
+            return ins
+        if how.activations is None:
+            return ins
+        amax = static_amax(self.amax, how.name) if how.act_amax == "static" else None
+        axes, layers = _contraction(eqn, w, side, jnp.ndim(x))
+        same = id(x), axes, how.activations, how.act_amax, amax, layers
+        if same not in self._encoded:
+            q = quantized_activation(x, axes, how.activations, how.act_amax, amax, layers)
+            self._encoded[same] = x, q  # with x, so that no other array gets its id
+        encoded = _Encoded(*self._encoded[same])
+        return [encoded, w] if side else [w, encoded]
 
     def _activation(self, how: How, x: Any, axes: tuple[int, ...], layers: Sequence[int] = ()) -> Any:
         """Return the operand to multiply in place of x: x, a QTensor of it, or the result of `note`.
@@ -217,6 +255,7 @@ class Rewriter:
     def _dot_general(self, eqn, ins, key):
         params, side = eqn.params, 1 if isinstance(ins[1], Weight) else 0
         w, x = ins[side], _array(ins[1 - side])
+        x, encoded = x if isinstance(x, _Encoded) else (x, None)
         out = eqn.outvars[0].aval
         dims = params["dimension_numbers"]
         (x_contracted, w_contracted), (x_batch, w_batch) = (pair if side else pair[::-1] for pair in dims)
@@ -247,11 +286,7 @@ class Rewriter:
             # Checkpointed, so that the backward pass decodes packed weights again instead of keeping them decoded.
             y = (jax.checkpoint(trained) if w.is_packed else trained)(x, w, key)
             return [y if side else _swapped(y, len(x_batch), x.ndim - len(x_contracted) - len(x_batch), sharding)]
-        # Contracted axes of x in the weight's order, so that the blocks of both lie along the same one.
-        own = [(w.axes[a] if w.is_packed else a, b) for a, b in zip(w_contracted, x_contracted, strict=True)]
-        axes = tuple(b - x.ndim for _, b in sorted((a, b) for a, b in own if a is not None))
-        pairs = [(w.axes[a], b) for a, b in zip(w_batch, x_batch, strict=True)] if w.is_packed else []
-        layers = [b for a, b in pairs if a is not None and has_own_amax(w.value, a)]
+        axes, layers = _contraction(eqn, w, side, x.ndim)
 
         def product(x, weight):
             pair = (x, weight) if side else (weight, x)
@@ -259,11 +294,11 @@ class Rewriter:
                 return lax.dot_general(*pair, dims, **rest)
             return _packed_product(pair, side, w.axes, dims, rest)
 
-        activation = functools.partial(self._activation, w.how, axes=axes, layers=layers)
+        q = self._activation(w.how, x, axes, layers) if encoded is None else encoded
         if not w.is_packed or None in w.axes:
             weight = w.array() if not w.is_packed else w.value.astype(w.dtype)
-            return [product(rounded(x, activation(x)), weight)]
-        return [multiplied(x, w.value.astype(w.dtype), activation, product)]
+            return [product(rounded(x, q), weight)]
+        return [multiplied(x, q, w.value.astype(w.dtype), product)]
 
     def _conv(self, eqn, ins, key):
         x, w = ins
@@ -475,6 +510,20 @@ _HANDLERS = dict.fromkeys(_PRODUCTS, Rewriter._product) | {
     "while": Rewriter._while, "cond": Rewriter._cond, "shard_map": Rewriter._shard_map,
     "dynamic_update_slice": Rewriter._dynamic_update_slice, "scatter": Rewriter._scatter,
 }  # fmt: skip
+
+
+def _contraction(eqn, w: Weight, side: int, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return an activation's contracted axes, and the batch axes along which the weight has amaxes of its own.
+
+    The first are negative and in the weight's order, so that the blocks of both operands lie along the same one.
+    """
+    (x_contracted, w_contracted), (x_batch, w_batch) = (
+        pair if side else pair[::-1] for pair in eqn.params["dimension_numbers"]
+    )
+    own = [(w.axes[a] if w.is_packed else a, b) for a, b in zip(w_contracted, x_contracted, strict=True)]
+    axes = tuple(b - ndim for _, b in sorted((a, b) for a, b in own if a is not None))
+    pairs = [(w.axes[a], b) for a, b in zip(w_batch, x_batch, strict=True)] if w.is_packed else []
+    return axes, tuple(b for a, b in pairs if a is not None and has_own_amax(w.value, a))
 
 
 def _array(value: Any) -> Any:

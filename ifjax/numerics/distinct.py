@@ -19,8 +19,8 @@ def distinct(f):
     """Return f, for CPUs only, as a function that does equal operations once, broadcasts of constants among them.
 
     XLA finds equal and needless operations too, but only after it has inlined every call and has gone through its first
-    passes, whose time grows with the number of operations. JAX writes a constant and its broadcast wherever one is used:
-    half of the codec's operations.
+    passes, whose time grows with the number of operations. JAX writes a constant and its broadcast wherever one is
+    used: half of the codec's operations.
     """
 
     def of(*args):

@@ -226,7 +226,7 @@ def _rounded(operands, x, axes, operand="input"):
 
 
 def _multiplied(operands, x, w, axes, product):
-    return multiplied(x, w, lambda x: operands.activation(x, axes, "input"), product)
+    return multiplied(x, operands.activation(x, axes, "input"), w, product)
 
 
 @contextlib.contextmanager
