@@ -207,15 +207,17 @@ class Grid:
         if self._form == "any":
             codes = codes & (len(self.values) - 1)
             return _select([codes >= i for i in range(1, len(self.values))], self.values)
+        if self.is_twos_complement:
+            above = np.int32(32 - self.bits)
+            return (codes << above >> above).astype(jnp.float32)
         count, m = len(self.magnitudes), self.mantissa_bits
         negative = (codes & count) != 0
         index = codes & (count - 1)
-        if self.is_twos_complement:
-            index = jnp.where(negative, count - index, index)
         if m is None:
             magnitude = _select([index >= i for i in range(1, count)], self.magnitudes)
         elif count <= 2 << m:  # all steps are equal: an integer grid
-            magnitude = index.astype(jnp.float32) * np.float32(self.magnitudes[1])
+            magnitude = index.astype(jnp.float32)
+            magnitude = magnitude if self.magnitudes[1] == 1 else magnitude * np.float32(self.magnitudes[1])
         else:
             magnitude = decode_float(index, m, self.magnitudes[1])
         return jnp.where(negative, -magnitude, magnitude)
