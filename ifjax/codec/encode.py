@@ -159,12 +159,12 @@ def encode(
     arguments = blocks, amax, None if noise is None else tuple(noise), weights
     if how.search is not None:
         return encoded(*arguments)
-    return by_platform(*arguments, cpu=distinct(functools.partial(encoded, whole=True)), default=encoded)
+    return by_platform(*arguments, cpu=distinct(functools.partial(encoded, in_parts=True)), default=encoded)
 
 
-def _encode(blocks, amax, noise, weights, *, how, axis, amax_axes, whole=False):
+def _encode(blocks, amax, noise, weights, *, how, axis, amax_axes, in_parts=False):
     fmt = how.fmt
-    peaks, runs = block_peaks(blocks, axis, how, whole=whole)
+    peaks, runs = block_peaks(blocks, axis, how, in_parts=in_parts)
     tensor = None
     if not fmt.has_tensor_scale:
         amax = None
@@ -177,13 +177,13 @@ def _encode(blocks, amax, noise, weights, *, how, axis, amax_axes, whole=False):
         amax, own = joint(blocks, peaks, runs, amax, weights, how, axis)
         tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim)
     in_stages = _encode_in_stages if own is None else functools.partial(_encode_in_stages, own=own)
-    encoded = functools.partial(in_stages, how=how, axis=axis, whole=whole)
+    encoded = functools.partial(in_stages, how=how, axis=axis, in_parts=in_parts)
     # The one-pass form pays off only if there are several candidates: with one, nothing is chosen, and platforms
     # without stage boundaries already run the stages in one pass.
     plain = isinstance(how.loss, BlockLoss) and not (how.block_2d or how.search or fmt.scale.runs or fmt.ties == "last")
     extras = Extras(noise, _unit_weights(weights, blocks.ndim, axis, (1,)))
     plain = plain and fmt.scale.nbytes == 1 and weights is None
-    if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and plain and not whole:
+    if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and plain and not in_parts:
         in_one_pass = functools.partial(_encode_in_one_pass, how=how, axis=axis)
         encoded = functools.partial(by_platform, cpu=encoded, default=in_one_pass)
     codes, headers = encoded(blocks, peaks, runs, tensor, extras)
@@ -211,11 +211,10 @@ def amax_of(magnitudes: jax.Array, amax_axes: tuple[int, ...]) -> jax.Array:
 # --- two implementations of the encoder ------------------------------------------------------------------------------
 
 
-def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None, whole=False):
+def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None, in_parts=False):
     """Choose a trial for each block, then encode; return uint8 codes [..., m, B, ...], int32 headers [..., m, ...].
 
-    `own` holds each candidate's payloads; None means those given by the blocks' maxima. `whole`: whether losses are
-    computed in parts (see `_BlockTrials`).
+    `own` holds each candidate's payloads; None means those given by the blocks' maxima. `in_parts`: see `_BlockTrials`.
     """
     fmt = how.fmt
 
@@ -225,11 +224,11 @@ def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None, 
 
     def chosen(copies, peaks, runs, tensor, extras, own):
         own = wanted_payloads(peaks, runs, tensor, how) if own is None else own
-        word = choose(copies, peaks, own, tensor, extras, how, axis)
+        word = choose(copies, peaks, own, tensor, extras, how, axis, in_parts=in_parts)
         # A scale with several factors has a different inverse at each place; it is then computed during encoding.
         return word, None if fmt.scale.runs else inverse_of(word, tensor)
 
-    copies = [blocks] * (_parts_of(largest_divisor(fmt.block, 32)) if whole else 1)
+    copies = [blocks] * (_parts_of(blocks, axis) if in_parts else 1)
     word, inverse = materialize(chosen, copies, peaks, runs, tensor, extras, own)
 
     def codes_of_blocks(blocks, word, inverse, tensor, noise):
@@ -311,14 +310,14 @@ def joint(blocks, peaks, runs, amax, weights, how, axis):
 # --- the steps of the encoder ----------------------------------------------------------------------------------------
 
 
-def block_peaks(blocks, axis, how, *, whole=False):
+def block_peaks(blocks, axis, how, *, in_parts=False):
     """Return int32 bits of each block's largest finite magnitude, and for each length of runs those of the runs.
 
     The sign bit marks a block with a NaN or an infinity. In formats that saturate, infinity counts as a magnitude.
     """
     infinity = np.int32(0x7F800000)
     poison = infinity + 1 if how.fmt.saturates else infinity
-    if whole and not how.fmt.scale.runs:
+    if in_parts and not how.fmt.scale.runs:
         bits, at = magnitude_bits(bits_of(blocks.astype(jnp.float32))), blocks.ndim + axis
         peak = jnp.max(jnp.where(bits < poison, bits, 0), at)
         poisoned = (jnp.max(bits, at) >= poison).astype(jnp.int32)
@@ -332,24 +331,24 @@ def block_peaks(blocks, axis, how, *, whole=False):
     if how.block_2d:
         square, block = -3 - axis, how.fmt.block
         parts = [split_blocks(a, block, square) for a in (peak, poisoned)]
-        peaks_of = jnp.max if whole else lambda a, axis: tree(lax.max, unstack(a, axis))
+        peaks_of = jnp.max if in_parts else lambda a, axis: tree(lax.max, unstack(a, axis))
         peak, poisoned = (repeat(peaks_of(part, part.ndim + square), block, square) for part in parts)
     return peak | (poisoned << 31), runs
 
 
-def _reduced(op, a, axis, *, whole):
-    return tree_along(op, a, axis) if whole else tree(op, unstack(a, axis))
+def _reduced(op, a, axis, *, in_parts):
+    return tree_along(op, a, axis) if in_parts else tree(op, unstack(a, axis))
 
 
-def choose(copies, peaks, own, tensor, extras: "Extras", how, axis):
+def choose(copies, peaks, own, tensor, extras: "Extras", how, axis, *, in_parts=False):
     """Return the word of each block's best trial, int32 [..., m, ...] (see `ifjax.codec.search`).
 
-    `copies` holds the blocks: see `_BlockTrials`.
+    For `copies` and `in_parts` see `_BlockTrials`.
     """
     fmt = how.fmt
     if len(own) == 1 and how.search is None:
         return jnp.where(peaks < 0, fmt.scale.nan, own[0])
-    trials = _BlockTrials(copies, peaks, tensor, extras, how, axis)
+    trials = _BlockTrials(copies, peaks, tensor, extras, how, axis, in_parts)
     return jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
 
 
@@ -487,25 +486,29 @@ def _error(x, decoded, unit):
     return decoded - x if unit is None else decoded * unit - x * unit
 
 
-def _parts_of(block):
-    """Return the number of equal parts of a block that `_BlockTrials` takes apart, a power of two."""
-    count = 1
-    while block % (2 * count) == 0 and block > 4 * count:
+def _parts_of(blocks, axis):
+    """Return the number of equal parts of a block that are taken apart, a power of two: see `_BlockTrials`."""
+    size, count = largest_divisor(blocks.shape[axis], 32), 1
+    while blocks.size > _SMALL and size % (2 * count) == 0 and size > 4 * count:
         count *= 2
     return count
+
+
+# The most values for which one part is no slower, although its terms are written to memory.
+_SMALL = 1 << 16
 
 
 class _BlockTrials:
     """An implementation of `ifjax.codec.search.Trials` for blocks.
 
-    `copies` holds the blocks: once, to compute losses of each place of a block, or as often as `_parts_of` says, to
-    compute them of parts of a block. For XLA:CPU parts are a fifth of the operations, and one pass over the blocks as
-    well, if no array is needed in more than 15 places. Hence each part is read from another parameter.
+    Losses are computed of each place of a block, or, with `in_parts`, of equal parts, of which there are as many as
+    `copies` of the blocks. For XLA:CPU parts are a fifth of the operations, and one pass over the blocks as well, if no
+    array is needed in more than 15 places. Hence each part is read from a parameter of its own.
     """
 
-    def __init__(self, copies, peaks, tensor, extras, how, axis):
+    def __init__(self, copies, peaks, tensor, extras, how, axis, in_parts=False):
         self.copies, self.tensor, self.extras, self.how, self.axis = copies, tensor, extras, how, axis
-        self.blocks = copies[0]
+        self.blocks, self.in_parts = copies[0], in_parts
         self.unit = _loss_unit(peaks, tensor)
 
     def loss(self, i, payload, rounding, multiplier):
@@ -582,7 +585,7 @@ class _BlockTrials:
         def along(copies, extras, trial, multiplier, tensor, axis):
             part = largest_divisor(copies[0].shape[axis], 32)
             if part == copies[0].shape[axis]:
-                return (self._over_places if len(copies) == 1 else self._over_parts)(
+                return (self._over_parts if self.in_parts else self._over_places)(
                     term, i, copies, extras, trial, multiplier, tensor, axis
                 )
             # A long block is split into parts, because unrolling all of it would take minutes to compile.
@@ -626,7 +629,7 @@ class _BlockTrials:
         # Reduce over rows first, and over columns first, and combine both, so that transposing the 2-D block changes
         # no bit.
         def of_squares(terms):
-            reduced = functools.partial(_reduced, over, whole=len(self.copies) > 1)
+            reduced = functools.partial(_reduced, over, in_parts=self.in_parts)
             over_rows = reduced(split_blocks(reduced(terms, axis), fmt.block, square), square)
             other = square - 1 if square < axis else square  # the same axis, in an array that still has the axis B
             over_columns = reduced(split_blocks(terms, fmt.block, other), other)

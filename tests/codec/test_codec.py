@@ -669,12 +669,12 @@ def encode_in_one_pass(blocks, how, **settings):
     """What `codec.encode` gives by the arrangement that it leaves to GPUs, for formats without a choice too."""
     module = sys.modules["ifjax.codec.encode"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_encode_in_stages", lambda *a, whole, **b: module._encode_in_one_pass(*a, **b))
+        patch.setattr(module, "_encode_in_stages", lambda *a, in_parts, **b: module._encode_in_one_pass(*a, **b))
         patch.setattr(module, "_encode", by_places)
         return codec.encode(blocks, how, **settings)
 
 
-def by_places(*args, whole=False, encode=sys.modules["ifjax.codec.encode"]._encode, **settings):
+def by_places(*args, in_parts=False, encode=sys.modules["ifjax.codec.encode"]._encode, **settings):
     """What `codec.encode` does on other platforms and with a search: losses by places of blocks, not by parts."""
     return encode(*args, **settings)
 
