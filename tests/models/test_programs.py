@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +222,44 @@ def test_a_function_is_traced_once_and_so_are_equal_products(monkeypatch):
     calls.clear()
     text = str(jax.make_jaxpr(ifjax.quantized(fn, W4A4))(packed, X))
     assert calls == ["fn", "product"] and text.count("name=quantized_product") == 4
+
+
+def test_products_of_one_activation_share_its_codes():
+    numbers = ((1,), (0,)), ((), ())
+    params = {name: normal(64, 64, seed=i) / 8 for i, name in enumerate("abcde")}
+    x = normal(5, 64, seed=9)
+
+    def model(p, x):
+        y = x @ p["a"] + x @ p["b"] - x @ p["c"]
+
+        def layer(h, _):  # x comes from outside of the loop
+            return jnp.tanh(h @ p["d"] + h @ p["e"] + x @ p["a"]), None
+
+        return lax.scan(layer, y, length=2)[0]
+
+    packed, _ = ifjax.quantize_params(params, W4A4, model=model, sample=x)
+    run = ifjax.quantized(model, W4A4)
+    assert len(re.findall(r"call @_quantize\w*\(", jax.jit(run).lower(packed, x).as_text())) == 3
+
+    def by_hand(p, x):
+        def product(x, name):
+            return ifjax.dot_general(ifjax.quantize(x, FMT), p[name], numbers)
+
+        y = product(x, "a") + product(x, "b") - product(x, "c")
+        for _ in range(2):
+            y = jnp.tanh(product(y, "d") + product(y, "e") + product(x, "a"))
+        return y
+
+    np.testing.assert_array_equal(jax.jit(run)(packed, x), jax.jit(by_hand)(packed, x))
+
+    def two(p, x):
+        return x @ p["a"] + jnp.sin(x @ p["b"])
+
+    a, b = (packed[name].dequantize() for name in "ab")
+    ones = jnp.ones((5, 64))
+    got = jax.grad(lambda x: ifjax.quantized(two, W4A4)(packed, x).sum())(x)
+    want = ones @ a.T + jnp.cos(rounded(x) @ b) @ b.T  # straight through, once for each product
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_the_wrapped_function_is_one_key_in_caches_and_traces_once():
