@@ -121,18 +121,20 @@ def after(x: jax.Array, a: jax.Array) -> jax.Array:
     """
     if jax.device_count() > 1 or not x.size:
         return a
-    first = lax.stop_gradient(x)[(0,) * x.ndim].astype(jnp.float32)
-    return a ^ _zero_of(lax.bitcast_convert_type(first, jnp.int32)).astype(a.dtype)
+    first = lax.bitcast_convert_type(lax.stop_gradient(x)[(0,) * x.ndim].astype(jnp.float32), jnp.int32)
+    # Other platforms get a as it is: an operation of no effect would be a kernel of its own on a GPU.
+    ways: Any = {"cpu": lambda a, b: a ^ ((b & 1) >> 1).astype(a.dtype), "default": lambda a, _: a}
+    return by_platform(a, _of_a_member(first), **ways)
 
 
 @custom_vmap
-def _zero_of(bits):
-    return by_platform(bits, cpu=lambda b: (b & 1) >> 1, default=lambda b: b & 0)
+def _of_a_member(bits):
+    return bits
 
 
-@_zero_of.def_vmap
-def _zero_of_first(axis_size, in_batched, bits):
-    return _zero_of(bits[0]), False  # members share what they do not differ in
+@_of_a_member.def_vmap
+def _of_the_first(axis_size, in_batched, bits):
+    return _of_a_member(bits[0]), False  # members share what they do not differ in
 
 
 def _choice(name):
