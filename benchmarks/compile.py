@@ -3,9 +3,9 @@
     python benchmarks/compile.py [--rounds 5] [--programs "quantize if4" ...]
     python benchmarks/compile.py --models [--rounds 1] [--programs "BERT, W4A4 if4" ...]
 
-Each figure is the least of the rounds, in seconds of processor time over all threads, with JAX's caches cleared before
-each round, since other work on the machine adds to it. "Each layer more" is a program of five equal layers minus that
-of one, divided by four. `operations` counts those of StableHLO. Nothing is run.
+Each figure is the least of the rounds, since other work on the machine adds to it: seconds of processor time over all
+threads and, in the column "clock", of the clock. JAX's caches are cleared before each round. "Each layer more" is a
+program of five equal layers minus that of one, divided by four. `operations` counts those of StableHLO. Nothing is run.
 
 --models measures transformers' unrolled models with random weights (`pip install "transformers<5"`), each beside its
 float32 program: the forward pass of a BERT of 36 Dense layers in the shape of all-MiniLM-L6-v2, for 64 sentences of 32
@@ -14,6 +14,7 @@ tokens, its weights packed and its activations rounded; and the training step of
 
 import argparse
 import functools
+import itertools
 import re
 import time
 
@@ -125,20 +126,20 @@ def train(weights, x, key, recipe):
 
 
 def measure(function, arguments, rounds):
-    """Return the least seconds of tracing, lowering and compiling, and the number of StableHLO operations."""
-    best, clock = [float("inf")] * 3, time.process_time
+    """Return the least seconds of tracing, lowering, compiling and of all on the clock, and StableHLO's operations."""
+    best, clock = [float("inf")] * 4, time.process_time
     for _ in range(rounds):
         jax.clear_caches()
-        start = clock()
+        begin = time.perf_counter()
+        times = [clock()]
         traced = jax.jit(lambda *a: function(*a)).trace(*arguments)
-        seconds = [clock() - start]
-        start = clock()
+        times.append(clock())
         lowered = traced.lower()
-        seconds.append(clock() - start)
-        start = clock()
+        times.append(clock())
         lowered.compile()
-        seconds.append(clock() - start)
-        best = list(map(min, best, seconds))
+        times.append(clock())
+        seconds = [b - a for a, b in itertools.pairwise(times)]
+        best = list(map(min, best, (*seconds, time.perf_counter() - begin)))
     return best, len(re.findall(r" = \"?stablehlo\.", lowered.as_text()))
 
 
@@ -152,20 +153,22 @@ def main():
     jax.config.update("jax_enable_compilation_cache", False)
     jax.jit(lambda x: x + 1).lower(square()).compile()  # start-up is no program's
     print(f"jax {jax.__version__}, ifjax {ifjax.__version__}, {jax.default_backend()}\n")
-    print("| program | trace | lower | compile | seconds | operations |\n" + "|---" * 6 + "|")
+    print("| program | trace | lower | compile | seconds | clock | operations |\n" + "|---" * 7 + "|")
     totals = {}
     for name in args.programs or found:
-        parts, operations = measure(*found[name], rounds)
-        totals[name] = sum(parts), operations
-        print(f"| {name} | {' | '.join(f'{s:.2f}' for s in parts)} | {sum(parts):.2f} | {operations} |", flush=True)
-    for name, (seconds, operations) in totals.items():
+        (*parts, wall), operations = measure(*found[name], rounds)
+        total = sum(parts)
+        totals[name] = total, wall, operations
+        cells = " | ".join(f"{s:.2f}" for s in (*parts, total, wall))
+        print(f"| {name} | {cells} | {operations} |", flush=True)
+    for name, (seconds, wall, operations) in totals.items():
         dense = totals.get(f"{name.split(',')[0]}, float32")
         if dense is not None and dense[0] != seconds:
-            print(f"| {name}, over float32 | | | | {seconds / dense[0]:.2f} | |")
+            print(f"| {name}, over float32 | | | | {seconds / dense[0]:.2f} | {wall / dense[1]:.2f} | |")
         first = totals.get(name.replace(f"{LAYERS} ", "1 ", 1)) if name.startswith(f"{LAYERS} ") else None
         if first is not None:
-            added = (seconds - first[0]) / (LAYERS - 1)
-            print(f"| each layer more of {name} | | | | {added:.3f} | {(operations - first[1]) / (LAYERS - 1):.0f} |")
+            more = [(a - b) / (LAYERS - 1) for a, b in zip((seconds, wall, operations), first, strict=True)]
+            print(f"| each layer more of {name} | | | | {more[0]:.3f} | {more[1]:.3f} | {more[2]:.0f} |")
 
 
 if __name__ == "__main__":
