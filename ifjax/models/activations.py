@@ -12,7 +12,7 @@ from ifjax.arrays.quantize import straight_through
 from ifjax.codec import Encoding
 from ifjax.codec.headers import is_amax
 from ifjax.models.sites import blocked_axis
-from ifjax.products.dot_general import no_gradient
+from ifjax.products.dot_general import no_gradient, zeros_of
 
 
 def quantized_activation(
@@ -53,7 +53,7 @@ def multiplied(x: jax.Array, q: Any, w: Any, product: Callable[[Any, Any], jax.A
     if not isinstance(q, QTensor):
         return product(q, w)
     x = jnp.asarray(x)
-    shapes = jax.tree.map(jax.typeof, q)
+    kind, kinds = jax.typeof(x), jax.tree.map(jax.typeof, q)
 
     @jax.custom_vjp
     def multiply(x, q, w):
@@ -63,8 +63,8 @@ def multiplied(x: jax.Array, q: Any, w: Any, product: Callable[[Any, Any], jax.A
         return multiply(x, q, w), w
 
     def backward(w, g):
-        _, pull = jax.vjp(lambda x: product(x, w), jnp.zeros(x.shape, x.dtype))
-        return *pull(g), no_gradient(shapes), no_gradient(w)
+        _, pull = jax.vjp(lambda x: product(x, w), zeros_of(kind))
+        return *pull(g), no_gradient(kinds), no_gradient(w)
 
     multiply.defvjp(forward, backward)
     return multiply(x, q, w)

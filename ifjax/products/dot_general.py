@@ -249,14 +249,20 @@ _jitted = jax.jit(_product, static_argnums=2)  # one program outside of a jit; t
 
 
 def no_gradient(q: Any) -> Any:
-    """Return the cotangents of a packed operand's arrays: float0 for integers, zeros for floats."""
+    """Return the cotangents of a packed operand's arrays, or of their types: float0 for integers, zeros for floats."""
 
     def zero(a):
-        if jnp.issubdtype(a.dtype, jnp.floating):
-            return jnp.zeros_like(a)
-        return np.zeros(a.shape, jax.dtypes.float0)
+        return zeros_of(a) if jnp.issubdtype(a.dtype, jnp.floating) else np.zeros(a.shape, jax.dtypes.float0)
 
     return jax.tree.map(zero, q)
+
+
+def zeros_of(a: Any) -> jax.Array:
+    """Return zeros of the type of a, an array or a `jax.typeof`, in its place on a mesh of explicit or manual axes."""
+    kind: Any = jax.typeof(a) if isinstance(a, jax.Array) else a
+    place = kind.sharding if jax.sharding.get_abstract_mesh().explicit_axes else None
+    zeros, axes = jnp.zeros(kind.shape, kind.dtype, out_sharding=place), tuple(kind.manual_axis_type.varying)
+    return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def _rows_product(rows, q, how):

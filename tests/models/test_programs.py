@@ -118,6 +118,29 @@ def test_programs_tell_their_products_and_run_packed(name):
     assert float(jnp.abs(both - fn(dense, x)).max()) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["explicit", "manual"])
+def test_quantized_activations_have_gradients_on_meshes(kind):
+    """MX formats have no amax that parts would not share."""
+    explicit = kind == "explicit"
+    types = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(types,))
+    rules, x = Rule(".*", "mxfp4", act_fmt="mxfp4"), normal(8, 64)
+    params = {"up": normal(64, 64, seed=1) / 8, "down": normal(64, 64, seed=2)}
+
+    def fn(p, x):
+        return jnp.sin(x @ p["up"]) + x @ p["down"]
+
+    packed, _ = ifjax.quantize_params(params, rules, model=fn, sample=x)
+    grad = jax.grad(lambda p, x: ifjax.quantized(fn, rules)(p, x).sum(), argnums=1)
+    want = jax.jit(grad)(packed, x)
+    if explicit:
+        with jax.set_mesh(mesh):
+            got = jax.jit(grad)(jax.device_put(packed, P()), jax.device_put(x, P("d", None)))
+    else:
+        got = jax.jit(jax.shard_map(grad, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d")))(packed, x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["rows", "features"])
 def test_shard_map_runs_packed_and_trains(parallel):
