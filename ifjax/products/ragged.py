@@ -107,7 +107,7 @@ def _ragged_fwd(x, q, group_sizes, group_offset, settings):
 def _ragged_bwd(settings, kept, g):
     q, group_sizes, group_offset = kept
     q = q.replaced(codes=after(g, q.codes))
-    x = jnp.zeros((g.shape[0], q.shape[-2]), settings[1])  # the product is linear in x, so any x does
+    x = as_varying(jnp.zeros((g.shape[0], q.shape[-2]), settings[1]), g)  # the product is linear in x: any x does
     _, pull = jax.vjp(lambda x: _ragged_values(x, q, group_sizes, group_offset, settings), x)
     return *pull(g), no_gradient(q), *no_gradient((group_sizes, group_offset))
 

@@ -1,4 +1,4 @@
-"""ragged_dot on meshes with explicit axes, which JAX's own does not take: packed, plain and by recipe, both ways."""
+"""ragged_dot on meshes: with explicit axes, which JAX's own does not take, packed, plain, by recipe; in shard_map."""
 
 import jax
 import jax.numpy as jnp
@@ -57,3 +57,17 @@ def test_rows_and_columns_come_out_as_they_went_in(how, x_spec, w_spec, y_spec):
         assert jax.typeof(got[1]).sharding == jax.typeof(x).sharding
     for one, other in zip(got, want, strict=True):  # sums of 64 products of float32, in another order
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_devices_have_gradients():
+    """Within shard_map each device has its own rows and groups of them; the experts are everyone's."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    w, own, all_of = ifjax.quantize(W, "nvfp4", axis=1, amax_axes=(0,)), jnp.array([1, 0, 0, 1]), P("a")
+
+    def loss(x, sizes):
+        return jnp.sin(ifjax.ragged_dot(x, w, sizes)).sum()
+
+    grad = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(all_of, P()), out_specs=all_of)
+    got = jax.jit(grad)(jnp.asarray(X), own)
+    want = jnp.concatenate([jax.grad(loss)(jnp.asarray(X[i : i + 2]), own) for i in range(0, 16, 2)])
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
