@@ -119,7 +119,7 @@ def reference(x: jax.Array, fmt: Format, amax: jax.Array | None = None) -> tuple
         runs = [list(jnp.max(jnp.abs(x.reshape(-1, run)), axis=1)) for run in fmt.scale.runs]
         payload = wanted_payload(candidate, bits_of(peak), runs, tensor, fmt, 1.0)
         place = jnp.arange(fmt.block)
-        scale, inverse = fmt.scale.decode_written(payload, place), _inverse(payload, place, tensor, fmt)
+        scale, inverse = fmt.scale.decode(payload, place), _inverse(payload, place, tensor, fmt)
         (codes,) = codes_of(x, None, inverse, power, [candidate], fmt)
         values = candidate.grid.decode(codes) + np.float32(candidate.offset)
         decoded = scaled(values, scale, candidate.step, tensor, fmt.tensor_constant())
