@@ -353,8 +353,12 @@ def choose(copies, peaks, own, tensor, extras: "Extras", how, axis, *, in_parts=
 
 
 def wanted_payloads(peaks, runs, tensor, how):
-    """Return for each candidate the payloads given by the blocks' maxima."""
-    return [wanted_payload(candidate, peaks, runs, tensor, how.fmt, how.headroom) for candidate in how.fmt.candidates]
+    """Return for each candidate the payloads given by the blocks' maxima; one array where they are always equal."""
+    known = {}
+    for c in how.fmt.candidates:
+        if (c.peak, c.scale_multiplier) not in known:
+            known[c.peak, c.scale_multiplier] = wanted_payload(c, peaks, runs, tensor, how.fmt, how.headroom)
+    return [known[c.peak, c.scale_multiplier] for c in how.fmt.candidates]
 
 
 def wanted_payload(candidate: Candidate, peaks, runs, tensor, fmt, headroom):
@@ -508,7 +512,7 @@ class _BlockTrials:
 
     def __init__(self, copies, peaks, tensor, extras, how, axis, in_parts=False):
         self.copies, self.tensor, self.extras, self.how, self.axis = copies, tensor, extras, how, axis
-        self.blocks, self.in_parts = copies[0], in_parts
+        self.blocks, self.in_parts, self._known = copies[0], in_parts, {}
         self.unit = _loss_unit(peaks, tensor)
 
     def loss(self, i, payload, rounding, multiplier):
@@ -609,10 +613,12 @@ class _BlockTrials:
 
     def _over_parts(self, term, i, copies, extras, trial, multiplier, tensor, axis):
         fmt, how, count = self.how.fmt, self.how, len(copies)
-        scales = functools.partial(_scales, place=0, how=how)
-        # As arrays of their own, because each part would be a place in which they are needed.
-        scales = materialize(scales, trial, multiplier, tensor)
-        (inverse, scale, unit), tensor = insert_axis(((*scales, trial.unit), tensor), axis)
+        # As arrays of their own, because each part would be a place in which they are needed. Candidates share them.
+        given = trial.payload, trial.rounding, multiplier
+        if (same := tuple(map(id, given))) not in self._known:
+            scales = functools.partial(_scales, place=0, how=how)
+            self._known[same] = materialize(scales, trial, multiplier, tensor), given
+        (inverse, scale, unit), tensor = insert_axis(((*self._known[same][0], trial.unit), tensor), axis)
         others = [[None] * count if a is None else jnp.split(a, count, axis) for a in extras]
         terms = []
         for at, (blocks, r, weight) in enumerate(zip(copies, *others, strict=True)):
