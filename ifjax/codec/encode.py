@@ -157,7 +157,7 @@ def encode(
     """
     encoded = functools.partial(_encode, how=how, axis=axis, amax_axes=amax_axes)
     arguments = blocks, amax, None if noise is None else tuple(noise), weights
-    if how.search is not None:
+    if how.search is not None or not _suits_parts(how.fmt, blocks.size):
         return encoded(*arguments)
     return by_platform(*arguments, cpu=distinct(functools.partial(encoded, in_parts=True)), default=encoded)
 
@@ -228,7 +228,7 @@ def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None, 
         # A scale with several factors has a different inverse at each place; it is then computed during encoding.
         return word, None if fmt.scale.runs else inverse_of(word, tensor)
 
-    copies = [blocks] * (_parts_of(blocks, axis) if in_parts else 1)
+    copies = [blocks] * (_parts_of(blocks, axis, fmt) if in_parts else 1)
     word, inverse = materialize(chosen, copies, peaks, runs, tensor, extras, own)
 
     def codes_of_blocks(blocks, word, inverse, tensor, noise):
@@ -490,16 +490,25 @@ def _error(x, decoded, unit):
     return decoded - x if unit is None else decoded * unit - x * unit
 
 
-def _parts_of(blocks, axis):
-    """Return the number of equal parts of a block that are taken apart, a power of two: see `_BlockTrials`."""
-    size, count = largest_divisor(blocks.shape[axis], 32), 1
-    while blocks.size > _SMALL and size % (2 * count) == 0 and size > 4 * count:
-        count *= 2
-    return count
-
-
 # The most values for which one part is no slower, although its terms are written to memory.
 _SMALL = 1 << 16
+
+
+def _suits_parts(fmt, size):
+    """Whether on a CPU losses by parts are as fast as by places.
+
+    They are not in long blocks, and not if rounding compares with each of 16 values.
+    """
+    is_plain = fmt.block <= 32 and all(c.grid.magnitudes for c in fmt.candidates)
+    return size <= _SMALL or len(fmt.candidates) == 1 or is_plain
+
+
+def _parts_of(blocks, axis, fmt):
+    """Return the number of equal parts of a block that are taken apart, a power of two: see `_BlockTrials`."""
+    size, count, most = largest_divisor(blocks.shape[axis], 32), 1, min(4, 15 // len(fmt.candidates))
+    while blocks.size > _SMALL and size % (2 * count) == 0 and size > most * count:
+        count *= 2
+    return count
 
 
 class _BlockTrials:
@@ -507,7 +516,8 @@ class _BlockTrials:
 
     Losses are computed of each place of a block, or, with `in_parts`, of equal parts, of which there are as many as
     `copies` of the blocks. For XLA:CPU parts are a fifth of the operations, and one pass over the blocks as well, if no
-    array is needed in more than 15 places. Hence each part is read from a parameter of its own.
+    array is needed in more than 15 places, counted for each candidate. Hence each part is read from a parameter of its
+    own.
     """
 
     def __init__(self, copies, peaks, tensor, extras, how, axis, in_parts=False):

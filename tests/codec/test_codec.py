@@ -718,19 +718,26 @@ def test_one_pass_gives_the_bytes_of_stages(fmt):
 @pytest.mark.by_default("*-if4", "*-nvfp4")
 @each_format
 @pytest.mark.parametrize("settings", [{}, {"axis": -2}, {"loss": "mae", "block_2d": True}], ids=str)
-def test_losses_by_places_give_the_bytes_of_those_by_parts(fmt, settings, monkeypatch):
+def test_losses_by_places_and_by_parts_give_the_same_bytes(fmt, settings, monkeypatch):
+    """Large arrays have several parts, small ones one; other platforms and searches go by places."""
     if fmt.scale.runs and settings.get("block_2d"):
         pytest.skip("its scales have parts, which squares cannot share")
-    quantize = functools.partial(ifjax.quantize, fmt=fmt, **settings)
-    inputs = magnitudes(), around_zero(), poisoned_input()[0]
-    parts, places = jax.jit(lambda x: quantize(x)), jax.jit(lambda x: quantize(x))
-    wanted = [parts(x) for x in inputs]
-    monkeypatch.setattr(sys.modules["ifjax.codec.encode"], "_encode", by_places)
+    module, inputs = sys.modules["ifjax.codec.encode"], (magnitudes(), around_zero(), poisoned_input()[0])
+
+    def leaves(x):
+        return [np.atleast_1d(a).view(np.uint8) for a in jax.tree.leaves(quantize(x))]
+
+    made = []
+    for way in ({}, {"_SMALL": 0, "_suits_parts": lambda fmt, size: True}, {"_encode": by_places}):
+        with monkeypatch.context() as patch:
+            for name, value in way.items():
+                patch.setattr(module, name, value)
+            jax.clear_caches()
+            quantize = jax.jit(lambda x: ifjax.quantize(x, fmt=fmt, **settings))
+            made.append([leaves(x) for x in inputs])
     jax.clear_caches()
-    for x, want in zip(inputs, wanted, strict=True):
-        for a, b in zip(jax.tree.leaves(places(x)), jax.tree.leaves(want), strict=True):
-            assert_array_equal(np.atleast_1d(a).view(np.uint8), np.atleast_1d(b).view(np.uint8))
-    jax.clear_caches()
+    for others in made[1:]:
+        jax.tree.map(assert_array_equal, others, made[0])
 
 
 @pytest.mark.by_default("fouroversix-mse-*")
