@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ifjax.formats import Candidate, Grid
-from ifjax.formats.floats import BinaryFloat, as_float, bits_of
-
-_EXPONENT = np.int32(0x7F800000)
+from ifjax.formats.floats import EXPONENT, BinaryFloat, as_float, bits_of
 
 
 class Machine(Protocol):
@@ -114,9 +112,7 @@ def place_grid(c: Candidate) -> PlaceGrid | None:
 
 
 def _floats(grid: Grid) -> "_Floats | None":
-    m = grid.mantissa_bits or 0
-    is_float = m and grid.ties == "even" and len(grid.magnitudes) > 2 << m
-    return _Floats.of(grid.magnitudes, grid.max, m) if is_float else None
+    return grid.floats and _Floats(**vars(grid.floats))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +143,7 @@ class _Floats(BinaryFloat):
     def value(self, place, levels):
         bits = bits_of(place[1])
         masks = [(bits & np.int32(1 << (22 - i))) != 0 for i in range(self.m)]
-        power = as_float(bits & _EXPONENT)
+        power = as_float(bits & EXPONENT)
         power = power if self.lowest == 1 else power * (1 / self.lowest)
         return select(masks, levels) * power
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_EXPONENT = np.int32(0x7F800000)
+EXPONENT = np.int32(0x7F800000)
 
 
 def bits_of(x: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ class BinaryFloat:
     def nearest(self, y):
         """Round y of either sign to the nearest value."""
         y = lax.clamp(-self.largest, y, self.largest)
-        binade = as_float(lax.max(bits_of(y) & _EXPONENT, self.lowest.view(np.int32)))
+        binade = as_float(lax.max(bits_of(y) & EXPONENT, self.lowest.view(np.int32)))
         large = binade * np.float32(1.5 * 2.0 ** (23 - self.m))
         return (y + large) - large
 
@@ -68,10 +68,10 @@ class BinaryFloat:
         """
         top, m = self.largest, self.m
         y = jnp.minimum(y, top) if noise is None and top < np.inf else y
-        binade = as_float(bits_of(jnp.maximum(y, self.lowest)) & _EXPONENT)
+        binade = as_float(bits_of(jnp.maximum(y, self.lowest)) & EXPONENT)
         if noise is not None:
             # A number beyond the grid counts as in the last binade. The sum is y / step plus the noise, times the step.
-            binade = jnp.minimum(binade, (top.view(np.int32) & _EXPONENT).view(np.float32))
+            binade = jnp.minimum(binade, (top.view(np.int32) & EXPONENT).view(np.float32))
             y = jnp.minimum(y + noise * (binade * np.float32(2.0**-m)), top)
         # Adding `_lift` more steps makes the lowest bits of the sum those of the code.
         factor = 2.0 ** (23 - m) + self._lift * 2.0**-m

@@ -167,7 +167,7 @@ class Grid:
         """
         if self._form == "any":
             return _select(self._is_above(y, noise), [self.values[c] for c in self.order])
-        if floats := self._floats:
+        if floats := self.floats:
             return floats.nearest(y) if noise is None else jnp.copysign(floats.rounded(lax.abs(y), noise)[1], y)
         if self._step:
             # Rounding to nearest is symmetric, so y may keep its sign, but noise is added to magnitudes.
@@ -184,8 +184,8 @@ class Grid:
         if self._step and self.is_twos_complement and noise is None:
             return self._steps(y, None).astype(jnp.int32) & (2 * count - 1)
         a = lax.abs(y)
-        if self._floats:
-            index = self._floats.code(self._floats.rounded(a, noise))
+        if self.floats:
+            index = self.floats.code(self.floats.rounded(a, noise))
         elif self._step:
             index = self._steps(a, noise).astype(jnp.int32)
         else:
@@ -257,7 +257,8 @@ class Grid:
         return (self.mantissa_bits or 0) if self.ties == "even" else 0
 
     @functools.cached_property
-    def _floats(self) -> BinaryFloat | None:
+    def floats(self) -> BinaryFloat | None:
+        """The binary float, of several binades, to whose values rounding half to even is rounding to this grid."""
         m = self._rounded_bits
         return BinaryFloat.of(self.magnitudes, self.max, m) if m and len(self.magnitudes) > 2 << m else None
 

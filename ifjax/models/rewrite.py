@@ -227,9 +227,8 @@ class Rewriter:
         side = 1 if isinstance(ins[1], Weight) else 0
         w, x = ins[side], ins[1 - side]
         how = w.how
-        if isinstance(x, Weight) or not w.is_packed or w.has_more or None in w.axes or how.recipe is not None:
-            return ins
-        if how.activations is None:
+        is_plain = w.is_packed and not w.has_more and None not in w.axes and how.recipe is None
+        if isinstance(x, Weight) or not is_plain or how.activations is None:
             return ins
         amax = static_amax(self.amax, how.name) if how.act_amax == "static" else None
         axes, layers = _contraction(eqn, w, side, jnp.ndim(x))
