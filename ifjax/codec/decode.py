@@ -33,12 +33,20 @@ def decode(
         headroom: see `Format.tensor_constant`.
     """
     selector, payload = fmt.split(headers)
-    values = unscaled(codes, selector, fmt)
+    values, scale = unscaled(codes, selector, fmt), scale_of(payload, fmt, place)
+    return times_scales(values, selector, scale, fmt, amax=amax, headroom=headroom)
+
+
+def times_scales(
+    values: jax.Array, selector: jax.Array, scale: jax.Array, fmt: Format, *, amax: jax.Array | None = None,
+    headroom: float = 1.0,
+) -> jax.Array:  # fmt: skip
+    """Return `decode` of codes, given their `unscaled` values and the selectors and scales of their headers."""
     steps = [d.step for d in fmt.decodings]
     step = 1.0 if set(steps) == {1} else pick(selector, [jnp.float32(s) for s in steps])
-    tensor = None if amax is None else safe(amax, codes.ndim)
+    tensor = None if amax is None else safe(amax, values.ndim)
     divisor = None if tensor is None else fmt.tensor_constant(headroom) * tensor.power
-    values = scaled(values, scale_of(payload, fmt, place), step, tensor, divisor)
+    values = scaled(values, scale, step, tensor, divisor)
     # With a tensor scale values are no larger than amax, but E5M3's products overflow on the way, as published.
     if tensor is not None or fmt.largest <= FLOAT32_END:
         return values

@@ -29,7 +29,7 @@ from ifjax.codec.blocks import (
     tree_along,
     unstack,
 )
-from ifjax.codec.decode import scaled
+from ifjax.codec.decode import scaled, times_scales
 from ifjax.codec.headers import header_bytes, normalized, power_near
 from ifjax.codec.joint import joint_scale
 from ifjax.codec.losses import LOSSES, BlockLoss, Loss, get_loss, without_last_bit
@@ -139,7 +139,8 @@ def encode(
     amax_axes: tuple[int, ...] = (),
     noise: Sequence[jax.Array] | None = None,
     weights: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    in_multiples: bool = False,
+) -> tuple[jax.Array, Any, jax.Array | None]:
     """Encode blocks [..., m, B, ...] (see `split_blocks`) to codes and headers.
 
     Args:
@@ -150,19 +151,21 @@ def encode(
         amax_axes: axes of the block grid [..., m, ...] whose entries each keep their own amax.
         noise: for each candidate, float32 in [-1/2, 1/2) of the shape of `blocks`, if `how.rounding` has noise.
         weights: float32 >= 0 [m, B]: weights of the losses of values along the axis, equal for all other axes.
+        in_multiples: return what `decode` without amax gives, except for the sign of zeros, and no headers.
 
     Returns:
-        uint8 codes [..., m, B, ...], uint8 headers [..., m * W, ...] and amax. The amax is None without a tensor scale;
-        otherwise its axes reach to the last of `amax_axes`, with length 1 where `amax_axes` skips an axis.
+        uint8 codes [..., m, B, ...] (with `in_multiples` float32 values), uint8 headers [..., m * W, ...] and amax. The
+        amax is None without a tensor scale; otherwise its axes reach to the last of `amax_axes`, with length 1 where
+        `amax_axes` skips an axis.
     """
-    encoded = functools.partial(_encode, how=how, axis=axis, amax_axes=amax_axes)
+    encoded = functools.partial(_encode, how=how, axis=axis, amax_axes=amax_axes, in_multiples=in_multiples)
     arguments = blocks, amax, None if noise is None else tuple(noise), weights
     if how.search is not None or not _suits_parts(how.fmt, blocks.size):
         return encoded(*arguments)
     return by_platform(*arguments, cpu=distinct(functools.partial(encoded, in_parts=True)), default=encoded)
 
 
-def _encode(blocks, amax, noise, weights, *, how, axis, amax_axes, in_parts=False):
+def _encode(blocks, amax, noise, weights, *, how, axis, amax_axes, in_multiples, in_parts=False):
     fmt = how.fmt
     peaks, runs = block_peaks(blocks, axis, how, in_parts=in_parts)
     tensor = None
@@ -177,17 +180,17 @@ def _encode(blocks, amax, noise, weights, *, how, axis, amax_axes, in_parts=Fals
         amax, own = joint(blocks, peaks, runs, amax, weights, how, axis)
         tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim)
     in_stages = _encode_in_stages if own is None else functools.partial(_encode_in_stages, own=own)
-    encoded = functools.partial(in_stages, how=how, axis=axis, in_parts=in_parts)
+    encoded = functools.partial(in_stages, how=how, axis=axis, in_parts=in_parts, in_multiples=in_multiples)
     # The one-pass form pays off only if there are several candidates: with one, nothing is chosen, and platforms
     # without stage boundaries already run the stages in one pass.
     plain = isinstance(how.loss, BlockLoss) and not (how.block_2d or how.search or fmt.scale.runs or fmt.ties == "last")
     extras = Extras(noise, _unit_weights(weights, blocks.ndim, axis, (1,)))
-    plain = plain and fmt.scale.nbytes == 1 and weights is None
+    plain = plain and fmt.scale.nbytes == 1 and weights is None and not in_multiples
     if len(fmt.candidates) > 1 and fmt.block in (8, 16, 32) and plain and not in_parts:
         in_one_pass = functools.partial(_encode_in_one_pass, how=how, axis=axis)
         encoded = functools.partial(by_platform, cpu=encoded, default=in_one_pass)
     codes, headers = encoded(blocks, peaks, runs, tensor, extras)
-    return codes, header_bytes(headers, fmt.scale.nbytes, axis), amax
+    return codes, None if in_multiples else header_bytes(headers, fmt.scale.nbytes, axis), amax
 
 
 def _unit_weights(weights, ndim, axis, over):
@@ -211,38 +214,51 @@ def amax_of(magnitudes: jax.Array, amax_axes: tuple[int, ...]) -> jax.Array:
 # --- two implementations of the encoder ------------------------------------------------------------------------------
 
 
-def _encode_in_stages(blocks, peaks, runs, tensor, extras, how, axis, own=None, in_parts=False):
+def _encode_in_stages(
+    blocks, peaks, runs, tensor, extras, how, axis, own=None, in_parts=False, in_multiples=False
+):  # fmt: skip
     """Choose a trial for each block, then encode; return uint8 codes [..., m, B, ...], int32 headers [..., m, ...].
 
-    `own` holds each candidate's payloads; None means those given by the blocks' maxima. `in_parts`: see `_BlockTrials`.
+    `own` holds each candidate's payloads; None means those given by the blocks' maxima. `in_parts`: see `BlockTrials`.
+    `in_multiples`: see `encode`.
     """
     fmt = how.fmt
 
-    def inverse_of(word, tensor, place: Any = 0):
+    def scales_of(word, tensor, place: Any = 0):
         header, _, rounding, multiplier = word_parts(word, fmt)
-        return inverse_for(fmt.split(header)[1], rounding, multiplier, place, tensor, how)
+        return _scales(_Trial(fmt.split(header)[1], rounding, None), multiplier, tensor, place, how)
 
     def chosen(copies, peaks, runs, tensor, extras, own):
         own = wanted_payloads(peaks, runs, tensor, how) if own is None else own
-        word = choose(copies, peaks, own, tensor, extras, how, axis, in_parts=in_parts)
-        # A scale with several factors has a different inverse at each place; it is then computed during encoding.
-        return word, None if fmt.scale.runs else inverse_of(word, tensor)
+        trials = BlockTrials(copies, peaks, tensor, extras, how, axis, in_parts)
+        word = choose(trials, peaks, own)
+        if fmt.scale.runs:  # several factors: they differ from place to place, and are computed during encoding
+            return word, None, None
+        if how.search is not None or fmt.scale.nbytes == 4:
+            inverse, scale = scales_of(word, tensor)
+        else:
+            inverse, scale = trials.scales_of_chosen(word, own)
+        return word, inverse, scale if in_multiples else None
 
     copies = [blocks] * (_parts_of(blocks, axis, fmt) if in_parts else 1)
-    word, inverse = materialize(chosen, copies, peaks, runs, tensor, extras, own)
+    word, inverse, scale = materialize(chosen, copies, peaks, runs, tensor, extras, own)
 
-    def codes_of_blocks(blocks, word, inverse, tensor, noise):
-        word, inverse, tensor = insert_axis((word, inverse, tensor), axis)
+    def encoded(blocks, word, inverse, scale, tensor, noise):
+        word, inverse, scale, tensor = insert_axis((word, inverse, scale, tensor), axis)
         if inverse is None:
-            inverse = inverse_of(word, tensor, lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim + axis))
+            place = lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim + axis)
+            inverse, scale = scales_of(word, tensor, place)
         header, candidate, _, _ = word_parts(word, fmt)
         selector, _ = fmt.split(header)
         power = 1 if tensor is None else tensor.power
         noise = noise and pick(candidate, noise)
-        codes = codes_of(blocks.astype(jnp.float32), noise, inverse, power, one_for_each_decoding(fmt), fmt)
-        return pick(selector, codes).astype(jnp.uint8)
+        results = (_values_of if in_multiples else codes_of)(
+            blocks.astype(jnp.float32), noise, inverse, power, one_for_each_decoding(fmt), fmt
+        )
+        chosen = pick(selector, results)
+        return times_scales(chosen, selector, scale, fmt) if in_multiples else chosen.astype(jnp.uint8)
 
-    codes = materialize(codes_of_blocks, blocks, word, inverse, tensor, extras.noise)
+    codes = materialize(encoded, blocks, word, inverse, scale, tensor, extras.noise)
     return codes, word_parts(word, fmt)[0]
 
 
@@ -298,7 +314,7 @@ def joint(blocks, peaks, runs, amax, weights, how, axis):
 
     def fit(amax, payloads):
         def of_blocks(blocks, peaks, extras, tensor, payloads):
-            trials = _BlockTrials([blocks], peaks, tensor, extras, how, axis)
+            trials = BlockTrials([blocks], peaks, tensor, extras, how, axis)
             return [[jnp.where(peaks < 0, 0, a) for a in trials.fit(i, p)] for i, p in enumerate(payloads)]
 
         tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim, power)
@@ -340,24 +356,23 @@ def _reduced(op, a, axis, *, in_parts):
     return tree_along(op, a, axis) if in_parts else tree(op, unstack(a, axis))
 
 
-def choose(copies, peaks, own, tensor, extras: "Extras", how, axis, *, in_parts=False):
-    """Return the word of each block's best trial, int32 [..., m, ...] (see `ifjax.codec.search`).
-
-    For `copies` and `in_parts` see `_BlockTrials`.
-    """
-    fmt = how.fmt
-    if len(own) == 1 and how.search is None:
-        return jnp.where(peaks < 0, fmt.scale.nan, own[0])
-    trials = _BlockTrials(copies, peaks, tensor, extras, how, axis, in_parts)
-    return jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
+def choose(trials: "BlockTrials", peaks, own):
+    """Return the word of each block's best trial, int32 [..., m, ...] (see `ifjax.codec.search`)."""
+    how, fmt = trials.how, trials.how.fmt
+    word = own[0] if len(own) == 1 and how.search is None else best_trial(own, trials, fmt, how.search)
+    return jnp.where(peaks < 0, fmt.scale.nan, word)
 
 
 def wanted_payloads(peaks, runs, tensor, how):
-    """Return for each candidate the payloads given by the blocks' maxima; one array where they are always equal."""
-    known = {}
-    for c in how.fmt.candidates:
+    """Return for each candidate the payloads given by the blocks' maxima; one array where they are always equal.
+
+    They are NaN where a block has a NaN or an infinity.
+    """
+    known, fmt = {}, how.fmt
+    for c in fmt.candidates:
         if (c.peak, c.scale_multiplier) not in known:
-            known[c.peak, c.scale_multiplier] = wanted_payload(c, peaks, runs, tensor, how.fmt, how.headroom)
+            payload = wanted_payload(c, peaks, runs, tensor, fmt, how.headroom)
+            known[c.peak, c.scale_multiplier] = jnp.where(peaks < 0, fmt.scale.nan, payload)
     return [known[c.peak, c.scale_multiplier] for c in how.fmt.candidates]
 
 
@@ -405,11 +420,28 @@ def _reciprocal(scale):
 
 def codes_of(x, noise, inverse, power, candidates, fmt):
     """Return a list of the int32 codes of x for each candidate."""
+    ys = _on_grids(x, inverse, power, candidates, fmt)
+    return [c.grid.encode(y, noise) for c, y in zip(candidates, ys, strict=True)]
+
+
+def _values_of(x, noise, inverse, power, candidates, fmt):
+    """Return a list of the values of `codes_of` without any scale, except for the sign of zeros."""
+    ys = _on_grids(x, inverse, power, candidates, fmt)
+    return [_rounded(y, noise, c) for c, y in zip(candidates, ys, strict=True)]
+
+
+def _on_grids(x, inverse, power, candidates, fmt):
+    """Return a list of x in the units of each candidate's grid, for `Grid.encode`."""
     y = x * power * inverse
     if any(c.grid.zero == "negative" for c in candidates):
         y = keep_negative(y, x, power * inverse)
     y = jnp.where(inverse == 0, 0, y)
-    return [c.grid.encode(_to_grid(y, c, fmt), noise) for c in candidates]
+    return [_to_grid(y, c, fmt) for c in candidates]
+
+
+def _rounded(y, noise, candidate):
+    v = candidate.grid.round(y, noise)
+    return v + np.float32(candidate.offset) if candidate.offset else v
 
 
 def keep_negative(y, x, factor):
@@ -470,8 +502,7 @@ class _Trial(NamedTuple):
 def decoded_place(x, r, inverse, scale, tensor, divisor, candidate, fmt):
     """Return x and its decoded value, in units of `tensor`; `divisor` is K, or that of `divisor_of` in x's shape."""
     x = x if tensor is None else x * tensor.power
-    v = candidate.grid.round(_to_grid(x * inverse, candidate, fmt), r)
-    v = v + np.float32(candidate.offset) if candidate.offset else v
+    v = _rounded(_to_grid(x * inverse, candidate, fmt), r, candidate)
     varies = divisor is not None and divisor.ndim > 0
     return x, scaled(v, scale, candidate.step, tensor, divisor, varies=varies)
 
@@ -504,14 +535,14 @@ def _suits_parts(fmt, size):
 
 
 def _parts_of(blocks, axis, fmt):
-    """Return the number of equal parts of a block that are taken apart, a power of two: see `_BlockTrials`."""
+    """Return the number of equal parts of a block that are taken apart, a power of two: see `BlockTrials`."""
     size, count, most = largest_divisor(blocks.shape[axis], 32), 1, min(4, 15 // len(fmt.candidates))
     while blocks.size > _SMALL and size % (2 * count) == 0 and size > most * count:
         count *= 2
     return count
 
 
-class _BlockTrials:
+class BlockTrials:
     """An implementation of `ifjax.codec.search.Trials` for blocks.
 
     Losses are computed of each place of a block, or, with `in_parts`, of equal parts, of which there are as many as
@@ -610,9 +641,28 @@ class _BlockTrials:
 
         return along(self.copies, extras, trial, multiplier, self.tensor, axis)
 
+    def scales_of_chosen(self, word, own):
+        """Return the inverse and the scale of each block's chosen trial among those without a search."""
+        if len(own) == 1:
+            return _scales(_Trial(own[0], None, None), None, self.tensor, 0, self.how)
+        _, candidate, _, _ = word_parts(word, self.how.fmt)
+        each = [self._scales(_Trial(payload, None, None), None, self.tensor) for payload in own]
+        same = all(payload is own[0] for payload in own)
+        return each[0] if same else tuple(pick(candidate, options) for options in zip(*each, strict=True))
+
+    def _scales(self, trial, multiplier, tensor):
+        """Return the inverse and the scale of a trial, computed once for candidates that share them."""
+        given = trial.payload, trial.rounding, multiplier
+        if (same := tuple(map(id, given))) not in self._known:
+            scales = functools.partial(_scales, place=0, how=self.how)
+            # Parts read them as arrays, because each part would be a place in which their operations are needed.
+            run = functools.partial(materialize, scales) if self.in_parts else scales
+            self._known[same] = run(trial, multiplier, tensor), given
+        return self._known[same][0]
+
     def _over_places(self, term, i, copies, extras, trial, multiplier, tensor, axis):
         fmt, how, (blocks,) = self.how.fmt, self.how, copies
-        inverse, scale = _scales(trial, multiplier, tensor, 0, how)
+        inverse, scale = self._scales(trial, multiplier, tensor)
         divisor = divisor_of(scale, tensor, fmt, how.headroom)
         others = [[None] * blocks.shape[axis] if a is None else unstack(a, axis) for a in extras]
         terms = []
@@ -623,12 +673,9 @@ class _BlockTrials:
 
     def _over_parts(self, term, i, copies, extras, trial, multiplier, tensor, axis):
         fmt, how, count = self.how.fmt, self.how, len(copies)
-        # As arrays of their own, because each part would be a place in which they are needed. Candidates share them.
-        given = trial.payload, trial.rounding, multiplier
-        if (same := tuple(map(id, given))) not in self._known:
-            scales = functools.partial(_scales, place=0, how=how)
-            self._known[same] = materialize(scales, trial, multiplier, tensor), given
-        (inverse, scale, unit), tensor = insert_axis(((*self._known[same][0], trial.unit), tensor), axis)
+        (inverse, scale, unit), tensor = insert_axis(
+            ((*self._scales(trial, multiplier, tensor), trial.unit), tensor), axis
+        )
         others = [[None] * count if a is None else jnp.split(a, count, axis) for a in extras]
         terms = []
         for at, (blocks, r, weight) in enumerate(zip(copies, *others, strict=True)):

@@ -26,6 +26,7 @@ from ifjax import Candidate, Format, Grid, codec
 from ifjax.arrays import Blocking
 from ifjax.codec import Encoding
 from ifjax.codec.blocks import merge_blocks, split_blocks
+from ifjax.codec.headers import header_words
 from ifjax.formats.grids import E2M1, E2M3, INT4
 from ifjax.formats.scales import E8M0
 from ifjax.numerics.packing import pack
@@ -669,7 +670,8 @@ def encode_in_one_pass(blocks, how, **settings):
     """What `codec.encode` gives by the arrangement that it leaves to GPUs, for formats without a choice too."""
     module = sys.modules["ifjax.codec.encode"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_encode_in_stages", lambda *a, in_parts, **b: module._encode_in_one_pass(*a, **b))
+        one_pass = lambda *a, in_parts, in_multiples, **b: module._encode_in_one_pass(*a, **b)  # noqa: E731
+        patch.setattr(module, "_encode_in_stages", one_pass)
         patch.setattr(module, "_encode", by_places)
         return codec.encode(blocks, how, **settings)
 
@@ -677,6 +679,12 @@ def encode_in_one_pass(blocks, how, **settings):
 def by_places(*args, in_parts=False, encode=sys.modules["ifjax.codec.encode"]._encode, **settings):
     """What `codec.encode` does on other platforms and with a search: losses by places of blocks, not by parts."""
     return encode(*args, **settings)
+
+
+def by_places_only(*args, **settings):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["ifjax.codec.encode"], "_encode", by_places)
+        return codec.encode(*args, **settings)
 
 
 def compiled(encode, how, axis=-1):
@@ -713,6 +721,26 @@ def test_one_pass_gives_the_bytes_of_stages(fmt):
         want, (codes, scales) = quantized(x, fmt), one_pass(x, None)
         assert_array_equal(scales, want.scales)
         assert_array_equal(codes, want.codes)
+
+
+@pytest.mark.by_default("*-if4", "*-nvfp4")
+@each_format
+@pytest.mark.parametrize("way", ["parts", "places", "search", "noise"])
+def test_values_are_those_of_the_codes(fmt, way):
+    """Without packing: the numbers that a product takes are those that its packed operand would mean."""
+    settings = {"search": {"search": "fast"}, "noise": {"rounding": "stochastic"}}.get(way, {})
+    how, run = Encoding.of(fmt, **settings), by_places_only if way == "places" else codec.encode
+    noise = np.random.default_rng(19).uniform(-0.5, 0.5, (len(fmt.candidates), *SHAPE)).astype(np.float32)
+    noise = list(jnp.asarray(noise)) if way == "noise" else None
+    blocks = functools.partial(split_blocks, block=fmt.block, axis=-1)
+    for x in (magnitudes(), poisoned_input()[0], around_zero(), far_apart(fmt)[0]):
+        settings = {"axis": -1, "noise": noise and [blocks(r) for r in noise]}
+        values, none, amax = run(blocks(jnp.asarray(x)), how, in_multiples=True, **settings)
+        codes, scales, own = run(blocks(jnp.asarray(x)), how, **settings)
+        headers, at = header_words(scales, fmt.scale.nbytes, -1)[..., None], np.arange(fmt.block)
+        assert none is None
+        jax.tree.map(assert_array_equal, amax, own)
+        assert_array_equal(values, codec.decode(codes, headers, fmt, place=at))
 
 
 @pytest.mark.by_default("*-if4", "*-nvfp4")
