@@ -162,9 +162,10 @@ def encoder_for(device: str) -> Encoder | None:
 
 
 def gives_multiples() -> bool:
-    """Return whether this device's encoder gives training products their operands' values."""
-    encoder = encoder_for(device_kind())
-    return encoder is not None and encoder.gives_multiples
+    """Return whether training products take their operands' values from the encoder: a kernel, or XLA's on a CPU."""
+    device = device_kind()
+    encoder = encoder_for(device)
+    return device == "cpu" if encoder is None else encoder.gives_multiples
 
 
 def work_of(
@@ -264,13 +265,12 @@ def _as_matrices(shape, axis, amax_ndim) -> tuple[int, int, int]:
 def encode_by_kernel(
     x: jax.Array, key: jax.Array | None, amax: jax.Array | None, *, encoder: Encoder, how: Encoding, axis: int,
     amax_axes: tuple[int, ...], wants_codes: bool, wants_values: bool, rotation: Rotated | None = None,
-    in_multiples: bool = False, words: jax.Array | None = None,
+    in_multiples: bool = False,
 ) -> tuple[list[jax.Array], jax.Array | None, jax.Array | None]:  # fmt: skip
     """Encode x with a kernel, rotated first if so asked; return ([packed codes, scale bytes, values], amax, amax / K).
 
     The list holds only the wanted arrays. Codes and scales have the shapes of a QTensor, values that of x. With
-    `in_multiples` values are multiples of the tensor's factor amax / K. `words` int32 [2] are the key's `seeds`, if
-    they are known.
+    `in_multiples` values are multiples of the tensor's factor amax / K.
     """
     kernel, codec, factor = encoder.load(), PlaceCodec(how, np.dtype(x.dtype), in_multiples), None
     lead = max(amax_axes, default=-1) + 1
@@ -296,7 +296,7 @@ def encode_by_kernel(
         numbers = codec.encoder_tables(None, 1)
     noise = None
     if how.rounding.noise is not None and key is not None:
-        noise = _first_indices(shape), _seeds(key, words, shape[0])
+        noise = _first_indices(shape), _seeds(key, shape[0])
     run = functools.partial(
         _encode_matrices, kernel=kernel, codec=codec, axis=-1 if axis == -1 else -2, wants_codes=wants_codes,
         wants_values=wants_values, rotation=rotation,
@@ -326,12 +326,12 @@ def refusal_of_runs(encoder: Encoder, x: Any, codec: EdenCodec, axis: int, size:
 
 
 def encode_runs_by_kernel(
-    x: jax.Array, key: jax.Array, amax: jax.Array | None, signs: jax.Array, words: jax.Array | None, *,
-    encoder: Encoder, codec: EdenCodec, axis: int,
+    x: jax.Array, key: jax.Array, amax: jax.Array | None, signs: jax.Array, *, encoder: Encoder, codec: EdenCodec,
+    axis: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Encode x by MS-EDEN with a kernel; return packed codes, scale bytes and the amax of the QTensor.
 
-    `signs` are float32 [size]. An amax of None or 0 is x's own. `words` int32 [2] are the key's `seeds`, if known.
+    `signs` are float32 [size]. An amax of None or 0 is x's own.
     """
     shape, at, size = _as_matrices(x.shape, axis, 0), -1 if axis == -1 else -2, len(signs)
     count, kernel, place = shape[0], encoder.load(), {"codec": codec, "axis": at, "rotation": Rotated(size, None)}
@@ -352,7 +352,7 @@ def encode_runs_by_kernel(
     blocks = list(shape)
     blocks[at] //= codec.block
     own_strides = jnp.broadcast_to(jnp.asarray(strides(tuple(blocks))[1:], jnp.int32), (count, 2))
-    noise = _first_indices(blocks), own_strides, _seeds(key, words, count)
+    noise = _first_indices(blocks), own_strides, _seeds(key, count)
     codes, scales = _by_matrix(encoded, numbers, matrices, noise, signs)
     return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), stored[0]
 
@@ -379,9 +379,9 @@ def _first_indices(shape):
     return jnp.arange(shape[0], dtype=jnp.int32) * strides(tuple(shape))[0]
 
 
-def _seeds(key, words, count):
-    """Return the `seeds` of a key, or those known as `words`, for each of `count` matrices: int32 [count, 2]."""
-    return jnp.broadcast_to(jnp.stack(seeds(key)) if words is None else words, (count, 2))
+def _seeds(key, count):
+    """Return the `seeds` of a key, for each of `count` matrices: int32 [count, 2]."""
+    return jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
 
 
 def _rotated_maxima(x, kernel, codec, axis, rotation):

@@ -110,12 +110,11 @@ def ms_eden_packed(
     signs: Literal["fixed"] | ArrayLike | None = None,
     noise: ArrayLike | None = None,
     amax: ArrayLike | None = None,
-    words: jax.Array | None = None,
 ) -> QTensor:
     """Return the values of `ms_eden` as a QTensor in `packed_format(fmt)`; arguments and errors are those of `ms_eden`.
 
-    `words` int32 [2] are the key's `seeds`, if they are known. The QTensor's `amax` is not the array's, but the number
-    to which K maps the factor of all values.
+    The key may be given as its `seeds`. The QTensor's `amax` is not the array's, but the number to which K maps the
+    factor of all values.
     """
     fmt = check_format(fmt, size)
     x = as_array(x)
@@ -131,7 +130,7 @@ def ms_eden_packed(
         codes, scales, end = _by_xla(x, key, amax, signs, noise, **place)
     else:
         signs = jnp.asarray(signs_of(signs, size), jnp.float32)
-        codes, scales, end = _by_plan(x, key, amax, signs, words, encoder=encoder, **place)
+        codes, scales, end = _by_plan(x, key, amax, signs, encoder=encoder, **place)
     axis = axis % x.ndim - x.ndim
     return QTensor(codes, scales, end, Blocking(packed_format(fmt), axis, x.shape[axis], x.dtype, _headroom(fmt)))
 
@@ -173,19 +172,15 @@ def _fault(encoder, codec, dtype, fmt, axis, size):
 
 
 @jax.jit(static_argnames=("encoder", "fmt", "axis", "size"))
-def _by_plan(x, key, amax, signs, words, *, encoder, fmt, axis, size):
+def _by_plan(x, key, amax, signs, *, encoder, fmt, axis, size):
     """Return `_by_xla`, by a kernel on the platform that it compiles for."""
     axis, codec = axis % x.ndim - x.ndim, EdenCodec.of(fmt, np.dtype(x.dtype))
 
     def by_kernel(*data):
         return encode_runs_by_kernel(*data, encoder=encoder, codec=codec, axis=axis)
 
-    def by_xla(x, key, amax, signs, words):
-        del words
-        return _by_xla(x, key, amax, signs, fmt=fmt, axis=axis, size=size)
-
-    run = functools.partial(by_kernel_or_xla, encoder, by_kernel, by_xla)
-    return opaque(run, x, key, amax, signs, words)
+    by_xla = functools.partial(_by_xla, fmt=fmt, axis=axis, size=size)
+    return opaque(functools.partial(by_kernel_or_xla, encoder, by_kernel, by_xla), x, key, amax, signs)
 
 
 @functools.lru_cache
@@ -303,4 +298,4 @@ def _sum(a, axis):
 
 
 # The rounding record that training recipes use for operands.
-MS_EDEN = ROUNDINGS.register(Rounding("ms_eden", operand=ms_eden_packed, check=check_format))
+MS_EDEN = ROUNDINGS.register(Rounding("ms_eden", operand=ms_eden_packed, check=check_format, takes_seeds=True))

@@ -178,21 +178,22 @@ class Multiples(NamedTuple):
 
 def operand_by_kernel(
     x: jax.Array, how: Encoding, *, axis: int, wants_codes: bool, wants_values: bool, key: jax.Array | None,
-    words: jax.Array | None = None, amax: Any = None, size: int | None = None, signs: Any = None,
+    amax: Any = None, size: int | None = None, signs: Any = None,
 ) -> Multiples | None:  # fmt: skip
     """Return Multiples of quantize(x, ...), transformed first by hadamard(size=, signs=) if size is given.
 
-    None where no kernel gives them. They are packed, or values, or both, as wanted. `words` are the key's `seeds`, if
-    known.
+    None where the device has a kernel that does not give them. They are packed, or values, or both, as wanted.
     """
     encoder, rotation = encoder_for(device_kind()), _rotation(size, signs)
-    if encoder is None or (size is not None and rotation is None):
-        return None
-    if refusal(encoder, x, how, axis, 0, is_weighed=False, is_clipped=False, rotation=rotation):
+    if encoder is None:
+        x, rotation = x if size is None else hadamard(x, axis=axis, size=size, signs=signs), None
+    elif (size is not None and rotation is None) or refusal(
+        encoder, x, how, axis, 0, is_weighed=False, is_clipped=False, rotation=rotation
+    ):
         return None
     x, place = checked(x, how, axis, amax, key=key)
     wants = {"wants_codes": wants_codes, "wants_values": wants_values}
-    return _multiples(x, key, words, place.pop("amax"), how=how, rotation=rotation, **wants, **place)
+    return _multiples(x, key, place.pop("amax"), how=how, rotation=rotation, **wants, **place)
 
 
 def _rotation(size, signs):
@@ -348,8 +349,11 @@ def _straight_through_jvp(primals, tangents):
 # --- below the surface -----------------------------------------------------------------------------------------------
 
 
-def _encoded(x, key, amax, weights, *, how, axis, amax_axes):
-    """Return codes uint8 [..., m, B, ...], scales uint8 [..., m * W, ...] and amax, with padding rows of 2-D blocks."""
+def _encoded(x, key, amax, weights, *, how, axis, amax_axes, in_multiples=False):
+    """Return codes uint8 [..., m, B, ...], scales uint8 [..., m * W, ...] and amax, with padding rows of 2-D blocks.
+
+    `in_multiples`: see `ifjax.codec.encode`.
+    """
     fmt = how.fmt
 
     def blocks_of(a):
@@ -363,7 +367,8 @@ def _encoded(x, key, amax, weights, *, how, axis, amax_axes):
         noise = [blocks_of(r) for r in how.rounding.noise(key, x.shape, len(fmt.candidates))]
     if weights is not None:
         weights = split_blocks(weights, fmt.block, -1)
-    return encode(blocks_of(x), how, axis=axis, amax=amax, amax_axes=amax_axes, noise=noise, weights=weights)
+    place = {"axis": axis, "amax": amax, "amax_axes": amax_axes}
+    return encode(blocks_of(x), how, noise=noise, weights=weights, in_multiples=in_multiples, **place)
 
 
 _STATIC = ("how", "axis", "amax_axes")
@@ -413,7 +418,7 @@ def _fault(encoder, how, dtype, axis, does, rotation):
                 return _quantize(*data, None, None, rotation=rotation, **place)
             if does == "multiply":
                 wants = {"wants_codes": True, "wants_values": True}
-                return _multiples(*data, None, None, rotation=rotation, **wants, **place)
+                return _multiples(*data, None, rotation=rotation, **wants, **place)
             return _fake_quantize(*data, None, None, clipped=False, **place)
 
         return difference(*by_both(run))
@@ -434,24 +439,29 @@ def _quantize(x, key, amax, weights, *, how, axis, amax_axes, rotation=None):
 
 
 @jax.jit(static_argnames=(*_STATIC, "rotation", "wants_codes", "wants_values"))
-def _multiples(x, key, words, amax, *, how, axis, amax_axes, rotation, wants_codes, wants_values):
+def _multiples(x, key, amax, *, how, axis, amax_axes, rotation, wants_codes, wants_values):
     place = {"how": how, "axis": axis, "amax_axes": amax_axes}
     blocking = Blocking(how.fmt, axis, x.shape[axis], x.dtype, how.headroom, how.block_2d)
 
-    data, encoder = (x, key, words, amax), _encoder_of(x, **place, does="multiply", rotation=rotation)
+    data, encoder = (x, key, amax), _encoder_of(x, **place, does="multiply", rotation=rotation)
 
-    def by_xla(x, key, words, amax):
-        del words
-        q = QTensor(*_packed(x if rotation is None else rotation.of(x, axis), key, amax, None, **place), blocking)
-        factor = None if q.amax is None else divide(q.amax, how.fmt.tensor_constant(how.headroom))
-        values = decoded_by_xla(q.replaced(amax=None), x.dtype) if wants_values else None
-        return Multiples(values, factor, q if wants_codes else None)
+    def by_xla(x, key, amax):
+        shape, dtype, q = x.shape, np.float32 if encoder is None else x.dtype, None
+        data = x if rotation is None else rotation.of(x, axis), key, amax, None
+        if wants_codes:
+            q = QTensor(*_packed(*data, **place), blocking)
+            values, amax = decoded_by_xla(q.replaced(amax=None), dtype) if wants_values else None, q.amax
+        else:
+            values, _, amax = _encoded(*data, **place, in_multiples=True)
+            values = narrowed(_cropped(merge_blocks(values, axis), shape), dtype)
+        factor = None if amax is None else divide(amax, how.fmt.tensor_constant(how.headroom))
+        return Multiples(values, factor, q)
 
-    def by_kernel(x, key, words, amax):
+    def by_kernel(x, key, amax):
         assert encoder is not None
         arrays, amax, factor = encode_by_kernel(
             x, key, amax, encoder=encoder, wants_codes=wants_codes, wants_values=wants_values, rotation=rotation,
-            in_multiples=True, words=words, **place,
+            in_multiples=True, **place,
         )  # fmt: skip
         packed: Any = (*arrays[:2], amax, blocking)
         return Multiples(
@@ -470,6 +480,12 @@ def _packed(x, key, amax, weights, *, how, axis, amax_axes):
         other = -3 - axis
         codes, scales = (crop(a, x.shape[other], other) for a in (codes, scales))
     return pack(codes, how.fmt.bits, axis), scales, amax
+
+
+def _cropped(a, shape):
+    for axis in range(-a.ndim, 0):
+        a = crop(a, shape[axis], axis)
+    return a
 
 
 @jax.jit(static_argnames=(*_STATIC, "clipped"))
@@ -491,10 +507,7 @@ def _rounded(x, key, amax, weights, *, how, axis, amax_axes, clipped):
 
     def values_of(codes):
         values = decode(codes, headers, fmt, place=place, amax=wide, headroom=how.headroom)
-        values = merge_blocks(jnp.broadcast_to(values, shape), axis)
-        for a in range(-x.ndim, 0):
-            values = crop(values, x.shape[a], a)
-        return values
+        return _cropped(merge_blocks(jnp.broadcast_to(values, shape), axis), x.shape)
 
     shape = codes.shape
     rounded = narrowed(values_of(codes), x.dtype)

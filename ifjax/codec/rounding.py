@@ -24,9 +24,10 @@ class Rounding:
             added to an element's position between two neighbours before it is rounded. None rounds to nearest.
         headroom: fraction of the range that is used. With 16/17 no value saturates even if the E4M3 scale was rounded
             down by 1/16.
-        operand: only for roundings of rotated operands of products: maps (x, fmt, key=, axis=, size=, signs=, amax=,
-            words=) to the QTensor of x, rotated and rounded; words are the key's `seeds` or None. None for all others.
+        operand: only for roundings of rotated operands of products: maps (x, fmt, key=, axis=, size=, signs=, amax=) to
+            the QTensor of x, rotated and rounded. None for all others.
         check: only with `operand`: takes (fmt, size of the rotation) and raises ValueError if it is not supported.
+        takes_seeds: whether the key may be given as its `seeds`.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Rounding:
     headroom: float = 1.0
     operand: Callable[..., Any] | None = None
     check: Callable[[Any, int], Any] | None = None
+    takes_seeds: bool = False
 
     @property
     def draws(self) -> bool:
@@ -49,8 +51,8 @@ class Rounding:
 def uniform_noise(key: jax.Array, shape: tuple[int, ...], count: int) -> list[jax.Array]:
     """Return `count` independent float32 arrays, uniform on 2^16 points of (-1/2, 1/2), symmetric about 0.
 
-    An element's noise is a hash of the key and of the element's index in the array (in C order). It does not depend on
-    how the array is sharded or in what order it is processed.
+    The key may be given as its `seeds`. An element's noise is a hash of the key and of the element's index in the array
+    (in C order). It does not depend on how the array is sharded or in what order it is processed.
     """
     k0, k1 = seeds(key)
     index = jnp.zeros(shape, jnp.int32)
@@ -60,9 +62,28 @@ def uniform_noise(key: jax.Array, shape: tuple[int, ...], count: int) -> list[ja
 
 
 def seeds(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the two int32 numbers of a key that `noise_of` takes."""
-    k0, k1 = lax.bitcast_convert_type(jax.random.bits(key, (2,), jnp.uint32), jnp.int32)
+    """Return the two int32 numbers of a key that `noise_of` takes; of several keys, arrays of their shape.
+
+    They are a hash of the key's words, a bijection of 64 bits: each half takes in the other's hash in turn. Drawing
+    bits from the key would be a loop of its own in a program for CPUs. int32 [..., 2] are seeds already.
+    """
+    if key.dtype == jnp.int32:
+        return key[..., 0], key[..., 1]
+    words = lax.bitcast_convert_type(jax.random.key_data(key), jnp.int32)
+    k0: Any = np.int32(0)
+    k1: Any = np.int32(0)
+    for i in range(0, words.shape[-1], 2):
+        a, b = (lax.index_in_dim(words, i + half, -1, keepdims=False) for half in range(2))
+        k0, k1 = k0 ^ a, k1 ^ b
+        k0 = k0 ^ _hashed(k1)
+        k1 = k1 ^ _hashed(k0)
     return k0, k1
+
+
+def _hashed(x):
+    x = _mixed(_mixed(x + _int32(0x9E3779B9), 17, 0xED5AD4BB), 11, 0xAC4C1B51)
+    x = _mixed(x, 15, 0x31848BAB)
+    return x ^ _shifted(x, 14)
 
 
 def strides(shape: tuple[int, ...]) -> list[np.int32]:
@@ -107,5 +128,8 @@ def _shifted(x, bits):
 NEAREST = Rounding("nearest")
 ROUNDINGS: Registry[Rounding] = Registry(
     "rounding", Rounding, "ifjax.codec.ROUNDINGS",
-    (NEAREST, Rounding("stochastic", uniform_noise), Rounding("stochastic_unbiased", uniform_noise, 16 / 17)),
+    (
+        NEAREST, Rounding("stochastic", uniform_noise, takes_seeds=True),
+        Rounding("stochastic_unbiased", uniform_noise, 16 / 17, takes_seeds=True),
+    ),
 )  # fmt: skip

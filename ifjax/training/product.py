@@ -21,7 +21,7 @@ from ifjax.codec.rounding import seeds
 from ifjax.numerics.byte_order import as_array
 from ifjax.numerics.devices import device_kind
 from ifjax.numerics.hadamard import hadamard, random_signs
-from ifjax.numerics.xla import by_platform
+from ifjax.numerics.xla import by_platform, opaque
 from ifjax.products import dot_general
 from ifjax.products.backends import BACKENDS
 from ifjax.products.dot_general import accumulator, as_varying, explicit_sharding, multiples
@@ -181,9 +181,9 @@ def _product(x, w, key, amax, settings: Settings):
 
 def _forward(x, w, key, amax, settings):
     """Return y and the quantized operands whose product it is."""
-    recipe, (of_x, of_w, _), drawn = settings.recipe, three(amax), _drawn(key, settings)
-    qx = operand_of(x, "fprop", "lhs", -1, key, settings, of_x, drawn, like=w, later=(recipe.wgrad, "lhs"))
-    qw = operand_of(w, "fprop", "rhs", -2, key, settings, of_w, drawn, like=x, later=(recipe.dgrad, "rhs"))
+    recipe, (of_x, of_w, _), drawn = settings.recipe, three(amax), drawn_by(key, settings, "fprop")
+    qx = operand_of(x, "fprop", "lhs", -1, drawn, settings, of_x, like=w, later=(recipe.wgrad, "lhs"))
+    qw = operand_of(w, "fprop", "rhs", -2, drawn, settings, of_w, like=x, later=(recipe.dgrad, "rhs"))
     return _multiply(qx, qw, -1, -2, settings.dtype, settings.out_dtype, settings.precision), (qx, qw)
 
 
@@ -209,7 +209,8 @@ def _product_fwd(x, w, key, amax, settings):
             has_both = isinstance(forward, Multiples) and forward.packed is not None and forward.values is not None
             return forward.packed if has_both else forward
         is_packed = recipe.residuals == "packed" and operand.is_packed_early
-        return operand_of(a, product_name, side, axis, key, settings, amax) if is_packed else a
+        drawn = drawn_by(key, settings, product_name) if is_packed else None
+        return operand_of(a, product_name, side, axis, drawn, settings, amax) if is_packed else a
 
     for_dgrad = kept(w, qw, recipe.dgrad.rhs, "dgrad", "rhs", -1, of_w)
     for_wgrad = kept(x, qx, recipe.wgrad.lhs, "wgrad", "lhs", -2, of_x)
@@ -223,12 +224,12 @@ def _product_bwd(settings, residuals, g):
     for_dgrad, for_wgrad, nothing, key, amax, maxima = residuals
     of_x, of_w, of_g = three(amax)
     g, _ = once(g, nothing)
-    drawn = _drawn(key, settings)
-    left = operand_of(g, "dgrad", "lhs", -1, key, settings, of_g, drawn, like=for_dgrad)
-    right = operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings, of_w, drawn, like=g)
+    drawn = drawn_by(key, settings, "dgrad", "wgrad")
+    left = operand_of(g, "dgrad", "lhs", -1, drawn, settings, of_g, like=for_dgrad)
+    right = operand_of(for_dgrad, "dgrad", "rhs", -1, drawn, settings, of_w, like=g)
     dx = _multiply(left, right, -1, -1, settings.dtype, settings.x_dtype, settings.precision)
-    left = operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings, of_x, drawn, like=g)
-    right = operand_of(g, "wgrad", "rhs", -2, key, settings, of_g, drawn, like=for_wgrad)
+    left = operand_of(for_wgrad, "wgrad", "lhs", -2, drawn, settings, of_x, like=g)
+    right = operand_of(g, "wgrad", "rhs", -2, drawn, settings, of_g, like=for_wgrad)
     like = None
     if isinstance(left, QTensor | Multiples) and not isinstance(for_wgrad, QTensor | Multiples):
         like = pad_axis(for_wgrad, left.shape[-2], -2)
@@ -253,13 +254,13 @@ def _once_jvp(primals, tangents):
 
 
 def operand_of(
-    a: Any, product_name, side, axis, key, settings, amax=None, drawn=None, *, like: Any = None, later: Any = None
-) -> Any:  # fmt: skip
+    a: Any, product_name, side, axis, drawn, settings, amax=None, *, like: Any = None, later: Any = None
+) -> Any:
     """Return a, quantized along the contraction axis for one side of the named product: a QTensor or an array.
 
-    `amax` replaces a's own; None or 0 means a's own. `drawn` is that of `_drawn`. With the other operand as `like`, the
-    result is Multiples where the device's encoder gives them and decoded values are multiplied. `later` is the product
-    of the backward pass that may reuse the result, and its side.
+    `drawn` is that of `drawn_by`. `amax` replaces a's own; None or 0 means a's own. With the other operand as `like`,
+    the result is Multiples where the device's encoder gives them and decoded values are multiplied. `later` is the
+    product of the backward pass that may reuse the result, and its side.
     """
     product = getattr(settings.recipe, product_name)
     operand, size = getattr(product, side), product.hadamard
@@ -267,20 +268,16 @@ def operand_of(
         if not _rounds_anew(product, side):
             return a  # already quantized for this product, or reused unchanged
         a = (a if isinstance(a, QTensor) else a.packed).dequantize()
-    a, words, rotated = lax.stop_gradient(a), None, {}
-    if product.is_random:
-        _check_key(key, settings.recipe)
-        at = _PRODUCTS.index(product_name)
-        keys = jax.random.split(jax.random.fold_in(key, at), 3) if drawn is None else drawn.keys[at]
-        for_lhs, for_rhs, for_signs = keys
-        key = for_lhs if side == "lhs" else for_rhs
-        words = None if drawn is None else drawn.words[at, 0 if side == "lhs" else 1]
+    a, key, rotated = lax.stop_gradient(a), None, {}
+    at, own = _PRODUCTS.index(product_name), 0 if side == "lhs" else 1
+    if operand.is_random:
+        key = (drawn.seeds if operand.how.rounding.takes_seeds else drawn.keys)[at, own]
     if size:
         a = pad_axis(a, -(-a.shape[axis] // size) * size, axis)
-        signs = random_signs(for_signs, size) if product.signs == "fresh" else product.signs
+        signs = random_signs(drawn.keys[at, 2], size) if product.signs == "fresh" else product.signs
         if operand.how is not None and operand.how.rounding.rotates:
             return operand.how.rounding.operand(
-                a, operand.how.fmt, key=key, axis=axis, size=size, signs=signs, amax=operand.amax, words=words
+                a, operand.how.fmt, key=key, axis=axis, size=size, signs=signs, amax=operand.amax
             )
         if operand.how is None:
             return hadamard(a, axis=axis, size=size, signs=signs)
@@ -291,11 +288,11 @@ def operand_of(
         amax = operand.amax
     elif amax is not None:
         amax = lax.cond(amax > 0, lambda a, amax: amax, lambda a, amax: largest(a), a, amax)
-    how, place = operand.how, {"axis": axis, "key": key if operand.is_random else None, "amax": amax, **rotated}
+    how, place = operand.how, {"axis": axis, "key": key, "amax": amax, **rotated}
     if like is not None and gives_multiples() and _is_decoded(a, like, product_name, side, settings):
         is_kept, rounds_anew = (False, False) if later is None else (getattr(*later).reuse, _rounds_anew(*later))
         wants = {"wants_codes": is_kept, "wants_values": rounds_anew or not is_kept}
-        found = operand_by_kernel(a, how, words=words if operand.is_random else None, **wants, **place)
+        found = operand_by_kernel(a, how, **wants, **place)
         if found is not None:
             return found
     return quantize_rotated(a, how, **place) if size else quantize(a, how, **place)
@@ -337,26 +334,25 @@ def _zeros(shape, how, axis, dtype):
     return QTensor(codes, scales, jnp.float32(0) if how.fmt.has_tensor_scale else None, blocking)
 
 
-class _Drawn(NamedTuple):
-    """What the three products draw from a key: keys [3, 3] of operands and signs, and operands' `seeds` [3, 2, 2]."""
+class Drawn(NamedTuple):
+    """What the three products draw from a key: keys [3, 3] of operands and signs, and operands' seeds [3, 2, 2]."""
 
     keys: jax.Array
-    words: jax.Array
+    seeds: jax.Array
 
 
-def _drawn(key, settings):
-    """Return what the products draw; None if the bits of such keys are others when they are drawn together.
-
-    Drawn together, they take a GPU three launches instead of two for each operand and one more.
-    """
-    if key is None or not settings.recipe.needs_key or not gives_multiples():
+def drawn_by(key: jax.Array | None, settings: "Settings", *products: str) -> Any:
+    """Return what the three products draw from a key, all at once; None if those named draw nothing."""
+    if not any(getattr(settings.recipe, product).is_random for product in products):
         return None
-    if "threefry" not in str(jax.random.key_impl(key)):
-        return None
+    _check_key(key, settings.recipe)
+    return _drawn(key)
 
-    keys = jax.vmap(lambda at: jax.random.split(jax.random.fold_in(key, at), 3))(jnp.arange(3))
-    words = jax.vmap(jax.vmap(lambda key: jnp.stack(seeds(key))))(keys[:, :2])
-    return _Drawn(keys, words)
+
+@jax.jit
+def _drawn(key):
+    keys = jax.random.split(key, (3, 3))
+    return Drawn(keys, jnp.stack(seeds(keys[:, :2]), -1))
 
 
 def _check_key(key, recipe):
@@ -392,15 +388,19 @@ def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
             y = lax.dot_general(values, others, numbers, precision, accumulator(dtype)) * of_b
         return (y * factor).astype(out_dtype)
 
-    if dtype.itemsize != 2 or not any(isinstance(each, QTensor | Multiples) for each in (a, b)):
+    if not any(isinstance(each, QTensor | Multiples) for each in (a, b)):
         return product(a, b, like)
+    if dtype.itemsize != 2:
+        return opaque(lambda *args: product(*args), a, b, like)  # for policies of `jax.checkpoint`: see SAVED
     # XLA:CPU does not multiply 16-bit matrices faster than float32 ones, and float32 avoids a second rounding.
     return by_platform(a, b, like, cpu=functools.partial(product, dtype=np.dtype(np.float32)), default=product)
 
 
 def _in_multiples(a, dtype):
-    """Return the values of a QTensor or Multiples without the tensor's factor, as `dtype`, and the factor."""
+    """Return the values of an operand without the tensor's factor, as `dtype`, and the factor: 1 if it has none."""
     if isinstance(a, QTensor):
         return multiples(a.astype(dtype), dtype)
+    if not isinstance(a, Multiples):
+        return a.astype(dtype), np.float32(1)
     values = unscaled_values(a.packed, dtype) if a.values is None else a.values.astype(dtype)
     return values, np.float32(1) if a.factor is None else a.factor

@@ -15,7 +15,7 @@ from ifjax.arrays import QTensor
 from ifjax.numerics.byte_order import as_array
 from ifjax.products.dot_general import accumulator, as_varying
 from ifjax.products.ragged import ragged_sharding
-from ifjax.training.product import SAVED, Settings, checked_amax, largest, once, operand_of, three
+from ifjax.training.product import SAVED, Settings, checked_amax, drawn_by, largest, once, operand_of, three
 from ifjax.training.recipes import Recipe, get_recipe
 
 _WGRAD = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
@@ -100,9 +100,9 @@ def _product(x, w, group_sizes, key, amax, settings: Settings):
 
 
 def _forward(x, w, group_sizes, key, amax, settings):
-    of_x, of_w, _ = three(amax)
-    qx = operand_of(x, "fprop", "lhs", -1, key, settings, of_x)
-    qw = operand_of(w, "fprop", "rhs", -2, key, settings, of_w)
+    (of_x, of_w, _), drawn = three(amax), drawn_by(key, settings, "fprop")
+    qx = operand_of(x, "fprop", "lhs", -1, drawn, settings, of_x)
+    qw = operand_of(w, "fprop", "rhs", -2, drawn, settings, of_w)
     a, b = _dense(qx, settings.dtype), _dense(qw, settings.dtype)
     y = lax.ragged_dot(a, b, group_sizes, settings.precision, accumulator(settings.dtype))
     return y.astype(settings.out_dtype), (qx, qw)
@@ -122,12 +122,13 @@ def _product_bwd(settings, residuals, g):
     for_dgrad, for_wgrad, nothing, group_sizes, key, amax, maxima = residuals
     of_x, of_w, of_g = three(amax)
     g, _ = once(g, nothing)
+    drawn = drawn_by(key, settings, "dgrad", "wgrad")
     dtype, precision, total = settings.dtype, settings.precision, accumulator(settings.dtype)
-    left = _dense(operand_of(g, "dgrad", "lhs", -1, key, settings, of_g), dtype)
-    right = _dense(operand_of(for_dgrad, "dgrad", "rhs", -1, key, settings, of_w), dtype)
+    left = _dense(operand_of(g, "dgrad", "lhs", -1, drawn, settings, of_g), dtype)
+    right = _dense(operand_of(for_dgrad, "dgrad", "rhs", -1, drawn, settings, of_w), dtype)
     dx = lax.ragged_dot(left, jnp.swapaxes(right, 1, 2), group_sizes, precision, total)
-    left = _dense(operand_of(for_wgrad, "wgrad", "lhs", -2, key, settings, of_x), dtype)
-    right = _dense(operand_of(g, "wgrad", "rhs", -2, key, settings, of_g), dtype)
+    left = _dense(operand_of(for_wgrad, "wgrad", "lhs", -2, drawn, settings, of_x), dtype)
+    right = _dense(operand_of(g, "wgrad", "rhs", -2, drawn, settings, of_g), dtype)
     dw = lax.ragged_dot_general(left, right, group_sizes, _WGRAD, precision, total)
     no_sizes = np.zeros(group_sizes.shape, jax.dtypes.float0)
     maxima = None if maxima is None else jnp.stack([*maxima, largest(g)])

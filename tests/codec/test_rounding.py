@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.testing import assert_array_equal
 
-from ifjax.codec.rounding import noise_of, uniform_noise
+from ifjax.codec.rounding import noise_of, seeds, uniform_noise
 
 N = 1 << 20
 drawn = jax.jit(uniform_noise, static_argnums=(1, 2))
@@ -20,21 +20,37 @@ def noise():
     return np.array([a for pair in arrays for a in pair], np.float64).reshape(4, N)
 
 
+def mixed(word, *rounds):
+    for shift, factor in rounds:
+        word = ((word ^ word >> shift) * factor) % 2**32
+    return word ^ word >> 14
+
+
+def seeds_of(words):
+    """The two numbers of a key of these words, with Python's integers."""
+    rounds = (17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)
+    k0 = k1 = 0
+    for a, b in zip(words[::2], words[1::2], strict=True):
+        k0, k1 = k0 ^ a, k1 ^ b
+        k0 ^= mixed((k1 + 0x9E3779B9) % 2**32, *rounds)
+        k1 ^= mixed((k0 + 0x9E3779B9) % 2**32, *rounds)
+    return k0, k1
+
+
 def hashed(index, k0, k1, candidate):
     """The definition, one element at a time, with Python's integers."""
     word = (index ^ k0) % 2**32
     word = ((word ^ word >> 17) * 0xED5AD4BB) % 2**32
     word = (word + k1 + candidate // 2 * 0x9E3779B9) % 2**32
-    for shift, factor in ((11, 0xAC4C1B51), (15, 0x31848BAB)):
-        word = ((word ^ word >> shift) * factor) % 2**32
-    word ^= word >> 14
+    word = mixed(word, (11, 0xAC4C1B51), (15, 0x31848BAB))
     half = word >> 16 if candidate % 2 else word & 0xFFFF
     return (half + 0.5) / 2**16 - 0.5
 
 
-def test_noise_is_a_hash_of_key_candidate_and_index():
-    key = jax.random.key(3)
-    k0, k1 = map(int, jax.random.bits(key, (2,), jnp.uint32))
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_noise_is_a_hash_of_key_candidate_and_index(impl):
+    key = jax.random.key(3, impl=impl)
+    k0, k1 = seeds_of([int(word) for word in jax.random.key_data(key)])
     got = np.array(uniform_noise(key, (5, 7, 11), 3)).reshape(3, -1)
     assert_array_equal(got, [[hashed(i, k0, k1, c) for i in range(5 * 7 * 11)] for c in range(3)])
 
@@ -62,6 +78,7 @@ def test_noise_belongs_to_the_element_however_it_is_computed():
 def test_a_key_of_either_kind_gives_the_same_noise():
     key = jax.random.key(5)
     assert_array_equal(uniform_noise(key, (4,), 1), uniform_noise(jax.random.key_data(key), (4,), 1))
+    assert_array_equal(uniform_noise(key, (4,), 1), uniform_noise(jnp.stack(seeds(key)), (4,), 1))
     other = uniform_noise(jax.random.key(5, impl="rbg"), (4,), 1)[0]
     assert (np.asarray(other) != np.asarray(uniform_noise(key, (4,), 1)[0])).all()
 

@@ -20,7 +20,6 @@ from ifjax.codec import Encoding, decode
 from ifjax.codec.decode import narrowed
 from ifjax.codec.eden_places import EdenCodec
 from ifjax.codec.places import PlaceCodec, over
-from ifjax.codec.rounding import seeds
 from ifjax.numerics.xla import divide
 from ifjax.training import product
 from ifjax.training.recipes import RECIPES
@@ -275,12 +274,11 @@ def test_operands_of_products_have_the_bits_of_the_codec(monkeypatch, case, want
     monkeypatch.setattr(ENCODERS, "_records", {"mine": Encoder("mine", "cpu", "cpu", lambda: Interpreted)})
     x = jnp.nan_to_num(jnp.asarray(data(shape)).astype(dtype), posinf=1, neginf=1)
     key = None if rounding == "nearest" else jax.random.key(3)
-    words = None if key is None else jnp.stack(seeds(key))
     how, place = Encoding.of(fmt, rounding=rounding), {"axis": axis, "size": size, "signs": "fixed", "key": key}
 
     def run(x):
         wants = {"wants_codes": wanted != "values", "wants_values": wanted != "codes"}
-        return operand_by_kernel(x, how, words=words, **wants, **place)
+        return operand_by_kernel(x, how, **wants, **place)
 
     with ifjax.kernels("always"):
         got = jax.jit(run)(x)

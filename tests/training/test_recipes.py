@@ -77,7 +77,7 @@ def explicit(recipe, x, w, g, key):
     def operand(a, product, i, side, axis, forward=None):
         o, size = product.operands[side], product.hadamard
         a = forward if o.reuse else a
-        *keys, of_signs = jax.random.split(jax.random.fold_in(key, i), 3)
+        *keys, of_signs = jax.random.split(key, (3, 3))[i]
         if size:
             lengths = [(0, -a.shape[at] % size if at == axis else 0) for at in (-2, -1)]
             signs = ifjax.random_signs(of_signs, size) if product.signs == "fresh" else product.signs
@@ -468,14 +468,16 @@ def test_named_formats_are_equal_by_name_and_by_record():
 @pytest.mark.parametrize("name", ["nvfp4", "fouroversix", "nvidia_nvfp4", "quartet2", "nvfp4_mseden"])
 def test_a_blackwell_multiplies_all_three_products_natively(monkeypatch, name):
     """In programs lowered for it with the device known, the kernel is handed both operands of each product."""
-    dot_general, found = importlib.import_module("ifjax.products.dot_general"), []
+    modules = [importlib.import_module(f"ifjax.{name}") for name in ("products.dot_general", "training.product")]
+    found = []
     jax.clear_caches()  # of products that were lowered before
 
     def matmul(a, b, dtype):
         found.append((a.axis, b.axis))
         return jnp.zeros([q.shape[-3 - q.axis] for q in (a, b)], dtype)
 
-    monkeypatch.setattr(dot_general, "device_kind", lambda target=None: target or "NVIDIA B200")
+    for module in modules:
+        monkeypatch.setattr(module, "device_kind", lambda target=None: target or "NVIDIA B200")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(BACKENDS["scaled_matmul"].load, "matmul", staticmethod(matmul))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((256, 128), (128, 384), (256, 384))]
