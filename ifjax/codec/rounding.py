@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -61,22 +61,22 @@ def uniform_noise(key: jax.Array, shape: tuple[int, ...], count: int) -> list[ja
     return noise_of(index, k0, k1, count)
 
 
-def seeds(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the two int32 numbers of a key that `noise_of` takes; of several keys, arrays of their shape.
+def seeds(key: jax.Array, part: Any = 0) -> tuple[jax.Array, jax.Array]:
+    """Return the two int32 numbers of a key that `noise_of` takes.
 
     They are a hash of the key's words, a bijection of 64 bits: each half takes in the other's hash in turn. Drawing
-    bits from the key would be a loop of its own in a program for CPUs. int32 [..., 2] are seeds already.
+    bits from the key would be a loop of its own in a program for CPUs. An int32 array of numbers >= 0 as `part` gives
+    other seeds of this key for each number. int32 [2] as the key are seeds already.
     """
     if key.dtype == jnp.int32:
-        return key[..., 0], key[..., 1]
+        return key[0], key[1]
     words = lax.bitcast_convert_type(jax.random.key_data(key), jnp.int32)
-    k0: Any = np.int32(0)
-    k1: Any = np.int32(0)
-    for i in range(0, words.shape[-1], 2):
-        a, b = (lax.index_in_dim(words, i + half, -1, keepdims=False) for half in range(2))
-        k0, k1 = k0 ^ a, k1 ^ b
+    k0, k1 = part, cast(Any, 0)
+    for i in range(0, len(words), 2):
+        a, b = (lax.index_in_dim(words, i + half, keepdims=False) for half in range(2))
+        k0 = k0 ^ a
+        k1 = k1 ^ b ^ _hashed(k0)
         k0 = k0 ^ _hashed(k1)
-        k1 = k1 ^ _hashed(k0)
     return k0, k1
 
 

@@ -23,7 +23,7 @@ from ifjax.numerics.devices import device_kind
 from ifjax.numerics.hadamard import hadamard, random_signs
 from ifjax.numerics.xla import by_platform, opaque
 from ifjax.products import dot_general
-from ifjax.products.backends import BACKENDS
+from ifjax.products.backends import BACKENDS, backend_for
 from ifjax.products.dot_general import accumulator, as_varying, explicit_sharding, multiples
 from ifjax.products.plan import DimensionNumbers, Dims, plan
 from ifjax.training.recipes import Recipe, get_recipe
@@ -313,19 +313,22 @@ def _is_decoded(a, other, product_name, side, settings):
     product, dtype, axes = getattr(settings.recipe, product_name), settings.dtype, _CONTRACTED[product_name]
     if a.dtype != dtype or dtype not in (np.float32, jnp.bfloat16):  # float16 represents other multiples exactly
         return False
-    packed = []
+    packed, device = [], device_kind()
     for array, operand, axis in zip((a, other) if side == "lhs" else (other, a), product.operands, axes, strict=True):
         if isinstance(array, Multiples):
             array = array.values if array.packed is None else array.packed
         if not isinstance(array, QTensor):
             if operand.how is None or operand.how.rounding.rotates:
                 return False
-            array = jax.eval_shape(functools.partial(_zeros, array.shape, operand.how, axis, dtype))
+            if backend_for(device) is not None:
+                array = jax.eval_shape(functools.partial(_zeros, array.shape, operand.how, axis, dtype))
         packed.append(array)
+    if backend_for(device) is None:
+        return True
     batch = tuple(range(a.ndim - 2))
     dims = Dims((a.ndim + axes[0],), (a.ndim + axes[1],), batch, batch)
     lhs, rhs = packed
-    return plan(lhs, rhs, dims, dtype, device_kind()).path not in BACKENDS
+    return plan(lhs, rhs, dims, dtype, device).path not in BACKENDS
 
 
 def _zeros(shape, how, axis, dtype):
@@ -335,24 +338,30 @@ def _zeros(shape, how, axis, dtype):
 
 
 class Drawn(NamedTuple):
-    """What the three products draw from a key: keys [3, 3] of operands and signs, and operands' seeds [3, 2, 2]."""
+    """What the three products draw from a key.
 
-    keys: jax.Array
+    Attributes:
+        seeds: int32 [3, 2, 2]: the `seeds` of the operands' noise.
+        keys: [3, 3]: keys for the signs of rotations, and for operands' noise from a key; None if not needed.
+    """
+
     seeds: jax.Array
+    keys: Any
 
 
 def drawn_by(key: jax.Array | None, settings: "Settings", *products: str) -> Any:
     """Return what the three products draw from a key, all at once; None if those named draw nothing."""
-    if not any(getattr(settings.recipe, product).is_random for product in products):
+    named = [getattr(settings.recipe, product) for product in products]
+    if not any(product.is_random for product in named):
         return None
     _check_key(key, settings.recipe)
-    return _drawn(key)
+    return _drawn(key, any(product.draws_keys for product in named))
 
 
-@jax.jit
-def _drawn(key):
-    keys = jax.random.split(key, (3, 3))
-    return Drawn(keys, jnp.stack(seeds(keys[:, :2]), -1))
+@jax.jit(static_argnums=1)
+def _drawn(key, needs_keys):
+    parts = lax.broadcasted_iota(jnp.int32, (3, 2), 0) * np.int32(2) + lax.broadcasted_iota(jnp.int32, (3, 2), 1)
+    return Drawn(jnp.stack(seeds(key, parts), -1), jax.random.split(key, (3, 3)) if needs_keys else None)
 
 
 def _check_key(key, recipe):

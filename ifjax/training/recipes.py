@@ -163,8 +163,18 @@ class Product:
     @property
     def is_random(self) -> bool:
         """Whether the product draws noise or signs, and needs a key."""
-        drawn = self.hadamard is not None and self.signs == "fresh"
-        return drawn or any(operand.is_random for operand in self.operands)
+        return self._draws_signs or any(operand.is_random for operand in self.operands)
+
+    @property
+    def draws_keys(self) -> bool:
+        """Whether it draws anything that takes a key, and not the key's `seeds`."""
+        return self._draws_signs or any(
+            operand.is_random and not ROUNDINGS.find(operand.rounding).takes_seeds for operand in self.operands
+        )
+
+    @property
+    def _draws_signs(self):
+        return self.hadamard is not None and self.signs == "fresh"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,14 +26,14 @@ def mixed(word, *rounds):
     return word ^ word >> 14
 
 
-def seeds_of(words):
-    """The two numbers of a key of these words, with Python's integers."""
+def seeds_of(words, part=0):
+    """The two numbers of a part of a key of these words, with Python's integers."""
     rounds = (17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)
-    k0 = k1 = 0
+    k0, k1 = part, 0
     for a, b in zip(words[::2], words[1::2], strict=True):
-        k0, k1 = k0 ^ a, k1 ^ b
+        k0 ^= a
+        k1 ^= b ^ mixed((k0 + 0x9E3779B9) % 2**32, *rounds)
         k0 ^= mixed((k1 + 0x9E3779B9) % 2**32, *rounds)
-        k1 ^= mixed((k0 + 0x9E3779B9) % 2**32, *rounds)
     return k0, k1
 
 
@@ -51,6 +51,8 @@ def hashed(index, k0, k1, candidate):
 def test_noise_is_a_hash_of_key_candidate_and_index(impl):
     key = jax.random.key(3, impl=impl)
     k0, k1 = seeds_of([int(word) for word in jax.random.key_data(key)])
+    for i, got in enumerate(zip(*seeds(key, jnp.arange(4)), strict=True)):
+        assert [int(k) % 2**32 for k in got] == list(seeds_of([int(word) for word in jax.random.key_data(key)], i))
     got = np.array(uniform_noise(key, (5, 7, 11), 3)).reshape(3, -1)
     assert_array_equal(got, [[hashed(i, k0, k1, c) for i in range(5 * 7 * 11)] for c in range(3)])
 
@@ -115,13 +117,14 @@ def test_neighbours_fill_the_square_evenly(noise, lag):
 
 
 @pytest.mark.by_default("folded")
-@pytest.mark.parametrize("keys", ["split", "counted", "folded"])
+@pytest.mark.parametrize("keys", ["split", "counted", "folded", "parts"])
 def test_no_two_keys_share_noise(keys):
     """Of many keys of each kind, however alike: the correlations of 16 elements over keys."""
     many = 1 << 14
     made = {
         "split": lambda: jax.random.split(jax.random.key(6), many),
         "counted": lambda: jax.vmap(jax.random.key)(jnp.arange(many)),
+        "parts": lambda: jnp.stack(seeds(jax.random.key(8), jnp.arange(many)), -1),
         "folded": lambda: jax.vmap(lambda i: jax.random.fold_in(jax.random.key(7), i))(jnp.arange(many)),
     }[keys]()
     draws = np.asarray(jax.jit(jax.vmap(lambda key: jnp.stack(uniform_noise(key, (8,), 2))))(made), np.float64)

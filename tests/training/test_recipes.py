@@ -19,6 +19,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import ifjax
 from ifjax.arrays import ms_eden
 from ifjax.codec import LOSSES, ROUNDINGS
+from ifjax.codec.rounding import seeds
 from ifjax.products import BACKENDS
 from ifjax.training import RECIPES, Operand, Product, Recipe, get_recipe, quantized_dot_general, quantized_ragged_dot
 
@@ -77,19 +78,19 @@ def explicit(recipe, x, w, g, key):
     def operand(a, product, i, side, axis, forward=None):
         o, size = product.operands[side], product.hadamard
         a = forward if o.reuse else a
-        *keys, of_signs = jax.random.split(key, (3, 3))[i]
+        own, of_signs = jnp.stack(seeds(key, 2 * i + side)), jax.random.split(key, (3, 3))[i, 2]
         if size:
             lengths = [(0, -a.shape[at] % size if at == axis else 0) for at in (-2, -1)]
             signs = ifjax.random_signs(of_signs, size) if product.signs == "fresh" else product.signs
             settings = {"axis": axis, "size": size, "signs": signs}
             a = jnp.pad(a, lengths)
             if o.rounding == "ms_eden":
-                return ms_eden(a, o.fmt, key=keys[side], **settings)
+                return ms_eden(a, o.fmt, key=own, **settings)
             a = ifjax.hadamard(a, **settings)
         if o.fmt is None:
             return a
         settings = {"axis": axis, "rounding": o.rounding, "block_2d": o.block_2d, "amax": o.amax}
-        return ifjax.quantize(a, o.fmt, key=keys[side] if o.is_random else None, **settings).dequantize()
+        return ifjax.quantize(a, o.fmt, key=own if o.is_random else None, **settings).dequantize()
 
     f, d, v = recipe.fprop, recipe.dgrad, recipe.wgrad
     y = qx, qw = operand(x, f, 0, 0, -1), operand(w, f, 0, 1, -2)
