@@ -381,7 +381,7 @@ def _first_indices(shape):
 
 def _seeds(key, count):
     """Return the `seeds` of a key, for each of `count` matrices: int32 [count, 2]."""
-    return jnp.broadcast_to(jnp.stack(seeds(key)), (count, 2))
+    return jnp.broadcast_to(seeds(key), (count, 2))
 
 
 def _rotated_maxima(x, kernel, codec, axis, rotation):

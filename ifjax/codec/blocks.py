@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ifjax.formats.floats import as_float
+from ifjax.numerics.xla import where
 
 
 def split_blocks(x: jax.Array, block: int, axis: int) -> jax.Array:
@@ -97,7 +98,7 @@ def pick(index: jax.Array | int, options: Sequence[jax.Array]) -> jax.Array:
         return options[index]
     picked = options[0]
     for i, option in enumerate(options[1:], 1):
-        picked = jnp.where(index == i, option, picked)
+        picked = where(index == i, option, picked)
     return picked
 
 

@@ -38,7 +38,7 @@ from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
 from ifjax.formats import Candidate, Format, get_format
 from ifjax.formats.floats import as_float, bits_of, magnitude_bits
 from ifjax.numerics.distinct import distinct
-from ifjax.numerics.xla import by_platform, depending_on, divide, materialize
+from ifjax.numerics.xla import by_platform, depending_on, divide, materialize, where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +280,7 @@ def _encode_in_one_pass(blocks, peaks, runs, tensor, extras, how, axis):
     def attempt(i, candidate):
         """Return (payload, loss, header, words of codes) of candidate i."""
         # The NaN payload gives zero codes and NaN losses, so that no other candidate is chosen.
-        payload = jnp.where(peaks < 0, fmt.scale.nan, wanted_payload(candidate, peaks, runs, tensor, fmt, how.headroom))
+        payload = where(peaks < 0, fmt.scale.nan, wanted_payload(candidate, peaks, runs, tensor, fmt, how.headroom))
         scale, inverse = fmt.scale.decode_written(payload), _inverse(payload, 0, tensor, fmt)
         divisor = fmt.tensor_constant(how.headroom)
         inverse, scale, wide = insert_axis((inverse, scale, tensor), axis)
@@ -315,7 +315,7 @@ def joint(blocks, peaks, runs, amax, weights, how, axis):
     def fit(amax, payloads):
         def of_blocks(blocks, peaks, extras, tensor, payloads):
             trials = BlockTrials([blocks], peaks, tensor, extras, how, axis)
-            return [[jnp.where(peaks < 0, 0, a) for a in trials.fit(i, p)] for i, p in enumerate(payloads)]
+            return [[where(peaks < 0, 0, a) for a in trials.fit(i, p)] for i, p in enumerate(payloads)]
 
         tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim, power)
         return materialize(of_blocks, blocks, peaks, extras, tensor, payloads)
@@ -335,7 +335,7 @@ def block_peaks(blocks, axis, how, *, in_parts=False):
     poison = infinity + 1 if how.fmt.saturates else infinity
     if in_parts and not how.fmt.scale.runs:
         bits, at = magnitude_bits(bits_of(blocks.astype(jnp.float32))), blocks.ndim + axis
-        peak = jnp.max(jnp.where(bits < poison, bits, 0), at)
+        peak = jnp.max(where(bits < poison, bits, 0), at)
         poisoned = (jnp.max(bits, at) >= poison).astype(jnp.int32)
         runs = []
     else:
@@ -360,7 +360,7 @@ def choose(trials: "BlockTrials", peaks, own):
     """Return the word of each block's best trial, int32 [..., m, ...] (see `ifjax.codec.search`)."""
     how, fmt = trials.how, trials.how.fmt
     word = own[0] if len(own) == 1 and how.search is None else best_trial(own, trials, fmt, how.search)
-    return jnp.where(peaks < 0, fmt.scale.nan, word)
+    return where(peaks < 0, fmt.scale.nan, word)
 
 
 def wanted_payloads(peaks, runs, tensor, how):
@@ -372,7 +372,7 @@ def wanted_payloads(peaks, runs, tensor, how):
     for c in fmt.candidates:
         if (c.peak, c.scale_multiplier) not in known:
             payload = wanted_payload(c, peaks, runs, tensor, fmt, how.headroom)
-            known[c.peak, c.scale_multiplier] = jnp.where(peaks < 0, fmt.scale.nan, payload)
+            known[c.peak, c.scale_multiplier] = where(peaks < 0, fmt.scale.nan, payload)
     return [known[c.peak, c.scale_multiplier] for c in how.fmt.candidates]
 
 
@@ -385,7 +385,7 @@ def wanted_payload(candidate: Candidate, peaks, runs, tensor, fmt, headroom):
         if tensor is None:
             # Bounded by the smallest normal number, because platforms may flush smaller scales to zero. All smaller
             # ones have the same payload.
-            scale = jnp.where(peak > 0, jnp.maximum(divide(peak, quantum), np.float32(2.0**-126)), 0)
+            scale = where(peak > 0, jnp.maximum(divide(peak, quantum), np.float32(2.0**-126)), 0)
         else:
             scale = divide(peak * tensor.power, quantum) * tensor.ratio
         return scale if candidate.scale_multiplier == 1 else scale * np.float32(candidate.scale_multiplier)
@@ -410,12 +410,12 @@ def inverse_for(payload, rounding, multiplier, place, tensor, how):
     factors = jnp.asarray((1.0, *how.search.multipliers), jnp.float32)[multiplier]
     scale = fmt.scale.decode_written(rounding, place) * factors
     decoupled = _reciprocal(scale if tensor is None else tensor.unit * scale)
-    return decoupled if inverse is None else jnp.where(multiplier > 0, decoupled, inverse)
+    return decoupled if inverse is None else where(multiplier > 0, decoupled, inverse)
 
 
 def _reciprocal(scale):
     # The published code multiplies by a rounded reciprocal and never divides by the scale.
-    return jnp.where(scale > 0, divide(1.0, scale), 0)
+    return where(scale > 0, divide(1.0, scale), 0)
 
 
 def codes_of(x, noise, inverse, power, candidates, fmt):
@@ -435,7 +435,7 @@ def _on_grids(x, inverse, power, candidates, fmt):
     y = x * power * inverse
     if any(c.grid.zero == "negative" for c in candidates):
         y = keep_negative(y, x, power * inverse)
-    y = jnp.where(inverse == 0, 0, y)
+    y = where(inverse == 0, 0, y)
     return [_to_grid(y, c, fmt) for c in candidates]
 
 
@@ -451,8 +451,8 @@ def keep_negative(y, x, factor):
     """
     bits = bits_of(x)
     subnormal = -magnitude_bits(bits).astype(jnp.float32) * np.float32(2.0**-119)
-    wide = jnp.where(magnitude_bits(bits) < 0x800000, subnormal, x * np.float32(2.0**30)) * factor
-    return jnp.where((bits < 0) & (wide < np.float32(-(2.0**-120))), jnp.minimum(y, np.float32(-(2.0**-126))), y)
+    wide = where(magnitude_bits(bits) < 0x800000, subnormal, x * np.float32(2.0**30)) * factor
+    return where((bits < 0) & (wide < np.float32(-(2.0**-120))), jnp.minimum(y, np.float32(-(2.0**-126))), y)
 
 
 def _to_grid(y, candidate: Candidate, fmt: Format):
@@ -565,9 +565,9 @@ class BlockTrials:
     def refitted(self, i, rounding, multiplier):
         trial, fmt = _Trial(None, rounding, self.unit), self.how.fmt
         above, below = (self._over_blocks(term, i, trial, multiplier) for term in _SUMS)
-        scale = jnp.where(below > 0, divide(above, jnp.where(below > 0, below, 1)), 0)
+        scale = where(below > 0, divide(above, where(below > 0, below, 1)), 0)
         # If all values are zero, or the least-squares scale is not positive, the scale stays.
-        return jnp.where(scale > 0, fmt.scale.encode(scale), rounding)
+        return where(scale > 0, fmt.scale.encode(scale), rounding)
 
     def fit(self, i, payload):
         """Return (loss, sum of x d, sum of d d) of blocks x, with d their decoded values from candidate i."""

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from ifjax.codec.blocks import merge_blocks, split_blocks, unstack
 from ifjax.formats.floats import as_float, bits_of
-from ifjax.numerics.xla import divide
+from ifjax.numerics.xla import divide, where
 
 
 def header_words(scales: jax.Array, nbytes: int, axis: int) -> jax.Array:
@@ -62,7 +62,7 @@ def power_near(amax: jax.Array) -> jax.Array:
     2^127 and above are scaled to [2, 4), because the reciprocal of 2^127 is not a normal number.
     """
     exponent = lax.clamp(np.int32(1), bits_of(amax) >> 23, np.int32(253))
-    return jnp.where(amax > 0, as_float((254 - exponent) << 23), 1)
+    return where(amax > 0, as_float((254 - exponent) << 23), 1)
 
 
 def normalized(amax: jax.Array, constant: np.float32, ndim: int, power: jax.Array | None = None) -> TensorScale:
@@ -73,7 +73,7 @@ def normalized(amax: jax.Array, constant: np.float32, ndim: int, power: jax.Arra
     replaces that of amax.
     """
     tensor = _scaled(amax, power_near(amax) if power is None else power, ndim)
-    ratio = jnp.where(tensor.amax > 0, divide(constant, tensor.amax), 0)
+    ratio = where(tensor.amax > 0, divide(constant, tensor.amax), 0)
     return tensor._replace(ratio=ratio, unit=divide(1.0, ratio))
 
 
@@ -87,8 +87,8 @@ def safe(amax: jax.Array, ndim: int) -> TensorScale:
     Multiplying by a power of two changes no other bits. With E5M3 scales, values overflow from 2^108 on, as in the
     published vectors.
     """
-    power = jnp.where(amax < np.float32(2.0**-100), np.float32(2.0**64), np.float32(1))
-    return _scaled(amax, jnp.where(amax >= LARGE_AMAX, np.float32(2.0**-64), power), ndim)
+    power = where(amax < np.float32(2.0**-100), np.float32(2.0**64), np.float32(1))
+    return _scaled(amax, where(amax >= LARGE_AMAX, np.float32(2.0**-64), power), ndim)
 
 
 def _scaled(amax, power, ndim):

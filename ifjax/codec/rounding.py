@@ -54,22 +54,22 @@ def uniform_noise(key: jax.Array, shape: tuple[int, ...], count: int) -> list[ja
     The key may be given as its `seeds`. An element's noise is a hash of the key and of the element's index in the array
     (in C order). It does not depend on how the array is sharded or in what order it is processed.
     """
-    k0, k1 = seeds(key)
+    k0, k1 = (lax.index_in_dim(seeds(key), i, keepdims=False) for i in range(2))
     index = jnp.zeros(shape, jnp.int32)
     for axis, stride in enumerate(strides(shape)):
         index = index + lax.broadcasted_iota(jnp.int32, shape, axis) * stride
     return noise_of(index, k0, k1, count)
 
 
-def seeds(key: jax.Array, part: Any = 0) -> tuple[jax.Array, jax.Array]:
-    """Return the two int32 numbers of a key that `noise_of` takes.
+def seeds(key: jax.Array, part: Any = 0) -> jax.Array:
+    """Return the two numbers of a key that `noise_of` takes, int32 [2].
 
     They are a hash of the key's words, a bijection of 64 bits: each half takes in the other's hash in turn. Drawing
-    bits from the key would be a loop of its own in a program for CPUs. An int32 array of numbers >= 0 as `part` gives
-    other seeds of this key for each number. int32 [2] as the key are seeds already.
+    bits from the key would be a loop of its own in a program for CPUs. An array of int32 numbers >= 0 as `part` gives
+    other seeds for each of them, int32 [..., 2]. Seeds as the key are returned unchanged.
     """
     if key.dtype == jnp.int32:
-        return key[0], key[1]
+        return key
     words = lax.bitcast_convert_type(jax.random.key_data(key), jnp.int32)
     k0, k1 = part, cast(Any, 0)
     for i in range(0, len(words), 2):
@@ -77,7 +77,7 @@ def seeds(key: jax.Array, part: Any = 0) -> tuple[jax.Array, jax.Array]:
         k0 = k0 ^ a
         k1 = k1 ^ b ^ _hashed(k0)
         k0 = k0 ^ _hashed(k1)
-    return k0, k1
+    return jnp.stack([k0, k1], -1)
 
 
 def _hashed(x):

@@ -10,6 +10,7 @@ from jax import lax
 
 from ifjax.formats import Format
 from ifjax.lookup import Registry
+from ifjax.numerics.xla import where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +188,7 @@ def better(best: tuple, trials: list[tuple], fmt: Format) -> tuple:
     """
     for payload, loss, word, *rest in trials:
         wins = (loss <= best[1] if fmt.ties == "last" else loss < best[1]) & (payload != 0)
-        best = tuple(jnp.where(wins, new, old) for new, old in zip((word, loss, *rest), best, strict=True))
+        best = tuple(where(wins, new, old) for new, old in zip((word, loss, *rest), best, strict=True))
     return best
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ifjax.numerics.xla import where
+
 EXPONENT = np.int32(0x7F800000)
 
 
@@ -110,7 +112,7 @@ def decode_float(index, mantissa_bits: int, unit: float):
     one = np.float32(unit * 2**mantissa_bits)
     exponent = one.view(np.int32) - np.int32(1 << 23)
     normal = lax.bitcast_convert_type((index << (23 - mantissa_bits)) + exponent, jnp.float32)
-    return jnp.where(index < 1 << mantissa_bits, normal + normal - one, normal)
+    return where(index < 1 << mantissa_bits, normal + normal - one, normal)
 
 
 def float_mantissa_bits(magnitudes: Sequence[float]) -> int | None:

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from ifjax.formats.floats import BinaryFloat, bits_of, decode_float, float_mantissa_bits
+from ifjax.numerics.xla import where
 
 Ties = Literal["even", "down", "away", "lower"]
 Zero = Literal["signed", "negative", "unsigned"]
@@ -192,7 +193,7 @@ class Grid:
             above = self._is_above(a, noise)
             index = sum((b.astype(jnp.int32) for b in above[1:]), above[0].astype(jnp.int32))
         if self.is_twos_complement:
-            return jnp.where(bits_of(y) < 0, -index, index) & (2 * count - 1)
+            return where(bits_of(y) < 0, -index, index) & (2 * count - 1)
         if self.zero == "signed":
             return index | lax.shift_right_logical(bits_of(y), np.int32(32 - self.bits)) & count
         negative = (y < 0) if self.zero == "negative" else (bits_of(y) < 0) & (index > 0)
@@ -220,7 +221,7 @@ class Grid:
             magnitude = magnitude if self.magnitudes[1] == 1 else magnitude * np.float32(self.magnitudes[1])
         else:
             magnitude = decode_float(index, m, self.magnitudes[1])
-        return jnp.where(negative, -magnitude, magnitude)
+        return where(negative, -magnitude, magnitude)
 
     @functools.cached_property
     def _form(self) -> Literal["sign_magnitude", "twos_complement", "any"]:
@@ -308,7 +309,7 @@ def _select(above, values):
     kind = jnp.int32 if isinstance(values[0], np.integer) else jnp.float32
     picked = jnp.full(above[0].shape, values[0], kind)
     for is_above, value in zip(above, values[1:], strict=True):
-        picked = jnp.where(is_above, kind(value), picked)
+        picked = where(is_above, kind(value), picked)
     return picked
 
 

@@ -20,7 +20,7 @@ from jax import lax
 
 from ifjax.formats.floats import BinaryFloat, decode_float, float_mantissa_bits
 from ifjax.lookup import Registry
-from ifjax.numerics.xla import divide
+from ifjax.numerics.xla import divide, where
 
 
 class Scale(abc.ABC):
@@ -76,7 +76,7 @@ class Scale(abc.ABC):
         It is a rounded reciprocal, because the published encoders multiply by one and never divide by the scale.
         """
         scale = self.decode_written(payload, place)
-        return jnp.where(scale > 0, divide(1.0, scale), 0)
+        return where(scale > 0, divide(1.0, scale), 0)
 
     def refined(self, payload: jax.Array, losses: Callable[[jax.Array], list[jax.Array]]) -> jax.Array:
         """Return the payload with the same main scale and the factors of its runs that give the least loss.
@@ -212,7 +212,7 @@ class TableScale(Scale):
         payload = payload.astype(jnp.int32)
         if self.dtype is not None and self.bits == 7:  # bit 7 is the sign bit of the dtype
             value = self._value(payload & 0x7F)
-            return jnp.where(payload & 0x80, -value, value)
+            return where(payload & 0x80, -value, value)
         return self._value(payload)
 
     def decode_written(self, payload, place=0):
@@ -228,7 +228,7 @@ class TableScale(Scale):
             value = lax.bitcast_convert_type(payload << 23, jnp.float32)
         else:
             value = decode_float(payload, m, self.values[1])
-        return jnp.where(payload >= len(self.values), np.float32(np.nan), value)
+        return where(payload >= len(self.values), np.float32(np.nan), value)
 
     def to_dict(self) -> dict[str, Any] | str:
         if SCALES.get(self.name) == self:

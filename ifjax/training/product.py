@@ -361,7 +361,7 @@ def drawn_by(key: jax.Array | None, settings: "Settings", *products: str) -> Any
 @jax.jit(static_argnums=1)
 def _drawn(key, needs_keys):
     parts = lax.broadcasted_iota(jnp.int32, (3, 2), 0) * np.int32(2) + lax.broadcasted_iota(jnp.int32, (3, 2), 1)
-    return Drawn(jnp.stack(seeds(key, parts), -1), jax.random.split(key, (3, 3)) if needs_keys else None)
+    return Drawn(seeds(key, parts), jax.random.split(key, (3, 3)) if needs_keys else None)
 
 
 def _check_key(key, recipe):

@@ -78,7 +78,7 @@ def explicit(recipe, x, w, g, key):
     def operand(a, product, i, side, axis, forward=None):
         o, size = product.operands[side], product.hadamard
         a = forward if o.reuse else a
-        own, of_signs = jnp.stack(seeds(key, 2 * i + side)), jax.random.split(key, (3, 3))[i, 2]
+        own, of_signs = seeds(key, 2 * i + side), jax.random.split(key, (3, 3))[i, 2]
         if size:
             lengths = [(0, -a.shape[at] % size if at == axis else 0) for at in (-2, -1)]
             signs = ifjax.random_signs(of_signs, size) if product.signs == "fresh" else product.signs
