@@ -582,7 +582,7 @@ class BlockTrials:
 
         def losses(payload):
             term, trial = _WeightedLoss(self.how.loss), _Trial(payload, None, self.unit)
-            terms = self._terms(term, self.blocks, self.extras.of(0), trial, None, self.tensor, 0)
+            terms = self._terms(term, self.blocks, self.extras.of(0), None, trial, None, self.tensor, 0)
             parts = jnp.split(terms, self.how.fmt.block // run, self.axis)
             return [tree(self.how.loss.over, unstack(part, self.axis)) for part in parts]
 
@@ -592,8 +592,7 @@ class BlockTrials:
         """Return losses by a user's function of [..., values of a block]."""
         how, axis = self.how, self.axis
         square = -3 - axis if how.block_2d else None
-        x, d = self._terms(lambda x, d, unit, weight: (x, d), self.blocks, self.extras.of(i), trial, multiplier,
-                           self.tensor, i)  # fmt: skip
+        x, d = self._terms(lambda x, d, unit, weight: (x, d), *self._of_whole(i, trial, multiplier), i)
         if trial.unit is not None:
             unit = insert_axis(trial.unit, axis)
             x, d = x * unit, d * unit
@@ -602,16 +601,19 @@ class BlockTrials:
         x, d = (gather_squares(jnp.moveaxis(a, axis, -1), square - 1) for a in (x, d))
         return repeat(loss(x, d), how.fmt.block, square)
 
-    def _terms(self, term, blocks, extras, trial, multiplier, tensor, i):
+    def _of_whole(self, i, trial, multiplier):
+        """Return the arrays that `_terms` takes for candidate i."""
+        scales = None if self.how.fmt.scale.runs else self._scales(trial, multiplier, self.tensor)
+        return self.blocks, self.extras.of(i), scales, trial, multiplier, self.tensor
+
+    def _terms(self, term, blocks, extras, scales, trial, multiplier, tensor, i):
         """Return term(x, decoded, unit, weight) of whole blocks [..., m, B, ...]."""
         fmt, how, axis = self.how.fmt, self.how, self.axis
-        place = 0
-        if fmt.scale.runs:
-            trial, tensor = insert_axis((trial, tensor), axis)
+        scales, trial, tensor = insert_axis((scales, trial, tensor), axis)
+        if scales is None:  # they differ from place to place
             place = lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim + axis)
-        inverse, scale = _scales(trial, multiplier, tensor, place, how)
-        if not fmt.scale.runs:
-            (inverse, scale, trial), tensor = insert_axis(((inverse, scale, trial), tensor), axis)
+            scales = _scales(trial, multiplier, tensor, place, how)
+        inverse, scale = scales
         x, constant = blocks.astype(jnp.float32), fmt.tensor_constant(how.headroom)
         x, decoded = decoded_place(x, extras.noise, inverse, scale, tensor, constant, fmt.candidates[i], fmt)
         return term(x, decoded, trial.unit, extras.weights)
@@ -624,7 +626,7 @@ class BlockTrials:
             return self._over_squares(term, i, trial, multiplier)
         if fmt.scale.runs:
             of_blocks = functools.partial(self._terms, term, i=i)
-            terms = materialize(of_blocks, self.blocks, extras, trial, multiplier, self.tensor)
+            terms = materialize(of_blocks, *self._of_whole(i, trial, multiplier))
             return tree(over, unstack(terms, axis))
 
         def along(copies, extras, trial, multiplier, tensor, axis):
@@ -698,8 +700,7 @@ class BlockTrials:
             over_columns = reduced(split_blocks(terms, fmt.block, other), other)
             return over(over_rows, reduced(over_columns, axis))
 
-        arguments = self.blocks, self.extras.of(i), trial, multiplier, self.tensor
-        terms = materialize(functools.partial(self._terms, term, i=i), *arguments)
+        terms = materialize(functools.partial(self._terms, term, i=i), *self._of_whole(i, trial, multiplier))
         return repeat(materialize(of_squares, terms), fmt.block, square)
 
 

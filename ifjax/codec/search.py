@@ -197,7 +197,7 @@ def _word(fmt, candidate, payload, rounding, multiplier):
     width = 8 * fmt.scale.nbytes
     if width == 32:
         return header
-    header = header | candidate << width
+    header = header | candidate << width if candidate else header
     if multiplier is None:
         return header
     return header | rounding << (width + 4) | multiplier << (width + 12)
