@@ -163,9 +163,14 @@ def encoder_for(device: str) -> Encoder | None:
 
 def gives_multiples() -> bool:
     """Return whether training products take their operands' values from the encoder: a kernel, or XLA's on a CPU."""
+    encoder = encoder_for(device_kind())
+    return encodes_on_cpu() if encoder is None else encoder.gives_multiples
+
+
+def encodes_on_cpu() -> bool:
+    """Return whether XLA encodes, for a CPU."""
     device = device_kind()
-    encoder = encoder_for(device)
-    return device == "cpu" if encoder is None else encoder.gives_multiples
+    return device == "cpu" and encoder_for(device) is None
 
 
 def work_of(

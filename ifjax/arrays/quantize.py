@@ -176,7 +176,7 @@ class Multiples(NamedTuple):
         return len(self.shape)
 
 
-def operand_by_kernel(
+def operand_in_multiples(
     x: jax.Array, how: Encoding, *, axis: int, wants_codes: bool, wants_values: bool, key: jax.Array | None,
     amax: Any = None, size: int | None = None, signs: Any = None,
 ) -> Multiples | None:  # fmt: skip

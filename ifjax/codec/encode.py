@@ -359,8 +359,9 @@ def _reduced(op, a, axis, *, in_parts):
 def choose(trials: "BlockTrials", peaks, own):
     """Return the word of each block's best trial, int32 [..., m, ...] (see `ifjax.codec.search`)."""
     how, fmt = trials.how, trials.how.fmt
-    word = own[0] if len(own) == 1 and how.search is None else best_trial(own, trials, fmt, how.search)
-    return where(peaks < 0, fmt.scale.nan, word)
+    if len(own) == 1 and how.search is None:
+        return own[0]
+    return where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
 
 
 def wanted_payloads(peaks, runs, tensor, how):

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ifjax.arrays import QTensor, quantize
-from ifjax.arrays.quantize import straight_through
+from ifjax.arrays.encoders import encodes_on_cpu
+from ifjax.arrays.quantize import Multiples, operand_in_multiples, straight_through
 from ifjax.codec import Encoding
 from ifjax.codec.headers import is_amax
 from ifjax.models.sites import blocked_axis
@@ -16,9 +18,10 @@ from ifjax.products.dot_general import no_gradient, zeros_of
 
 
 def quantized_activation(
-    x: jax.Array, axes: tuple[int, ...], how: Encoding, act_amax: str, amax: float | None, layers: Sequence[int] = ()
-) -> QTensor:
-    """Quantize x along one of its contracted axes, with the amax that `act_amax` selects.
+    x: jax.Array, axes: tuple[int, ...], how: Encoding, act_amax: str, amax: float | None, layers: Sequence[int] = (),
+    *, in_multiples: bool = False,
+) -> Any:  # fmt: skip
+    """Quantize x along one of its contracted axes, with the amax that `act_amax` selects; return a QTensor.
 
     Args:
         x: the activations.
@@ -27,9 +30,16 @@ def quantized_activation(
         act_amax: as in `Rule`.
         amax: static amax; None takes that of x.
         layers: batch axes along which the weights have separate amaxes; x gets separate ones, too.
+        in_multiples: return Multiples, which are not packed, of a float32 x with one amax or none, if XLA encodes it
+            for a CPU.
     """
     x = jnp.asarray(x)
     axis = blocked_axis(axes, x.shape, how.fmt.block)
+    has_one = not how.fmt.has_tensor_scale or (act_amax != "token" and (amax is not None or not layers))
+    if in_multiples and has_one and x.dtype == np.float32 and encodes_on_cpu():
+        given = None if amax is None or not how.fmt.has_tensor_scale else jnp.float32(amax)
+        wants = {"wants_codes": False, "wants_values": True}
+        return operand_in_multiples(jax.lax.stop_gradient(x), how, axis=axis, key=None, amax=given, **wants)
     if not how.fmt.has_tensor_scale:
         return quantize(x, how, axis=axis)
     if act_amax != "token":
@@ -48,9 +58,9 @@ def rounded(x: jax.Array, q: Any) -> jax.Array:
 def multiplied(x: jax.Array, q: Any, w: Any, product: Callable[[Any, Any], jax.Array]) -> jax.Array:
     """Return product(q, w), where q is x or stands for it; product must be linear in x.
 
-    If q is a QTensor of x, x has the gradient, straight through.
+    If q is a QTensor or Multiples of x, x has the gradient, straight through.
     """
-    if not isinstance(q, QTensor):
+    if not isinstance(q, QTensor | Multiples):
         return product(q, w)
     x = jnp.asarray(x)
     kind, kinds = jax.typeof(x), jax.tree.map(jax.typeof, q)

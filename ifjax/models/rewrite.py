@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from ifjax.arrays import QTensor, dynamic_slice, dynamic_update_slice
+from ifjax.arrays.quantize import Multiples
 from ifjax.arrays.shaping import has_own_amax, reshape_groups, reshaped
 from ifjax.arrays.sharding import partition_specs
 from ifjax.codec import Encoding
@@ -33,6 +34,7 @@ from ifjax.models.equations import (
 )
 from ifjax.models.transforms import Transform
 from ifjax.products import dot_general, ragged_dot
+from ifjax.products.dot_general import accumulator
 from ifjax.training import Recipe, quantized_conv, quantized_dot_general, quantized_ragged_dot
 
 
@@ -133,10 +135,10 @@ class Weight:
 
 
 class _Encoded(NamedTuple):
-    """An activation and the QTensor that is multiplied in its place."""
+    """An activation and the QTensor or Multiples that are multiplied in its place."""
 
     x: Any
-    q: QTensor
+    q: Any
 
 
 class Rewriter:
@@ -234,7 +236,7 @@ class Rewriter:
         axes, layers = _contraction(eqn, w, side, jnp.ndim(x))
         same = id(x), axes, how.activations, how.act_amax, amax, layers
         if same not in self._encoded:
-            q = quantized_activation(x, axes, how.activations, how.act_amax, amax, layers)
+            q = quantized_activation(x, axes, how.activations, how.act_amax, amax, layers, in_multiples=True)
             self._encoded[same] = x, q  # with x, so that no other array gets its id
         encoded = _Encoded(*self._encoded[same])
         return [encoded, w] if side else [w, encoded]
@@ -258,10 +260,7 @@ class Rewriter:
         out = eqn.outvars[0].aval
         dims = params["dimension_numbers"]
         (x_contracted, w_contracted), (x_batch, w_batch) = (pair if side else pair[::-1] for pair in dims)
-        rest = {
-            "precision": params["precision"], "preferred_element_type": out.dtype,
-            "out_sharding": params.get("out_sharding"),
-        }  # fmt: skip
+        rest = {"precision": params["precision"], "out_sharding": params.get("out_sharding")}
         if w.adapter is not None:
             base = dataclasses.replace(w, adapter=None)
             (y,) = self._dot_general(eqn, [x, base] if side else [base, x], key)
@@ -275,12 +274,15 @@ class Rewriter:
             return self._dot_general(eqn, [x, w] if side else [w, x], key)
         recipe = w.recipe
         if recipe is not None and (recipe.is_quantized or not w.is_packed):
-            sharding = rest.pop("out_sharding")
+            sharding = rest["out_sharding"]
 
             def trained(x, w, key):
                 numbers = (x_contracted, w_contracted), (x_batch, w_batch)
                 placed = sharding if side else None
-                return quantized_dot_general(x, w.array(), numbers, recipe, key, out_sharding=placed, **rest)
+                return quantized_dot_general(
+                    x, w.array(), numbers, recipe, key, precision=rest["precision"], out_sharding=placed,
+                    preferred_element_type=out.dtype,
+                )  # fmt: skip
 
             # Checkpointed, so that the backward pass decodes packed weights again instead of keeping them decoded.
             y = (jax.checkpoint(trained) if w.is_packed else trained)(x, w, key)
@@ -288,10 +290,16 @@ class Rewriter:
         axes, layers = _contraction(eqn, w, side, x.ndim)
 
         def product(x, weight):
-            pair = (x, weight) if side else (weight, x)
+            if isinstance(x, Multiples):
+                y = of_values(x.values, weight, accumulator(out.dtype))
+                return (y if x.factor is None else y * x.factor).astype(out.dtype)
+            return of_values(x, weight, out.dtype)
+
+        def of_values(x, weight, dtype):
+            pair, options = (x, weight) if side else (weight, x), {**rest, "preferred_element_type": dtype}
             if not isinstance(weight, QTensor):
-                return lax.dot_general(*pair, dims, **rest)
-            return _packed_product(pair, side, w.axes, dims, rest)
+                return lax.dot_general(*pair, dims, **options)
+            return _packed_product(pair, side, w.axes, dims, options)
 
         q = self._activation(w.how, x, axes, layers) if encoded is None else encoded
         if not w.is_packed or None in w.axes:

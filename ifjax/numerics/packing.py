@@ -10,6 +10,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -75,5 +76,5 @@ def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     parts = [lax.index_in_dim(packed, j, axis, keepdims=True).astype(jnp.int32) for j in range(width)]
     word = functools.reduce(operator.or_, [_shifted(part, 8 * j) for j, part in enumerate(parts)])
     # Shift by a small constant array: interleaving `group` arrays instead would cost another pass over memory.
-    shifts = (jnp.arange(group, dtype=jnp.int32) * bits).reshape(*(1 for _ in before), 1, group, *(1 for _ in after))
+    shifts = (np.arange(group, dtype=np.int32) * bits).reshape(*(1 for _ in before), 1, group, *(1 for _ in after))
     return (word >> shifts) & (2**bits - 1)

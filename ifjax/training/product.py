@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from ifjax.arrays import Blocking, QTensor, packed_shapes, quantize
 from ifjax.arrays.encoders import gives_multiples
 from ifjax.arrays.qtensor import unscaled_values
-from ifjax.arrays.quantize import Multiples, operand_by_kernel, quantize_rotated
+from ifjax.arrays.quantize import Multiples, operand_in_multiples, quantize_rotated
 from ifjax.codec.blocks import pad_axis
 from ifjax.codec.encode import amax_of
 from ifjax.codec.rounding import seeds
@@ -292,7 +292,7 @@ def operand_of(
     if like is not None and gives_multiples() and _is_decoded(a, like, product_name, side, settings):
         is_kept, rounds_anew = (False, False) if later is None else (getattr(*later).reuse, _rounds_anew(*later))
         wants = {"wants_codes": is_kept, "wants_values": rounds_anew or not is_kept}
-        found = operand_by_kernel(a, how, **wants, **place)
+        found = operand_in_multiples(a, how, **wants, **place)
         if found is not None:
             return found
     return quantize_rotated(a, how, **place) if size else quantize(a, how, **place)

@@ -15,7 +15,7 @@ import ifjax
 from ifjax.arrays import ENCODERS, Encoder
 from ifjax.arrays.ms_eden import ms_eden_packed
 from ifjax.arrays.qtensor import unscaled_values
-from ifjax.arrays.quantize import Multiples, operand_by_kernel, quantize_rotated
+from ifjax.arrays.quantize import Multiples, operand_in_multiples, quantize_rotated
 from ifjax.codec import Encoding, decode
 from ifjax.codec.decode import narrowed
 from ifjax.codec.eden_places import EdenCodec
@@ -278,7 +278,7 @@ def test_operands_of_products_have_the_bits_of_the_codec(monkeypatch, case, want
 
     def run(x):
         wants = {"wants_codes": wanted != "values", "wants_values": wanted != "codes"}
-        return operand_by_kernel(x, how, **wants, **place)
+        return operand_in_multiples(x, how, **wants, **place)
 
     with ifjax.kernels("always"):
         got = jax.jit(run)(x)
@@ -317,10 +317,10 @@ def test_training_products_of_the_encoders_values_change_no_bits(monkeypatch, re
     given = []
 
     def watched(*args, **settings):
-        given.append(operand_by_kernel(*args, **settings))
+        given.append(operand_in_multiples(*args, **settings))
         return given[-1]
 
-    monkeypatch.setattr(product, "operand_by_kernel", watched)
+    monkeypatch.setattr(product, "operand_in_multiples", watched)
 
     def run(x, w, key):
         multiply = lambda x, w: ifjax.quantized_dot_general(x, w, (((1,), (0,)), ((), ())), recipe, key)  # noqa: E731

@@ -14,7 +14,7 @@ from test_places import assert_same_numbers
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder
 from ifjax.arrays.ms_eden import ms_eden_packed
-from ifjax.arrays.quantize import Multiples, operand_by_kernel, quantize_rotated
+from ifjax.arrays.quantize import Multiples, operand_in_multiples, quantize_rotated
 from ifjax.codec import Encoding
 from ifjax.codec.places import LANES
 from ifjax.numerics.hadamard import hadamard, random_signs
@@ -132,12 +132,12 @@ def test_a_product_gets_the_values_that_codes_mean(kernels, fmt, shape, axis, ro
     x = jnp.asarray(data(shape) if size is None else np.nan_to_num(data(shape), posinf=1, neginf=1))
     x, place = x.astype(jnp.bfloat16), {"axis": axis, "key": key}
     wants = {"wants_codes": False, "wants_values": True}
-    got = operand_by_kernel(x, how, **wants, **place, size=size, signs="fixed")
+    got = operand_in_multiples(x, how, **wants, **place, size=size, signs="fixed")
     assert isinstance(got, Multiples)
     assert kernels == ["rotated_peaks"] * (size is not None) + ["encode"]
     ENCODERS._records.clear()
     jax.clear_caches()
-    assert operand_by_kernel(x, how, **wants, **place) is None
+    assert operand_in_multiples(x, how, **wants, **place) is None
     q = quantize_rotated(x, how, **place, size=16, signs="fixed") if size else ifjax.quantize(x, how, **place)
     values, factor = multiples(q, jnp.bfloat16)
     assert_same_numbers(got.values, values)

@@ -262,7 +262,7 @@ def test_products_of_one_activation_share_its_codes():
 
     packed, _ = ifjax.quantize_params(params, W4A4, model=model, sample=x)
     run = ifjax.quantized(model, W4A4)
-    assert len(re.findall(r"call @_quantize\w*\(", jax.jit(run).lower(packed, x).as_text())) == 3
+    assert len(re.findall(r"call @_multiples\w*\(", jax.jit(run).lower(packed, x).as_text())) == 3
 
     def by_hand(p, x):
         def product(x, name):
