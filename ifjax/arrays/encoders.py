@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from ifjax.arrays.parts import Pieces, everywhere, has_known_parts, partitioned
@@ -32,7 +31,7 @@ from ifjax.numerics.devices import device_kind, may_be_partitioned
 from ifjax.numerics.hadamard import hadamard
 from ifjax.numerics.kernels import kernels_for, why_none
 from ifjax.numerics.proofs import known_fault
-from ifjax.numerics.xla import unless_exported
+from ifjax.numerics.xla import by_platform, unless_exported
 
 
 class Explanation(NamedTuple):
@@ -319,7 +318,7 @@ def by_kernel_or_xla(encoder: Encoder, by_kernel: Callable[..., Any], by_xla: Ca
     run = by_kernel
     if may_be_partitioned():
         run = functools.partial(unless_exported, run=by_kernel, exported=by_xla)
-    return lax.platform_dependent(*args, **{encoder.platform: run, "default": by_xla})
+    return by_platform(*args, default=by_xla, **{encoder.platform: run})
 
 
 def refusal_of_runs(encoder: Encoder, x: Any, codec: EdenCodec, axis: int, size: int) -> str | None:

@@ -45,7 +45,7 @@ def _distinct(closed: ClosedJaxpr, args, known: dict, wanted: Sequence[bool]) ->
         name, params = eqn.primitive.name, eqn.params
         operands = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
         wanted_here = [v in needed for v in eqn.outvars]
-        if eqn.primitive is by_platform_p:
+        if eqn.primitive is by_platform_p and params["when"] == "cpu":
             outs = _distinct(params["first"], operands, known, wanted_here)
         elif name == "jit" and not called.isdisjoint(eqn.outvars):
             outs = jax.jit(functools.partial(_distinct_call, params["jaxpr"]))(*operands)

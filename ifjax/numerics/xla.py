@@ -147,23 +147,26 @@ def _of_the_first(axis_size, in_batched, bits):
 
 
 def _choice(name):
-    """Return a primitive that stands for one of two functions, `first` and `second`, until it is lowered."""
+    """Return a primitive that stands for one of two functions, `first` and `second`, until it is lowered.
+
+    `when` is the condition under which it is the first.
+    """
     choice = jax.extend.core.Primitive(name)
     choice.multiple_results = True
     choice.def_abstract_eval(lambda *_, results, **__: list(results))
 
-    def batched(args, axes, *, first, second, results):
+    def batched(args, axes, *, first, second, results, when):
         del results
         size = next(a.shape[at] for a, at in zip(args, axes, strict=True) if at is not None)
-        mapped = [jax.vmap(f, tuple(axes), axis_size=size) for f in _ways(first, second)]
-        outs = jax.tree.leaves(_chosen(choice, args, *mapped))
+        first, second = (jax.vmap(f, tuple(axes), axis_size=size) for f in _ways(first, second))
+        outs = jax.tree.leaves(_chosen(choice, args, first, second, when))
         return outs, [0] * len(outs)
 
     batching.primitive_batchers[choice] = batched
     return choice
 
 
-def _chosen(choice, args, first, second):
+def _chosen(choice, args, first, second, when):
     """Bind a choice: `second` is traced only if it is chosen. Return None if `first` holds traced values."""
     flat, tree = jax.tree.flatten(args)
     ways = [jax.jit(lambda *flat, f=f: f(*jax.tree.unflatten(tree, flat))) for f in (first, second)]
@@ -171,23 +174,25 @@ def _chosen(choice, args, first, second):
     if any(isinstance(a, Tracer) for a in jaxpr.consts):
         return None
     # JAX looks into the jaxpr for operations that need to know devices.
-    results = choice.bind(*flat, first=jaxpr, second=ways[1], results=tuple(jaxpr.out_avals))
+    results = choice.bind(*flat, first=jaxpr, second=ways[1], results=tuple(jaxpr.out_avals), when=when)
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
 def _ways(first, second):
-    return jaxpr_as_fun(first), second
+    """Return the two functions, of flat arguments and results."""
+    return tuple(lambda *args, f=f: jax.tree.leaves(f(*args)) for f in (jaxpr_as_fun(first), second))
 
 
 by_platform_p, unless_exported_p = _choice("by_platform"), _choice("unless_exported")
 
 
 @by_platform_p.def_impl
-def _run_by_platform(*args, first, second, results):
+def _run_by_platform(*args, first, second, results, when):
     # Arrays may be on a CPU beside an accelerator: `second` is right there, too.
     if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
-        return jax.tree.leaves(_ways(first, second)[jax.default_backend() != "cpu"](*args))
-    params = {"first": first, "second": second, "results": results}
+        default = jax.default_backend()
+        return _ways(first, second)[{"gpu": "cuda"}.get(default, default) != when](*args)
+    params = {"first": first, "second": second, "results": results, "when": when}
     return jax.jit(functools.partial(by_platform_p.bind, **params))(*args)
 
 
@@ -196,24 +201,25 @@ def _run_first(*args, first, **_):
     return jaxpr_as_fun(first)(*args)
 
 
-def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
-    """Return cpu(*args) in programs for CPUs, and default(*args) in all others.
+def by_platform(*args: Any, default: Callable[..., Any], **way: Callable[..., Any]) -> Any:
+    """Return f(*args) in programs for one platform, given as cuda=f, for example, and default(*args) in all others.
 
     `jax.lax.platform_dependent` traces both functions wherever it is traced. Half of the time that the codec took to
     trace on a CPU went into programs for other platforms, so `default` is traced only once a program for another
     platform is lowered. Functions that hold traced values cannot wait for that, and are traced here. Both functions
     must return the same types, and hold traced values only if both do.
     """
-    result = _chosen(by_platform_p, args, cpu, default)
-    return lax.platform_dependent(*args, cpu=cpu, default=default) if result is None else result
+    ((platform, run),) = way.items()
+    result = _chosen(by_platform_p, args, run, default, platform)
+    return lax.platform_dependent(*args, default=default, **way) if result is None else result
 
 
 def unless_exported(*args: Any, run: Callable[..., Any], exported: Callable[..., Any]) -> Any:
     """Return run(*args), but exported(*args) in programs that `jax.export` writes. Neither may hold traced values."""
-    return _chosen(unless_exported_p, args, run, exported)
+    return _chosen(unless_exported_p, args, run, exported, "not exported")
 
 
-def _differentiated(primals, tangents, *, first, second, results):
+def _differentiated(primals, tangents, *, first, second, results, when):
     del results
     moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
 
@@ -221,8 +227,8 @@ def _differentiated(primals, tangents, *, first, second, results):
         args = list(primals)
         for i, a in zip(moving, moved, strict=True):
             args[i] = a
-        ways = [lambda *args, way=way: jax.tree.leaves(way(*args)) for way in _ways(first, second)]
-        return lax.platform_dependent(*args, cpu=ways[0], default=ways[1])
+        run, default = _ways(first, second)
+        return lax.platform_dependent(*args, default=default, **{when: run})
 
     outs, rates = jax.jvp(f, [primals[i] for i in moving], [tangents[i] for i in moving])
     return outs, [
@@ -234,20 +240,23 @@ def _differentiated(primals, tangents, *, first, second, results):
 ad.primitive_jvps[by_platform_p] = _differentiated
 
 
-def _lowered(is_first):
-    def rule(ctx, *args, first, second, results):
-        del results
-        chosen = _ways(first, second)[not is_first(ctx)]
-        return mlir.lower_fun(lambda *args: jax.tree.leaves(chosen(*args)), multiple_results=True)(ctx, *args)
+@functools.partial(mlir.register_lowering, by_platform_p)
+def _lower_by_platform(ctx, *args, first, second, results, when):
+    del results
+    platforms = set(ctx.platforms or ctx.module_context.platforms)
+    run, default = _ways(first, second)
+    if when not in platforms:
+        run = default
+    elif len(platforms) > 1:
+        run = functools.partial(lax.platform_dependent, default=default, **{when: run})
+    return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
 
-    return rule
 
-
-mlir.register_lowering(by_platform_p, _lowered(lambda _: False))
-mlir.register_lowering(by_platform_p, _lowered(lambda _: True), "cpu")
-mlir.register_lowering(
-    unless_exported_p, _lowered(lambda ctx: not ctx.module_context.lowering_parameters.for_export)
-)
+@functools.partial(mlir.register_lowering, unless_exported_p)
+def _lower_unless_exported(ctx, *args, first, second, results, when):
+    del results, when
+    chosen = _ways(first, second)[ctx.module_context.lowering_parameters.for_export]
+    return mlir.lower_fun(chosen, multiple_results=True)(ctx, *args)
 
 
 def materialize(f, *args):

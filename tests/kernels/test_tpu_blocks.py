@@ -137,7 +137,9 @@ def test_a_product_gets_the_values_that_codes_mean(kernels, fmt, shape, axis, ro
     assert kernels == ["rotated_peaks"] * (size is not None) + ["encode"]
     ENCODERS._records.clear()
     jax.clear_caches()
-    assert operand_in_multiples(x, how, **wants, **place) is None
+    by_xla = operand_in_multiples(x, how, **wants, **place, size=size, signs="fixed")
+    assert by_xla is not None and by_xla.values.dtype == jnp.float32  # on a CPU, in which it multiplies
+    assert_array_equal(*(np.asarray(each.values.astype(jnp.bfloat16), np.float32) for each in (by_xla, got)))
     q = quantize_rotated(x, how, **place, size=16, signs="fixed") if size else ifjax.quantize(x, how, **place)
     values, factor = multiples(q, jnp.bfloat16)
     assert_same_numbers(got.values, values)

@@ -272,6 +272,17 @@ def test_a_function_for_other_platforms_is_traced_for_them_alone(run):
             assert_array_equal(got[0], jax.jit(jnp.sin)(A))
 
 
+@pytest.mark.parametrize("run", [lambda f: f, jax.vmap], ids=["plain", "vmap"])
+def test_a_function_may_be_for_any_platform(run):
+    f = run(functools.partial(by_platform, cuda=jnp.sin, default=jnp.cos))
+    assert "cosine" not in lowered_for("cuda", f, A)
+    assert "stablehlo.sine" not in lowered_for("tpu", f, A)
+    if jax.default_backend() == "cpu":
+        with jax.disable_jit():
+            assert_array_equal(f(A), jnp.cos(A))
+        assert_array_equal(f(A), jax.jit(jnp.cos)(A))
+
+
 def test_programs_for_several_platforms_hold_the_function_of_each():
     f = jax.jit(functools.partial(by_platform, cpu=jnp.sin, default=jnp.cos))
     text = jax.export.export(f, platforms=["cpu", "tpu"])(A[0]).mlir_module()
