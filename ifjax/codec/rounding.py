@@ -54,7 +54,8 @@ def uniform_noise(key: jax.Array, shape: tuple[int, ...], count: int) -> list[ja
     The key may be given as its `seeds`. An element's noise is a hash of the key and of the element's index in the array
     (in C order). It does not depend on how the array is sharded or in what order it is processed.
     """
-    k0, k1 = (lax.index_in_dim(seeds(key), i, keepdims=False) for i in range(2))
+    words = seeds(key)
+    k0, k1 = (lax.index_in_dim(words, i, keepdims=False) for i in range(2))
     index = jnp.zeros(shape, jnp.int32)
     for axis, stride in enumerate(strides(shape)):
         index = index + lax.broadcasted_iota(jnp.int32, shape, axis) * stride
