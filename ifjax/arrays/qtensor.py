@@ -446,7 +446,7 @@ def _values(q, amax):
         codes = merge_blocks(unpack(q.codes, fmt.bits, axis), axis)
         codes = split_blocks(crop(codes, q.blocks * block, axis), block, axis)
         shape = (block,)
-    place = jnp.arange(block, dtype=jnp.int32).reshape(*[1] * (at + 1), *shape, *[1] * (-axis - 1))
+    place = np.arange(block, dtype=np.int32).reshape(*[1] * (at + 1), *shape, *[1] * (-axis - 1))
     if amax is not None and amax.ndim > at:
         amax = jnp.expand_dims(amax, range(at + 1, at + 1 + codes.ndim - q.ndim))
     values = decode(codes, headers, fmt, place=place, amax=amax, headroom=q.headroom)

@@ -501,7 +501,7 @@ def _rounded(x, key, amax, weights, *, how, axis, amax_axes, clipped):
     codes, scales, amax = _encoded(x, key, amax, weights, how=how, axis=axis, amax_axes=amax_axes)
     headers = jnp.expand_dims(header_words(scales, fmt.scale.nbytes, axis), axis)
     at, wide = x.ndim + axis, amax
-    place = jnp.arange(fmt.block, dtype=jnp.int32).reshape(*[1] * (at + 1), -1, *[1] * (-axis - 1))
+    place = np.arange(fmt.block, dtype=np.int32).reshape(*[1] * (at + 1), -1, *[1] * (-axis - 1))
     if amax is not None and amax.ndim > at:
         wide = jnp.expand_dims(amax, at + 1)
 

@@ -206,9 +206,9 @@ def _unit_weights(weights, ndim, axis, over):
 
 def amax_of(magnitudes: jax.Array, amax_axes: tuple[int, ...]) -> jax.Array:
     """Return the maximum of magnitudes over all axes but the nonnegative `amax_axes`, in the shape of an amax."""
-    others = tuple(a for a in range(magnitudes.ndim) if a not in amax_axes)
-    peak = jnp.max(magnitudes, axis=others, initial=None if magnitudes.size else 0, keepdims=True)
-    return peak.reshape(peak.shape[: max(amax_axes, default=-1) + 1])
+    others, lead = tuple(a for a in range(magnitudes.ndim) if a not in amax_axes), max(amax_axes, default=-1) + 1
+    peak = jnp.max(magnitudes, axis=others, initial=None if magnitudes.size else 0)
+    return jnp.expand_dims(peak, [a for a in others if a < lead])
 
 
 # --- two implementations of the encoder ------------------------------------------------------------------------------

@@ -72,9 +72,10 @@ def normalized(amax: jax.Array, constant: np.float32, ndim: int, power: jax.Arra
     choices. `amax` is float32 over leading axes, and broadcasts against `ndim` axes. `constant` is K. A given `power`
     replaces that of amax.
     """
-    tensor = _scaled(amax, power_near(amax) if power is None else power, ndim)
-    ratio = where(tensor.amax > 0, divide(constant, tensor.amax), 0)
-    return tensor._replace(ratio=ratio, unit=divide(1.0, ratio))
+    power = power_near(amax) if power is None else power
+    peak = amax * power
+    ratio = where(peak > 0, divide(constant, peak), 0)
+    return TensorScale(*(_with_axes(a, ndim) for a in (power, peak, ratio, divide(1.0, ratio))))
 
 
 LARGE_AMAX = np.float32(2.0**113)
@@ -88,9 +89,9 @@ def safe(amax: jax.Array, ndim: int) -> TensorScale:
     published vectors.
     """
     power = where(amax < np.float32(2.0**-100), np.float32(2.0**64), np.float32(1))
-    return _scaled(amax, where(amax >= LARGE_AMAX, np.float32(2.0**-64), power), ndim)
+    power = where(amax >= LARGE_AMAX, np.float32(2.0**-64), power)
+    return TensorScale(_with_axes(power, ndim), _with_axes(amax * power, ndim))
 
 
-def _scaled(amax, power, ndim):
-    shape = amax.shape + (1,) * (ndim - amax.ndim)
-    return TensorScale(power.reshape(shape), (amax * power).reshape(shape))
+def _with_axes(a, ndim):
+    return a.reshape(a.shape + (1,) * (ndim - a.ndim))

@@ -73,7 +73,8 @@ def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
         starts = [divmod(i * bits, 8) for i in range(group)]
         codes = jnp.stack([(members[j] | members[j + 1] << 8) >> shift for j, shift in starts], axis)
         return codes & (2**bits - 1)
-    parts = [lax.index_in_dim(packed, j, axis, keepdims=True).astype(jnp.int32) for j in range(width)]
+    parts = [packed] if width == 1 else [lax.index_in_dim(packed, j, axis) for j in range(width)]
+    parts = [part.astype(jnp.int32) for part in parts]
     word = functools.reduce(operator.or_, [_shifted(part, 8 * j) for j, part in enumerate(parts)])
     # Shift by a small constant array: interleaving `group` arrays instead would cost another pass over memory.
     shifts = (np.arange(group, dtype=np.int32) * bits).reshape(*(1 for _ in before), 1, group, *(1 for _ in after))
