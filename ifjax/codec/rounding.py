@@ -82,9 +82,7 @@ def seeds(key: jax.Array, part: Any = 0) -> jax.Array:
 
 
 def _hashed(x):
-    x = _mixed(_mixed(x + _int32(0x9E3779B9), 17, 0xED5AD4BB), 11, 0xAC4C1B51)
-    x = _mixed(x, 15, 0x31848BAB)
-    return x ^ _shifted(x, 14)
+    return _last_rounds(_mixed(x + _int32(0x9E3779B9), 17, 0xED5AD4BB))
 
 
 def strides(shape: tuple[int, ...]) -> list[np.int32]:
@@ -102,9 +100,7 @@ def noise_of(index: jax.Array, k0: jax.Array, k1: jax.Array, count: int, low: in
     noise = []
     for pair in range(-(-count // 2)):
         # The key's second word enters in the middle, so that the sequence of one key is never that of another, shifted.
-        word = _mixed(x + (k1 if pair == 0 else k1 + _int32(pair * 0x9E3779B9)), 11, 0xAC4C1B51)
-        word = _mixed(word, 15, 0x31848BAB)
-        word = word ^ _shifted(word, 14)
+        word = _last_rounds(x + (k1 if pair == 0 else k1 + _int32(pair * 0x9E3779B9)))
         # Place 16 bits of the word in the mantissa of a number in [1, 2) and add half a step, so that the mean is
         # exactly 0 after subtracting 1.5.
         for half in (word << 7, _shifted(word, 9)):
@@ -116,6 +112,11 @@ def noise_of(index: jax.Array, k0: jax.Array, k1: jax.Array, count: int, low: in
 # bias. Two rounds are not enough: noise at indices 2^13 apart is then correlated by a few thousandths.
 def _mixed(x, shift, factor):
     return (x ^ _shifted(x, shift)) * _int32(factor)
+
+
+def _last_rounds(x):
+    x = _mixed(_mixed(x, 11, 0xAC4C1B51), 15, 0x31848BAB)
+    return x ^ _shifted(x, 14)
 
 
 def _int32(word):
