@@ -252,11 +252,10 @@ def _encode_in_stages(
         selector, _ = fmt.split(header)
         power = 1 if tensor is None else tensor.power
         noise = noise and pick(candidate, noise)
-        results = (_values_of if in_multiples else codes_of)(
-            blocks.astype(jnp.float32), noise, inverse, power, one_for_each_decoding(fmt), fmt
-        )
-        chosen = pick(selector, results)
-        return times_scales(chosen, selector, scale, fmt) if in_multiples else chosen.astype(jnp.uint8)
+        arguments = blocks.astype(jnp.float32), noise, inverse, power, one_for_each_decoding(fmt), fmt
+        if in_multiples:
+            return times_scales(pick(selector, _values_of(*arguments)), selector, scale, fmt)
+        return pick(selector, codes_of(*arguments)).astype(jnp.uint8)
 
     codes = materialize(encoded, blocks, word, inverse, scale, tensor, extras.noise)
     return codes, word_parts(word, fmt)[0]
@@ -374,7 +373,7 @@ def wanted_payloads(peaks, runs, tensor, how):
         if (c.peak, c.scale_multiplier) not in known:
             payload = wanted_payload(c, peaks, runs, tensor, fmt, how.headroom)
             known[c.peak, c.scale_multiplier] = where(peaks < 0, fmt.scale.nan, payload)
-    return [known[c.peak, c.scale_multiplier] for c in how.fmt.candidates]
+    return [known[c.peak, c.scale_multiplier] for c in fmt.candidates]
 
 
 def wanted_payload(candidate: Candidate, peaks, runs, tensor, fmt, headroom):

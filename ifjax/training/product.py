@@ -383,7 +383,7 @@ def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
     batch = (tuple(range(a.ndim - 2)),) * 2
     numbers: Any = ((a.ndim + a_axis,), (b.ndim + b_axis,)), batch
 
-    def product(a, b, like, dtype=dtype):
+    def product(dtype, a, b, like):
         is_shared = like is not None and jax.device_count() > 1
         if not is_shared and not isinstance(a, Multiples) and not isinstance(b, Multiples):
             return dot_general(a.astype(dtype), b.astype(dtype), numbers, precision, out_dtype)
@@ -398,11 +398,12 @@ def _multiply(a, b, a_axis, b_axis, dtype, out_dtype, precision, like=None):
         return (y * factor).astype(out_dtype)
 
     if not any(isinstance(each, QTensor | Multiples) for each in (a, b)):
-        return product(a, b, like)
+        return product(dtype, a, b, like)
+    by_dtype = functools.partial(product, dtype)
     if dtype.itemsize != 2:
-        return opaque(lambda *args: product(*args), a, b, like)  # for policies of `jax.checkpoint`: see SAVED
+        return opaque(by_dtype, a, b, like)  # for policies of `jax.checkpoint`: see SAVED
     # XLA:CPU does not multiply 16-bit matrices faster than float32 ones, and float32 avoids a second rounding.
-    return by_platform(a, b, like, cpu=functools.partial(product, dtype=np.dtype(np.float32)), default=product)
+    return by_platform(a, b, like, cpu=functools.partial(product, np.dtype(np.float32)), default=by_dtype)
 
 
 def _in_multiples(a, dtype):
