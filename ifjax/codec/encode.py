@@ -273,13 +273,12 @@ def _encode_in_one_pass(blocks, peaks, runs, tensor, extras, how, axis):
     run = 8 if fmt.bits <= 4 else 4  # the codes of a run fit a 32-bit word
     xs = [x.astype(jnp.float32) for x in jnp.split(blocks, fmt.block // run, axis)]
     shifts = fmt.bits * lax.broadcasted_iota(jnp.int32, xs[0].shape, blocks.ndim + axis)
-    unit = _loss_unit(peaks, tensor)
+    unit, own = _loss_unit(peaks, tensor), wanted_payloads(peaks, runs, tensor, how)
     unit = None if unit is None else jnp.expand_dims(unit, axis)
 
     def attempt(i, candidate):
         """Return (payload, loss, header, words of codes) of candidate i."""
-        # The NaN payload gives zero codes and NaN losses, so that no other candidate is chosen.
-        payload = where(peaks < 0, fmt.scale.nan, wanted_payload(candidate, peaks, runs, tensor, fmt, how.headroom))
+        payload = own[i]  # if it is NaN, codes are zero and losses NaN, so that no other candidate is chosen
         scale, inverse = fmt.scale.decode_written(payload), _inverse(payload, 0, tensor, fmt)
         divisor = fmt.tensor_constant(how.headroom)
         inverse, scale, wide = insert_axis((inverse, scale, tensor), axis)
