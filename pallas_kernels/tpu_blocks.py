@@ -29,6 +29,8 @@ from jax.experimental.pallas import tpu as pltpu
 LANES, SUBLANES = 128, 8
 PARTS = 1  # maxima of parts of a tensor that `tables` takes
 _HIGH = -(2**16)  # a mask of a word's upper half
+# The float32 bits of the least magnitude that a dtype rounds to infinity.
+_INFINITE = {jnp.dtype("float32"): 0x7F800000, jnp.dtype("bfloat16"): 0x7F7F8000, jnp.dtype("float16"): 0x477FF000}
 
 Lookup = Callable[[int, jax.Array], jax.Array]  # (row of the table, int32 indices in the row) -> float32
 
@@ -90,6 +92,10 @@ class Codec(Protocol):
         """
         ...
 
+    def rounded(self, value: jax.Array, machine: Any = None) -> jax.Array:
+        """Return float32 numbers rounded to the dtype of x."""
+        ...
+
     def decode(
         self, words: Sequence[jax.Array], header: jax.Array, lookup: Lookup, *, machine: Any = None
     ) -> Sequence[jax.Array]:  # fmt: skip
@@ -136,8 +142,8 @@ class Noise(NamedTuple):
 
 def supports(codec: Codec, x: Any, axis: int, rotation: Rotation | None = None) -> str | None:
     """Return the reason why `encode` cannot take an array or shape x [L, R, C]; None if it can."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"values must be float32 or bfloat16, got {x.dtype}"
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"values must be float32, bfloat16 or float16, got {x.dtype}"
     if axis not in (-1, -2):
         return f"blocks must lie along one of the last two axes, got {axis}"
     run = 0 if rotation is None else rotation.size
@@ -188,7 +194,7 @@ def encode(
     """Return codes and headers, or their decoded values, or both: [codes, headers, values], each if requested.
 
     Args:
-        x: float32 or bfloat16 [L, R, C].
+        x: float32, bfloat16 or float16 [L, R, C].
         scalars: float32 [L, s], or [1, s] shared by all matrices: arguments of the codec's `encode`.
         tables: float32 [L, rows, 128], or [1, rows, 128] shared by all; rows a multiple of 8: its look-up table, whose
             last row begins with the scalars, which the GPU's kernel reads there.
@@ -234,8 +240,9 @@ def encode(
     wide = 1 if codec.corrects_runs else wide
     scratch.append(pltpu.VMEM((tile.length // wide, LANES), jnp.float32 if wide == 1 else jnp.int32))
     body = functools.partial(
-        _encode_tile, tile=tile, codec=codec, rotation=rotation, wants_codes=wants_codes, wants_values=wants_values
-    )
+        _encode_tile, tile=tile, codec=codec, rotation=rotation, wants_codes=wants_codes, wants_values=wants_values,
+        dtype=x.dtype,
+    )  # fmt: skip
     return _run(body, "encode_blocks", args, specs, out_shape, out_specs, scratch, tile, count, interpret)
 
 
@@ -269,7 +276,7 @@ def decode(
         pltpu.VMEM((tile.length // wide, LANES), jnp.float32 if wide == 1 else jnp.int32),
     ]
     (out,) = _run(
-        functools.partial(_decode_tile, tile=tile, codec=codec), "decode_blocks", [tables, codes, headers],
+        functools.partial(_decode_tile, tile=tile, codec=codec, dtype=dtype), "decode_blocks", [tables, codes, headers],
         [_table_spec(tables), tile.spec(codec.bits, 8), tile.spec(1, codec.block)],
         [jax.ShapeDtypeStruct((count, *shape), dtype)], [tile.spec(1, 1)], scratch, tile, count, interpret,
     )  # fmt: skip
@@ -284,7 +291,7 @@ def peaks(
 
     Blocks with a NaN or an infinity are left out. Arguments are those of `encode`, which takes x.
     """
-    body = functools.partial(_peaks_of_tile, block=codec.block, end=0x7F800000, dtype=jnp.dtype(jnp.float32))
+    body = functools.partial(_peaks_of_tile, block=codec.block, end=0x7F800000)
     return _peaks(body, "peaks_of_blocks", x, [signs.reshape(-1, rotation.size)], codec, axis, rotation, interpret)
 
 
@@ -298,8 +305,8 @@ def rotated_peaks(
     `keeps_infinity`.
     """
     # Rounding keeps the order, so it is left until the end; magnitudes from `end` on do not count.
-    end = 0x7F800001 if keeps_infinity else 0x7F800000 if x.dtype == jnp.float32 else 0x7F7F8000
-    body = functools.partial(_peaks_of_tile, block=1, end=end, dtype=x.dtype)
+    end = 0x7F800001 if keeps_infinity else _INFINITE[x.dtype]
+    body = functools.partial(_peaks_of_tile, block=1, end=end, rounded=codec.rounded)
     return _peaks(body, "rotated_peaks", x, [], codec, axis, rotation, interpret)
 
 
@@ -307,7 +314,7 @@ def _peaks(body, name, x, signs, codec, axis, rotation, interpret):
     tile, count = _Tile.of(x.shape, axis, codec), len(x)
     words = (tile.length, jnp.float32) if x.dtype == jnp.float32 else (tile.length // 2, jnp.int32)
     (found,) = _run(
-        functools.partial(body, tile=tile, rotation=rotation), name, [x, *signs],
+        functools.partial(body, tile=tile, rotation=rotation, dtype=x.dtype), name, [x, *signs],
         [tile.spec(1, 1)] + [_SCALARS] * len(signs), [jax.ShapeDtypeStruct((count, SUBLANES, LANES), jnp.float32)],
         [pl.BlockSpec((None, SUBLANES, LANES), lambda matrix, i, j: (matrix, 0, 0))],
         [pltpu.VMEM((words[0], LANES), words[1])], tile, count, interpret, gathers=True,
@@ -319,9 +326,11 @@ def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, in
     """Call a kernel for each tile of each matrix. `gathers`: the tiles of a matrix add to one result, in order."""
     order: Any = "arbitrary" if gathers else "parallel"
     moved = sum(a.size * a.dtype.itemsize for a in [*args, *out_shape])
-    return pl.pallas_call(
+    # Mosaic does not load float16, so kernels see its bits.
+    args = [lax.bitcast_convert_type(a, jnp.int16) if a.dtype == jnp.float16 else a for a in args]
+    results = pl.pallas_call(
         body,
-        out_shape=out_shape,
+        out_shape=[jax.ShapeDtypeStruct(a.shape, jnp.int16) if a.dtype == jnp.float16 else a for a in out_shape],
         grid=(count, *tile.grid),
         in_specs=specs,
         out_specs=out_specs,
@@ -331,6 +340,10 @@ def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, in
         interpret=interpret,
         name=name,
     )(*args)
+    return [
+        lax.bitcast_convert_type(r, a.dtype) if a.dtype == jnp.float16 else r
+        for r, a in zip(results, out_shape, strict=True)
+    ]
 
 
 _SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -425,7 +438,7 @@ def _load(ref, first, unit, dtype):
     if dtype == jnp.float32:
         return [ref[pl.ds(first + i, SUBLANES, stride=unit), :] for i in range(unit)]
     words = [ref[pl.ds(first // 2 + i, SUBLANES, stride=unit // 2), :] for i in range(unit // 2)]
-    return [_float(half) for word in words for half in (word << 16, word & _HIGH)]
+    return [_widened(half, dtype) for word in words for half in (word << 16, word & _HIGH)]
 
 
 def _store(ref, first, unit, values, dtype):
@@ -433,18 +446,48 @@ def _store(ref, first, unit, values, dtype):
         for i, value in enumerate(values):
             ref[pl.ds(first + i, SUBLANES, stride=unit), :] = value
         return
-    bits = [lax.bitcast_convert_type(value, jnp.int32) for value in values]
+    bits = [_upper_half(value, dtype) for value in values]
     for i in range(unit // 2):
         word = lax.shift_right_logical(bits[2 * i], 16) | bits[2 * i + 1]
         ref[pl.ds(first // 2 + i, SUBLANES, stride=unit // 2), :] = word
+
+
+def _widened(bits, dtype):
+    """Return the float32 of the number of a 16-bit `dtype` that the upper halves of words hold; lower halves are 0."""
+    if dtype == jnp.bfloat16:
+        return _float(bits)
+    magnitude = lax.shift_right_logical(bits, 3) & 0x0FFFE000
+    # Below 2^-14 the sum with the mantissa of 2^-14 is exact, and no step is subnormal.
+    small = _bits(_float(magnitude + _SMALLEST) - jnp.float32(2.0**-14))
+    large = magnitude + jnp.where(magnitude < 0x0F800000, _REBIASED, 2 * _REBIASED)
+    return _float(jnp.where(magnitude < 0x00800000, small, large) | bits & -(2**31))
+
+
+def _upper_half(value, dtype):
+    """Return words whose upper halves hold numbers that a 16-bit `dtype` represents; the inverse of `_widened`."""
+    bits = _bits(value)
+    if dtype == jnp.bfloat16:
+        return bits
+    magnitude = bits & 0x7FFFFFFF
+    small = _bits(_float(magnitude) + jnp.float32(2.0**-14)) - _SMALLEST
+    large = magnitude - jnp.where(magnitude < 0x7F800000, _REBIASED, 2 * _REBIASED)
+    return jnp.where(magnitude < _SMALLEST, small, large) << 3 | bits & -(2**31)
+
+
+_REBIASED = 112 << 23  # the difference of the biases of float32's and float16's exponents
+_SMALLEST = 113 << 23  # the bits of 2^-14, float16's smallest normal number
 
 
 def _float(bits):
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, wants_values):
-    refs, dtype, index = iter(refs), x.dtype, pl.program_id(0)
+def _bits(value):
+    return lax.bitcast_convert_type(value, jnp.int32)
+
+
+def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, wants_values, dtype):
+    refs, index = iter(refs), pl.program_id(0)
 
     def taken(is_there: bool) -> Any:
         return next(refs) if is_there else None
@@ -456,10 +499,12 @@ def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, w
 
     turned = tile.turned(x[...])
     if codec.corrects_runs:
-        turned, dtype = turned.astype(jnp.float32), jnp.float32
+        is_half = dtype == jnp.float16
+        turned = _widened(turned.astype(jnp.int32) << 16, dtype) if is_half else turned.astype(jnp.float32)
+        dtype = jnp.float32
     source[...] = turned if dtype == jnp.float32 else pltpu.bitcast(turned, jnp.int32)
     if rotation is not None:
-        _rotate_all(source, tile, rotation, signs, dtype)
+        _rotate_all(source, tile, rotation, signs, dtype, (lambda v: v) if codec.corrects_runs else codec.rounded)
     known = [scalars[index if scalars.shape[0] > 1 else 0, i] for i in range(scalars.shape[1])]
     lookup = _lookup(table)
     draw = _noise(numbers, index, tile, codec) if codec.noises else None
@@ -506,11 +551,10 @@ def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, w
         codes[...] = tile.turned(pltpu.bitcast(words[...], jnp.uint8))
         headers[...] = tile.turned(bytes_[...]).astype(jnp.uint8)
     if wants_values:
-        values[...] = tile.turned(source[...] if dtype == jnp.float32 else pltpu.bitcast(source[...], dtype))
+        values[...] = tile.turned(source[...] if dtype == jnp.float32 else pltpu.bitcast(source[...], values.dtype))
 
 
-def _decode_tile(table, codes, headers, out, words, bytes_, target, *, tile, codec):
-    dtype = out.dtype
+def _decode_tile(table, codes, headers, out, words, bytes_, target, *, tile, codec, dtype):
     words[...] = pltpu.bitcast(tile.turned(codes[...]), jnp.int32)
     bytes_[...] = tile.turned(headers[...].astype(jnp.int32))
     lookup = _lookup(table)
@@ -526,7 +570,7 @@ def _decode_tile(table, codes, headers, out, words, bytes_, target, *, tile, cod
         _store(target, g * tile.group, tile.unit, values, dtype)
 
     tile.walk(group)
-    out[...] = tile.turned(target[...] if dtype == jnp.float32 else pltpu.bitcast(target[...], dtype))
+    out[...] = tile.turned(target[...] if dtype == jnp.float32 else pltpu.bitcast(target[...], out.dtype))
 
 
 def _lookup(table):
@@ -619,15 +663,15 @@ def _index(tile):
     return lambda group, place: first + (group * tile.group + place)
 
 
-def _rotate_all(source, tile, rotation, signs, dtype):
-    """Rotate the runs of a tile in place."""
+def _rotate_all(source, tile, rotation, signs, dtype, rounded):
+    """Rotate the runs of a tile in place, and round them."""
     size = rotation.size
     known = _signs(rotation, signs)
 
     def run(g, _):
         first = g * (SUBLANES * size)
         places = [p * s for p, s in zip(_load(source, first, size, dtype), known, strict=True)]
-        _store(source, first, size, [rounded(p, dtype) for p in rotated(places)], dtype)
+        _store(source, first, size, [rounded(p) for p in rotated(places)], dtype)
         return 0
 
     _over_runs(tile, size, run, 0)
@@ -653,8 +697,8 @@ def _signs(rotation, signs):
     return [signs[matrix, i] for i in range(rotation.size)]
 
 
-def _peaks_of_tile(x, *refs, tile, rotation, block, end, dtype):
-    """Keep the largest magnitudes of rotated runs whose bits are below `end`, all of a block or none, as `dtype`."""
+def _peaks_of_tile(x, *refs, tile, rotation, block, end, dtype, rounded=lambda v: v):
+    """Keep the largest magnitude of rotated runs whose bits are below `end`, all of a block or none, and round it."""
     *signs, out, source = refs
 
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
@@ -662,21 +706,21 @@ def _peaks_of_tile(x, *refs, tile, rotation, block, end, dtype):
         out[...] = jnp.zeros(out.shape, jnp.float32)
 
     turned, size, known = tile.turned(x[...]), rotation.size, _signs(rotation, signs[0] if signs else None)
-    source[...] = turned if x.dtype == jnp.float32 else pltpu.bitcast(turned, jnp.int32)
+    source[...] = turned if dtype == jnp.float32 else pltpu.bitcast(turned, jnp.int32)
     sublane, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in (0, 1))
     runs, across = (whole - start for whole, start in zip(tile.sizes, tile.starts(), strict=True))
     runs = jnp.where(lane < across, runs // size, 0)  # the runs of each lane, of which the tile has the first
 
     def run(g, peak):
-        places = _load(source, g * (SUBLANES * size), size, x.dtype)
+        places = _load(source, g * (SUBLANES * size), size, dtype)
         sums = [v * size**-0.5 for v in _sums([p * s for p, s in zip(places, known, strict=True)])]
-        bits = [lax.bitcast_convert_type(p, jnp.int32) & 0x7FFFFFFF for p in sums]
+        bits = [_bits(p) & 0x7FFFFFFF for p in sums]
         bits = [_largest(bits[i : i + block]) for i in range(0, size, block)]
         found = _largest([jnp.where(b < end, b, 0) for b in bits])
         return jnp.maximum(peak, jnp.where(g * SUBLANES + sublane < runs, found, 0))
 
     peak = _over_runs(tile, size, run, jnp.zeros((SUBLANES, LANES), jnp.int32))
-    out[...] = jnp.maximum(out[...], rounded(_float(peak), dtype))
+    out[...] = jnp.maximum(out[...], rounded(_float(peak)))
 
 
 def _largest(bits):
@@ -701,11 +745,3 @@ def _sums(places):
                 values[i], values[i + stride] = a + b, a - b
         stride *= 2
     return values
-
-
-def rounded(value: jax.Array, dtype: Any) -> jax.Array:
-    """Round a float32 to a value that `dtype` represents, ties to even."""
-    if dtype == jnp.float32:
-        return value
-    bits = lax.bitcast_convert_type(value, jnp.int32)
-    return _float(bits + 0x7FFF + (lax.shift_right_logical(bits, 16) & 1) & _HIGH)

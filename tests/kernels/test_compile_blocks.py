@@ -21,6 +21,7 @@ V5E = {
     "quantize nvfp4, axis -2": (1.3, 8, 120),
     "fake_quantize if4": (1.3, 8, None),
     "fake_quantize if4, stochastic": (1.3, 8, None),
+    "fake_quantize nvfp4, float16": (1.3, 8, None),
     "dequantize if4": (1.2, 8, None),
 }
 # Of a training product MiB in all, and us of its quantizers.

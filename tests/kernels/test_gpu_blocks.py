@@ -341,6 +341,7 @@ def test_training_products_of_the_encoders_values_change_no_bits(monkeypatch, re
 EDEN = {
     "nvfp4, columns, 128": ("nvfp4", (40, 256), -1, "bfloat16", 128),
     "nvfp4, rows, 128": ("nvfp4", (128, 24), -2, "bfloat16", 128),
+    "nvfp4, columns, halves, 32": ("nvfp4", (40, 256), -1, "float16", 32),
     "if4, rows, matrices, 32": ("if4", (2, 64, 24), -2, "float32", 32),
     "if4, columns, matrices, 16": ("if4", (2, 9, 96), -1, "float32", 16),
 }

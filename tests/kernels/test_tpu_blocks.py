@@ -81,6 +81,10 @@ CASES = {
     "if3, rows": ("if3", (40, 16), -2, "bfloat16", "nearest"),
     "nvfp6_e2m3, columns": ("nvfp6_e2m3", (8, 72), -1, "bfloat16", "nearest"),
     "if6, rows": ("if6", (40, 16), -2, "bfloat16", "stochastic"),
+    "nvfp4, columns, halves": ("nvfp4", (40, 200), -1, "float16", "stochastic_unbiased"),
+    "if4, rows, halves": ("if4", (72, 40), -2, "float16", "nearest"),
+    "mxfp4, columns, halves": ("mxfp4", (24, 64), -1, "float16", "nearest"),
+    "if6, squares, halves": ("if6", (40, 48), -2, "float16", "nearest"),
 }  # fmt: skip
 
 
@@ -106,9 +110,11 @@ def test_bits_are_those_of_the_codec(kernels, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "axis"), [((16, 160), -1), ((144, 24), -2)])
-def test_rotated_bits_are_those_of_the_transform_and_the_codec(kernels, shape, axis):
-    x, how = jnp.asarray(np.nan_to_num(data(shape), posinf=1, neginf=1)).astype(jnp.bfloat16), Encoding.of("nvfp4")
+@pytest.mark.parametrize(
+    ("shape", "axis", "dtype"), [((16, 160), -1, "bfloat16"), ((144, 24), -2, "bfloat16"), ((144, 24), -2, "float16")]
+)
+def test_rotated_bits_are_those_of_the_transform_and_the_codec(kernels, shape, axis, dtype):
+    x, how = jnp.asarray(np.nan_to_num(data(shape), posinf=1, neginf=1)).astype(dtype), Encoding.of("nvfp4")
 
     def run():
         return jax.jit(lambda x: quantize_rotated(x, how, axis=axis, size=16, signs="fixed", key=None))(x)
@@ -187,6 +193,17 @@ def test_rotated_places_are_the_hadamard_transform(size):
     np.testing.assert_allclose(np.array(got), want, rtol=1e-5, atol=1e-5)
 
 
+def test_every_half_is_read_and_written_as_it_is():
+    halves, dtype = np.arange(2**16, dtype=np.uint16), jnp.dtype(jnp.float16)
+    numbers = halves.view(np.float16).astype(np.float32)
+    words = tpu_blocks._upper_half(numbers, dtype)
+    got = tpu_blocks._widened(jnp.asarray(halves.astype(np.int32) << 16), dtype)
+    assert_same_numbers(got, numbers)
+    is_nan = np.isnan(numbers)
+    assert_array_equal(np.asarray(words)[~is_nan] >> 16 & 0xFFFF, halves[~is_nan])
+    assert np.isnan((np.asarray(words)[is_nan] >> 16).astype(np.uint16).view(np.float16)).all()
+
+
 def test_what_goes_which_way_and_why():
     x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
     for kind in ("TPU v5 lite", "TPU v6e", "TPU7x"):
@@ -204,7 +221,7 @@ def test_what_goes_which_way_and_why():
         path, why = ifjax.explain_quantize(x, target="TPU v6e", **kwargs)
         assert path == "xla"
         assert reason in why
-    shapes = ((4096, 4096), "float16", "float16"), ((4096,), "float32", "vector"), ((0, 8), "float32", "empty")
+    shapes = ((4096, 4096), "float64", "float64"), ((4096,), "float32", "vector"), ((0, 8), "float32", "empty")
     for shape, dtype, reason in shapes:
         path, why = ifjax.explain_quantize(jax.ShapeDtypeStruct(shape, dtype), target="TPU v6e")
         assert (path, reason in why) == ("xla", True)
@@ -235,6 +252,7 @@ EDEN = {
     "nvfp4, rows, 128": ("nvfp4", (1024, 24), -2, "bfloat16", 128),
     "if4, rows, matrices, 32": ("if4", (2, 256, 24), -2, "float32", 32),
     "if4, columns, 16": ("if4", (9, 2048), -1, "float32", 16),
+    "nvfp4, columns, halves, 32": ("nvfp4", (9, 2048), -1, "float16", 32),
 }
 
 
