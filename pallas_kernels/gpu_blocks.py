@@ -371,10 +371,13 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
         base, strides, seeds = numbers
         row, column = strides[0], strides[1]
         along, other = (column, row) if at.axis == -1 else (row, column)
-        drawn = [
-            codec.noise(base[matrix] + place * along + across * other, seeds[2 * matrix], seeds[2 * matrix + 1])
-            for place in ([block] if codec.corrects_runs else places)
-        ]
+        first, key = base[matrix] + across * other, (seeds[2 * matrix], seeds[2 * matrix + 1])
+        if codec.corrects_runs:
+            drawn = [codec.noise(first + block * along, *key)]
+        elif at.axis == -1 and at.along % codec.block == 0:  # a block's indices differ in their lowest bits
+            drawn = [codec.noise(first + block * codec.block, *key, i) for i in range(codec.block)]
+        else:
+            drawn = [codec.noise(first + place * along, *key) for place in places]
         noise = drawn[0][0] if codec.corrects_runs else list(zip(*drawn, strict=True))
     meet = functools.partial(_across, size=codec.block) if codec.is_square else None
     if codec.corrects_runs and at.run > 1:
