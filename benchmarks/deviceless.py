@@ -82,6 +82,9 @@ def programs():
     def quantize(fmt, **settings):
         return lambda x: ifjax.quantize(x, fmt, **settings)
 
+    def rounded_by_noise(fmt, x, key):
+        return ifjax.fake_quantize(x, fmt, rounding="stochastic_unbiased", key=key)
+
     found = {}
     for fmt in ("if4", "nvfp4", "mxfp4", "if6"):
         reads = 2 if ifjax.get_format(fmt).has_tensor_scale else 1
@@ -90,9 +93,7 @@ def programs():
     found["quantize if4, squares"] = quantize("if4", block_2d=True), (x,), 2 * array + packed("if4")
     for fmt in ("if4", "nvfp4"):
         found[f"fake_quantize {fmt}"] = functools.partial(ifjax.fake_quantize, fmt=fmt), (x,), 3 * array
-    found["fake_quantize if4, stochastic"] = (
-        lambda x, key: ifjax.fake_quantize(x, "if4", rounding="stochastic_unbiased", key=key), (x, key), 3 * array,
-    )  # fmt: skip
+        found[f"fake_quantize {fmt}, stochastic"] = functools.partial(rounded_by_noise, fmt), (x, key), 3 * array
     halves = jax.ShapeDtypeStruct(x.shape, jnp.float16)
     found["fake_quantize nvfp4, float16"] = functools.partial(ifjax.fake_quantize, fmt="nvfp4"), (halves,), 3 * array
     for fmt in ("if4", "if6"):

@@ -49,7 +49,7 @@ class Rounding:
 
 
 def uniform_noise(key: jax.Array, shape: tuple[int, ...], count: int) -> list[jax.Array]:
-    """Return `count` independent float32 arrays, uniform on 2^16 points of (-1/2, 1/2), symmetric about 0.
+    """Return `count` independent float32 arrays, uniform on 2^16 points or more of (-1/2, 1/2), symmetric about 0.
 
     The key may be given as its `seeds`. An element's noise is a hash of the key and of the element's index in the array
     (in C order). It does not depend on how the array is sharded or in what order it is processed.
@@ -82,7 +82,7 @@ def seeds(key: jax.Array, part: Any = 0) -> jax.Array:
 
 
 def _hashed(x):
-    return _last_rounds(_mixed(x + _int32(0x9E3779B9), 17, 0xED5AD4BB))
+    return _folded(_middle_rounds(_mixed(x + _int32(0x9E3779B9), 17, 0xED5AD4BB)), 14)
 
 
 def strides(shape: tuple[int, ...]) -> list[np.int32]:
@@ -93,30 +93,39 @@ def strides(shape: tuple[int, ...]) -> list[np.int32]:
 def noise_of(index: jax.Array, k0: jax.Array, k1: jax.Array, count: int, low: int = 0) -> list[jax.Array]:
     """Return the noise of elements with these int32 indices, by element-wise arithmetic that a kernel can call.
 
-    `low` is added to indices that end in zeros for its bits. Adjacent elements then share the first operations.
+    `low` < 32 is added to indices that end in zeros for its bits. Adjacent elements then share the first operations.
     """
     x = index ^ k0
-    x = (x ^ _shifted(x, 17) ^ np.int32(low)) * _int32(0xED5AD4BB)  # as _mixed(index + low ^ k0, 17, ...)
+    x = _folded(x, 17) & np.int32(-32) | index & np.int32(31)
+    # The key's second word enters in the middle, so that the sequence of one key is never that of another, shifted.
+    x = x * _int32(0xED5AD4BB) + k1
     noise = []
-    for pair in range(-(-count // 2)):
-        # The key's second word enters in the middle, so that the sequence of one key is never that of another, shifted.
-        word = _last_rounds(x + (k1 if pair == 0 else k1 + _int32(pair * 0x9E3779B9)))
-        # Place 16 bits of the word in the mantissa of a number in [1, 2) and add half a step, so that the mean is
-        # exactly 0 after subtracting 1.5.
-        for half in (word << 7, _shifted(word, 9)):
-            noise.append(as_float(half & np.int32(0x7FFF80) | np.int32(0x3F800040)) - np.float32(1.5))
-    return noise[:count]
+    for first in range(0, count, 2):
+        word = _middle_rounds(x + _int32(low * 0xED5AD4BB + first // 2 * 0x9E3779B9))
+        if first + 1 == count:
+            numbers = [_shifted(word, 9) | np.int32(0x3F800001)]
+        else:
+            word = _folded(word, 14)
+            # Place 16 bits of the word in the mantissa of a number in [1, 2) and add half a step, so that the mean is
+            # exactly 0 after subtracting 1.5.
+            halves = word << 7, _shifted(word, 9)
+            numbers = [half & np.int32(0x7FFF80) | np.int32(0x3F800040) for half in halves]
+        noise += [as_float(number) - np.float32(1.5) for number in numbers]
+    return noise
 
 
 # One round of a bijection of 32-bit words (Wellons, "triple32"), whose constants were found by a search for the least
 # bias. Two rounds are not enough: noise at indices 2^13 apart is then correlated by a few thousandths.
 def _mixed(x, shift, factor):
-    return (x ^ _shifted(x, shift)) * _int32(factor)
+    return _folded(x, shift) * _int32(factor)
 
 
-def _last_rounds(x):
-    x = _mixed(_mixed(x, 11, 0xAC4C1B51), 15, 0x31848BAB)
-    return x ^ _shifted(x, 14)
+def _middle_rounds(x):
+    return _mixed(_mixed(x, 11, 0xAC4C1B51), 15, 0x31848BAB)
+
+
+def _folded(x, shift):
+    return x ^ _shifted(x, shift)
 
 
 def _int32(word):

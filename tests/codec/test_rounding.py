@@ -13,16 +13,20 @@ N = 1 << 20
 drawn = jax.jit(uniform_noise, static_argnums=(1, 2))
 
 
-@pytest.fixture(scope="module")
-def noise():
-    """float64 [4, N]: two candidates' noise from each of two keys, in an array of 1024 columns."""
-    arrays = [drawn(jax.random.key(seed), (N // 1024, 1024), 2) for seed in (0, 1)]
-    return np.array([a for pair in arrays for a in pair], np.float64).reshape(4, N)
+@pytest.fixture(scope="module", params=[1, 2])
+def noise(request):
+    """float64 [2 or 4, N]: one or two candidates' noise from each of two keys, in an array of 1024 columns."""
+    arrays = [drawn(jax.random.key(seed), (N // 1024, 1024), request.param) for seed in (0, 1)]
+    return np.array([a for each in arrays for a in each], np.float64).reshape(-1, N)
 
 
 def mixed(word, *rounds):
     for shift, factor in rounds:
         word = ((word ^ word >> shift) * factor) % 2**32
+    return word
+
+
+def last(word):
     return word ^ word >> 14
 
 
@@ -32,18 +36,20 @@ def seeds_of(words, part=0):
     k0, k1 = part, 0
     for a, b in zip(words[::2], words[1::2], strict=True):
         k0 ^= a
-        k1 ^= b ^ mixed((k0 + 0x9E3779B9) % 2**32, *rounds)
-        k0 ^= mixed((k1 + 0x9E3779B9) % 2**32, *rounds)
+        k1 ^= b ^ last(mixed((k0 + 0x9E3779B9) % 2**32, *rounds))
+        k0 ^= last(mixed((k1 + 0x9E3779B9) % 2**32, *rounds))
     return k0, k1
 
 
-def hashed(index, k0, k1, candidate):
+def hashed(index, k0, k1, candidate, count):
     """The definition, one element at a time, with Python's integers."""
     word = (index ^ k0) % 2**32
-    word = ((word ^ word >> 17) * 0xED5AD4BB) % 2**32
-    word = (word + k1 + candidate // 2 * 0x9E3779B9) % 2**32
+    word = (word ^ word >> 17) // 32 * 32 + index % 32
+    word = (word * 0xED5AD4BB + k1 + candidate // 2 * 0x9E3779B9) % 2**32
     word = mixed(word, (11, 0xAC4C1B51), (15, 0x31848BAB))
-    half = word >> 16 if candidate % 2 else word & 0xFFFF
+    if candidate + 1 == count and count % 2:
+        return ((word >> 10) + 0.5) / 2**22 - 0.5
+    half = last(word) >> 16 if candidate % 2 else last(word) & 0xFFFF
     return (half + 0.5) / 2**16 - 0.5
 
 
@@ -54,13 +60,14 @@ def test_noise_is_a_hash_of_key_candidate_and_index(impl):
     for i, got in enumerate(seeds(key, jnp.arange(4))):
         assert [int(k) % 2**32 for k in got] == list(seeds_of([int(word) for word in jax.random.key_data(key)], i))
     got = np.array(uniform_noise(key, (5, 7, 11), 3)).reshape(3, -1)
-    assert_array_equal(got, [[hashed(i, k0, k1, c) for i in range(5 * 7 * 11)] for c in range(3)])
+    assert_array_equal(got, [[hashed(i, k0, k1, c, 3) for i in range(5 * 7 * 11)] for c in range(3)])
 
 
 def test_indices_beyond_31_bits_go_on_counting():
-    words = [np.uint32(w).view(np.int32) for w in (2**31 + 5, 17, 2**32 - 9)]
-    got = noise_of(*(jnp.asarray(w) for w in words), 2)
-    assert_array_equal(np.array(got), [hashed(2**31 + 5, 17, 2**32 - 9, c) for c in range(2)])
+    words = [np.uint32(w).view(np.int32) for w in (2**31 + 16, 17, 2**32 - 9)]
+    for low in (0, 11):
+        got = noise_of(*(jnp.asarray(w) for w in words), 2, low)
+        assert_array_equal(np.array(got), [hashed(2**31 + 16 + low, 17, 2**32 - 9, c, 2) for c in range(2)])
 
 
 def test_noise_belongs_to_the_element_however_it_is_computed():
@@ -86,13 +93,15 @@ def test_a_key_of_either_kind_gives_the_same_noise():
 
 
 def test_noise_is_uniform_on_points_that_are_symmetric_about_zero(noise):
-    points = (noise + 0.5) * 2**16 - 0.5
+    bits = 16 if len(noise) == 4 else 22
+    points = (noise + 0.5) * 2**bits - 0.5
     assert_array_equal(points, np.round(points))
-    assert (points.min(), points.max()) == (0, 2**16 - 1)
+    assert points.min() <= 2.0 ** (bits - 16)
+    assert points.max() >= 2**bits - 1 - 2.0 ** (bits - 16)
     # Points of one noise: their mean is 0 exactly, and each second moment that of 2^16 points.
     deviations = noise.mean(-1) * (12 * N) ** 0.5, ((noise**2).mean(-1) - 1 / 12) * (180 * N) ** 0.5
     assert np.abs(deviations).max() < 4
-    for row in points.astype(int):
+    for row in points.astype(int) >> bits - 16:
         counts = np.bincount(row, minlength=2**16)
         chi_squared = ((counts - N / 2**16) ** 2).sum() / (N / 2**16)
         assert abs(chi_squared - 2**16) < 4 * (2 * 2**16) ** 0.5
@@ -101,7 +110,7 @@ def test_noise_is_uniform_on_points_that_are_symmetric_about_zero(noise):
 def test_no_two_elements_share_noise_at_any_distance(noise):
     """Correlations at all lags at once. The largest of 2^20 normal numbers is 5.0 on average, and 6.2 once in 500."""
     spectra = np.fft.rfft(noise)
-    for i in range(4):
+    for i in range(len(noise)):
         for j in range(i + 1):
             correlation = np.fft.irfft(spectra[i] * spectra[j].conj()) * 12 / N**0.5
             assert np.abs(correlation[1 if i == j else 0 :]).max() < 6.2, (i, j)

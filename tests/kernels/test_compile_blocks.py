@@ -20,7 +20,9 @@ V5E = {
     "quantize nvfp4, axis -1": (1.3, 8, 120),
     "quantize nvfp4, axis -2": (1.3, 8, 120),
     "fake_quantize if4": (1.3, 8, None),
+    "fake_quantize nvfp4": (1.3, 8, None),
     "fake_quantize if4, stochastic": (1.3, 8, None),
+    "fake_quantize nvfp4, stochastic": (1.3, 8, None),
     "fake_quantize nvfp4, float16": (1.3, 8, None),
     "dequantize if4": (1.2, 8, None),
 }
@@ -48,8 +50,9 @@ def test_a_tpu_moves_little_more_than_it_must(tmp_path):
     for name, (mib, us) in V5E_PRODUCTS.items():
         assert rows[name]["mib"] <= mib, rows[name]
         assert rows[name]["us"] <= SLACK * us, rows[name]
-    nearest, stochastic = (rows[f"fake_quantize if4{noise}"]["us"] for noise in ("", ", stochastic"))
-    assert stochastic <= SLACK * 1.3 * nearest
+    for fmt in ("if4", "nvfp4"):
+        nearest, stochastic = (rows[f"fake_quantize {fmt}{noise}"]["us"] for noise in ("", ", stochastic"))
+        assert stochastic <= SLACK * 1.3 * nearest
     for name, (ratio, temporaries, us) in V5E.items():
         row = rows[name]
         assert row["mib"] <= SLACK * ratio * row["floor"], row
