@@ -680,7 +680,8 @@ class BlockTrials:
         others = [[None] * count if a is None else jnp.split(a, count, axis) for a in extras]
         terms = []
         for at, (blocks, r, weight) in enumerate(zip(copies, *others, strict=True)):
-            x = jnp.split(blocks, count, axis)[at].astype(jnp.float32)
+            part = blocks.shape[axis] // count
+            x = lax.slice_in_dim(blocks, at * part, (at + 1) * part, axis=axis).astype(jnp.float32)
             divisor = divisor_of(x, tensor, fmt, how.headroom)
             x, decoded = decoded_place(x, r, inverse, scale, tensor, divisor, fmt.candidates[i], fmt)
             terms.append(term(x, decoded, unit, weight))

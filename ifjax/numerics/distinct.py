@@ -75,8 +75,9 @@ def _distinct_call(closed, *args):
     return _distinct(closed, args, {}, [True] * len(closed.out_avals))
 
 
-# Operations whose scalar operands are broadcast.
+# Operations whose operands are broadcast to the shape of the result.
 _ELEMENTWISE = (
+    lax.clamp_p,
     lax.add_p, lax.sub_p, lax.mul_p, lax.div_p, lax.max_p, lax.min_p, lax.and_p, lax.or_p, lax.xor_p, lax.eq_p,
     lax.ne_p, lax.lt_p, lax.le_p, lax.gt_p, lax.ge_p, lax.shift_left_p, lax.shift_right_logical_p,
     lax.shift_right_arithmetic_p,
@@ -86,8 +87,8 @@ _ELEMENTWISE = (
 def _once(eqn, operands, known):
     shape = eqn.outvars[0].aval.shape
     if eqn.primitive in _ELEMENTWISE and shape:
-        full = functools.partial(lax.broadcast, sizes=shape)
-        operands = [a if jnp.shape(a) else _looked_up(known, ("full", shape), full, a) for a in operands]
+        full = functools.partial(jnp.broadcast_to, shape=shape)
+        operands = [a if jnp.shape(a) == shape else _looked_up(known, ("full", shape), full, a) for a in operands]
 
     def run(*operands):
         found = eqn.primitive.get_bind_params(eqn.params)
