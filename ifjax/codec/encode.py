@@ -167,14 +167,16 @@ def encode(
 
 def _encode(blocks, amax, noise, weights, *, how, axis, amax_axes, in_multiples, in_parts=False):
     fmt = how.fmt
-    peaks, runs = block_peaks(blocks, axis, how, in_parts=in_parts)
-    tensor = None
-    if not fmt.has_tensor_scale:
-        amax = None
-    else:
+
+    def measured(blocks, amax):
+        peaks, runs = block_peaks(blocks, axis, how, in_parts=in_parts)
+        if not fmt.has_tensor_scale:
+            return peaks, runs, None, None
         if amax is None:
             amax = amax_of(as_float(magnitude_bits(peaks)), amax_axes)
-        tensor = normalized(amax, fmt.tensor_constant(how.headroom), peaks.ndim)
+        return peaks, runs, amax, normalized(amax, fmt.tensor_constant(how.headroom), peaks.ndim)
+
+    peaks, runs, amax, tensor = (functools.partial(materialize, measured) if in_parts else measured)(blocks, amax)
     own = None
     if how.search is not None and how.search.rounds:
         amax, own = joint(blocks, peaks, runs, amax, weights, how, axis)
