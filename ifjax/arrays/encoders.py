@@ -323,10 +323,9 @@ def by_kernel_or_xla(encoder: Encoder, by_kernel: Callable[..., Any], by_xla: Ca
 
 def refusal_of_runs(encoder: Encoder, x: Any, codec: EdenCodec, axis: int, size: int) -> str | None:
     """Return why the encoder cannot encode x by MS-EDEN with runs of `size`; None if it can."""
-    reason = codec.refusal or _refusal_of_shape(x.shape, axis, 0)
-    if may_be_partitioned():
-        return "XLA would gather sharded arrays for it; in jax.shard_map it is taken"
-    return reason or _refusal_of_kernel(encoder, x.shape, x.dtype, codec, axis, 0, Rotated(size, None))
+    lead = _lead(x, axis, False, 0)
+    reason = codec.refusal or _refusal_of_shape(x.shape, axis, lead) or _refusal_of_sharding(encoder, x, axis, lead)
+    return reason or _refusal_of_kernel(encoder, x.shape, x.dtype, codec, axis, lead, Rotated(size, None))
 
 
 def encode_runs_by_kernel(
@@ -337,27 +336,17 @@ def encode_runs_by_kernel(
 
     `signs` are float32 [size]. An amax of None or 0 is x's own.
     """
-    shape, at, size = _as_matrices(x.shape, axis, 0), -1 if axis == -1 else -2, len(signs)
-    count, kernel, place = shape[0], encoder.load(), {"codec": codec, "axis": at, "rotation": Rotated(size, None)}
-
-    def peaks(amax, x, signs):
-        del amax
-        return (kernel.peaks(x, signs, **place),)
-
-    def encoded(numbers, x, noise, signs):
-        base, own_strides, words = noise
-        noise = kernel.Noise(base, own_strides[0], words)
-        return tuple(kernel.encode(x, *numbers, noise, signs, **place))
-
-    matrices, signs = x.reshape(shape), jnp.broadcast_to(signs, (count, size))
-    maxima = _by_matrix(peaks, None, matrices, signs)[0].reshape(1, -1)
+    shape, kernel, at = _as_matrices(x.shape, axis, _lead(x, axis, False, 0)), encoder.load(), -1 if axis == -1 else -2
+    settings = {"kernel": kernel, "codec": codec, "axis": at, "rotation": Rotated(len(signs), None)}
+    matrices, signs = x.reshape(shape), jnp.broadcast_to(signs, (shape[0], len(signs)))
+    (found,) = _by_matrix(functools.partial(_peaks_of_matrices, **settings), None, matrices, signs)
+    maxima = jnp.max(found, keepdims=True) if may_be_partitioned() else found.reshape(1, -1)
     maxima = maxima if amax is None else jnp.where(amax > 0, amax, maxima)
-    (stored, _), numbers = _by_matrix(lambda _, maxima: kernel.tables(codec, maxima), None, maxima)
-    blocks = list(shape)
-    blocks[at] //= codec.block
-    own_strides = jnp.broadcast_to(jnp.asarray(strides(tuple(blocks))[1:], jnp.int32), (count, 2))
-    noise = _first_indices(blocks), own_strides, _seeds(key, count)
-    codes, scales = _by_matrix(encoded, numbers, matrices, noise, signs)
+    tables = functools.partial(kernel.tables, codec)
+    (stored, _), numbers = _by_matrix(lambda _, maxima: everywhere(tables, maxima), None, maxima)
+    noise = _first_indices(_blocks_of(shape, codec, at)), _seeds(key, shape[0])
+    run = functools.partial(_encode_matrices, wants_codes=True, wants_values=False, **settings)
+    codes, scales = _by_matrix(run, numbers, matrices, noise, signs)
     return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), stored[0]
 
 
@@ -471,29 +460,61 @@ def _by_matrix(run, shared, *arrays):
     return call(shared, *arrays)
 
 
-def _encode_matrices(numbers, x, noise, *, kernel, codec, axis, wants_codes, wants_values, rotation):
+def _peaks_of_matrices(_, x, signs, *, kernel, codec, axis, rotation):
+    """Return one or more maxima of each rotated matrix: [L, n]."""
+    run = functools.partial(kernel.peaks, codec=codec, axis=axis, rotation=rotation)
+    if not may_be_partitioned():
+        return (run(x, signs),)
+    pieces = _pieces(x.shape, codec, axis, rotation)
+
+    def of_part(x, signs):  # a device says for each of its blocks what the largest of all is, and XLA asks all devices
+        found = run(x, signs).max(1)
+        return (jnp.broadcast_to(found[:, None, None], _blocks_of(x.shape, codec, axis)),)
+
+    ins = [pieces.matrix(codec.block), pieces.shared(signs)]
+    (found,) = partitioned(of_part, [x, signs], ins, [pieces.matrix(1)], pieces.sizes)
+    return (found.max((1, 2))[:, None],)
+
+
+def _pieces(shape, codec, axis, rotation):
+    # Tiles of a TPU hold eight runs that are rotated.
+    length = codec.block if rotation is None else math.lcm(codec.block, 8 * rotation.size)
+    return Pieces(shape, axis, codec.block, length, codec.is_square)
+
+
+def _blocks_of(shape, codec, axis):
+    """Return the lengths of an array with one entry for each block of an array [L, R, C]."""
+    return tuple(n // codec.block if a == 3 + axis else n for a, n in enumerate(shape))
+
+
+def _encode_matrices(
+    numbers, x, noise, signs=None, *, kernel, codec, axis, wants_codes, wants_values, rotation
+):  # fmt: skip
+    # What noise belongs to: values, or blocks.
+    drawn = _blocks_of(x.shape, codec, axis) if codec.corrects_runs else x.shape
     if noise is not None:
-        noise = kernel.Noise(noise[0], jnp.asarray(strides(x.shape)[1:], jnp.int32), noise[1])
+        noise = kernel.Noise(noise[0], jnp.asarray(strides(drawn)[1:], jnp.int32), noise[1])
     settings = {"codec": codec, "axis": axis, "wants_codes": wants_codes, "wants_values": wants_values}
     if rotation is not None:
         settings["rotation"] = rotation
     run = functools.partial(kernel.encode, **settings)
     if not may_be_partitioned():
-        return tuple(run(x, *numbers, noise))
-    # Tiles of a TPU hold eight runs that are rotated.
-    length = codec.block if rotation is None else math.lcm(codec.block, 8 * rotation.size)
-    pieces = Pieces(x.shape, axis, codec.block, length, codec.is_square)
+        return tuple(run(x, *numbers, noise, signs))
+    pieces = _pieces(x.shape, codec, axis, rotation)
     args, ins = [x, *numbers], [pieces.matrix(codec.block), *map(pieces.shared, numbers)]
+    if signs is not None:
+        args, ins = [*args, signs], [*ins, pieces.shared(signs)]
     if noise is not None:  # indices of rows and columns tell a device where its part lies
-        args += [*noise, *(jnp.arange(n, dtype=jnp.int32) for n in x.shape[1:])]
-        ins += ["l", "whole2x", "l whole2x", *pieces.axes(codec.block)]
+        args += [*noise, *(jnp.arange(n, dtype=jnp.int32) for n in drawn[1:])]
+        ins += ["l", "whole2x", "l whole2x", *pieces.axes(1 if codec.corrects_runs else codec.block)]
 
-    def encode(x, *args):
+    def encode(x, scalars, tables, *args):
+        signs_of_part, args = (None, args) if signs is None else (args[0], args[1:])
         if noise is None:
-            return run(x, *args, None)
-        *numbers, base, strides, seeds, rows, columns = args
+            return run(x, scalars, tables, None, signs_of_part)
+        base, strides, seeds, rows, columns = args
         base = base + rows[0] * strides[0] + columns[0] * strides[1]
-        return run(x, *numbers, kernel.Noise(base, strides, seeds))
+        return run(x, scalars, tables, kernel.Noise(base, strides, seeds), signs_of_part)
 
     widths = [codec.block * codec.bits // 8, 1] * wants_codes + [codec.block] * wants_values
     return tuple(partitioned(encode, args, ins, [pieces.matrix(width) for width in widths], pieces.sizes))

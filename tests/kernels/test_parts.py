@@ -16,6 +16,7 @@ from test_tpu_blocks import data
 
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder, encoders
+from ifjax.arrays.ms_eden import ms_eden_packed
 from ifjax.numerics import devices
 from ifjax.numerics.proofs import by_both
 
@@ -79,6 +80,40 @@ def test_devices_encode_and_decode_their_parts(taken, kind, case):
     has_gathered = kind == AxisType.Explicit and case == "matrices"  # each device has all matrices' amax
     assert sent(compiled) <= {"all-reduce"} | ({"all-gather"} if has_gathered else set())
     for a in (got[0].codes, got[0].scales, *got[1:]):
+        assert a.sharding.is_equivalent_to(NamedSharding(mesh, spec), a.ndim)
+
+
+EDEN = {
+    "columns": ((32, 512), -1, P("a", "b")),
+    "rows": ((512, 32), -2, P("a", "b")),
+    "a sequence": ((2, 256, 64), -1, P("b", "a")),
+}
+
+
+@pytest.mark.by_default("Auto-rows")
+@pytest.mark.parametrize("case", EDEN)
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_devices_encode_their_parts_by_ms_eden(taken, kind, case):
+    shape, axis, spec = EDEN[case]
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType[kind],) * 2)
+    whole = jnp.asarray(data(shape)).astype(jnp.bfloat16)
+
+    def run(x, key):
+        signs = ifjax.random_signs(jax.random.key(1), 16)
+        return ms_eden_packed(x, "nvfp4", axis=axis, size=16, signs=signs, key=key)
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(whole, NamedSharding(mesh, spec))
+        lowered = jax.jit(run).lower(x, jax.random.key(3))
+        compiled = lowered.compile()
+        got = compiled(x, jax.random.key(3))
+    assert ("CustomSPMDPartitioning" if kind == "Auto" else "manual_computation") in lowered.as_text()
+    with ifjax.kernels("never"):
+        expected = jax.jit(run)(whole, jax.random.key(3))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_array_equal(a, b)
+    assert sent(compiled) <= {"all-reduce"}
+    for a in (got.codes, got.scales):
         assert a.sharding.is_equivalent_to(NamedSharding(mesh, spec), a.ndim)
 
 
