@@ -337,15 +337,14 @@ def encode_runs_by_kernel(
     `signs` are float32 [size]. An amax of None or 0 is x's own.
     """
     shape, kernel, at = _as_matrices(x.shape, axis, _lead(x, axis, False, 0)), encoder.load(), -1 if axis == -1 else -2
-    settings = {"kernel": kernel, "codec": codec, "axis": at, "rotation": Rotated(len(signs), None)}
+    settings = {"codec": codec, "axis": at, "rotation": Rotated(len(signs), None)}
     matrices, signs = x.reshape(shape), jnp.broadcast_to(signs, (shape[0], len(signs)))
-    (found,) = _by_matrix(functools.partial(_peaks_of_matrices, **settings), None, matrices, signs)
-    maxima = jnp.max(found, keepdims=True) if may_be_partitioned() else found.reshape(1, -1)
+    maxima = _maxima_by(kernel.peaks, (matrices, signs), **settings)
     maxima = maxima if amax is None else jnp.where(amax > 0, amax, maxima)
     tables = functools.partial(kernel.tables, codec)
     (stored, _), numbers = _by_matrix(lambda _, maxima: everywhere(tables, maxima), None, maxima)
     noise = _first_indices(_blocks_of(shape, codec, at)), _seeds(key, shape[0])
-    run = functools.partial(_encode_matrices, wants_codes=True, wants_values=False, **settings)
+    run = functools.partial(_encode_matrices, kernel=kernel, wants_codes=True, wants_values=False, **settings)
     codes, scales = _by_matrix(run, numbers, matrices, noise, signs)
     return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), stored[0]
 
@@ -379,14 +378,34 @@ def _seeds(key, count):
 
 def _rotated_maxima(x, kernel, codec, axis, rotation):
     """Return the maxima [1, n] of x rotated, by the kernels' own pass; None if they have none for it."""
-    if not hasattr(kernel, "rotated_peaks") or may_be_partitioned():
+    if not hasattr(kernel, "rotated_peaks"):
         return None
-    place = {"codec": codec, "axis": -1 if axis == -1 else -2, "rotation": rotation}
+    run = functools.partial(kernel.rotated_peaks, keeps_infinity=codec.fmt.saturates)
+    matrices = x.reshape(_as_matrices(x.shape, axis, _lead(x, axis, False, 0)))
+    return _maxima_by(run, (matrices,), codec, -1 if axis == -1 else -2, rotation)
 
-    def run(_, x):
-        return (kernel.rotated_peaks(x, **place, keeps_infinity=codec.fmt.saturates),)
 
-    return _by_matrix(run, None, x.reshape(_as_matrices(x.shape, axis, 0)))[0].reshape(1, -1)
+def _maxima_by(run, arrays, codec, axis, rotation):
+    """Return the maxima [1, n] of all matrices of arrays[0], rotated, by a kernel's pass over (x, *signs)."""
+    of_matrices = functools.partial(_peaks_of_matrices, run=run, codec=codec, axis=axis, rotation=rotation)
+    (found,) = _by_matrix(of_matrices, None, *arrays)
+    return jnp.max(found, keepdims=True) if may_be_partitioned() else found.reshape(1, -1)
+
+
+def _peaks_of_matrices(_, x, *signs, run, codec, axis, rotation):
+    """Return one or more maxima of each rotated matrix: [L, n]."""
+    run = functools.partial(run, codec=codec, axis=axis, rotation=rotation)
+    if not may_be_partitioned():
+        return (run(x, *signs),)
+    pieces = _pieces(x.shape, codec, axis, rotation)
+
+    def of_part(x, *signs):  # a device says for each of its blocks what the largest of all is, and XLA asks all devices
+        found = run(x, *signs).max(1)
+        return (jnp.broadcast_to(found[:, None, None], _blocks_of(x.shape, codec, axis)),)
+
+    ins = [pieces.matrix(codec.block), *map(pieces.shared, signs)]
+    (found,) = partitioned(of_part, [x, *signs], ins, [pieces.matrix(1)], pieces.sizes)
+    return (found.max((1, 2))[:, None],)
 
 
 def _magnitudes(x, fmt):
@@ -458,22 +477,6 @@ def _by_matrix(run, shared, *arrays):
         return results, jax.tree.map(lambda _: True, results)
 
     return call(shared, *arrays)
-
-
-def _peaks_of_matrices(_, x, signs, *, kernel, codec, axis, rotation):
-    """Return one or more maxima of each rotated matrix: [L, n]."""
-    run = functools.partial(kernel.peaks, codec=codec, axis=axis, rotation=rotation)
-    if not may_be_partitioned():
-        return (run(x, signs),)
-    pieces = _pieces(x.shape, codec, axis, rotation)
-
-    def of_part(x, signs):  # a device says for each of its blocks what the largest of all is, and XLA asks all devices
-        found = run(x, signs).max(1)
-        return (jnp.broadcast_to(found[:, None, None], _blocks_of(x.shape, codec, axis)),)
-
-    ins = [pieces.matrix(codec.block), pieces.shared(signs)]
-    (found,) = partitioned(of_part, [x, signs], ins, [pieces.matrix(1)], pieces.sizes)
-    return (found.max((1, 2))[:, None],)
 
 
 def _pieces(shape, codec, axis, rotation):

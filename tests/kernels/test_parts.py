@@ -12,11 +12,14 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_array_equal
 from test_gpu_blocks import Interpreted
 from test_places import assert_same_numbers
+from test_tpu_blocks import Interpreted as tpu_kernels
 from test_tpu_blocks import data
 
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder, encoders
 from ifjax.arrays.ms_eden import ms_eden_packed
+from ifjax.arrays.quantize import quantize_rotated
+from ifjax.codec import Encoding
 from ifjax.numerics import devices
 from ifjax.numerics.proofs import by_both
 
@@ -115,6 +118,29 @@ def test_devices_encode_their_parts_by_ms_eden(taken, kind, case):
     assert sent(compiled) <= {"all-reduce"}
     for a in (got.codes, got.scales):
         assert a.sharding.is_equivalent_to(NamedSharding(mesh, spec), a.ndim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_devices_rotate_their_parts(taken, monkeypatch, kind):
+    kernels = tpu_kernels()
+    monkeypatch.setattr(ENCODERS, "_records", {"mine": Encoder("mine", "cpu", "cpu", lambda: kernels)})
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType[kind],) * 2)
+    whole = jnp.asarray(np.nan_to_num(data((512, 32)), posinf=1, neginf=1)).astype(jnp.bfloat16)
+
+    def run(x):
+        return quantize_rotated(x, Encoding.of("nvfp4"), axis=-2, size=16, signs="fixed", key=None)
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(whole, NamedSharding(mesh, P("a", "b")))
+        compiled = jax.jit(run).lower(x).compile()
+        got = compiled(x)
+    assert kernels.calls[:2] == ["rotated_peaks", "encode"]
+    with ifjax.kernels("never"):
+        expected = jax.jit(run)(whole)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_array_equal(a, b)
+    assert sent(compiled) <= {"all-reduce"}
 
 
 @pytest.mark.by_default("Auto")
