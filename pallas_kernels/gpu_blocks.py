@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.tpu_blocks import LANES, Codec, Noise, Rotation, rotated
+from pallas_kernels.varying import results_of
 
 __all__ = ["Noise", "decode", "encode", "peaks", "supports", "tables"]
 
@@ -135,17 +136,18 @@ def tables(
     count, size = maxima.shape
     rows = len(jax.eval_shape(codec.rows_of_table, jax.ShapeDtypeStruct((LANES,), jnp.float32))[1])
     rows = -(-(rows + 1) // 8) * 8
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    whole, maxima = pl.BlockSpec(memory_space=pl.ANY), maxima.reshape(-1)
+    written = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in (count, count, count * rows * LANES)]
     amax, factor, table = pl.pallas_call(
         functools.partial(_fill_table, size=size, codec=codec, machine=None if interpret else Instructions),
-        out_shape=[jax.ShapeDtypeStruct((n,), jnp.float32) for n in (count, count, count * rows * LANES)],
+        out_shape=results_of([maxima], written),
         grid=(count,),
         in_specs=[whole],
         out_specs=[whole] * 3,
         compiler_params=plgpu.CompilerParams(num_warps=THREADS // 32, num_stages=1),
         interpret=interpret,
         name="fill_table",
-    )(maxima.reshape(-1))
+    )(maxima)
     table = table.reshape(count, rows, LANES)
     return (amax, factor), (table[:, -1, : codec.scalars], table)
 
@@ -187,7 +189,7 @@ def _run(body, name, at, arrays, numbers, shapes, interpret):
     moved = sum(a.size * a.dtype.itemsize for a in [*args, *shapes])
     found = pl.pallas_call(
         body,
-        out_shape=flat,
+        out_shape=results_of(args, flat),
         grid=(at.matrices, pl.cdiv(at.slots, at.width)),
         in_specs=[whole] * len(args),
         out_specs=[whole] * len(flat),

@@ -41,6 +41,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.decoding import Decoding, TableDecoding
 from pallas_kernels.tiles import UNIT_K, UNIT_N, Tiles, choose, padded
+from pallas_kernels.varying import as_result_of, results_of
 
 GROUP = 64  # length along K that four lanes decode together, a block of 16 each
 LOADER_REGISTERS = 40
@@ -175,7 +176,9 @@ def matmul(
     m, (high, wide) = x.shape[0], padded(n, k)
     x = jnp.pad(x, ((0, -m % tiles.m), (0, wide - k)))
     x = x.reshape(-1, wide // GROUP, 4, 8, 2).swapaxes(2, 3).reshape(-1, wide)
-    out = jax.ShapeDtypeStruct((x.shape[0] if interpret else _rows_of_result(m, tiles), high), out_dtype)
+    args = words, scale_words, x, jnp.reshape(factor, 1)
+    rows = x.shape[0] if interpret else _rows_of_result(m, tiles)
+    (out,) = results_of(args, [jax.ShapeDtypeStruct((rows, high), out_dtype)])
     clusters = min(tiles.blocks, x.shape[0] // tiles.m * (high // tiles.n)) // tiles.cluster
     run = plgpu.kernel(
         functools.partial(_kernel, tiles=tiles, decoding=decoding),
@@ -191,7 +194,7 @@ def matmul(
         kernel_name="packed_matmul",
         interpret=_interpreter() if interpret is True else interpret or None,
     )
-    return run(words, scale_words, x, jnp.reshape(factor, 1))[:m, :n]
+    return as_result_of(args, run(*args))[:m, :n]  # `plgpu.kernel` forgets the axes
 
 
 def reference(x: jax.Array, nibbles: jax.Array, scales: jax.Array, factor: jax.Array, decoding: Decoding) -> jax.Array:

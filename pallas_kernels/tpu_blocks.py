@@ -26,6 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.varying import results_of
+
 LANES, SUBLANES = 128, 8
 PARTS = 1  # maxima of parts of a tensor that `tables` takes
 _HIGH = -(2**16)  # a mask of a word's upper half
@@ -328,9 +330,10 @@ def _run(body, name, args, specs, out_shape, out_specs, scratch, tile, count, in
     moved = sum(a.size * a.dtype.itemsize for a in [*args, *out_shape])
     # Mosaic does not load float16, so kernels see its bits.
     args = [lax.bitcast_convert_type(a, jnp.int16) if a.dtype == jnp.float16 else a for a in args]
+    written = [jax.ShapeDtypeStruct(a.shape, jnp.int16) if a.dtype == jnp.float16 else a for a in out_shape]
     results = pl.pallas_call(
         body,
-        out_shape=[jax.ShapeDtypeStruct(a.shape, jnp.int16) if a.dtype == jnp.float16 else a for a in out_shape],
+        out_shape=results_of(args, written),
         grid=(count, *tile.grid),
         in_specs=specs,
         out_specs=out_specs,

@@ -39,6 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decoding import Decoding, TableDecoding
+from pallas_kernels.varying import results_of
 
 # From this many rows of x on, dequantizing once and XLA's dot are expected to be faster. Writing and reading back
 # bfloat16 weights moves 4.5 bytes per weight, which on a v6e (1.6 TB/s, 918 Tflop/s) takes the time of 1300 rows, once.
@@ -202,9 +203,11 @@ def matmul(
     tile_n, tile_k = _divisor(padded_n, tiles.n, UNIT_N), _divisor(padded_k, tiles.k, _unit_k(decoding))
     # x and W are padded with zeros to whole tiles. Partial tiles would contain garbage, and 0 * NaN would be NaN.
     x = jnp.pad(x, ((0, _up(m, tile_m) - m), (0, padded_k - k)))
+    args = x, words, scales, factor.reshape(1, 1)  # with vmap's axis these are three axes, as Mosaic requires
+    (written,) = results_of(args, [jax.ShapeDtypeStruct((x.shape[0], padded_n), out_dtype)])
     out = pl.pallas_call(
         functools.partial(_body, decoding=decoding, arithmetic=_arithmetic(x.dtype)),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], padded_n), out_dtype),
+        out_shape=written,
         grid=(x.shape[0] // tile_m, padded_n // tile_n, padded_k // tile_k),
         in_specs=[
             pl.BlockSpec((tile_m, tile_k), lambda i, j, step: (i, step)),
@@ -220,7 +223,7 @@ def matmul(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="matmul_4bit",
-    )(x, words, scales, factor.reshape(1, 1))  # with vmap's axis these are three axes, as Mosaic requires
+    )(*args)
     return out[:m, :n]
 
 

@@ -22,6 +22,7 @@ from ifjax.arrays.quantize import quantize_rotated
 from ifjax.codec import Encoding
 from ifjax.numerics import devices
 from ifjax.numerics.proofs import by_both
+from pallas_kernels import gpu_blocks, tpu_blocks
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
@@ -161,6 +162,27 @@ def test_members_of_a_vmap_steps_of_a_scan_and_gradients(taken, kind):
     assert sent(compiled) <= {"all-reduce"}
     with ifjax.kernels("never"):
         assert_array_equal(got, jax.jit(jax.grad(run))(whole))
+
+
+@pytest.mark.parametrize("kernels", [gpu_blocks, tpu_blocks])
+def test_kernels_are_traced_inside_shard_map_as_it_is_by_default(taken, monkeypatch, kernels):
+    """JAX checks that their results vary over the axes over which operands do. It cannot interpret them there."""
+    monkeypatch.setattr(ENCODERS, "_records", {"mine": Encoder("mine", "cpu", "cpu", lambda: kernels)})
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    x, w, key = jnp.zeros((64, 128), jnp.bfloat16), jnp.zeros((128, 128), jnp.bfloat16), jax.random.key(3)
+    packed = jax.eval_shape(lambda w: ifjax.quantize(w, "nvfp4", axis=0), w)
+
+    def run(x, w, packed, key):
+        q = ifjax.quantize(x, "if4")
+        noisy = ifjax.fake_quantize(x, "nvfp4", rounding="stochastic", key=key)
+        eden = ms_eden_packed(x, "nvfp4", axis=-1, size=16, signs=ifjax.random_signs(key, 16), key=key)
+        y = ifjax.quantized_dot_general(x, w, (((1,), (0,)), ((), ())), "nvfp4", key)
+        products = [ifjax.dot_general(x, packed, (((1,), (0,)), ((), ())), impl=impl) for impl in ("hopper", "tpu")]
+        return q.codes, q.dequantize(), noisy, eden.codes, y, products
+
+    specs = {"in_specs": (P("a"), P(), P(), P()), "out_specs": P("a")}
+    traced = jax.jit(jax.shard_map(run, mesh=mesh, **specs)).trace(x, w, packed, key)
+    assert str(traced.jaxpr).count("pallas_call") >= 6
 
 
 def test_programs_of_several_devices_are_exported_without_kernels(taken):
