@@ -297,13 +297,13 @@ class _Blocks:
         """Return the shape with another length along the blocked axis."""
         return (*self.shape[:-1], length) if self.axis == -1 else (self.shape[0], length, self.shape[2])
 
-    def here(self):
-        """Return (matrix, block along the axis, row or column across, mask of those that exist) of the slots.
+    def here(self, step=1):
+        """Return (matrix, block along the axis, row or column across, mask of those that exist) of every `step`th slot.
 
         The mask is None if all exist.
         """
         # Division that rounds down, as by `//`, hides from Triton which addresses are adjacent.
-        slot = pl.program_id(1) * self.width + lax.iota(jnp.int32, self.width)
+        slot = pl.program_id(1) * self.width + lax.iota(jnp.int32, self.width // step) * step
         is_there, place = slot < self.slots, lax.rem(slot, self.together)
         group = lax.div(slot, self.together)
         if self.axis == -1:
@@ -439,7 +439,7 @@ def _load_blocks(x, at, where, ats, masks, dtype, machine):
     if x.dtype != jnp.int32:
         return [_load(x.at[i], each).astype(jnp.float32) for i, each in zip(ats, masks, strict=True)]
     if at.axis == -2:
-        return [_load_pair(x, i, each, dtype, machine) for i, each in zip(ats, masks, strict=True)]
+        return _load_pairs(x, at, dtype, machine)
     (matrix, block, across), count = where, at.block * dtype.itemsize // 4
     words = _load_words(x, at.index(matrix, block * count, across, at.count * count), count, masks[0])
     return _floats(words, dtype, machine)
@@ -449,11 +449,15 @@ def _load(ref, mask):
     return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
 
 
-def _load_pair(ref, index, mask, dtype, machine):
-    """Return the float32 values of two columns for each thread, whose indices are adjacent, from one word."""
-    first = lambda a: lax.split(a.reshape(-1, 2), [1, 1], axis=1)[0].reshape(-1)  # noqa: E731
-    word = _load(ref.at[lax.shift_right_logical(first(index), 1)], None if mask is None else first(mask))
-    return jnp.stack(_floats([word], dtype, machine), -1).reshape(-1)
+def _load_pairs(ref, at, dtype, machine):
+    """Return the float32 places of blocks of two adjacent columns for each thread, which a word holds."""
+    matrix, block, across, mask = at.here(2)
+    places = [block * at.block + i for i in range(at.block)]
+    words = [
+        _load(ref.at[lax.shift_right_logical(at.index(matrix, place, across, at.along), 1)], each)
+        for place, each in zip(places, at.masks(places, mask), strict=True)
+    ]
+    return [jnp.stack(_floats([word], dtype, machine), -1).reshape(-1) for word in words]
 
 
 def _load_words(ref, first, count, mask):
