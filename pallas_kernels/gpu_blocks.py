@@ -297,13 +297,16 @@ class _Blocks:
         """Return the shape with another length along the blocked axis."""
         return (*self.shape[:-1], length) if self.axis == -1 else (self.shape[0], length, self.shape[2])
 
-    def here(self, step=1):
-        """Return (matrix, block along the axis, row or column across, mask of those that exist) of every `step`th slot.
+    def here(self, *, firsts=False):
+        """Return (matrix, block along the axis, row or column across, mask of those that exist) of the slots.
 
-        The mask is None if all exist.
+        They are [THREADS], or [THREADS, 2] where a thread has two, of which `firsts` leaves the first. The mask is None
+        if all exist.
         """
         # Division that rounds down, as by `//`, hides from Triton which addresses are adjacent.
-        slot = pl.program_id(1) * self.width + lax.iota(jnp.int32, self.width // step) * step
+        count = self.width // THREADS
+        slot = pl.program_id(1) * self.width + lax.iota(jnp.int32, THREADS) * count
+        slot = slot if firsts or count == 1 else slot[:, None] + lax.iota(jnp.int32, count)[None]
         is_there, place = slot < self.slots, lax.rem(slot, self.together)
         group = lax.div(slot, self.together)
         if self.axis == -1:
@@ -451,13 +454,13 @@ def _load(ref, mask):
 
 def _load_pairs(ref, at, dtype, machine):
     """Return the float32 places of blocks of two adjacent columns for each thread, which a word holds."""
-    matrix, block, across, mask = at.here(2)
+    matrix, block, across, mask = at.here(firsts=True)
     places = [block * at.block + i for i in range(at.block)]
     words = [
         _load(ref.at[lax.shift_right_logical(at.index(matrix, place, across, at.along), 1)], each)
         for place, each in zip(places, at.masks(places, mask), strict=True)
     ]
-    return [jnp.stack(_floats([word], dtype, machine), -1).reshape(-1) for word in words]
+    return [jnp.stack(_floats([word], dtype, machine), -1) for word in words]
 
 
 def _load_words(ref, first, count, mask):
@@ -465,10 +468,10 @@ def _load_words(ref, first, count, mask):
     size = _at_once(count)
     words = []
     for start in range(0, count, size):
-        index = first[:, None] + (start + lax.iota(jnp.int32, size))[None]
-        some = _load(ref.at[index], None if mask is None else jnp.broadcast_to(mask[:, None], index.shape))
-        parts = lax.split(some, [1] * size, axis=1) if size > 1 else [some]
-        words += [part.reshape(-1) for part in parts]
+        index = first[..., None] + (start + lax.broadcasted_iota(jnp.int32, (*first.shape, size), first.ndim))
+        some = _load(ref.at[index], None if mask is None else jnp.broadcast_to(mask[..., None], index.shape))
+        parts = lax.split(some, [1] * size, axis=first.ndim) if size > 1 else [some]
+        words += [part.reshape(first.shape) for part in parts]
     return words
 
 
