@@ -490,9 +490,7 @@ def _blocks_of(shape, codec, axis):
     return tuple(n // codec.block if a == 3 + axis else n for a, n in enumerate(shape))
 
 
-def _encode_matrices(
-    numbers, x, noise, signs=None, *, kernel, codec, axis, wants_codes, wants_values, rotation
-):  # fmt: skip
+def _encode_matrices(numbers, x, noise, *signs, kernel, codec, axis, wants_codes, wants_values, rotation):
     # What noise belongs to: values, or blocks.
     drawn = _blocks_of(x.shape, codec, axis) if codec.corrects_runs else x.shape
     if noise is not None:
@@ -502,22 +500,19 @@ def _encode_matrices(
         settings["rotation"] = rotation
     run = functools.partial(kernel.encode, **settings)
     if not may_be_partitioned():
-        return tuple(run(x, *numbers, noise, signs))
+        return tuple(run(x, *numbers, noise, *signs))
     pieces = _pieces(x.shape, codec, axis, rotation)
-    args, ins = [x, *numbers], [pieces.matrix(codec.block), *map(pieces.shared, numbers)]
-    if signs is not None:
-        args, ins = [*args, signs], [*ins, pieces.shared(signs)]
+    args, ins = [x, *numbers, *signs], [pieces.matrix(codec.block), *map(pieces.shared, (*numbers, *signs))]
     if noise is not None:  # indices of rows and columns tell a device where its part lies
         args += [*noise, *(jnp.arange(n, dtype=jnp.int32) for n in drawn[1:])]
         ins += ["l", "whole2x", "l whole2x", *pieces.axes(1 if codec.corrects_runs else codec.block)]
 
     def encode(x, scalars, tables, *args):
-        signs_of_part, args = (None, args) if signs is None else (args[0], args[1:])
         if noise is None:
-            return run(x, scalars, tables, None, signs_of_part)
-        base, strides, seeds, rows, columns = args
+            return run(x, scalars, tables, None, *args)
+        *signs, base, strides, seeds, rows, columns = args
         base = base + rows[0] * strides[0] + columns[0] * strides[1]
-        return run(x, scalars, tables, kernel.Noise(base, strides, seeds), signs_of_part)
+        return run(x, scalars, tables, kernel.Noise(base, strides, seeds), *signs)
 
     widths = [codec.block * codec.bits // 8, 1] * wants_codes + [codec.block] * wants_values
     return tuple(partitioned(encode, args, ins, [pieces.matrix(width) for width in widths], pieces.sizes))
