@@ -378,12 +378,11 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
         along, other = (column, row) if at.axis == -1 else (row, column)
         first, key = base[matrix] + across * other, (seeds[2 * matrix], seeds[2 * matrix + 1])
         if codec.corrects_runs:
-            drawn = [codec.noise(first + block * along, *key)]
-        elif at.axis == -1 and at.along % codec.block == 0:  # a block's indices differ in their lowest bits
-            drawn = [codec.noise(first + block * codec.block, *key, i) for i in range(codec.block)]
+            noise = codec.noise(first + block * along, *key)[0]
+        elif at.axis == -1 and at.has_full_blocks:  # a block's indices differ in their lowest bits
+            noise = list(zip(*[codec.noise(first + places[0], *key, i) for i in range(codec.block)], strict=True))
         else:
-            drawn = [codec.noise(first + place * along, *key) for place in places]
-        noise = drawn[0][0] if codec.corrects_runs else list(zip(*drawn, strict=True))
+            noise = list(zip(*[codec.noise(first + place * along, *key) for place in places], strict=True))
     meet = functools.partial(_across, size=codec.block) if codec.is_square else None
     if codec.corrects_runs and at.run > 1:
         meet = functools.partial(_over_run, count=at.run)

@@ -77,10 +77,9 @@ def _distinct_call(closed, *args):
 
 # Operations whose operands are broadcast to the shape of the result.
 _ELEMENTWISE = (
-    lax.clamp_p,
     lax.add_p, lax.sub_p, lax.mul_p, lax.div_p, lax.max_p, lax.min_p, lax.and_p, lax.or_p, lax.xor_p, lax.eq_p,
     lax.ne_p, lax.lt_p, lax.le_p, lax.gt_p, lax.ge_p, lax.shift_left_p, lax.shift_right_logical_p,
-    lax.shift_right_arithmetic_p,
+    lax.shift_right_arithmetic_p, lax.clamp_p,
 )  # fmt: skip
 
 
