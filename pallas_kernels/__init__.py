@@ -8,4 +8,5 @@ tpu_blocks   encoding and decoding of blocks on TPUs
 tiles        tile choices for GPUs, from a file that `autotune` writes
 
 The package imports jax only, never ifjax.
+varying      the types of kernels' results inside jax.shard_map
 """

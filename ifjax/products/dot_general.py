@@ -49,6 +49,7 @@ from ifjax.products.plan import (
     is_packed,
     plan,
 )
+from pallas_kernels.varying import as_result_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,9 +207,7 @@ def _one_packed(x, q, how) -> Any:
 
 def as_varying(x: jax.Array, q: Any) -> jax.Array:
     """Return x, cast inside shard_map to vary over q's mesh axes too, so that its gradient is summed over them."""
-    axes = [jax.typeof(a).manual_axis_type.varying for a in (x, *jax.tree.leaves(q))]
-    missing = frozenset().union(*axes) - axes[0]
-    return lax.pcast(x, tuple(missing), to="varying") if missing else x
+    return as_result_of((x, *jax.tree.leaves(q)), x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
