@@ -6,7 +6,7 @@ tpu_matmul   products with packed weights on TPUs
 gpu_blocks   encoding and decoding of blocks on NVIDIA GPUs, through Triton
 tpu_blocks   encoding and decoding of blocks on TPUs
 tiles        tile choices for GPUs, from a file that `autotune` writes
+varying      the types of kernels' results inside jax.shard_map
 
 The package imports jax only, never ifjax.
-varying      the types of kernels' results inside jax.shard_map
 """
