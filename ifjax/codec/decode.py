@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from ifjax.codec.blocks import pick
 from ifjax.codec.headers import TensorScale, safe
 from ifjax.formats import Decoding, Format
-from ifjax.numerics.xla import divide
+from ifjax.numerics.mapped import mapped
+from ifjax.numerics.xla import by_platform, divide
 
 FLOAT32_END = float(np.finfo(np.float32).max)
 
@@ -32,9 +33,15 @@ def decode(
         amax: float32 over leading axes; None without a tensor scale.
         headroom: see `Format.tensor_constant`.
     """
-    selector, payload = fmt.split(headers)
-    values, scale = unscaled(codes, selector, fmt), scale_of(payload, fmt, place)
-    return times_scales(values, selector, scale, fmt, amax=amax, headroom=headroom)
+    def decoded(codes, headers, place, amax):
+        selector, payload = fmt.split(headers)
+        values, scale = unscaled(codes, selector, fmt), scale_of(payload, fmt, place)
+        return times_scales(values, selector, scale, fmt, amax=amax, headroom=headroom)
+
+    if amax is not None:
+        amax = amax.reshape(amax.shape + (1,) * (codes.ndim - amax.ndim))
+    arguments = codes, headers, place if fmt.scale.runs else None, amax
+    return by_platform(*arguments, cpu=mapped(decoded), default=decoded)
 
 
 def times_scales(

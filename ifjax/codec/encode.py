@@ -38,6 +38,7 @@ from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
 from ifjax.formats import Candidate, Format, get_format
 from ifjax.formats.floats import as_float, bits_of, magnitude_bits
 from ifjax.numerics.distinct import distinct
+from ifjax.numerics.mapped import mapped
 from ifjax.numerics.xla import by_platform, depending_on, divide, materialize, where
 
 
@@ -224,14 +225,14 @@ def _encode_in_stages(
     `own` holds each candidate's payloads; None means those given by the blocks' maxima. `in_parts`: see `BlockTrials`.
     `in_multiples`: see `encode`.
     """
-    fmt = how.fmt
+    fmt, by_elements = how.fmt, mapped if in_parts else _unchanged
 
     def scales_of(word, tensor, place: Any = 0):
         header, _, rounding, multiplier = word_parts(word, fmt)
         return _scales(_Trial(fmt.split(header)[1], rounding, None), multiplier, tensor, place, how)
 
     def chosen(copies, peaks, runs, tensor, extras, own):
-        own = wanted_payloads(peaks, runs, tensor, how) if own is None else own
+        own = wanted_payloads(peaks, runs, tensor, how, by_elements) if own is None else own
         trials = BlockTrials(copies, peaks, tensor, extras, how, axis, in_parts)
         word = choose(trials, peaks, own)
         if fmt.scale.runs:  # several factors: they differ from place to place, and are computed during encoding
@@ -242,7 +243,7 @@ def _encode_in_stages(
             inverse, scale = trials.scales_of_chosen(word, own)
         return word, inverse, scale if in_multiples else None
 
-    copies = [blocks] * (_parts_of(blocks, axis, fmt) if in_parts else 1)
+    copies = [[blocks] * _parts_of(blocks, axis)] * len(fmt.candidates) if in_parts else [[blocks]]
     word, inverse, scale = materialize(chosen, copies, peaks, runs, tensor, extras, own)
 
     def encoded(blocks, word, inverse, scale, tensor, noise):
@@ -250,11 +251,15 @@ def _encode_in_stages(
         if inverse is None:
             place = lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim + axis)
             inverse, scale = scales_of(word, tensor, place)
+        return values_or_codes(blocks.astype(jnp.float32), word, inverse, scale, tensor, noise)
+
+    @by_elements
+    def values_or_codes(blocks, word, inverse, scale, tensor, noise):
         header, candidate, _, _ = word_parts(word, fmt)
         selector, _ = fmt.split(header)
         power = 1 if tensor is None else tensor.power
         noise = noise and pick(candidate, noise)
-        arguments = blocks.astype(jnp.float32), noise, inverse, power, one_for_each_decoding(fmt), fmt
+        arguments = blocks, noise, inverse, power, one_for_each_decoding(fmt), fmt
         if in_multiples:
             return times_scales(pick(selector, _values_of(*arguments)), selector, scale, fmt)
         return pick(selector, codes_of(*arguments)).astype(jnp.uint8)
@@ -314,7 +319,7 @@ def joint(blocks, peaks, runs, amax, weights, how, axis):
 
     def fit(amax, payloads):
         def of_blocks(blocks, peaks, extras, tensor, payloads):
-            trials = BlockTrials([blocks], peaks, tensor, extras, how, axis)
+            trials = BlockTrials([[blocks]], peaks, tensor, extras, how, axis)
             return [[where(peaks < 0, 0, a) for a in trials.fit(i, p)] for i, p in enumerate(payloads)]
 
         tensor = normalized(amax, fmt.tensor_constant(), peaks.ndim, power)
@@ -364,7 +369,11 @@ def choose(trials: "BlockTrials", peaks, own):
     return where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
 
 
-def wanted_payloads(peaks, runs, tensor, how):
+def _unchanged(f):
+    return f
+
+
+def wanted_payloads(peaks, runs, tensor, how, by_elements=_unchanged):
     """Return for each candidate the payloads given by the blocks' maxima; one array where they are always equal.
 
     They are NaN where a block has a NaN or an infinity.
@@ -372,9 +381,14 @@ def wanted_payloads(peaks, runs, tensor, how):
     known, fmt = {}, how.fmt
     for c in fmt.candidates:
         if (c.peak, c.scale_multiplier) not in known:
-            payload = wanted_payload(c, peaks, runs, tensor, fmt, how.headroom)
-            known[c.peak, c.scale_multiplier] = where(peaks < 0, fmt.scale.nan, payload)
+            payload = by_elements(functools.partial(_payload_of, c, how=how))
+            known[c.peak, c.scale_multiplier] = payload(peaks, runs, tensor)
     return [known[c.peak, c.scale_multiplier] for c in fmt.candidates]
+
+
+def _payload_of(candidate, peaks, runs, tensor, how):
+    payload = wanted_payload(candidate, peaks, runs, tensor, how.fmt, how.headroom)
+    return where(peaks < 0, how.fmt.scale.nan, payload)
 
 
 def wanted_payload(candidate: Candidate, peaks, runs, tensor, fmt, headroom):
@@ -499,12 +513,11 @@ class _Trial(NamedTuple):
     unit: jax.Array | None
 
 
-@jax.jit(static_argnames=("candidate", "fmt"))  # traced once for all places
-def decoded_place(x, r, inverse, scale, tensor, divisor, candidate, fmt):
-    """Return x and its decoded value, in units of `tensor`; `divisor` is K, or that of `divisor_of` in x's shape."""
+@jax.jit(static_argnames=("candidate", "fmt", "varies"))  # traced once for all places
+def decoded_place(x, r, inverse, scale, tensor, divisor, candidate, fmt, varies=False):
+    """Return x and its decoded value, in units of `tensor`; `divisor` is K, or if it `varies` that of `divisor_of`."""
     x = x if tensor is None else x * tensor.power
     v = _rounded(_to_grid(x * inverse, candidate, fmt), r, candidate)
-    varies = divisor is not None and divisor.ndim > 0
     return x, scaled(v, scale, candidate.step, tensor, divisor, varies=varies)
 
 
@@ -522,8 +535,9 @@ def _error(x, decoded, unit):
     return decoded - x if unit is None else decoded * unit - x * unit
 
 
-# The most values for which one part is no slower, although its terms are written to memory.
-_SMALL = 1 << 16
+# The most values for which one part is no slower, although its terms are written to memory; and the most places of a
+# part in one pass, a power of two.
+_SMALL, _PLACES = 1 << 16, 8
 
 
 def _suits_parts(fmt, size):
@@ -535,10 +549,10 @@ def _suits_parts(fmt, size):
     return size <= _SMALL or len(fmt.candidates) == 1 or is_plain
 
 
-def _parts_of(blocks, axis, fmt):
+def _parts_of(blocks, axis):
     """Return the number of equal parts of a block that are taken apart, a power of two: see `BlockTrials`."""
-    size, count, most = largest_divisor(blocks.shape[axis], 32), 1, min(4, 15 // len(fmt.candidates))
-    while blocks.size > _SMALL and size % (2 * count) == 0 and size > most * count:
+    size, count = largest_divisor(blocks.shape[axis], 32), 1
+    while blocks.size > _SMALL and size % (2 * count) == 0 and size > _PLACES * count:
         count *= 2
     return count
 
@@ -546,15 +560,15 @@ def _parts_of(blocks, axis, fmt):
 class BlockTrials:
     """An implementation of `ifjax.codec.search.Trials` for blocks.
 
-    Losses are computed of each place of a block, or, with `in_parts`, of equal parts, of which there are as many as
-    `copies` of the blocks. For XLA:CPU parts are a fifth of the operations, and one pass over the blocks as well, if no
-    array is needed in more than 15 places, counted for each candidate. Hence each part is read from a parameter of its
-    own.
+    Losses are computed of each place of a block, or, with `in_parts`, of equal parts: `copies` has for each candidate
+    as many copies of the blocks as there are parts, and is [[blocks]] without. For XLA:CPU parts are a tenth of the
+    operations, and one pass over the blocks as well, if no array is needed in more than 15 places. Hence each part of
+    each candidate is read from a parameter of its own.
     """
 
     def __init__(self, copies, peaks, tensor, extras, how, axis, in_parts=False):
         self.copies, self.tensor, self.extras, self.how, self.axis = copies, tensor, extras, how, axis
-        self.blocks, self.in_parts, self._known = copies[0], in_parts, {}
+        self.blocks, self.in_parts, self._known = copies[0][0], in_parts, {}
         self.unit = _loss_unit(peaks, tensor)
 
     def loss(self, i, payload, rounding, multiplier):
@@ -642,7 +656,7 @@ class BlockTrials:
             parts = materialize(functools.partial(along, axis=axis), copies, extras, trial, multiplier, tensor)
             return tree(over, unstack(parts, axis))
 
-        return along(self.copies, extras, trial, multiplier, self.tensor, axis)
+        return along(self.copies[i if self.in_parts else 0], extras, trial, multiplier, self.tensor, axis)
 
     def scales_of_chosen(self, word, own):
         """Return the inverse and the scale of each block's chosen trial among those without a search."""
@@ -670,7 +684,7 @@ class BlockTrials:
         others = [[None] * blocks.shape[axis] if a is None else unstack(a, axis) for a in extras]
         terms = []
         for x, r, weight in zip(places(blocks, axis), *others, strict=True):
-            x, decoded = decoded_place(x, r, inverse, scale, tensor, divisor, fmt.candidates[i], fmt)
+            x, decoded = decoded_place(x, r, inverse, scale, tensor, divisor, fmt.candidates[i], fmt, varies=True)
             terms.append(term(x, decoded, trial.unit, weight))
         return tree(term.over, terms)
 
@@ -679,14 +693,18 @@ class BlockTrials:
         (inverse, scale, unit), tensor = insert_axis(
             ((*self._scales(trial, multiplier, tensor), trial.unit), tensor), axis
         )
+        part = copies[0].shape[axis] // count
+        xs = [lax.slice_in_dim(a, at * part, (at + 1) * part, axis=axis) for at, a in enumerate(copies)]
         others = [[None] * count if a is None else jnp.split(a, count, axis) for a in extras]
-        terms = []
-        for at, (blocks, r, weight) in enumerate(zip(copies, *others, strict=True)):
-            part = blocks.shape[axis] // count
-            x = lax.slice_in_dim(blocks, at * part, (at + 1) * part, axis=axis).astype(jnp.float32)
+
+        @mapped
+        def of_part(x, r, weight, inverse, scale, unit, tensor):
             divisor = divisor_of(x, tensor, fmt, how.headroom)
-            x, decoded = decoded_place(x, r, inverse, scale, tensor, divisor, fmt.candidates[i], fmt)
-            terms.append(term(x, decoded, unit, weight))
+            x, decoded = decoded_place(x, r, inverse, scale, tensor, divisor, fmt.candidates[i], fmt, varies=True)
+            return term(x, decoded, unit, weight)
+
+        parts = zip(xs, *others, strict=True)
+        terms = [of_part(x.astype(jnp.float32), r, weight, inverse, scale, unit, tensor) for x, r, weight in parts]
         return tree_along(term.over, tree(term.over, terms), axis)
 
     def _over_squares(self, term, i, trial, multiplier):
