@@ -89,7 +89,7 @@ def tree_along(op: Callable[[jax.Array, jax.Array], jax.Array], a: jax.Array, ax
     while a.shape[at] % 2 == 0:
         half = a.shape[at] // 2
         a = op(lax.slice_in_dim(a, 0, half, axis=at), lax.slice_in_dim(a, half, None, axis=at))
-    return tree(op, unstack(a, axis))
+    return lax.squeeze(a, (at,)) if a.shape[at] == 1 else tree(op, unstack(a, axis))
 
 
 def pick(index: jax.Array | int, options: Sequence[jax.Array]) -> jax.Array:

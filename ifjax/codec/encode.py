@@ -671,10 +671,7 @@ class BlockTrials:
         """Return the inverse and the scale of a trial, computed once for candidates that share them."""
         given = trial.payload, trial.rounding, multiplier
         if (same := tuple(map(id, given))) not in self._known:
-            scales = functools.partial(_scales, place=0, how=self.how)
-            # Parts read them as arrays, because each part would be a place in which their operations are needed.
-            run = functools.partial(materialize, scales) if self.in_parts else scales
-            self._known[same] = run(trial, multiplier, tensor), given
+            self._known[same] = _scales(trial, multiplier, tensor, 0, self.how), given
         return self._known[same][0]
 
     def _over_places(self, term, i, copies, extras, trial, multiplier, tensor, axis):
