@@ -33,15 +33,21 @@ def decode(
         amax: float32 over leading axes; None without a tensor scale.
         headroom: see `Format.tensor_constant`.
     """
-    def decoded(codes, headers, place, amax):
+    if amax is not None:
+        amax = amax.reshape(amax.shape + (1,) * (max(codes.ndim, headers.ndim) - amax.ndim))
+    return _decode(codes, headers, place if fmt.scale.runs else 0, amax, fmt, headroom)
+
+
+@jax.jit(static_argnums=(4, 5))
+def _decode(codes, headers, place, amax, fmt, headroom):
+    def decoded(codes, headers, amax):
         selector, payload = fmt.split(headers)
         values, scale = unscaled(codes, selector, fmt), scale_of(payload, fmt, place)
         return times_scales(values, selector, scale, fmt, amax=amax, headroom=headroom)
 
-    if amax is not None:
-        amax = amax.reshape(amax.shape + (1,) * (codes.ndim - amax.ndim))
-    arguments = codes, headers, place if fmt.scale.runs else None, amax
-    return by_platform(*arguments, cpu=mapped(decoded), default=decoded)
+    if fmt.scale.runs:  # headers are long, and a map would decode them for each value
+        return decoded(codes, headers, amax)
+    return by_platform(codes, headers, amax, cpu=mapped(decoded), default=decoded)
 
 
 def times_scales(
