@@ -60,7 +60,7 @@ def encode_block(
         trials = _FeedbackTrials(step, tensor, how)
         word = jnp.where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
     else:
-        word = choose(BlockTrials([step.x], peaks, tensor, Extras(), how, -2), peaks, own)
+        word = choose(BlockTrials([[step.x]], peaks, tensor, Extras(), how, -2), peaks, own)
     header, _, rounding, multiplier = word_parts(word, fmt)
     codes, errors = _codes(step, header, rounding, multiplier, tensor, how)
     return codes, header, errors
