@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from ifjax.codec.blocks import pick
-from ifjax.codec.headers import TensorScale, safe
+from ifjax.codec.headers import TensorScale, Units, safe
 from ifjax.formats import Decoding, Format
 from ifjax.numerics.mapped import mapped
 from ifjax.numerics.xla import by_platform, divide
@@ -100,8 +100,9 @@ def grid_values(codes: jax.Array, decoding: Decoding) -> jax.Array:
 
 
 def scaled(
-    values: jax.Array, scale: jax.Array, step: Any, tensor: TensorScale | None, divisor: Any, *, varies: bool = False
-) -> jax.Array:
+    values: jax.Array, scale: jax.Array, step: Any, tensor: TensorScale | Units | None, divisor: Any, *,
+    varies: bool = False,
+) -> jax.Array:  # fmt: skip
     """Return ((values * scale) * amax) * step / divisor, each operation rounded once, in units of `tensor`.
 
     `varies`: see `ifjax.numerics.xla.divide`.

@@ -38,7 +38,7 @@ from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
 from ifjax.formats import Candidate, Format, get_format
 from ifjax.formats.floats import as_float, bits_of, magnitude_bits
 from ifjax.numerics.distinct import distinct
-from ifjax.numerics.mapped import mapped
+from ifjax.numerics.mapped import mapped, unchanged
 from ifjax.numerics.xla import by_platform, depending_on, divide, materialize, where
 
 
@@ -167,15 +167,16 @@ def encode(
 
 
 def _encode(blocks, amax, noise, weights, *, how, axis, amax_axes, in_multiples, in_parts=False):
-    fmt = how.fmt
+    fmt, by_elements = how.fmt, mapped if in_parts else unchanged
 
     def measured(blocks, amax):
         peaks, runs = block_peaks(blocks, axis, how, in_parts=in_parts)
         if not fmt.has_tensor_scale:
             return peaks, runs, None, None
         if amax is None:
-            amax = amax_of(as_float(magnitude_bits(peaks)), amax_axes)
-        return peaks, runs, amax, normalized(amax, fmt.tensor_constant(how.headroom), peaks.ndim)
+            amax = amax_of(by_elements(lambda peaks: as_float(magnitude_bits(peaks)))(peaks), amax_axes)
+        tensor = normalized(amax, fmt.tensor_constant(how.headroom), peaks.ndim, by_elements=by_elements)
+        return peaks, runs, amax, tensor
 
     peaks, runs, amax, tensor = (functools.partial(materialize, measured) if in_parts else measured)(blocks, amax)
     own = None
@@ -225,7 +226,7 @@ def _encode_in_stages(
     `own` holds each candidate's payloads; None means those given by the blocks' maxima. `in_parts`: see `BlockTrials`.
     `in_multiples`: see `encode`.
     """
-    fmt, by_elements = how.fmt, mapped if in_parts else _unchanged
+    fmt, by_elements = how.fmt, mapped if in_parts else unchanged
 
     def scales_of(word, tensor, place: Any = 0):
         header, _, rounding, multiplier = word_parts(word, fmt)
@@ -288,7 +289,7 @@ def _encode_in_one_pass(blocks, peaks, runs, tensor, extras, how, axis):
         payload = own[i]  # if it is NaN, codes are zero and losses NaN, so that no other candidate is chosen
         scale, inverse = fmt.scale.decode_written(payload), _inverse(payload, 0, tensor, fmt)
         divisor = fmt.tensor_constant(how.headroom)
-        inverse, scale, wide = insert_axis((inverse, scale, tensor), axis)
+        inverse, scale, wide = insert_axis((inverse, scale, tensor and tensor.units), axis)
         power = 1 if wide is None else wide.power
         terms, words = [], []
         for x, r in zip(xs, jnp.split(noise[i], len(xs), axis) if noise else [None] * len(xs), strict=True):
@@ -339,22 +340,20 @@ def block_peaks(blocks, axis, how, *, in_parts=False):
     infinity = np.int32(0x7F800000)
     poison = infinity + 1 if how.fmt.saturates else infinity
     if in_parts and not how.fmt.scale.runs:
-        bits, at = magnitude_bits(bits_of(blocks.astype(jnp.float32))), blocks.ndim + axis
-        peak = jnp.max(where(bits < poison, bits, 0), at)
-        poisoned = (jnp.max(bits, at) >= poison).astype(jnp.int32)
-        runs = []
+        bits = magnitude_bits(bits_of(blocks.astype(jnp.float32)))
+        peak, top, runs = jnp.max(where(bits < poison, bits, 0), axis), jnp.max(bits, axis), []
     else:
         bits = [magnitude_bits(bits_of(x)) for x in places(blocks, axis)]
         kept = [lax.select(lax.lt(b, lax.full_like(b, poison)), b, lax.full_like(b, 0)) for b in bits]
         peak = tree(lax.max, kept)
         runs = [[tree(lax.max, kept[i : i + n]) for i in range(0, len(kept), n)] for n in how.fmt.scale.runs]
-        poisoned = (tree(lax.max, bits) >= poison).astype(jnp.int32)
+        top = tree(lax.max, bits)
     if how.block_2d:
         square, block = -3 - axis, how.fmt.block
-        parts = [split_blocks(a, block, square) for a in (peak, poisoned)]
+        parts = [split_blocks(a, block, square) for a in (peak, top)]
         peaks_of = jnp.max if in_parts else lambda a, axis: tree(lax.max, unstack(a, axis))
-        peak, poisoned = (repeat(peaks_of(part, part.ndim + square), block, square) for part in parts)
-    return peak | (poisoned << 31), runs
+        peak, top = (repeat(peaks_of(part, part.ndim + square), block, square) for part in parts)
+    return peak | ((top >= poison).astype(jnp.int32) << 31), runs
 
 
 def _reduced(op, a, axis, *, in_parts):
@@ -369,11 +368,7 @@ def choose(trials: "BlockTrials", peaks, own):
     return where(peaks < 0, fmt.scale.nan, best_trial(own, trials, fmt, how.search))
 
 
-def _unchanged(f):
-    return f
-
-
-def wanted_payloads(peaks, runs, tensor, how, by_elements=_unchanged):
+def wanted_payloads(peaks, runs, tensor, how, by_elements=unchanged):
     """Return for each candidate the payloads given by the blocks' maxima; one array where they are always equal.
 
     They are NaN where a block has a NaN or an infinity.
@@ -413,7 +408,11 @@ def _inverse(payload, place, tensor, fmt):
     """Return the factor from x * power to units of the first grid; 0 for blocks whose scale is zero or NaN."""
     if tensor is None:
         return fmt.scale.inverse(payload, place)
-    return _reciprocal(tensor.unit * fmt.scale.decode_written(payload, place))
+    return _inverse_of(fmt.scale.decode_written(payload, place), tensor)
+
+
+def _inverse_of(scale, tensor):
+    return _reciprocal(tensor.unit * scale)
 
 
 def inverse_for(payload, rounding, multiplier, place, tensor, how):
@@ -624,13 +623,13 @@ class BlockTrials:
     def _terms(self, term, blocks, extras, scales, trial, multiplier, tensor, i):
         """Return term(x, decoded, unit, weight) of whole blocks [..., m, B, ...]."""
         fmt, how, axis = self.how.fmt, self.how, self.axis
-        scales, trial, tensor = insert_axis((scales, trial, tensor), axis)
+        scales, trial, tensor, units = insert_axis((scales, trial, tensor, tensor and tensor.units), axis)
         if scales is None:  # they differ from place to place
             place = lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim + axis)
             scales = _scales(trial, multiplier, tensor, place, how)
         inverse, scale = scales
         x, constant = blocks.astype(jnp.float32), fmt.tensor_constant(how.headroom)
-        x, decoded = decoded_place(x, extras.noise, inverse, scale, tensor, constant, fmt.candidates[i], fmt)
+        x, decoded = decoded_place(x, extras.noise, inverse, scale, units, constant, fmt.candidates[i], fmt)
         return term(x, decoded, trial.unit, extras.weights)
 
     def _over_blocks(self, term, i, trial, multiplier):
@@ -661,7 +660,7 @@ class BlockTrials:
     def scales_of_chosen(self, word, own):
         """Return the inverse and the scale of each block's chosen trial among those without a search."""
         if len(own) == 1:
-            return _scales(_Trial(own[0], None, None), None, self.tensor, 0, self.how)
+            return self._scales(_Trial(own[0], None, None), None, self.tensor)
         _, candidate, _, _ = word_parts(word, self.how.fmt)
         each = [self._scales(_Trial(payload, None, None), None, self.tensor) for payload in own]
         same = all(payload is own[0] for payload in own)
@@ -671,7 +670,8 @@ class BlockTrials:
         """Return the inverse and the scale of a trial, computed once for candidates that share them."""
         given = trial.payload, trial.rounding, multiplier
         if (same := tuple(map(id, given))) not in self._known:
-            self._known[same] = _scales(trial, multiplier, tensor, 0, self.how), given
+            by_elements = mapped if self.in_parts and tensor is not None else unchanged
+            self._known[same] = _scales(trial, multiplier, tensor, 0, self.how, by_elements), given
         return self._known[same][0]
 
     def _over_places(self, term, i, copies, extras, trial, multiplier, tensor, axis):
@@ -752,11 +752,13 @@ class _Term(NamedTuple):
 _SUMS = _Term(False), _Term(True)
 
 
-def _scales(trial, multiplier, tensor, place, how):
+def _scales(trial, multiplier, tensor, place, how, by_elements=unchanged):
     """Return the factor that scales x to the grid for rounding, and the scale that decodes."""
-    fmt = how.fmt
-    if trial.payload is None:
-        scale = jnp.ones(trial.rounding.shape, jnp.float32)
+    payload, rounding, _ = trial
+    if payload is None:
+        scale = jnp.ones(rounding.shape, jnp.float32)
     else:
-        scale = fmt.scale.decode_written(trial.payload, place)
-    return inverse_for(trial.payload, trial.rounding, multiplier, place, tensor, how), scale
+        scale = by_elements(lambda payload: how.fmt.scale.decode_written(payload, place))(payload)
+    if tensor is None or multiplier is not None:
+        return inverse_for(payload, rounding, multiplier, place, tensor, how), scale
+    return by_elements(_inverse_of)(scale, tensor), scale

@@ -1,5 +1,6 @@
 """Conversion of block headers between bytes and int32 words, and the tensor scale."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jax.core import Tracer
 
 from ifjax.codec.blocks import merge_blocks, split_blocks, unstack
 from ifjax.formats.floats import as_float, bits_of
+from ifjax.numerics.mapped import unchanged
 from ifjax.numerics.xla import divide, where
 
 
@@ -32,17 +34,41 @@ def header_bytes(words: jax.Array, nbytes: int, axis: int) -> jax.Array:
     return merge_blocks(jnp.stack(parts, axis=words.ndim + 1 + axis), axis)
 
 
-class TensorScale(NamedTuple):
-    """The tensor scale, in units in which no product of the codec overflows or is flushed to zero.
+class Units(NamedTuple):
+    """Units in which no product of the codec overflows or is flushed to zero.
 
-    `amax` is the absolute maximum of x * power. An encoder also has `ratio` = K / amax (0 where amax is 0), and its
-    reciprocal `unit`.
+    Values of a tensor are multiplied by `power`, a power of two; `amax` is then the absolute maximum.
     """
 
     power: jax.Array
     amax: jax.Array
-    ratio: Any = None
-    unit: Any = None
+
+
+class TensorScale(NamedTuple):
+    """The tensor scale of an encoder, and the power of its `Units`.
+
+    `given` is the tensor's amax as it came, and `ratio` is K / amax (0 where amax is 0). What follows from these by one
+    operation is computed where it is needed: an array of its own is a kernel of its own on a CPU.
+    """
+
+    power: jax.Array
+    given: jax.Array
+    ratio: jax.Array
+
+    @property
+    def amax(self) -> jax.Array:
+        """Absolute maximum of x * power."""
+        return self.given * self.power
+
+    @property
+    def units(self) -> Units:
+        """The units, whose amax is computed here."""
+        return Units(self.power, self.amax)
+
+    @property
+    def unit(self) -> jax.Array:
+        """Reciprocal of the ratio."""
+        return divide(1.0, self.ratio)
 
 
 def is_amax(value: Any) -> bool:
@@ -65,24 +91,32 @@ def power_near(amax: jax.Array) -> jax.Array:
     return where(amax > 0, as_float((254 - exponent) << 23), 1)
 
 
-def normalized(amax: jax.Array, constant: np.float32, ndim: int, power: jax.Array | None = None) -> TensorScale:
+def normalized(
+    amax: jax.Array, constant: np.float32, ndim: int, power: jax.Array | None = None, *,
+    by_elements: Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]] = unchanged,
+) -> TensorScale:  # fmt: skip
     """Return the tensor scale for an encoder, whose power scales amax to [1, 2).
 
     Losses then neither underflow nor overflow, and multiplying a tensor by a power of two changes neither codes nor
     choices. `amax` is float32 over leading axes, and broadcasts against `ndim` axes. `constant` is K. A given `power`
-    replaces that of amax.
+    replaces that of amax. `by_elements`: see `ifjax.numerics.mapped`.
     """
-    power = power_near(amax) if power is None else power
-    peak = amax * power
-    ratio = where(peak > 0, divide(constant, peak), 0)
-    return TensorScale(*(_with_axes(a, ndim) for a in (power, peak, ratio, divide(1.0, ratio))))
+
+    @by_elements
+    def ratio(amax, power):
+        peak = amax * power
+        return where(peak > 0, divide(constant, peak), 0)
+
+    amax = _with_axes(amax, ndim)
+    power = by_elements(power_near)(amax) if power is None else _with_axes(power, ndim)
+    return TensorScale(power, amax, ratio(amax, power))
 
 
 LARGE_AMAX = np.float32(2.0**113)
 
 
-def safe(amax: jax.Array, ndim: int) -> TensorScale:
-    """Return the tensor scale for a decoder, whose power is 1 except for amax near the ends of float32's range.
+def safe(amax: jax.Array, ndim: int) -> Units:
+    """Return the units of a decoder, whose power is 1 except for amax near the ends of float32's range.
 
     From LARGE_AMAX on, amax * 448 * 28 overflows; below 2^-100, a reciprocal overflows or is flushed to zero.
     Multiplying by a power of two changes no other bits. With E5M3 scales, values overflow from 2^108 on, as in the
@@ -90,7 +124,7 @@ def safe(amax: jax.Array, ndim: int) -> TensorScale:
     """
     power = where(amax < np.float32(2.0**-100), np.float32(2.0**64), np.float32(1))
     power = where(amax >= LARGE_AMAX, np.float32(2.0**-64), power)
-    return TensorScale(_with_axes(power, ndim), _with_axes(amax * power, ndim))
+    return Units(_with_axes(power, ndim), _with_axes(amax * power, ndim))
 
 
 def _with_axes(a, ndim):

@@ -19,7 +19,7 @@ from jax import lax
 from ifjax.codec.blocks import pick, tree
 from ifjax.codec.decode import decode, grid_values, narrowed, scaled, unscaled
 from ifjax.codec.encode import Encoding, codes_of, inverse_for, keep_negative
-from ifjax.codec.headers import LARGE_AMAX, TensorScale, normalized, power_near
+from ifjax.codec.headers import LARGE_AMAX, Units, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss
 from ifjax.codec.place_grids import Machine, Steps, place_grid, select, with_sign
 from ifjax.codec.rounding import noise_of, uniform_noise
@@ -188,7 +188,7 @@ class PlaceCodec:
         table = [inverse_for(payload[:, :1], None, None, 0, tensor, how)]
         for i, c in enumerate(fmt.candidates):
             at = slice(self._first_listed(i), self._first_listed(i + 1))
-            scale, units = fmt.scale.decode(payload[:, at]), TensorScale(tensor.power, peaks[:, at])
+            scale, units = fmt.scale.decode(payload[:, at]), Units(tensor.power, peaks[:, at])
             values = grid_values(codes[:, at], c.decoding)
             table.append(scaled(values, scale, steps[:, at], units, fmt.tensor_constant(how.headroom)))
         return with_scalars(table, [tensor.power, tensor.amax, tensor.ratio, divide(1, tensor.power)])
@@ -231,8 +231,9 @@ class PlaceCodec:
         For codes of more than 4 bits it begins with the `amax` and `back` of `Tensor`, and the kernel computes values.
         """
         if self.fmt.bits > 4:
-            power, amax, *_ = normalized(jnp.ones(count) if amax is None else amax, np.float32(1), 1)
-            return jnp.pad(jnp.stack([amax, divide(1, power)], -1)[:, None], ((0, 0), (0, 7), (0, LANES - 2)))
+            tensor = normalized(jnp.ones(count) if amax is None else amax, np.float32(1), 1)
+            numbers = jnp.stack([tensor.amax, divide(1, tensor.power)], -1)[:, None]
+            return jnp.pad(numbers, ((0, 0), (0, 7), (0, LANES - 2)))
         fmt, length, rows = self.fmt, LANES * self._decoder_pages, []
         codes, payload = np.arange(2**fmt.bits, dtype=np.int32)[:, None], np.arange(length, dtype=np.int32)
         shape = count, 2**fmt.bits, length

@@ -14,6 +14,11 @@ from jax.interpreters import ad, batching, mlir
 from ifjax.numerics.distinct import distinct
 
 
+def unchanged(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Return f: what `mapped` is to programs for other platforms."""
+    return f
+
+
 def mapped(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Return an element-wise f, for CPUs only, as one operation. Its arguments are trees of arrays that broadcast.
 
