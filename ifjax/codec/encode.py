@@ -9,6 +9,7 @@ out for compilers.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,8 +39,8 @@ from ifjax.codec.search import SEARCHES, Search, best_trial, better, word_parts
 from ifjax.formats import Candidate, Format, get_format
 from ifjax.formats.floats import as_float, bits_of, magnitude_bits
 from ifjax.numerics.distinct import distinct
-from ifjax.numerics.mapped import mapped, unchanged
-from ifjax.numerics.xla import by_platform, depending_on, divide, materialize, where
+from ifjax.numerics.mapped import has_mesh, mapped, unchanged
+from ifjax.numerics.xla import by_platform, depending_on, divide, materialize, undivided, where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +164,40 @@ def encode(
     arguments = blocks, amax, None if noise is None else tuple(noise), weights
     if how.search is not None or not _suits_parts(how.fmt, blocks.size):
         return encoded(*arguments)
-    return by_platform(*arguments, cpu=distinct(functools.partial(encoded, in_parts=True)), default=encoded)
+    in_parts = functools.partial(encoded, in_parts=True)
+    shape, at = _with_long_axes(blocks.shape, axis, max(amax_axes, default=-1) + 1)
+    if shape == blocks.shape or weights is not None or how.block_2d or has_mesh(blocks):
+        return by_platform(*arguments, cpu=distinct(in_parts), default=encoded)
+
+    def regrouped(blocks, amax, noise, weights):
+        noise = noise and tuple(r.reshape(shape) for r in noise)
+        codes, headers, amax = in_parts(blocks.reshape(shape), amax, noise, weights, axis=at)
+        if headers is not None:
+            end = blocks.ndim + axis
+            headers = headers.reshape(*blocks.shape[: end - 1], -1, *blocks.shape[end + 1 :])
+        return codes.reshape(blocks.shape), headers, amax
+
+    on_cpu = functools.partial(undivided, run=distinct(regrouped), default=distinct(in_parts))
+    return by_platform(*arguments, cpu=on_cpu, default=encoded)
+
+
+def _with_long_axes(shape, axis, lead):
+    """Return a shape for blocks [..., m, B, ...] whose loops over blocks are long and nested, and its axis of B.
+
+    LLVM unrolls short loops, and inlines a large function only into nested ones; it vectorizes no loop that calls one.
+    The first `lead` axes stay.
+    """
+    at = len(shape) + axis
+    loops = (*shape[:at], *shape[at + 1 :])
+    if lead >= at or not all(isinstance(n, int) and n for n in shape):
+        return shape, axis
+    before, after = math.prod(shape[lead:at]), math.prod(shape[at + 1 :])
+    inner = largest_divisor(before, 1024) if after == 1 else largest_divisor(after, 1024) if before == 1 else after
+    if inner == 1 or (inner <= loops[-1] and math.prod(loops[:-1]) > 1):
+        return shape, axis
+    if after == 1:
+        return (*shape[:lead], before // inner, inner, shape[at]), -1
+    return (*shape[:lead], before, shape[at], after // inner, inner), -3
 
 
 def _encode(blocks, amax, noise, weights, *, how, axis, amax_axes, in_multiples, in_parts=False):

@@ -12,6 +12,7 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
 
 from ifjax.numerics.distinct import distinct
+from ifjax.numerics.xla import is_undivided
 
 
 def unchanged(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -34,8 +35,7 @@ def mapped(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         types = [jax.typeof(a) for a in flat]
         shape = jnp.broadcast_shapes(*(t.shape for t in types))
         dtypes = tuple(t.dtype for t in types)
-        is_divided = not (all(t.sharding.mesh.empty for t in types) and jax.sharding.get_abstract_mesh().empty)
-        if not shape or is_divided or len({d for d in dtypes if jnp.issubdtype(d, jnp.floating)}) > 1:
+        if not shape or has_mesh(*flat) or len({d for d in dtypes if jnp.issubdtype(d, jnp.floating)}) > 1:
             return f(*args)
         if (tree, dtypes) not in bodies:
             bodies[tree, dtypes] = _body(f, tree, dtypes)
@@ -52,6 +52,11 @@ def mapped(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return mapped_p.bind(*(jnp.broadcast_to(flat[i], shape) for i in kept), body=body, run=run)
 
     return of
+
+
+def has_mesh(*arrays: jax.Array) -> bool:
+    """Whether arrays are known to be divided among devices, or the program that takes them is."""
+    return not (jax.sharding.get_abstract_mesh().empty and all(jax.typeof(a).sharding.mesh.empty for a in arrays))
 
 
 def _body(f, tree, dtypes):
@@ -99,8 +104,7 @@ ad.primitive_jvps[mapped_p] = _differentiated
 @functools.partial(mlir.register_lowering, mapped_p)
 def _lower(ctx, *args, body, run):
     (result,) = ctx.avals_out
-    is_whole = getattr(ctx.module_context.axis_context, "num_devices", 0) == 1
-    if not is_whole or not all(isinstance(n, int) for n in result.shape):
+    if not is_undivided(ctx) or not all(isinstance(n, int) for n in result.shape):
         return mlir.lower_fun(run, multiple_results=False)(ctx, *args)
     full = ir.RankedTensorType.get(result.shape, mlir.dtype_to_ir_type(result.dtype))
     op = stablehlo.MapOp(full, args, ir.DenseI64ArrayAttr.get(range(result.ndim)))

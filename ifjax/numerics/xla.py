@@ -183,7 +183,8 @@ def _ways(first, second):
     return tuple(lambda *args, f=f: jax.tree.leaves(f(*args)) for f in (jaxpr_as_fun(first), second))
 
 
-by_platform_p, unless_exported_p = _choice("by_platform"), _choice("unless_exported")
+ONE_DEVICE = "one device"
+by_platform_p, undivided_p, unless_exported_p = map(_choice, ("by_platform", "undivided", "unless_exported"))
 
 
 @by_platform_p.def_impl
@@ -194,6 +195,11 @@ def _run_by_platform(*args, first, second, results, when):
         return _ways(first, second)[{"gpu": "cuda"}.get(default, default) != when](*args)
     params = {"first": first, "second": second, "results": results, "when": when}
     return jax.jit(functools.partial(by_platform_p.bind, **params))(*args)
+
+
+@undivided_p.def_impl
+def _run_second(*args, first, second, **_):
+    return _ways(first, second)[1](*args)
 
 
 @unless_exported_p.def_impl
@@ -214,6 +220,11 @@ def by_platform(*args: Any, default: Callable[..., Any], **way: Callable[..., An
     return lax.platform_dependent(*args, default=default, **way) if result is None else result
 
 
+def undivided(*args: Any, run: Callable[..., Any], default: Callable[..., Any]) -> Any:
+    """Return run(*args) in programs for one device, default(*args) in all others. Neither may hold traced values."""
+    return _chosen(undivided_p, args, run, default, ONE_DEVICE)
+
+
 def unless_exported(*args: Any, run: Callable[..., Any], exported: Callable[..., Any]) -> Any:
     """Return run(*args), but exported(*args) in programs that `jax.export` writes. Neither may hold traced values."""
     return _chosen(unless_exported_p, args, run, exported, "not exported")
@@ -228,7 +239,7 @@ def _differentiated(primals, tangents, *, first, second, results, when):
         for i, a in zip(moving, moved, strict=True):
             args[i] = a
         run, default = _ways(first, second)
-        return lax.platform_dependent(*args, default=default, **{when: run})
+        return default(*args) if when is ONE_DEVICE else lax.platform_dependent(*args, default=default, **{when: run})
 
     outs, rates = jax.jvp(f, [primals[i] for i in moving], [tangents[i] for i in moving])
     return outs, [
@@ -237,7 +248,7 @@ def _differentiated(primals, tangents, *, first, second, results, when):
     ]
 
 
-ad.primitive_jvps[by_platform_p] = _differentiated
+ad.primitive_jvps[by_platform_p] = ad.primitive_jvps[undivided_p] = _differentiated
 
 
 @functools.partial(mlir.register_lowering, by_platform_p)
@@ -250,6 +261,18 @@ def _lower_by_platform(ctx, *args, first, second, results, when):
     elif len(platforms) > 1:
         run = functools.partial(lax.platform_dependent, default=default, **{when: run})
     return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
+
+
+@functools.partial(mlir.register_lowering, undivided_p)
+def _lower_undivided(ctx, *args, first, second, results, when):
+    del results, when
+    chosen = _ways(first, second)[not is_undivided(ctx)]
+    return mlir.lower_fun(chosen, multiple_results=True)(ctx, *args)
+
+
+def is_undivided(ctx: Any) -> bool:
+    """Whether a program that is lowered is for one device."""
+    return getattr(ctx.module_context.axis_context, "num_devices", 0) == 1
 
 
 @functools.partial(mlir.register_lowering, unless_exported_p)

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from numpy.testing import assert_array_equal
 
-from ifjax.numerics.xla import by_platform, correct_quotient, divide, materialize
+from ifjax.numerics.xla import by_platform, correct_quotient, divide, materialize, undivided
 
 # Of formats, and of exponents and mantissas at which rounding is easily wrong.
 CONSTANTS = [1.0, 3.0, 6.0, 7.0, 2688.0, 12544.0, float(np.float32(2688 * 16 / 17)), 1 + 2.0**-23, 2 - 2.0**-23, -0.3]
@@ -312,3 +312,30 @@ def test_functions_may_hold_traced_values():
         assert_array_equal(f(A[0], np.float32(3)), want)
     assert_array_equal(jax.vmap(f, (0, None))(A[:2], np.float32(3)), A[:2].max(-1) * np.float32(3))
     assert_array_equal(jax.grad(lambda s: f(A[0], s))(np.float32(3)), A[0].max())
+
+
+# --- one device or several -------------------------------------------------------------------------------------------
+
+as_one = functools.partial(undivided, run=jnp.sin, default=jnp.cos)
+
+
+@pytest.mark.parametrize("run", [jax.jit, lambda f: jax.jit(jax.vmap(f)), lambda f: jax.vmap(jax.jit(f))])
+def test_a_program_for_one_device_is_undivided(run):
+    x = jnp.arange(4.0)
+    assert_array_equal(run(as_one)(x), jax.jit(jnp.sin)(x))
+
+
+def test_a_program_for_several_devices_is_not():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    x = jax.device_put(jnp.arange(4.0), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    assert_array_equal(jax.jit(as_one)(x), jax.jit(jnp.cos)(x))
+    with jax.disable_jit():
+        assert_array_equal(as_one(x), jax.jit(jnp.cos)(x))
+
+
+def test_what_differentiates_an_undivided_program_takes_the_other_way():
+    x = jnp.arange(4.0)
+    value, rate = jax.jit(lambda x: jax.jvp(as_one, (x,), (jnp.ones_like(x),)))(x)
+    wanted, slope = jax.jit(lambda x: jax.jvp(jnp.cos, (x,), (jnp.ones_like(x),)))(x)
+    assert_array_equal(value, wanted)
+    assert_array_equal(rate, slope)
