@@ -221,8 +221,9 @@ def by_platform(*args: Any, default: Callable[..., Any], **way: Callable[..., An
 
 
 def undivided(*args: Any, run: Callable[..., Any], default: Callable[..., Any]) -> Any:
-    """Return run(*args) in programs for one device, default(*args) in all others. Neither may hold traced values."""
-    return _chosen(undivided_p, args, run, default, ONE_DEVICE)
+    """Return run(*args) in programs for one device, default(*args) in all others and where run holds traced values."""
+    result = _chosen(undivided_p, args, run, default, ONE_DEVICE)
+    return default(*args) if result is None else result
 
 
 def unless_exported(*args: Any, run: Callable[..., Any], exported: Callable[..., Any]) -> Any:

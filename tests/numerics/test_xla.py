@@ -333,6 +333,12 @@ def test_a_program_for_several_devices_is_not():
         assert_array_equal(as_one(x), jax.jit(jnp.cos)(x))
 
 
+def test_a_function_that_holds_a_traced_value_takes_the_other_way():
+    x = jnp.arange(4.0)
+    got = jax.jit(lambda x, y: undivided(x, run=lambda x: x + y, default=lambda x: x - y))(x, 1.0)
+    assert_array_equal(got, x - 1)
+
+
 def test_what_differentiates_an_undivided_program_takes_the_other_way():
     x = jnp.arange(4.0)
     value, rate = jax.jit(lambda x: jax.jvp(as_one, (x,), (jnp.ones_like(x),)))(x)
