@@ -16,11 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.tpu_blocks import LANES, Codec, Noise, Rotation, rotated
+from pallas_kernels.tpu_blocks import LANES, Codec, Noise, Rotation
 from pallas_kernels.varying import results_of
 
 __all__ = ["Noise", "decode", "encode", "peaks", "supports", "tables"]
@@ -303,9 +304,11 @@ class _Blocks:
         They are [THREADS], or [THREADS, 2] where a thread has two, of which `firsts` leaves the first. The mask is None
         if all exist.
         """
-        # Division that rounds down, as by `//`, hides from Triton which addresses are adjacent.
-        count = self.width // THREADS
-        slot = pl.program_id(1) * self.width + lax.iota(jnp.int32, THREADS) * count
+        # Division that rounds down, as by `//`, would hide from Triton which words of a block are adjacent.
+        count, thread = self.width // THREADS, lax.iota(jnp.int32, THREADS)
+        if self.axis == -2:  # hide which columns are: Triton would have threads load parts of several columns at once
+            thread = thread & (THREADS - 1)
+        slot = pl.program_id(1) * self.width + thread * count
         slot = slot if firsts or count == 1 else slot[:, None] + lax.iota(jnp.int32, count)[None]
         is_there, place = slot < self.slots, lax.rem(slot, self.together)
         group = lax.div(slot, self.together)
@@ -324,13 +327,18 @@ class _Blocks:
             return (matrix * self.across + across) * length + along
         return (matrix * length + along) * self.across + across
 
+    def elements(self, matrix, block, across, mask):
+        """Return the flat indices of the values of blocks, [B, *slots], and the mask of those that exist."""
+        along = _counted(block * self.block, self.block)
+        if not self.has_full_blocks:
+            mask = along < self.along if mask is None else (along < self.along) & mask[None]
+        return self.index(matrix, along, across[None], self.along), mask
 
-    def masks(self, places, mask):
-        """Return for each place of a block the mask of the threads for which it exists; None for all."""
-        if self.has_full_blocks:
-            return [mask] * len(places)
-        is_inside = [place < self.along for place in places]
-        return is_inside if mask is None else [mask & each for each in is_inside]
+    def bytes_of(self, matrix, block, across, nbytes):
+        """Return flat indices of the bytes of blocks: arrays [n, *slots], n a power of two as Triton's shapes are."""
+        size = nbytes & -nbytes
+        along = [_counted(block * nbytes + start, size) for start in range(0, nbytes, size)]
+        return [self.index(matrix, each, across[None], self.count * nbytes) for each in along]
 
 
 def _fill_table(maxima, amax, factor, table, *, size, codec, machine):
@@ -341,7 +349,7 @@ def _fill_table(maxima, amax, factor, table, *, size, codec, machine):
     for start in range(0, size, width):
         place = start + lax.iota(jnp.int32, width)
         mask = None if start + width <= size else place < size
-        largest = jnp.maximum(largest, _load(maxima.at[matrix * size + place], mask))
+        largest = jnp.maximum(largest, _load(maxima, matrix * size + place, mask))
     peak = jnp.max(largest)
     amax[matrix] = jnp.max(codec.stored_amax(jnp.full(LANES, peak), machine))
     peaks = jnp.full(LANES, peak)
@@ -362,13 +370,11 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
     signs = next(refs) if _takes_signs(rotation, at) else None
     codes, headers = (next(refs), next(refs)) if wants_codes else (None, None)
     values = next(refs) if wants_values else None
-    matrix, block, across, mask = at.here()
-    places = [block * codec.block + i for i in range(codec.block)]
-    masks, ats = at.masks(places, mask), [at.index(matrix, place, across, at.along) for place in places]
-    xs = _load_blocks(x, at, (matrix, block, across), ats, masks, dtype, machine)
+    matrix, block, across, mask = where = at.here()
+    xs = _load_blocks(x, at, where, dtype, machine)
     if rotation is not None:
         xs = _rotated(xs, rotation, signs, at, matrix, block)
-        xs = xs if codec.corrects_runs else [codec.rounded(y, machine) for y in xs]
+        xs = xs if codec.corrects_runs else codec.rounded(xs, machine)
     end = tables.shape[0] // at.matrices * (matrix + 1) if own else tables.shape[0]
     known = [tables[end - LANES + i] for i in range(codec.scalars)]
     noise = None
@@ -380,14 +386,16 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
         if codec.corrects_runs:
             noise = codec.noise(first + block * along, *key)[0]
         elif at.axis == -1 and at.has_full_blocks:  # a block's indices differ in their lowest bits
-            noise = list(zip(*[codec.noise(first + places[0], *key, i) for i in range(codec.block)], strict=True))
+            low = _counted(jnp.zeros_like(block), codec.block)
+            noise = [_parted(each) for each in codec.noise((first + block * codec.block)[None], *key, low)]
         else:
-            noise = list(zip(*[codec.noise(first + place * along, *key) for place in places], strict=True))
+            index = first[None] + _counted(block * codec.block, codec.block) * along
+            noise = [_parted(each) for each in codec.noise(index, *key)]
     meet = functools.partial(_across, size=codec.block) if codec.is_square else None
     if codec.corrects_runs and at.run > 1:
         meet = functools.partial(_over_run, count=at.run)
     words, header, some = codec.encode(
-        xs, noise, known, _lookup(tables, at, matrix, own), wants_codes=wants_codes, wants_values=wants_values,
+        _parted(xs), noise, known, _lookup(tables, at, matrix, own), wants_codes=wants_codes, wants_values=wants_values,
         across=meet, machine=machine,
     )  # fmt: skip
     if codes is not None and headers is not None:
@@ -395,83 +403,106 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
         if codes.dtype == jnp.int32:
             _store_words(codes, at.index(matrix, block * len(words), across, at.count * len(words)), words, mask)
         else:
-            for i in range(nbytes):
-                byte = lax.shift_right_logical(words[i // 4], 8 * (i % 4)).astype(jnp.uint8)
-                plgpu.store(codes.at[at.index(matrix, block * nbytes + i, across, at.count * nbytes)], byte, mask=mask)
-        plgpu.store(headers.at[at.index(matrix, block, across, at.count)], header.astype(jnp.uint8), mask=mask)
+            parts = [lax.shift_right_logical(words[i // 4], 8 * (i % 4)).astype(jnp.uint8) for i in range(nbytes)]
+            for index in at.bytes_of(matrix, block, across, nbytes):
+                _store(codes, index, _stacked(parts[: len(index)]), mask)
+                parts = parts[len(index) :]
+        _store(headers, at.index(matrix, block, across, at.count), header.astype(jnp.uint8), mask)
     if values is not None:
-        _store_values(values, at, (matrix, block, across), some, ats, masks, dtype)
+        _store_values(values, at, where, some, dtype)
 
 
 def _decode_blocks(codes, headers, *refs, at, codec, dtype, machine):
     *maxima, out = refs
-    matrix, block, across, mask = at.here()
+    matrix, block, across, mask = where = at.here()
     nbytes = codec.block * codec.bits // 8
     if codes.dtype == jnp.int32:
         count = nbytes // 4
-        words = _load_words(codes, at.index(matrix, block * count, across, at.count * count), count, mask)
+        some = _load_words(codes, at.index(matrix, block * count, across, at.count * count), count, mask)
+        words = [word for each in some for word in _parted(each)]
     else:
+        some = [_load(codes, index, mask) for index in at.bytes_of(matrix, block, across, nbytes)]
         words = [0] * -(-nbytes // 4)
-        for i in range(nbytes):
-            byte = _load(codes.at[at.index(matrix, block * nbytes + i, across, at.count * nbytes)], mask)
-            words[i // 4] = words[i // 4] | byte.astype(jnp.int32) << 8 * (i % 4)
-    header = _load(headers.at[at.index(matrix, block, across, at.count)], mask).astype(jnp.int32)
-    places = [block * codec.block + i for i in range(codec.block)]
-    ats = [at.index(matrix, place, across, at.along) for place in places]
+        for i, byte in enumerate(byte for each in some for byte in _parted(each.astype(jnp.int32))):
+            words[i // 4] = words[i // 4] | byte << 8 * (i % 4)
+    header = _load(headers, at.index(matrix, block, across, at.count), mask).astype(jnp.int32)
     amax = maxima[0][matrix if maxima[0].shape[0] > 1 else 0] if maxima else None
     found = codec.decode_by_arithmetic(words, header, amax, machine)
-    _store_values(out, at, (matrix, block, across), found, ats, at.masks(places, mask), dtype)
+    _store_values(out, at, where, found, dtype)
 
 
 def _peaks_of_blocks(x, *refs, at, codec, dtype, rotation, machine):
     *signs, out = refs
-    matrix, block, across, mask = at.here()
-    places = [block * codec.block + i for i in range(codec.block)]
-    ats = [at.index(matrix, place, across, at.along) for place in places]
-    xs = _load_blocks(x, at, (matrix, block, across), ats, at.masks(places, mask), dtype, machine)
+    matrix, block, _, mask = where = at.here()
+    xs = _load_blocks(x, at, where, dtype, machine)
     xs = _rotated(xs, rotation, signs[0] if signs else None, at, matrix, block)
-    bits = functools.reduce(jnp.maximum, [lax.bitcast_convert_type(jnp.abs(y), jnp.int32) for y in xs])
+    bits = jnp.max(lax.bitcast_convert_type(jnp.abs(xs), jnp.int32), axis=0)
     peak = jnp.where(bits < 0x7F800000, bits, 0)
     peak = peak if mask is None else jnp.where(mask, peak, 0)
     plgpu.store(out.at[matrix * (out.shape[0] // at.matrices) + pl.program_id(1)], jnp.max(peak))
 
 
-def _load_blocks(x, at, where, ats, masks, dtype, machine):
-    """Return the float32 places of blocks of an array of this type, or of its words; `ats` are their indices."""
+def _counted(first, count):
+    """Return first, first + 1, ... as int32 [count, *first.shape]."""
+    return first[None] + lax.broadcasted_iota(jnp.int32, (count, *first.shape), 0)
+
+
+def _stacked(arrays):
+    """Return a power of two of arrays as the rows of one array; each thread keeps its numbers."""
+    if len(arrays) == 1:
+        return arrays[0][None]
+    half = len(arrays) // 2
+    pair = [_stacked(some) if half > 1 else some[0] for some in (arrays[:half], arrays[half:])]
+    return jnp.moveaxis(jnp.stack(pair, -1), -1, 0).reshape(len(arrays), *arrays[0].shape)
+
+
+def _parted(array):
+    """Return the rows of an array, a power of two; each thread keeps its numbers."""
+    if len(array) == 1:
+        return [array.reshape(array.shape[1:])]
+    halves = array.reshape(2, -1, *array.shape[1:])
+    return [row for half in jnp.unstack(jnp.moveaxis(halves, 0, -1), axis=-1) for row in _parted(half)]
+
+
+def _load(ref, index, mask):
+    """Load from flat indices, 0 where the mask is not set."""
+    if mask is None:
+        return plgpu.load(ref.at[index])
+    return plgpu.load(ref.at[index], mask=jnp.broadcast_to(mask, index.shape), other=0)
+
+
+def _store(ref, index, value, mask):
+    plgpu.store(ref.at[index], value, mask=None if mask is None else jnp.broadcast_to(mask, index.shape))
+
+
+def _load_blocks(x, at, where, dtype, machine):
+    """Return the float32 values of blocks, [B, *slots], from an array of this type or from its words."""
     if x.dtype != jnp.int32:
-        return [_load(x.at[i], each).astype(jnp.float32) for i, each in zip(ats, masks, strict=True)]
+        index, mask = at.elements(*where)
+        return _load(x, index, mask).astype(jnp.float32)
     if at.axis == -2:
-        return _load_pairs(x, at, dtype, machine)
-    (matrix, block, across), count = where, at.block * dtype.itemsize // 4
-    words = _load_words(x, at.index(matrix, block * count, across, at.count * count), count, masks[0])
-    return _floats(words, dtype, machine)
-
-
-def _load(ref, mask):
-    return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
-
-
-def _load_pairs(ref, at, dtype, machine):
-    """Return the float32 places of blocks of two adjacent columns for each thread, which a word holds."""
-    matrix, block, across, mask = at.here(firsts=True)
-    places = [block * at.block + i for i in range(at.block)]
-    words = [
-        _load(ref.at[lax.shift_right_logical(at.index(matrix, place, across, at.along), 1)], each)
-        for place, each in zip(places, at.masks(places, mask), strict=True)
-    ]
-    return [jnp.stack(_floats([word], dtype, machine), -1) for word in words]
+        index, mask = at.elements(*at.here(firsts=True))
+        return jnp.stack(_halves(_load(x, lax.shift_right_logical(index, 1), mask), dtype, machine), -1)
+    matrix, block, across, mask = where
+    count = at.block * dtype.itemsize // 4
+    words = _stacked(_load_words(x, at.index(matrix, block * count, across, at.count * count), count, mask))
+    words = words.reshape(count, *block.shape)
+    if dtype == jnp.float32:
+        return lax.bitcast_convert_type(words, jnp.float32)
+    halves = jnp.stack(_halves(words, dtype, machine), -1)
+    return jnp.moveaxis(halves, -1, 1).reshape(at.block, *block.shape)
 
 
 def _load_words(ref, first, count, mask):
-    """Return `count` adjacent words for each thread, from the index `first` on; up to four are one instruction."""
-    size = _at_once(count)
-    words = []
+    """Return `count` adjacent words for each thread, from the index `first` on, as arrays [up to 4, *slots].
+
+    One instruction loads each array.
+    """
+    size, arrays = _at_once(count), []
     for start in range(0, count, size):
         index = first[..., None] + (start + lax.broadcasted_iota(jnp.int32, (*first.shape, size), first.ndim))
-        some = _load(ref.at[index], None if mask is None else jnp.broadcast_to(mask[..., None], index.shape))
-        parts = lax.split(some, [1] * size, axis=first.ndim) if size > 1 else [some]
-        words += [part.reshape(first.shape) for part in parts]
-    return words
+        arrays.append(jnp.moveaxis(_load(ref, index, None if mask is None else mask[..., None]), -1, 0))
+    return arrays
 
 
 def _at_once(count):
@@ -483,33 +514,29 @@ def _store_words(ref, first, words, mask):
     """Store adjacent words of each thread, from the index `first` on; up to four are one instruction."""
     size = _at_once(len(words))
     for start in range(0, len(words), size):
-        some = words[start : start + size]
-        while len(some) > 1:
-            half = len(some) // 2
-            some = [jnp.stack(pair, axis=-1) for pair in zip(some[:half], some[half:], strict=True)]
-        index = first[:, None] + (start + lax.iota(jnp.int32, size))[None]
-        where = None if mask is None else jnp.broadcast_to(mask[:, None], index.shape)
-        plgpu.store(ref.at[index], some[0].reshape(index.shape), mask=where)
+        index = first[..., None] + (start + lax.broadcasted_iota(jnp.int32, (*first.shape, size), first.ndim))
+        some = jnp.moveaxis(_stacked(words[start : start + size]), 0, -1)
+        _store(ref, index, some, None if mask is None else mask[..., None])
 
 
-def _floats(words, dtype, machine):
-    """Return the float32 values of words that hold numbers of this type, the first in the lowest bits."""
+def _halves(words, dtype, machine):
+    """Return the float32 values of the lower and of the upper halves of words, numbers of a type of 16 bits."""
     if dtype == jnp.float16:
-        halves = [half.astype(jnp.int16) for word in words for half in (word, lax.shift_right_logical(word, 16))]
+        halves = [half.astype(jnp.int16) for half in (words, lax.shift_right_logical(words, 16))]
         return [lax.bitcast_convert_type(half, dtype).astype(jnp.float32) for half in halves]
-    if dtype != jnp.float32 and machine is None:
-        words = [half for word in words for half in (word << 16, word & -(2**16))]
-    elif dtype != jnp.float32:
+    if machine is None:
+        halves = words << 16, words & -(2**16)
+    else:
         # LLVM would mask the halves once more for their magnitudes, which cost nothing as modifiers of operands.
-        words = [machine.permute(word, jnp.zeros_like(word), half) for word in words for half in (0x1044, 0x3244)]
-    return [lax.bitcast_convert_type(word, jnp.float32) for word in words]
+        halves = [machine.permute(words, jnp.zeros_like(words), half) for half in (0x1044, 0x3244)]
+    return [lax.bitcast_convert_type(half, jnp.float32) for half in halves]
 
 
-def _store_values(ref, at, where, values, ats, masks, dtype):
+def _store_values(ref, at, where, values, dtype):
     """Store the values of blocks, float32 numbers that `dtype` represents."""
     if ref.dtype != jnp.int32:
-        for i, mask, value in zip(ats, masks, values, strict=True):
-            plgpu.store(ref.at[i], value.astype(dtype), mask=mask)
+        index, mask = at.elements(*where)
+        _store(ref, index, _stacked(values).astype(dtype), mask)
         return
     if dtype == jnp.float16:
         halves = [lax.bitcast_convert_type(value.astype(dtype), jnp.uint16).astype(jnp.int32) for value in values]
@@ -518,44 +545,51 @@ def _store_values(ref, at, where, values, ats, masks, dtype):
         words = [lax.bitcast_convert_type(value, jnp.int32) for value in values]
     if dtype == jnp.bfloat16:
         words = [lax.shift_right_logical(a, 16) | b for a, b in zip(words[::2], words[1::2], strict=True)]
-    matrix, block, across = where
-    _store_words(ref, at.index(matrix, block * len(words), across, at.count * len(words)), words, masks[0])
+    matrix, block, across, mask = where
+    _store_words(ref, at.index(matrix, block * len(words), across, at.count * len(words)), words, mask)
 
 
 def _rotated(xs, rotation, signs, at, matrix, block):
-    """Return the rotated places of blocks; a run lies in one thread, or in adjacent ones."""
-    size, count = rotation.size, len(xs)
+    """Return the rotated values of blocks, [B, *slots]; a run lies in one thread, or in adjacent ones."""
+    shape, within = xs.shape, min(rotation.size, at.block)
     if signs is None:
-        factors = rotation.signs
+        minus = sum(1 << i for i, sign in enumerate(rotation.signs) if sign < 0)
+        place = lax.broadcasted_iota(jnp.int32, (within, *block.shape), 0)
+        factors = (1 - 2 * (lax.shift_right_logical(np.uint32(minus).view(np.int32), place) & 1)).astype(jnp.float32)
     else:
-        factors = _load_words(signs, matrix * size + block % at.run * count, min(size, count), None)
-    xs = [x * factors[i % len(factors)] for i, x in enumerate(xs)]
-    if at.run == 1:
-        return [y for i in range(0, count, size) for y in rotated(xs[i : i + size])]
-    for stride in [2**i for i in range(count.bit_length() - 1)]:
-        for i in range(count):
-            if not i & stride:
-                xs[i], xs[i + stride] = xs[i] + xs[i + stride], xs[i] - xs[i + stride]
+        first = matrix * rotation.size + block % at.run * within
+        factors = _stacked(_load_words(signs, first, within, None)).reshape(within, *block.shape)
+    xs = xs.reshape(-1, *factors.shape) * factors[None]
+    distance = 1
+    while distance < within:
+        xs = _butterflies(xs.reshape(-1, 2, distance, *block.shape), 1)
+        distance *= 2
     distance = 1
     while distance < at.run:
-        is_high = (lax.iota(jnp.int32, THREADS) & distance) != 0
-        xs = [_partner(x, distance) + jnp.where(is_high, -x, x) for x in xs]
+        xs = _butterflies(xs.reshape(at.block, -1, 2, distance), 2)
         distance *= 2
-    return [x * jnp.float32(size**-0.5) for x in xs]
+    return xs.reshape(shape) * jnp.float32(rotation.size**-0.5)
 
 
-def _partner(a, distance):
-    """Return the number of the thread that is `distance` further, or back: bits of pairs, added up, less one's own."""
-    bits = lax.bitcast_convert_type(a, jnp.int32).reshape(-1, 2, distance)
-    both = jnp.broadcast_to(jnp.sum(bits, axis=1, dtype=jnp.int32)[:, None], bits.shape)
-    return lax.bitcast_convert_type((both - bits).reshape(-1), jnp.float32)
+def _butterflies(a, axis):
+    """Return the sum and the difference of the two halves along an axis of two."""
+    sign = jnp.where(lax.broadcasted_iota(jnp.int32, a.shape, axis) == 0, 1.0, -1.0)
+    return _partner(a, axis) + sign * a
+
+
+def _partner(a, axis):
+    """Swap the two halves along an axis of two: bits of both, added up, less one's own."""
+    bits = lax.bitcast_convert_type(a, jnp.int32)
+    both = jnp.sum(bits, axis=axis, dtype=jnp.int32, keepdims=True)
+    return lax.bitcast_convert_type(both - bits, jnp.float32)
 
 
 def _over_run(op, a, count):
     """Reduce every `count` adjacent threads by a commutative op, the farthest threads first."""
     while count > 1:
         count //= 2
-        a = op(a, _partner(a, count))
+        pairs = a.reshape(-1, 2, count)
+        a = op(pairs, _partner(pairs, 1)).reshape(-1)
     return a
 
 

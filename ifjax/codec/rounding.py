@@ -90,10 +90,11 @@ def strides(shape: tuple[int, ...]) -> list[np.int32]:
     return [_int32(math.prod(shape[axis + 1 :])) for axis in range(len(shape))]
 
 
-def noise_of(index: jax.Array, k0: jax.Array, k1: jax.Array, count: int, low: int = 0) -> list[jax.Array]:
+def noise_of(index: jax.Array, k0: jax.Array, k1: jax.Array, count: int, low: Any = 0) -> list[jax.Array]:
     """Return the noise of elements with these int32 indices, by element-wise arithmetic that a kernel can call.
 
-    `low` < 32 is added to indices that end in zeros for its bits. Adjacent elements then share the first operations.
+    `low` < 32, an int or an int32 array, is added to indices that end in zeros for its bits. Adjacent elements then
+    share the first operations.
     """
     x = index ^ k0
     x = _folded(x, 17) & np.int32(-32) | index & np.int32(31)
@@ -101,7 +102,10 @@ def noise_of(index: jax.Array, k0: jax.Array, k1: jax.Array, count: int, low: in
     x = x * _int32(0xED5AD4BB) + k1
     noise = []
     for first in range(0, count, 2):
-        word = _middle_rounds(x + _int32(low * 0xED5AD4BB + first // 2 * 0x9E3779B9))
+        start = first // 2 * 0x9E3779B9
+        is_known = isinstance(low, int)
+        start = _int32(low * 0xED5AD4BB + start) if is_known else low * _int32(0xED5AD4BB) + _int32(start)
+        word = _middle_rounds(x + start)
         if first + 1 == count:
             numbers = [_shifted(word, 9) | np.int32(0x3F800001)]
         else:

@@ -65,9 +65,10 @@ def test_noise_is_a_hash_of_key_candidate_and_index(impl):
 
 def test_indices_beyond_31_bits_go_on_counting():
     words = [np.uint32(w).view(np.int32) for w in (2**31 + 16, 17, 2**32 - 9)]
-    for low in (0, 11):
-        got = noise_of(*(jnp.asarray(w) for w in words), 2, low)
-        assert_array_equal(np.array(got), [hashed(2**31 + 16 + low, 17, 2**32 - 9, c, 2) for c in range(2)])
+    for low in (0, 11, jnp.arange(3)):
+        got = np.array(noise_of(*(jnp.asarray(w) for w in words), 4, low))
+        want = [[hashed(2**31 + 16 + int(i), 17, 2**32 - 9, c, 4) for i in np.ravel(low)] for c in range(4)]
+        assert_array_equal(got.reshape(4, -1), want)
 
 
 def test_noise_belongs_to_the_element_however_it_is_computed():
