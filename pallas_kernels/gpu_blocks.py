@@ -301,7 +301,7 @@ class _Blocks:
     def here(self, *, firsts=False):
         """Return (matrix, block along the axis, row or column across, mask of those that exist) of the slots.
 
-        They are [THREADS], or [THREADS, 2] where a thread has two, of which `firsts` leaves the first. The mask is None
+        They are [THREADS], or [2, THREADS] where a thread has two, of which `firsts` leaves the first. The mask is None
         if all exist.
         """
         # Division that rounds down, as by `//`, would hide from Triton which words of a block are adjacent.
@@ -309,7 +309,7 @@ class _Blocks:
         if self.axis == -2:  # hide which columns are: Triton would have threads load parts of several columns at once
             thread = thread & (THREADS - 1)
         slot = pl.program_id(1) * self.width + thread * count
-        slot = slot if firsts or count == 1 else slot[:, None] + lax.iota(jnp.int32, count)[None]
+        slot = slot if firsts or count == 1 else _counted(slot, count)
         is_there, place = slot < self.slots, lax.rem(slot, self.together)
         group = lax.div(slot, self.together)
         if self.axis == -1:
@@ -384,24 +384,26 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
         along, other = (column, row) if at.axis == -1 else (row, column)
         first, key = base[matrix] + across * other, (seeds[2 * matrix], seeds[2 * matrix + 1])
         if codec.corrects_runs:
-            noise = codec.noise(first + block * along, *key)[0]
+            noise = codec.noise((first + block * along)[None], *key)[0]
         elif at.axis == -1 and at.has_full_blocks:  # a block's indices differ in their lowest bits
             low = _counted(jnp.zeros_like(block), codec.block)
-            noise = [_parted(each) for each in codec.noise((first + block * codec.block)[None], *key, low)]
+            noise = [[each] for each in codec.noise((first + block * codec.block)[None], *key, low)]
         else:
             index = first[None] + _counted(block * codec.block, codec.block) * along
-            noise = [_parted(each) for each in codec.noise(index, *key)]
+            noise = [[each] for each in codec.noise(index, *key)]
     meet = functools.partial(_across, size=codec.block) if codec.is_square else None
     if codec.corrects_runs and at.run > 1:
         meet = functools.partial(_over_run, count=at.run)
     words, header, some = codec.encode(
-        _parted(xs), noise, known, _lookup(tables, at, matrix, own), wants_codes=wants_codes, wants_values=wants_values,
+        [xs], noise, known, _lookup(tables, at, matrix, own), wants_codes=wants_codes, wants_values=wants_values,
         across=meet, machine=machine,
     )  # fmt: skip
+    words, header = [word.reshape(block.shape) for word in words], header.reshape(block.shape)
     if codes is not None and headers is not None:
         nbytes = codec.block * codec.bits // 8
         if codes.dtype == jnp.int32:
-            _store_words(codes, at.index(matrix, block * len(words), across, at.count * len(words)), words, mask)
+            first, size = at.index(matrix, block * len(words), across, at.count * len(words)), _at_once(len(words))
+            _store_words(codes, first, [_stacked(words[i : i + size]) for i in range(0, len(words), size)], mask)
         else:
             parts = [lax.shift_right_logical(words[i // 4], 8 * (i % 4)).astype(jnp.uint8) for i in range(nbytes)]
             for index in at.bytes_of(matrix, block, across, nbytes):
@@ -409,7 +411,7 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
                 parts = parts[len(index) :]
         _store(headers, at.index(matrix, block, across, at.count), header.astype(jnp.uint8), mask)
     if values is not None:
-        _store_values(values, at, where, some, dtype)
+        _store_values(values, at, where, some[0], dtype)
 
 
 def _decode_blocks(codes, headers, *refs, at, codec, dtype, machine):
@@ -428,7 +430,7 @@ def _decode_blocks(codes, headers, *refs, at, codec, dtype, machine):
     header = _load(headers, at.index(matrix, block, across, at.count), mask).astype(jnp.int32)
     amax = maxima[0][matrix if maxima[0].shape[0] > 1 else 0] if maxima else None
     found = codec.decode_by_arithmetic(words, header, amax, machine)
-    _store_values(out, at, where, found, dtype)
+    _store_values(out, at, where, _stacked(found), dtype)
 
 
 def _peaks_of_blocks(x, *refs, at, codec, dtype, rotation, machine):
@@ -482,7 +484,8 @@ def _load_blocks(x, at, where, dtype, machine):
         return _load(x, index, mask).astype(jnp.float32)
     if at.axis == -2:
         index, mask = at.elements(*at.here(firsts=True))
-        return jnp.stack(_halves(_load(x, lax.shift_right_logical(index, 1), mask), dtype, machine), -1)
+        words = _load(x, lax.shift_right_logical(index, 1), mask)
+        return jnp.moveaxis(jnp.stack(_halves(words, dtype, machine), -1), -1, 1)
     matrix, block, across, mask = where
     count = at.block * dtype.itemsize // 4
     words = _stacked(_load_words(x, at.index(matrix, block * count, across, at.count * count), count, mask))
@@ -510,13 +513,12 @@ def _at_once(count):
     return min(count & -count, 4)
 
 
-def _store_words(ref, first, words, mask):
-    """Store adjacent words of each thread, from the index `first` on; up to four are one instruction."""
-    size = _at_once(len(words))
-    for start in range(0, len(words), size):
+def _store_words(ref, first, arrays, mask):
+    """Store adjacent words of each thread, from the index `first` on, given as by `_load_words`."""
+    for start, words in enumerate(arrays):
+        start, size = start * len(words), len(words)
         index = first[..., None] + (start + lax.broadcasted_iota(jnp.int32, (*first.shape, size), first.ndim))
-        some = jnp.moveaxis(_stacked(words[start : start + size]), 0, -1)
-        _store(ref, index, some, None if mask is None else mask[..., None])
+        _store(ref, index, jnp.moveaxis(words, 0, -1), None if mask is None else mask[..., None])
 
 
 def _halves(words, dtype, machine):
@@ -533,20 +535,22 @@ def _halves(words, dtype, machine):
 
 
 def _store_values(ref, at, where, values, dtype):
-    """Store the values of blocks, float32 numbers that `dtype` represents."""
+    """Store the values of blocks [B, *slots], float32 numbers that `dtype` represents."""
     if ref.dtype != jnp.int32:
         index, mask = at.elements(*where)
-        _store(ref, index, _stacked(values).astype(dtype), mask)
+        _store(ref, index, values.astype(dtype), mask)
         return
     if dtype == jnp.float16:
-        halves = [lax.bitcast_convert_type(value.astype(dtype), jnp.uint16).astype(jnp.int32) for value in values]
-        words = [a | b << 16 for a, b in zip(halves[::2], halves[1::2], strict=True)]
+        words = lax.bitcast_convert_type(values.astype(dtype), jnp.uint16).astype(jnp.int32)
     else:
-        words = [lax.bitcast_convert_type(value, jnp.int32) for value in values]
-    if dtype == jnp.bfloat16:
-        words = [lax.shift_right_logical(a, 16) | b for a, b in zip(words[::2], words[1::2], strict=True)]
+        words = lax.bitcast_convert_type(values, jnp.int32)
     matrix, block, across, mask = where
-    _store_words(ref, at.index(matrix, block * len(words), across, at.count * len(words)), words, mask)
+    if dtype != jnp.float32:
+        low, high = jnp.unstack(jnp.moveaxis(words.reshape(-1, 2, *block.shape), 1, -1), axis=-1)
+        words = low | high << 16 if dtype == jnp.float16 else lax.shift_right_logical(low, 16) | high
+    count = len(words)
+    some = _parted(words.reshape(-1, _at_once(count), *block.shape))
+    _store_words(ref, at.index(matrix, block * count, across, at.count * count), some, mask)
 
 
 def _rotated(xs, rotation, signs, at, matrix, block):
@@ -586,19 +590,20 @@ def _partner(a, axis):
 
 def _over_run(op, a, count):
     """Reduce every `count` adjacent threads by a commutative op, the farthest threads first."""
+    shape = a.shape
     while count > 1:
         count //= 2
-        pairs = a.reshape(-1, 2, count)
-        a = op(pairs, _partner(pairs, 1)).reshape(-1)
-    return a
+        a = a.reshape(-1, 2, count)
+        a = op(a, _partner(a, 1))
+    return a.reshape(shape)
 
 
 def _across(op, a, size):
     """Reduce every `size` adjacent threads by op, as a balanced tree that combines the farthest threads first."""
-    a = a.reshape(-1, size)
+    shape, a = a.shape, a.reshape(-1, size)
     while a.shape[1] > 1:
         a = op(*lax.split(a, [a.shape[1] // 2] * 2, axis=1))
-    return jnp.broadcast_to(a, (a.shape[0], size)).reshape(-1)
+    return jnp.broadcast_to(a, (a.shape[0], size)).reshape(shape)
 
 
 def _lookup(tables, at, matrix, own):

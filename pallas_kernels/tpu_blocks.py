@@ -75,7 +75,7 @@ class Codec(Protocol):
         """Return the number that decoders take, for a tensor with this largest magnitude."""
         ...
 
-    def noise(self, index: jax.Array, k0: Any, k1: Any, low: int = 0) -> list[jax.Array]:
+    def noise(self, index: jax.Array, k0: Any, k1: Any, low: Any = 0) -> list[jax.Array]:
         """Return the noise of the elements with these indices, for the key words k0 and k1.
 
         `low` is added to indices that end in zeros for its bits.

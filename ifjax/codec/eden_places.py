@@ -8,13 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifjax.codec.blocks import tree
 from ifjax.codec.eden import EDEN_LARGEST_SCALE, eden_constant, eden_peak, eden_units
 from ifjax.codec.encode import Encoding
 from ifjax.codec.headers import power_near
 from ifjax.codec.losses import without_last_bit
 from ifjax.codec.place_grids import Machine
-from ifjax.codec.places import Block, Lookup, PlaceCodec, Tensor, Trial, encoder_refusal, over, with_scalars
+from ifjax.codec.places import (
+    Block,
+    Lookup,
+    PlaceCodec,
+    Tensor,
+    Trial,
+    encoder_refusal,
+    over,
+    over_places,
+    with_scalars,
+)
 from ifjax.formats import Format, TableScale
 from ifjax.formats.floats import as_float, bits_of, magnitude_bits
 from ifjax.numerics.xla import correct_quotient
@@ -78,16 +87,16 @@ class EdenCodec(PlaceCodec):
         self, xs: Sequence[jax.Array], noise: Any, scalars: Sequence[Any], lookup: Lookup, *, wants_codes: bool,
         wants_values: bool, across: Callable[[Any, jax.Array], jax.Array] | None = None, machine: Machine | None = None,
     ) -> Block:  # fmt: skip
-        """Encode a block, given its rotated places xs; `noise` is one number for it.
+        """Encode a block, given its rotated places xs as for `PlaceCodec.encode`; `noise` is one number for it.
 
         `across` maps (op, a) to the reduction of a by op over the blocks of a run; None for runs of one block.
         """
         assert not wants_values, "MS-EDEN gives codes"
         (power, unit), fmt, scale_of = scalars, self.fmt, cast(TableScale, self.fmt.scale)
         if machine is None:
-            peak = as_float(tree(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs]))
+            peak = as_float(over_places(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs]))
         else:
-            peak = tree(machine.maximum, [jnp.abs(x) for x in xs])
+            peak = over_places(machine.maximum, [jnp.abs(x) for x in xs])
         is_poisoned = bits_of(peak) >= np.int32(0x7F800000)
         wanted = _quotient(over(peak * power, eden_peak(fmt), machine), unit, machine)
         byte = scale_of.encode(wanted)
@@ -116,7 +125,7 @@ class EdenCodec(PlaceCodec):
 
     @staticmethod
     def _sum(pairs):
-        return tree(jnp.add, [without_last_bit(a * b) for a, b in pairs])
+        return over_places(jnp.add, [without_last_bit(a * b) for a, b in pairs])
 
     def _stochastic(self, value, noise):
         """Return the payload of the scale above or below `value`. Their difference is a power of two."""

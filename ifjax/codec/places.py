@@ -1,5 +1,6 @@
 """Format-independent encoder and decoder for kernels, with one array for each place (position) of a block.
 
+An encoder also takes one array for all places, as its first axis; what belongs to a block then has a first axis of one.
 The results have the bits of `encode` and `decode`. The arithmetic suits processors without division but with table
 lookup. Within one tensor, the value of a code depends only on the payload of its block, so XLA computes a table of the
 values beforehand, with the codec's own functions.
@@ -21,7 +22,7 @@ from ifjax.codec.decode import decode, grid_values, narrowed, scaled, unscaled
 from ifjax.codec.encode import Encoding, codes_of, inverse_for, keep_negative
 from ifjax.codec.headers import LARGE_AMAX, Units, normalized, power_near
 from ifjax.codec.losses import LOSSES, BlockLoss
-from ifjax.codec.place_grids import Machine, Steps, place_grid, select, with_sign
+from ifjax.codec.place_grids import Machine, PlaceGrid, Steps, place_grid, select, with_sign
 from ifjax.codec.rounding import noise_of, uniform_noise
 from ifjax.codec.search import better
 from ifjax.formats import Candidate, Format, Grid, TableScale
@@ -58,7 +59,8 @@ class Block(NamedTuple):
     Attributes:
         words: int32 words with the packed codes; upper bits of the last word may be unused. () if not wanted.
         header: int32.
-        values: decoded value at each place, float32 numbers rounded to the codec's dtype. () if not wanted.
+        values: decoded values of the places, float32 numbers rounded to the codec's dtype, in arrays as those encoded.
+            () if not wanted.
     """
 
     words: Sequence[jax.Array]
@@ -158,7 +160,7 @@ class PlaceCodec:
         """Number of scalars that `encode` takes."""
         return 4
 
-    def noise(self, index: jax.Array, k0: Any, k1: Any, low: int = 0) -> list[jax.Array]:
+    def noise(self, index: jax.Array, k0: Any, k1: Any, low: Any = 0) -> list[jax.Array]:
         """Return the noise of elements with these indices, one array for each candidate; `low` as for `noise_of`."""
         return noise_of(index, k0, k1, self.noises, low)
 
@@ -255,6 +257,7 @@ class PlaceCodec:
     ) -> Block:  # fmt: skip
         """Encode a block, given its float32 places xs. `noise` holds a list for each candidate, or is None.
 
+        xs are as many arrays as a block has places, or one [places, ...]; noise is like them.
         For 2-D blocks, `across` maps (op, a) to the reduction of a by op over the rows of a 2-D block, in the order of
         `tree`. `machine` has instructions that save others and change no bits.
         """
@@ -263,9 +266,9 @@ class PlaceCodec:
         fmt, chooses = self.fmt, len(self.fmt.candidates) > 1
         loss = cast(BlockLoss, self.how.loss)  # see `encoder_refusal`
         if machine is None:
-            peak = tree(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs])
+            peak = over_places(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs])
         else:
-            peak = bits_of(tree(machine.maximum, [jnp.abs(x) for x in xs]))
+            peak = bits_of(over_places(machine.maximum, [jnp.abs(x) for x in xs]))
         peak = peak if across is None else across(jnp.maximum, peak)
         is_poisoned = peak >= np.int32(0x7F800000 + fmt.saturates)
         unit = power_near(as_float(peak)) if chooses and not fmt.has_tensor_scale else None
@@ -289,9 +292,10 @@ class PlaceCodec:
             lost = None
             if chooses:
                 terms = [loss.term(_error(x, v, unit)) for x, v in zip(numbers, values, strict=True)]
-                lost = tree(loss.over, terms)
+                lost = over_places(loss.over, terms)
                 if across is not None:  # reduce in both orders and combine, as the encoder does
-                    lost = loss.over(across(loss.over, lost), tree(loss.over, [across(loss.over, t) for t in terms]))
+                    of_places = over_places(loss.over, [across(loss.over, t) for t in terms])
+                    lost = loss.over(across(loss.over, lost), of_places)
             returned = trial.multiples() if wants_values and self.in_multiples else values
             kept = [trial.sign_mask(), *returned] if wants_values else []
             trials.append((payload, lost, fmt.join(fmt.selector_of(c), payload), *words, *kept))
@@ -491,25 +495,34 @@ class Trial:
 
     def words(self) -> list[jax.Array]:
         """Return the int32 words of the block's packed codes."""
-        bits = self.codec.fmt.bits
-        if self.grid is None:
-            return _packed([functools.partial(jnp.left_shift, code) for code in self.places], bits)
-        code = self.grid.code
-        if not self.grid.is_symmetric:
-            return _packed([functools.partial(code, place) for place in self.places], bits)
-        if bits == 4:
-            if self.machine is None:
-                words = _packed([functools.partial(code, place) for place in self.places], bits)
-                signs = [_signs_of(self.xs[8 * i :][:8]) for i in range(len(words))]
-            else:
-                words = _permuted([self.grid.low_bits(place) for place in self.places], 0, 7, self.machine)
-                signs = _permuted([bits_of(x) for x in self.xs], 3, 8, self.machine)
-            words = [_with_signs(word, sign, self.c.grid) for word, sign in zip(words, signs, strict=True)]
-        else:
+        bits, grid, machine = self.codec.fmt.bits, self.grid, self.machine
+        if grid is None:
+            return _packed([functools.partial(jnp.left_shift, code) for code in _rows(self.places)], bits)
+        if not grid.is_symmetric:
+            return self._packed()
+        if bits != 4:
             pairs = zip(self.places, self.xs, strict=True)
-            codes = [with_sign(code(place, 0), bits_of(x) < 0, self.c.grid) for place, x in pairs]
-            words = _packed([functools.partial(jnp.left_shift, code) for code in codes], bits)
+            codes = [with_sign(grid.code(place, 0), bits_of(x) < 0, self.c.grid) for place, x in pairs]
+            words = _packed([functools.partial(jnp.left_shift, code) for code in _rows(codes)], bits)
+        else:
+            if machine is None:
+                xs, words = _rows(self.xs), self._packed()
+                signs = [_signs_of(xs[8 * i :][:8]) for i in range(len(words))]
+            else:
+                words = _permuted(_rows([grid.low_bits(place) for place in self.places]), 0, 7, machine)
+                signs = _permuted(_rows([bits_of(x) for x in self.xs]), 3, 8, machine)
+            words = [_with_signs(word, sign, self.c.grid) for word, sign in zip(words, signs, strict=True)]
         return [jnp.where(self.inverse == 0, 0, word) for word in words]
+
+    def _packed(self):
+        """Return the words of the codes of all places, without signs where the grid rounds magnitudes."""
+        grid, bits = cast(PlaceGrid, self.grid), self.codec.fmt.bits
+        if len(self.places) > 1:
+            return _packed([functools.partial(grid.code, place) for place in self.places], bits)
+        codes = _rows([grid.code(place, 0) for place in self.places])
+        if bits == 4 and self.machine is not None:
+            return _permuted(codes, 0, 15, self.machine)
+        return _packed([functools.partial(jnp.left_shift, code) for code in codes], bits)
 
     def magnitudes(self) -> list[jax.Array]:
         """Return the magnitudes of the rounded numbers, in units of the first grid, without any scale."""
@@ -715,6 +728,29 @@ def _error(x, value, unit):
 
 def _bit(i: int) -> np.int32:
     return np.uint32(1 << i).view(np.int32)
+
+
+def over_places(op: Callable[[jax.Array, jax.Array], jax.Array], parts: Sequence[jax.Array]) -> jax.Array:
+    """Reduce the places of a block by op, in the order of `tree`."""
+    if len(parts) > 1:
+        return tree(op, parts)
+    (places,) = parts
+    while len(places) > 1:
+        places = op(*_halves(places))
+    return places
+
+
+def _rows(parts):
+    """Return an array for each place of a block."""
+    rows = list(parts)
+    while len(parts) == 1 and len(rows[0]) > 1:
+        rows = [half for row in rows for half in _halves(row)]
+    return rows
+
+
+def _halves(places):
+    """Return the halves of an array along its first axis, a power of two. Triton splits along a last axis of two."""
+    return jnp.unstack(jnp.moveaxis(places.reshape(2, -1, *places.shape[1:]), 0, -1), axis=-1)
 
 
 def _packed(codes, bits: int) -> list[jax.Array]:

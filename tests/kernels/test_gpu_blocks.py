@@ -89,7 +89,8 @@ class Emulated:
 
 @pytest.mark.by_default("nearest-if4", "nearest-mxfp4", "stochastic_unbiased-nvfp4")
 @pytest.mark.parametrize(
-    "name", ["nvfp4", "if4", "nvint4", "mxfp4", "fouroversix", "if6", "if6_e3m2", "nvint6", "mxfp6_e2m3"]
+    "name",
+    ["nvfp4", "if4", "nvint4", "mxfp4", "fouroversix", "if6", "if6_e3m2", "nvint6", "mxfp6_e2m3", "nf4", "octet"],
 )
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic_unbiased"])
 def test_instructions_of_a_gpu_change_no_bits(name, rounding):
@@ -103,17 +104,27 @@ def test_instructions_of_a_gpu_change_no_bits(name, rounding):
     noise = None
     if codec.noises:
         noise = jax.random.uniform(jax.random.key(0), (codec.noises, *blocks.shape), minval=-0.5, maxval=0.5)
-        noise = [list(each.T) for each in noise]
 
-    def run(machine):
+    def run(machine, arrays):
         lookup, lookup_back = (lambda row, index, t=t: t[0, row][index] for t in (table, codec.decoder_table(amax, 1)))
         block = codec.encode(
-            list(blocks.T), noise, list(scalars[0]), lookup, wants_codes=True, wants_values=True, machine=machine
-        )
-        return block, codec.decode(block.words, block.header, lookup_back, machine=machine)
+            arrays(blocks.T), noise if noise is None else [arrays(each.T) for each in noise], list(scalars[0]), lookup,
+            wants_codes=True, wants_values=True, machine=machine,
+        )  # fmt: skip
+        return *block, codec.decode(block.words, block.header, lookup_back, machine=machine)
 
-    for got, expected in zip(jax.tree.leaves(run(Emulated)), jax.tree.leaves(run(None)), strict=True):
-        assert_array_equal(got, expected)
+    expected = run(None, list)
+    for machine, arrays in ((Emulated, list), (Emulated, one_array), (None, one_array)):
+        for a, b in zip(run(machine, arrays), expected, strict=True):
+            assert_array_equal(flat(a), flat(b))
+
+
+def one_array(places):
+    return [places]
+
+
+def flat(arrays):
+    return np.concatenate([np.ravel(a) for a in jax.tree.leaves(arrays)])
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "if4"])
@@ -125,15 +136,15 @@ def test_instructions_of_a_gpu_change_no_bits_of_ms_eden(name):
     blocks[5], blocks[6, 3], blocks[7, 4] = 0, np.nan, np.inf
     scalars, _ = codec.encoder_tables(jnp.float32([3.0]), 1)
     noise = jnp.asarray(rng.random(len(blocks), np.float32) - np.float32(0.5))
-    got, expected = (
+    expected, *others = (
         codec.encode(
-            list(jnp.asarray(blocks).T), noise, list(scalars[0]), None, wants_codes=True, wants_values=False,
-            machine=machine,
-        )
-        for machine in (Emulated, None)
+            arrays(jnp.asarray(blocks).T), noise if arrays is list else noise[None], list(scalars[0]), None,
+            wants_codes=True, wants_values=False, machine=machine,
+        )[:2]
+        for machine, arrays in ((None, list), (Emulated, list), (Emulated, one_array), (None, one_array))
     )  # fmt: skip
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert_array_equal(a, b)
+    for got in others:
+        assert_array_equal(flat(got), flat(expected))
 
 
 @pytest.mark.by_default("if4-bfloat16", "nvfp4-bfloat16")
