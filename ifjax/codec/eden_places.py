@@ -12,7 +12,7 @@ from ifjax.codec.eden import EDEN_LARGEST_SCALE, eden_constant, eden_peak, eden_
 from ifjax.codec.encode import Encoding
 from ifjax.codec.headers import power_near
 from ifjax.codec.losses import without_last_bit
-from ifjax.codec.place_grids import Machine
+from ifjax.codec.place_grids import FloatsAway, Machine, PlaceGrid
 from ifjax.codec.places import (
     Block,
     Lookup,
@@ -24,7 +24,7 @@ from ifjax.codec.places import (
     over_places,
     with_scalars,
 )
-from ifjax.formats import Format, TableScale
+from ifjax.formats import Candidate, Format, TableScale
 from ifjax.formats.floats import as_float, bits_of, magnitude_bits
 from ifjax.numerics.xla import correct_quotient
 
@@ -45,6 +45,9 @@ class EdenCodec(PlaceCodec):
     @property
     def corrects_runs(self) -> bool:
         return True
+
+    def grid_of(self, c: Candidate) -> PlaceGrid | None:
+        return FloatsAway.of_grid(c.grid) or super().grid_of(c)
 
     @property
     def noises(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ifjax.formats import Candidate, Grid
 from ifjax.formats.floats import EXPONENT, BinaryFloat, as_float, bits_of
@@ -146,6 +147,38 @@ class _Floats(BinaryFloat):
         power = as_float(bits & EXPONENT)
         power = power if self.lowest == 1 else power * (1 / self.lowest)
         return select(masks, levels) * power
+
+
+class FloatsAway(_Floats):
+    """Magnitudes of a binary float with one mantissa bit, ties away from zero, to which no noise is added.
+
+    A place is ((bits of a normal number, whether the value is normal, whether it is not zero), value).
+    """
+
+    @classmethod
+    def of_grid(cls, grid: Grid) -> "FloatsAway | None":
+        """Return the grid that rounds to a grid's magnitudes, or None if they are not of this kind."""
+        floats = dataclasses.replace(grid, ties="even").floats if grid.ties == "away" else None
+        return cls(**vars(floats)) if floats and floats.m == 1 else None
+
+    def rounded(self, y, noise, machine=None):
+        """Round y >= 0 to a place: add half a step of its binade and cut off what is below a step."""
+        assert noise is None
+        y = jnp.minimum(y, self.largest) if self.largest < np.inf else y
+        step = np.float32(self.lowest / 2)  # of subnormal numbers, which are 0 and this step
+        bits = bits_of(jnp.maximum(y, self.lowest)) + np.int32(1 << 21) & np.int32(-(1 << 22))
+        is_normal, is_positive = y >= step * np.float32(1.5), y >= step * np.float32(0.5)
+        value = jnp.where(is_normal, as_float(bits), jnp.where(is_positive, step, np.float32(0)))
+        return (bits, is_normal, is_positive), value
+
+    def code(self, place, shift=0):
+        (bits, is_normal, is_positive), _ = place
+        at = lax.shift_right_logical(bits, np.int32(22 - shift)) if shift <= 22 else bits << shift - 22
+        code = at - _int32((int(self.lowest.view(np.int32)) >> 22) - 2 << shift)
+        return jnp.where(is_normal, code, jnp.where(is_positive, _int32(1 << shift), 0))
+
+    def low_bits(self, place):
+        return self.code(place)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ifjax.codec.place_grids import Machine, PlaceGrid, Steps, place_grid, selec
 from ifjax.codec.rounding import noise_of, uniform_noise
 from ifjax.codec.search import better
 from ifjax.formats import Candidate, Format, Grid, TableScale
-from ifjax.formats.floats import as_float, bits_of, magnitude_bits
+from ifjax.formats.floats import BinaryFloat, as_float, bits_of, magnitude_bits
 from ifjax.numerics.xla import correct_quotient, divide
 
 LANES = 128  # entries in a row of a table
@@ -425,6 +425,10 @@ class PlaceCodec:
         """Number of rows that hold one number for each payload in the decoder's table, where any payload may occur."""
         return 1 if self.fmt.has_selector and self.fmt.scale.bits < 8 else 2
 
+    def grid_of(self, c: Candidate) -> PlaceGrid | None:
+        """Return the PlaceGrid that rounds to a candidate's grid, or None if there is none."""
+        return place_grid(c)
+
     @functools.cached_property
     def _on_magnitudes(self) -> bool:
         """Whether encoding works on magnitudes and adds signs last, which needs symmetric grids and an even loss."""
@@ -466,7 +470,7 @@ class Trial:
 
     def __init__(self, codec: PlaceCodec, i: int, payload, inverse, tensor: Tensor, xs, ys, rs, machine):
         self.codec, self.i, self.c = codec, i, codec.fmt.candidates[i]
-        self.grid = place_grid(self.c)
+        self.grid = codec.grid_of(self.c)
         if machine is not None and codec._on_magnitudes and codec.fmt.has_tensor_scale:
             self.grid = Steps.of(self.c.grid) or self.grid
         if machine is not None and rs[0] is None and codec._end is not None and self.grid is not None:
@@ -530,6 +534,8 @@ class Trial:
         assert grid is not None
         if isinstance(grid, Steps):
             return [(place - grid.zero) * step for place in self.places]
+        if isinstance(grid, BinaryFloat):
+            return [grid.number(place) * step for place in self.places]
         levels: list[Any] = [np.float32(self.c.grid.magnitudes[code]) * step for code in grid.listed]
         return [grid.value(place, levels) for place in self.places]
 

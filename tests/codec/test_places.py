@@ -11,6 +11,7 @@ from numpy.testing import assert_array_equal
 import ifjax
 from ifjax import Candidate, Format, Grid, codec
 from ifjax.codec import Encoding
+from ifjax.codec.place_grids import FloatsAway
 from ifjax.codec.places import PlaceCodec, decoder_refusal, encoder_refusal
 from ifjax.codec.rounding import uniform_noise
 from ifjax.formats.grids import E2M1
@@ -121,6 +122,30 @@ def test_values_saturate_at_the_end_of_the_type(dtype):
     _, _, values, decoded = by_places(x, None, how=how, dtype=dtype)
     for got in (values, decoded):
         assert_array_equal(got, x.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ties_of_a_float_go_away_from_zero(bits):
+    grid = minifloat(bits, 1, ties="away")
+    values = np.array(grid.magnitudes, np.float32)
+    middles = (values[1:] + values[:-1]) / 2
+    points = np.concatenate([values, middles, values[-1:] * 3])
+    y = np.concatenate([points, *(np.nextafter(points, np.float32(end)) for end in (0, np.inf))])
+    codes = np.searchsorted(middles, y, side="right")
+    places = FloatsAway.of_grid(grid)
+    place = places.rounded(jnp.asarray(y), None)
+    assert_array_equal(places.number(place), values[codes])
+    for shift in (0, 4, 24):
+        assert_array_equal(np.asarray(places.code(place, shift)).view(np.uint32), codes << shift)
+    assert_array_equal(np.asarray(places.low_bits(place)) & 7, codes & 7)
+    inside = y <= values[-1]
+    assert_array_equal(places.unbounded.rounded(jnp.asarray(y[inside]), None)[1], values[codes[inside]])
+
+
+def test_other_grids_have_no_ties_away_from_zero():
+    assert FloatsAway.of_grid(E2M1) is None
+    assert FloatsAway.of_grid(minifloat(2, 2, ties="away")) is None
+    assert FloatsAway.of_grid(Grid.sign_magnitude("sevenths", [i / 7 for i in range(8)], ties="away")) is None
 
 
 def test_float16_is_rounded_as_numpy_does():
