@@ -135,8 +135,8 @@ def tables(
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Return each tensor's amax and factor [L], and the scalars and tables of `encode`, as `tpu_blocks.tables`."""
     count, size = maxima.shape
-    rows = len(jax.eval_shape(codec.rows_of_table, jax.ShapeDtypeStruct((LANES,), jnp.float32))[1])
-    rows = -(-(rows + 1) // 8) * 8
+    rows = jax.eval_shape(codec.rows_of_table, jax.ShapeDtypeStruct((LANES,), jnp.float32))[1]
+    rows = -(-(sum(map(len, rows)) + 1) // 8) * 8
     whole, maxima = pl.BlockSpec(memory_space=pl.ANY), maxima.reshape(-1)
     written = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in (count, count, count * rows * LANES)]
     amax, factor, table = pl.pallas_call(
@@ -358,10 +358,12 @@ def _fill_table(maxima, amax, factor, table, *, size, codec, machine):
     last = jnp.zeros(LANES, jnp.float32)
     for i, number in enumerate(numbers):
         last = jnp.where(lane == i, number, last)
-    height = table.shape[0] // amax.shape[0] // LANES
-    rows += [jnp.zeros(LANES, jnp.float32)] * (height - 1 - len(rows))
-    for i, row in enumerate([*rows, last]):
-        plgpu.store(table.at[(matrix * height + i) * LANES + lane], row)
+    height, first = table.shape[0] // amax.shape[0] // LANES, matrix * (table.shape[0] // amax.shape[0])
+    rows += [jnp.zeros((1, LANES), jnp.float32)] * (height - 1 - sum(map(len, rows)))
+    for some in [*rows, last[None]]:
+        row = lax.broadcasted_iota(jnp.int32, some.shape, 0)
+        plgpu.store(table.at[first + row * LANES + lane[None]], some)
+        first += some.size
 
 
 def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_codes, wants_values, machine):

@@ -68,7 +68,7 @@ class Codec(Protocol):
     def rows_of_table(
         self, amax: jax.Array, machine: Any = None
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Return the scalars and the first rows of one tensor's table, computed in a kernel from amax: arrays [128]."""
+        """Return the scalars [128] and the first rows, arrays [n, 128], of a table, computed in a kernel from amax."""
         ...
 
     def stored_amax(self, amax: jax.Array, machine: Any = None) -> jax.Array:

@@ -32,7 +32,8 @@ from ifjax.numerics.xla import correct_quotient, divide
 LANES = 128  # entries in a row of a table
 
 
-Lookup = Callable[[int, jax.Array], jax.Array]  # maps (row of the table, int32 indices below 128) to float32 numbers
+# Maps (row of the table, int32 indices below 128) to float32 numbers. With one array for all places, it may take rows.
+Lookup = Callable[[Any, jax.Array], jax.Array]
 
 
 class Tensor(NamedTuple):
@@ -203,9 +204,10 @@ class PlaceCodec:
     def rows_of_table(
         self, amax: jax.Array, machine: Machine | None = None
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Return the numbers of `encoder_tables` for one tensor and the rows of its table, for kernels: arrays [128].
+        """Return the numbers of `encoder_tables` for one tensor and the rows of its table, for kernels.
 
-        amax [128] is the same in all lanes. Rows of zeros before the last one, and the last one, are the caller's.
+        The numbers are arrays [128], the rows arrays [n, 128] with n a power of two. amax [128] is the same in all
+        lanes. Rows of zeros before the last one, and the last one, are the caller's.
         """
         fmt, quotient = self.fmt, divide if machine is None else machine.quotient
         constant = fmt.tensor_constant(self.how.headroom)
@@ -213,18 +215,21 @@ class PlaceCodec:
         peak = amax * power
         ratio = jnp.where(peak > 0, quotient(jnp.full_like(peak, constant), peak), 0)
         unit, back = (quotient(jnp.ones_like(peak), a) for a in (ratio, power))
-        lanes = lax.iota(jnp.int32, LANES)
-        payloads = [lanes + page * LANES for page in range(self.pages)]
-        rows = []
-        for payload in payloads:
-            scale = unit * fmt.scale.decode(payload)
-            rows.append(jnp.where(scale > 0, quotient(jnp.ones_like(scale), scale), 0))
+
+        def row_and_payload(count):
+            row, lane = (lax.broadcasted_iota(jnp.int32, (count * self.pages, LANES), axis) for axis in (0, 1))
+            return (row, lane) if self.pages == 1 else (row // self.pages, lane + row % self.pages * LANES)
+
+        scale = unit[None] * fmt.scale.decode(row_and_payload(1)[1])
+        rows = [jnp.where(scale > 0, quotient(jnp.ones_like(scale), scale), 0)]
         for c in fmt.candidates:
-            for k in _listed(c):
-                value = np.float32(c.grid.values[k]) + np.float32(c.offset)
-                for payload in payloads:
-                    at, factor, value, step = _full((LANES,), peak, payload, peak, value, np.float32(c.step))
-                    rows.append(_scaled(value * fmt.scale.decode(at), factor, step, constant, machine))
+            values = [np.float32(c.grid.values[k]) + np.float32(c.offset) for k in _listed(c)]
+            if values:
+                row, payload = row_and_payload(len(values))
+                masks = [(row & len(values) >> i) != 0 for i in range(1, len(values).bit_length())]
+                numbers = _full(row.shape, peak[None], payload, peak[None], select(masks, values), np.float32(c.step))
+                at, factor, value, step = numbers
+                rows.append(_scaled(value * fmt.scale.decode(at), factor, step, constant, machine))
         return [power, peak, ratio, back], rows
 
     def decoder_table(self, amax: jax.Array | None, count: int) -> jax.Array:
@@ -588,9 +593,11 @@ class Trial:
         codec, fmt, c = self.codec, self.codec.fmt, self.c
         if not fmt.has_tensor_scale:
             return [self._decoded(np.float32(c.grid.values[k]) + np.float32(c.offset)) for k in _listed(c)]
-        row = codec.first_row(self.i)
-        rows = range(row, row + len(_listed(c)) * codec.pages, codec.pages)
-        return [_look_up(self.tensor.lookup, row, self.payload, codec.pages) for row in rows]
+        row, count, payload = codec.first_row(self.i), len(_listed(c)), self.payload
+        rows = [row + i * codec.pages for i in range(count)]
+        if len(self.xs) == 1:  # one load for all levels
+            rows = [row + lax.broadcasted_iota(jnp.int32, (count, *payload.shape[1:]), 0) * codec.pages]
+        return _rows([_look_up(self.tensor.lookup, each, payload, codec.pages) for each in rows])
 
     def sign_mask(self) -> jax.Array:
         """Return the int32 that `_signed` adds to a magnitude's bits, so that the top bit tells if it may have a sign.

@@ -106,7 +106,8 @@ def test_instructions_of_a_gpu_change_no_bits(name, rounding):
         noise = jax.random.uniform(jax.random.key(0), (codec.noises, *blocks.shape), minval=-0.5, maxval=0.5)
 
     def run(machine, arrays):
-        lookup, lookup_back = (lambda row, index, t=t: t[0, row][index] for t in (table, codec.decoder_table(amax, 1)))
+        tables = [t.reshape(-1) for t in (table, codec.decoder_table(amax, 1))]
+        lookup, lookup_back = (lambda row, index, t=t: t[row * 128 + index] for t in tables)
         block = codec.encode(
             arrays(blocks.T), noise if noise is None else [arrays(each.T) for each in noise], list(scalars[0]), lookup,
             wants_codes=True, wants_values=True, machine=machine,
@@ -183,13 +184,25 @@ def test_tables_made_by_a_kernel_are_those_made_by_xla(monkeypatch, name, machin
     maxima = jnp.zeros((7, 1500)).at[:, 700].set(amax / 2).at[np.arange(7), np.arange(7) * 249].set(amax)
     numbers, rows = jax.vmap(lambda a: codec.rows_of_table(jnp.full(128, a), machine))(amax)
     scalars, table = codec.encoder_tables(amax, len(amax))
-    assert_same_numbers(jnp.stack(rows, 1), table[:, : len(rows)])
+    rows = jnp.concatenate(rows, 1)
+    assert_same_numbers(rows, table[:, : rows.shape[1]])
     assert_same_numbers(jnp.stack(numbers, 1)[..., 0], scalars)
     if machine is None:
         (got, factor), (_, written) = gpu_blocks.tables(codec, maxima, interpret=True)
         assert_array_equal(got, amax)
         assert_array_equal(factor, codec.factor(amax))
         assert_same_numbers(written, table)
+
+
+@pytest.mark.parametrize("name", ["nf4", "octet"])
+@pytest.mark.parametrize("machine", [None, Emulated], ids=["", "instructions"])
+def test_tables_of_negative_levels_differ_at_most_in_the_sign_of_zeros(name, machine):
+    codec, amax = PlaceCodec(Encoding.of(name), np.dtype("float32")), jnp.float32([1.7, 0, 2.0**-110, 3.4e38, 449 * 6])
+    _, rows = jax.vmap(lambda a: codec.rows_of_table(jnp.full(128, a), machine))(amax)
+    _, table = codec.encoder_tables(amax, len(amax))
+    rows = jnp.concatenate(rows, 1)
+    assert_array_equal(rows, table[:, : rows.shape[1]])
+    assert codec.first_row(len(codec.fmt.candidates) - 1) < rows.shape[1] <= table.shape[1] - 1
 
 
 # Threads that have no block, last blocks that are not full, matrices with an amax of their own.
