@@ -2,9 +2,13 @@
 
 The interface is that of `pallas_kernels.tpu_blocks`: the number format's arithmetic is passed as a `Codec`. Each thread
 processes a whole block, so that its scale is computed once and its values stay in registers. With blocks along rows
-(axis=-2) adjacent threads read adjacent columns, two each if their number is even. With blocks along columns (axis=-1)
-each thread reads the bytes of its own block, which lie in one sector, as words of 32 bits. The blocks of a square
-belong to adjacent threads. Only requested outputs are written to memory.
+(axis=-2) adjacent threads read adjacent columns, in most formats two each if their number is even. With blocks along
+columns (axis=-1) each thread reads the bytes of its own block, which lie in one sector, as words of 32 bits. The blocks
+of a square belong to adjacent threads. Only requested outputs are written to memory.
+
+The values of blocks are one array [places, *slots], whose last axis is the threads. Triton then keeps all places of a
+slot in one thread, without being told. It compares each load and store with all operations of a kernel, so a kernel
+with an array, a load and a store for each place took up to 16 times as long to compile.
 
 This module has not run on a GPU. It is compiled for an H200 and run in the interpreter.
 """
@@ -16,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -283,7 +286,9 @@ class _Blocks:
         self.slots = self.groups * self.together * self.count
         self.run = 1 if rotation is None else max(rotation.size // codec.block, 1)  # blocks
         self.has_full_blocks = self.along % codec.block == 0
-        self.width = THREADS * (2 if axis == -2 and columns % 2 == 0 and self.together * self.run == 1 else 1)
+        # A second column would take the registers that many levels need.
+        takes_two = axis == -2 and columns % 2 == 0 and self.together * self.run == 1 and codec.levels <= 16
+        self.width = THREADS * (2 if takes_two else 1)
         self.has_idle_slots = self.slots % self.width > 0 or self.across % self.together > 0
 
     def in_words(self, a):
@@ -559,9 +564,9 @@ def _rotated(xs, rotation, signs, at, matrix, block):
     """Return the rotated values of blocks, [B, *slots]; a run lies in one thread, or in adjacent ones."""
     shape, within = xs.shape, min(rotation.size, at.block)
     if signs is None:
-        minus = sum(1 << i for i, sign in enumerate(rotation.signs) if sign < 0)
+        minus = sum((-1 if i == 31 else 1) << i for i, sign in enumerate(rotation.signs) if sign < 0)
         place = lax.broadcasted_iota(jnp.int32, (within, *block.shape), 0)
-        factors = (1 - 2 * (lax.shift_right_logical(np.uint32(minus).view(np.int32), place) & 1)).astype(jnp.float32)
+        factors = (1 - 2 * (jnp.int32(minus) >> place & 1)).astype(jnp.float32)
     else:
         first = matrix * rotation.size + block % at.run * within
         factors = _stacked(_load_words(signs, first, within, None)).reshape(within, *block.shape)

@@ -45,6 +45,7 @@ class Codec(Protocol):
         bits: number of bits per code.
         noises: number of random numbers per element.
         scalars: number of scalars that `encode` takes, with which the last row of the encoder's table begins.
+        levels: number of values in a block's table, among which `encode` selects.
         is_square: whether blocks are square: `block` adjacent blocks share their scale and choice.
         corrects_runs: whether each block draws one random number, and the blocks of a run of the rotation depend on
             each other. Rotated numbers then stay float32, and are not rounded to the dtype of x.
@@ -54,6 +55,7 @@ class Codec(Protocol):
     bits: int
     noises: int
     scalars: int
+    levels: int
     is_square: bool
     corrects_runs: bool
 

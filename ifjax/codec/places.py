@@ -161,6 +161,11 @@ class PlaceCodec:
         """Number of scalars that `encode` takes."""
         return 4
 
+    @property
+    def levels(self) -> int:
+        """Number of values in a block's table, among which `encode` selects."""
+        return self._first_listed(len(self.fmt.candidates)) - 1
+
     def noise(self, index: jax.Array, k0: Any, k1: Any, low: Any = 0) -> list[jax.Array]:
         """Return the noise of elements with these indices, one array for each candidate; `low` as for `noise_of`."""
         return noise_of(index, k0, k1, self.noises, low)
