@@ -187,13 +187,17 @@ def bundles(folder: Path, hlo: str, block: int, run: int) -> float:
     `block` is the values of a block, `run` the length of rotated runs.
     """
     total, entry = 0.0, hlo[hlo.index("\nENTRY ") :]
-    shapes = {name: shape for name, shape, _, _ in LINE.findall(entry)}
+    shapes, kernels, files = {}, [], {}
     for name, shape, kind, rest in LINE.findall(entry):
-        if kind != "custom-call" or not re.match(r"(encode_blocks|decode_blocks|rotated_peaks|peaks_of_\w+)\b", name):
-            continue
-        # Of equal kernels one is compiled.
-        found = [f for n in (name, name.split(".")[0]) for f in folder.glob(f"*-{n}[.-]*final_bundles.txt")]
-        file = next(f for f in found if "schedule" not in f.name)
+        shapes[name] = shape
+        if kind == "custom-call" and re.match(r"(encode_blocks|decode_blocks|rotated_peaks|peaks_of_\w+)\b", name):
+            text = rest[rest.index("backend_config=") :]
+            kernels.append((name, shape, rest, text))
+            found = [f for f in folder.glob(f"*-{name}[.-]*final_bundles.txt") if "schedule" not in f.name]
+            if found:
+                files[text] = found[0]
+    for name, shape, rest, text in kernels:
+        file = files[text]  # of equal kernels one is compiled
         loops = [0]  # bundles outside of loops over a tile, and of each of these
         for label, depth in re.findall(r"^ *0x[0-9a-f]+ +(LB)?.*?: *(>*) *\{", file.read_text(), re.MULTILINE):
             loops += [0] * (label == "LB" and len(depth) == 2)
