@@ -193,7 +193,7 @@ def bundles(folder: Path, hlo: str, block: int, run: int) -> float:
         if kind == "custom-call" and re.match(r"(encode_blocks|decode_blocks|rotated_peaks|peaks_of_\w+)\b", name):
             text = rest[rest.index("backend_config=") :]
             kernels.append((name, shape, rest, text))
-            found = [f for f in folder.glob(f"*-{name}[.-]*final_bundles.txt") if "schedule" not in f.name]
+            found = [f for f in folder.glob(f"*-{name}-*final_bundles.txt") if "schedule" not in f.name]
             if found:
                 files[text] = found[0]
     for name, shape, rest, text in kernels:

@@ -481,6 +481,7 @@ def _load(ref, index, mask):
 
 
 def _store(ref, index, value, mask):
+    """Store to flat indices where the mask is set."""
     plgpu.store(ref.at[index], value, mask=None if mask is None else jnp.broadcast_to(mask, index.shape))
 
 

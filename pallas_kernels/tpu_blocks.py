@@ -90,6 +90,8 @@ class Codec(Protocol):
     ) -> tuple[Sequence[jax.Array], jax.Array, Sequence[jax.Array]]:  # fmt: skip
         """Encode float32 places to (int32 words of codes, int32 header, float32 values rounded to the dtype of x).
 
+        xs are an array for each place, or one array [places, ...]; noise and values are like them, and words and header
+        then [1, ...].
         For square blocks, `across(op, place)` reduces a place over the blocks of each square by a commutative op; for
         `corrects_runs`, over those of each run.
         `machine` has instructions as those of `gpu_blocks.Instructions`; None if the device has none of them.

@@ -599,10 +599,11 @@ class Trial:
         if not fmt.has_tensor_scale:
             return [self._decoded(np.float32(c.grid.values[k]) + np.float32(c.offset)) for k in _listed(c)]
         row, count, payload = codec.first_row(self.i), len(_listed(c)), self.payload
-        rows = [row + i * codec.pages for i in range(count)]
-        if len(self.xs) == 1:  # one load for all levels
-            rows = [row + lax.broadcasted_iota(jnp.int32, (count, *payload.shape[1:]), 0) * codec.pages]
-        return _rows([_look_up(self.tensor.lookup, each, payload, codec.pages) for each in rows])
+        look_up = functools.partial(_look_up, self.tensor.lookup, index=payload, pages=codec.pages)
+        if len(self.xs) > 1:
+            return [look_up(row + i * codec.pages) for i in range(count)]
+        rows = row + lax.broadcasted_iota(jnp.int32, (count, *payload.shape[1:]), 0) * codec.pages
+        return _rows([look_up(rows)])
 
     def sign_mask(self) -> jax.Array:
         """Return the int32 that `_signed` adds to a magnitude's bits, so that the top bit tells if it may have a sign.
