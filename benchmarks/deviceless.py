@@ -296,7 +296,8 @@ def rows_of(target: str, names: list[str]) -> list[dict]:
             dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
             settings["LIBTPU_INIT_ARGS"] = f"{dump} --xla_jf_dump_llo_pass_label_regex=final_bundles"
         else:
-            settings["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
+            dump = f"--xla_dump_to={folder} --xla_dump_emitter_re=ptx"
+            settings["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
         command = [sys.executable, __file__, "--worker", folder, "--targets", target, "--programs", *names]
         found = []
         with subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True) as process:
