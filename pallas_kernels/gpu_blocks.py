@@ -413,9 +413,10 @@ def _encode_blocks(x, tables, *refs, at, codec, dtype, own, rotation, wants_code
             _store_words(codes, first, [_stacked(words[i : i + size]) for i in range(0, len(words), size)], mask)
         else:
             parts = [lax.shift_right_logical(words[i // 4], 8 * (i % 4)).astype(jnp.uint8) for i in range(nbytes)]
-            for index in at.bytes_of(matrix, block, across, nbytes):
-                _store(codes, index, _stacked(parts[: len(index)]), mask)
-                parts = parts[len(index) :]
+            size = nbytes & -nbytes  # shapes are powers of two
+            for start in range(0, nbytes, size):
+                rows = _stacked(parts[start : start + size])
+                _store_rows(codes, rows, block * nbytes + start, at.count * nbytes, at, where)
         _store(headers, at.index(matrix, block, across, at.count), header.astype(jnp.uint8), mask)
     if values is not None:
         _store_values(values, at, where, some[0], dtype)
@@ -485,6 +486,19 @@ def _store(ref, index, value, mask):
     plgpu.store(ref.at[index], value, mask=None if mask is None else jnp.broadcast_to(mask, index.shape))
 
 
+def _store_rows(ref, rows, first, length, at, where):
+    """Store rows [n, *slots] from the index `first` on along the blocked axis of an array, which has this length."""
+    matrix, _, across, mask = where
+    if mask is None and at.has_full_blocks:
+        _store(ref, at.index(matrix, _counted(first, len(rows)), across[None], length), rows, None)
+        return
+    # What is not there has the index of something else. The interpreter writes to it what was there before, which one
+    # store of all rows might do after the new value: so each row has a store of its own.
+    for i, row in enumerate(_parted(rows)):
+        is_there = first + i < length if mask is None else (first + i < length) & mask
+        _store(ref, at.index(matrix, first + i, across, length), row, is_there)
+
+
 def _load_blocks(x, at, where, dtype, machine):
     """Return the float32 values of blocks, [B, *slots], from an array of this type or from its words."""
     if x.dtype != jnp.int32:
@@ -544,15 +558,14 @@ def _halves(words, dtype, machine):
 
 def _store_values(ref, at, where, values, dtype):
     """Store the values of blocks [B, *slots], float32 numbers that `dtype` represents."""
+    matrix, block, across, mask = where
     if ref.dtype != jnp.int32:
-        index, mask = at.elements(*where)
-        _store(ref, index, values.astype(dtype), mask)
+        _store_rows(ref, values.astype(dtype), block * at.block, at.along, at, where)
         return
     if dtype == jnp.float16:
         words = lax.bitcast_convert_type(values.astype(dtype), jnp.uint16).astype(jnp.int32)
     else:
         words = lax.bitcast_convert_type(values, jnp.int32)
-    matrix, block, across, mask = where
     if dtype != jnp.float32:
         low, high = jnp.unstack(jnp.moveaxis(words.reshape(-1, 2, *block.shape), 1, -1), axis=-1)
         words = low | high << 16 if dtype == jnp.float16 else lax.shift_right_logical(low, 16) | high
