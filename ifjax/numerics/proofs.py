@@ -117,9 +117,9 @@ def inexact(of_kernel: Any, of_xla: Any, size: Any) -> str | None:
 def by_both(run: Callable[[], Any]) -> tuple[Any, Any]:
     """Return run() by the kernel on the first device, and run() by XLA, on a CPU if there is one, for fast compiles."""
     device = jax.local_devices()[0]
-    kind = jax.sharding.AbstractDevice(device.device_kind, getattr(device, "num_cores", None), device.platform)
-    alone = jax.sharding.AbstractMesh((1,), ("one",), abstract_device=kind)  # programs for it are not partitioned
-    with kernels("always"), jax.sharding.use_abstract_mesh(alone):
+    auto = (jax.sharding.AxisType.Auto,)
+    alone = jax.sharding.Mesh(np.array([device]), ("one",), axis_types=auto)  # programs for it are not partitioned
+    with kernels("always"), jax.set_mesh(alone):
         of_kernel = jax.block_until_ready(run())
     try:
         cpu = jax.local_devices(backend="cpu")[0]
