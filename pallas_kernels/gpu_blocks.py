@@ -339,12 +339,6 @@ class _Blocks:
             mask = along < self.along if mask is None else (along < self.along) & mask[None]
         return self.index(matrix, along, across[None], self.along), mask
 
-    def bytes_of(self, matrix, block, across, nbytes):
-        """Return flat indices of the bytes of blocks: arrays [n, *slots], n a power of two as Triton's shapes are."""
-        size = nbytes & -nbytes
-        along = [_counted(block * nbytes + start, size) for start in range(0, nbytes, size)]
-        return [self.index(matrix, each, across[None], self.count * nbytes) for each in along]
-
 
 def _fill_table(maxima, amax, factor, table, *, size, codec, machine):
     """Write a tensor's amax, the largest of `size` maxima, its factor, and its table for `encode`."""
@@ -431,8 +425,10 @@ def _decode_blocks(codes, headers, *refs, at, codec, dtype, machine):
         some = _load_words(codes, at.index(matrix, block * count, across, at.count * count), count, mask)
         words = [word for each in some for word in _parted(each)]
     else:
-        some = [_load(codes, index, mask) for index in at.bytes_of(matrix, block, across, nbytes)]
-        words = [0] * -(-nbytes // 4)
+        size, words, some = nbytes & -nbytes, [0] * -(-nbytes // 4), []
+        for start in range(0, nbytes, size):
+            along = _counted(block * nbytes + start, size)
+            some.append(_load(codes, at.index(matrix, along, across[None], at.count * nbytes), mask))
         for i, byte in enumerate(byte for each in some for byte in _parted(each.astype(jnp.int32))):
             words[i // 4] = words[i // 4] | byte << 8 * (i % 4)
     header = _load(headers, at.index(matrix, block, across, at.count), mask).astype(jnp.int32)
@@ -525,9 +521,14 @@ def _load_words(ref, first, count, mask):
     """
     size, arrays = _at_once(count), []
     for start in range(0, count, size):
-        index = first[..., None] + (start + lax.broadcasted_iota(jnp.int32, (*first.shape, size), first.ndim))
-        arrays.append(jnp.moveaxis(_load(ref, index, None if mask is None else mask[..., None]), -1, 0))
+        words = _load(ref, _adjacent(first, start, size), None if mask is None else mask[..., None])
+        arrays.append(jnp.moveaxis(words, -1, 0))
     return arrays
+
+
+def _adjacent(first, start, size):
+    """Return first + start, first + start + 1, ... as int32 [*slots, size], which Triton sees to be adjacent."""
+    return first[..., None] + (start + lax.broadcasted_iota(jnp.int32, (*first.shape, size), first.ndim))
 
 
 def _at_once(count):
@@ -537,9 +538,8 @@ def _at_once(count):
 
 def _store_words(ref, first, arrays, mask):
     """Store adjacent words of each thread, from the index `first` on, given as by `_load_words`."""
-    for start, words in enumerate(arrays):
-        start, size = start * len(words), len(words)
-        index = first[..., None] + (start + lax.broadcasted_iota(jnp.int32, (*first.shape, size), first.ndim))
+    for i, words in enumerate(arrays):
+        index = _adjacent(first, i * len(words), len(words))
         _store(ref, index, jnp.moveaxis(words, 0, -1), None if mask is None else mask[..., None])
 
 
