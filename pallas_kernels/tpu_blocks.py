@@ -558,7 +558,8 @@ def _encode_tile(scalars, table, x, *refs, tile, codec, rotation, wants_codes, w
         codes[...] = tile.turned(pltpu.bitcast(words[...], jnp.uint8))
         headers[...] = tile.turned(bytes_[...]).astype(jnp.uint8)
     if wants_values:
-        values[...] = tile.turned(source[...] if dtype == jnp.float32 else pltpu.bitcast(source[...], values.dtype))
+        found = source[...].astype(values.dtype) if dtype == jnp.float32 else pltpu.bitcast(source[...], values.dtype)
+        values[...] = tile.turned(found)
 
 
 def _decode_tile(table, codes, headers, out, words, bytes_, target, *, tile, codec, dtype):

@@ -330,11 +330,11 @@ def refusal_of_runs(encoder: Encoder, x: Any, codec: EdenCodec, axis: int, size:
 
 def encode_runs_by_kernel(
     x: jax.Array, key: jax.Array, amax: jax.Array | None, signs: jax.Array, *, encoder: Encoder, codec: EdenCodec,
-    axis: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Encode x by MS-EDEN with a kernel; return packed codes, scale bytes and the amax of the QTensor.
+    axis: int, wants_codes: bool, wants_values: bool,
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:  # fmt: skip
+    """Encode x by MS-EDEN with a kernel; return what `encode_by_kernel` does with `in_multiples`.
 
-    `signs` are float32 [size]. An amax of None or 0 is x's own.
+    `signs` are float32 [size]. An amax of None or 0 is x's own. The returned amax is that of the QTensor.
     """
     shape, kernel, at = _as_matrices(x.shape, axis, _lead(x, axis, False, 0)), encoder.load(), -1 if axis == -1 else -2
     settings = {"codec": codec, "axis": at, "rotation": Rotated(len(signs), None)}
@@ -342,11 +342,12 @@ def encode_runs_by_kernel(
     maxima = _maxima_by(kernel.peaks, (matrices, signs), **settings)
     maxima = maxima if amax is None else jnp.where(amax > 0, amax, maxima)
     tables = functools.partial(kernel.tables, codec)
-    (stored, _), numbers = _by_matrix(lambda _, maxima: everywhere(tables, maxima), None, maxima)
+    (stored, factor), numbers = _by_matrix(lambda _, maxima: everywhere(tables, maxima), None, maxima)
     noise = _first_indices(_blocks_of(shape, codec, at)), _seeds(key, shape[0])
-    run = functools.partial(_encode_matrices, kernel=kernel, wants_codes=True, wants_values=False, **settings)
-    codes, scales = _by_matrix(run, numbers, matrices, noise, signs)
-    return _unfolded(codes, x.shape, axis), _unfolded(scales, x.shape, axis), stored[0]
+    wants = {"wants_codes": wants_codes, "wants_values": wants_values}
+    run = functools.partial(_encode_matrices, kernel=kernel, **wants, **settings)
+    arrays = _by_matrix(run, numbers, matrices, noise, signs)
+    return [_unfolded(array, x.shape, axis) for array in arrays], stored[0], factor[0]
 
 
 def decode_by_kernel(q: Any, *, encoder: Encoder, dtype: np.dtype) -> jax.Array:

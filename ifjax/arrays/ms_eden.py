@@ -10,7 +10,7 @@ follows the published code of IF4 (arXiv 2603.28765).
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,10 @@ from ifjax.arrays.encoders import (
     work_of,
 )
 from ifjax.arrays.qtensor import QTensor
+from ifjax.arrays.quantize import Multiples
 from ifjax.codec import ROUNDINGS, Rounding
 from ifjax.codec.blocks import merge_blocks, split_blocks
+from ifjax.codec.decode import narrowed
 from ifjax.codec.eden import eden_constant, eden_peak, eden_units
 from ifjax.codec.eden_places import EdenCodec
 from ifjax.codec.headers import has_unsound
@@ -116,6 +118,28 @@ def ms_eden_packed(
     The key may be given as its `seeds`. The QTensor's `amax` is not the array's, but the number to which K maps the
     factor of all values.
     """
+    codes, scales, end = _rounded(x, fmt, key, axis, size, signs, noise, amax, in_multiples=False)
+    x, fmt = as_array(x), get_format(fmt)
+    axis = axis % x.ndim - x.ndim
+    return QTensor(codes, scales, end, Blocking(packed_format(fmt), axis, x.shape[axis], x.dtype, _headroom(fmt)))
+
+
+def ms_eden_operand(
+    x: jax.Array, fmt: str | Format, *, key: jax.Array, axis: int, size: int, signs: Any, amax: Any = None,
+    in_multiples: bool = False,
+) -> QTensor | Multiples:  # fmt: skip
+    """Return `ms_eden_packed`, or its values without the tensor's factor, which nothing packs and unpacks."""
+    if not in_multiples:
+        return ms_eden_packed(x, fmt, key=key, axis=axis, size=size, signs=signs, amax=amax)
+    values, factor = _rounded(x, fmt, key, axis, size, signs, None, amax, in_multiples=True)
+    return Multiples(values, factor)
+
+
+def _rounded(x, fmt, key, axis, size, signs, noise, amax, in_multiples) -> Any:
+    """Return packed codes, scale bytes and amax of the QTensor, or values without the tensor's factor, and the factor.
+
+    Arguments and errors are those of `ms_eden`.
+    """
     fmt = check_format(fmt, size)
     x = as_array(x)
     if (key is None) == (noise is None):
@@ -124,19 +148,14 @@ def ms_eden_packed(
     if amax is not None and has_unsound(amax):
         raise ValueError(f"amax must be finite and not negative, got {amax}")
     amax = None if amax is None else jnp.minimum(amax, np.float32(_LARGEST_AMAX))
-    place = {"fmt": fmt, "axis": axis, "size": size}
+    place = {"fmt": fmt, "axis": axis, "size": size, "in_multiples": in_multiples}
     encoder = encoder_for(device_kind())
     if encoder is None or key is None or _refusal(encoder, x, **place):
-        codes, scales, end = _by_xla(x, key, amax, signs, noise, **place)
-    else:
-        signs = jnp.asarray(signs_of(signs, size), jnp.float32)
-        codes, scales, end = _by_plan(x, key, amax, signs, encoder=encoder, **place)
-    axis = axis % x.ndim - x.ndim
-    return QTensor(codes, scales, end, Blocking(packed_format(fmt), axis, x.shape[axis], x.dtype, _headroom(fmt)))
+        return _by_xla(x, key, amax, signs, noise, **place)
+    return _by_plan(x, key, amax, jnp.asarray(signs_of(signs, size), jnp.float32), encoder=encoder, **place)
 
 
-def _by_xla(x, key, amax, signs, noise=None, *, fmt, axis, size):
-    """Return packed codes, scale bytes and amax of the QTensor."""
+def _by_xla(x, key, amax, signs, noise=None, *, fmt, axis, size, in_multiples):
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     z = hadamard(x.astype(jnp.float32) if is_narrow else x, axis=axis, size=size, signs=signs)
     axis = axis % x.ndim - x.ndim
@@ -147,39 +166,46 @@ def _by_xla(x, key, amax, signs, noise=None, *, fmt, axis, size):
     noise = as_array(noise, jnp.float32)
     if noise.shape != shape:
         raise ValueError(f"noise must have one number for each block, shape {shape}, got {noise.shape}")
-    return _encoded(groups, jnp.expand_dims(noise, axis), amax, fmt=fmt, axis=axis, size=size)
+    place = {"fmt": fmt, "axis": axis, "size": size}
+    found = _encoded(groups, jnp.expand_dims(noise, axis), amax, in_multiples=in_multiples, **place)
+    return (narrowed(found[0], x.dtype), found[1]) if in_multiples else found
 
 
-def _refusal(encoder, x, *, fmt, axis, size):
+def _refusal(encoder, x, *, fmt, axis, size, in_multiples):
     """Return why a kernel cannot take x; None if it can, and proved so."""
     if not -x.ndim <= axis < x.ndim or x.shape[axis] % size:
         return "the axis"
     axis, codec = axis % x.ndim - x.ndim, EdenCodec.of(fmt, np.dtype(x.dtype))
-    return refusal_of_runs(encoder, x, codec, axis, size) or _fault(encoder, codec, x.dtype, fmt, max(axis, -2), size)
+    reason = refusal_of_runs(encoder, x, codec, axis, size)
+    return reason or _fault(encoder, codec, x.dtype, fmt, max(axis, -2), size, in_multiples)
 
 
-def _fault(encoder, codec, dtype, fmt, axis, size):
+def _fault(encoder, codec, dtype, fmt, axis, size, in_multiples):
     """Check the kernel on this machine's device; return what is wrong with it, or None."""
 
     def prove():
         def run():
             x, signs = jnp.asarray(numbers_to_check((128, 512))).astype(dtype), random_signs(jax.random.key(1), size)
-            return ms_eden_packed(x, fmt, key=jax.random.key(0), axis=axis, size=size, signs=signs)
+            place = {"axis": axis, "size": size, "signs": signs, "in_multiples": in_multiples}
+            return ms_eden_operand(x, fmt, key=jax.random.key(0), **place)
 
         return difference(*by_both(run))
 
-    return fault_of(work_of(encoder, "ms_eden", codec.how, dtype, axis, Rotated(size, None)), encoder, prove)
+    does = "ms_eden, multiply" if in_multiples else "ms_eden"
+    return fault_of(work_of(encoder, does, codec.how, dtype, axis, Rotated(size, None)), encoder, prove)
 
 
-@jax.jit(static_argnames=("encoder", "fmt", "axis", "size"))
-def _by_plan(x, key, amax, signs, *, encoder, fmt, axis, size):
+@jax.jit(static_argnames=("encoder", "fmt", "axis", "size", "in_multiples"))
+def _by_plan(x, key, amax, signs, *, encoder, fmt, axis, size, in_multiples):
     """Return `_by_xla`, by a kernel on the platform that it compiles for."""
     axis, codec = axis % x.ndim - x.ndim, EdenCodec.of(fmt, np.dtype(x.dtype))
 
     def by_kernel(*data):
-        return encode_runs_by_kernel(*data, encoder=encoder, codec=codec, axis=axis)
+        wants = {"wants_codes": not in_multiples, "wants_values": in_multiples}
+        arrays, stored, factor = encode_runs_by_kernel(*data, encoder=encoder, codec=codec, axis=axis, **wants)
+        return *arrays, factor if in_multiples else stored
 
-    by_xla = functools.partial(_by_xla, fmt=fmt, axis=axis, size=size)
+    by_xla = functools.partial(_by_xla, fmt=fmt, axis=axis, size=size, in_multiples=in_multiples)
     return opaque(functools.partial(by_kernel_or_xla, encoder, by_kernel, by_xla), x, key, amax, signs)
 
 
@@ -225,9 +251,9 @@ def check_format(fmt: str | Format, size: int) -> Format:
     return fmt
 
 
-@jax.jit(static_argnames=("fmt", "axis", "size"))
-def _encoded(z, noise, amax, *, fmt, axis, size):
-    """Return the packed codes, scale bytes and amax of blocks z [..., m, B, ...]; noise is [..., m, 1, ...]."""
+@jax.jit(static_argnames=("fmt", "axis", "size", "in_multiples"))
+def _encoded(z, noise, amax, *, fmt, axis, size, in_multiples):
+    """Return what `_rounded` does of blocks z [..., m, B, ...], values as float32; noise is [..., m, 1, ...]."""
     # Not all programs for CPUs pass NaN through a maximum of floats, as a maximum of their bits does.
     peaks = as_float(jnp.max(magnitude_bits(bits_of(z)), axis, keepdims=True, initial=0))
     own = jnp.max(jnp.where(jnp.isfinite(peaks), peaks, 0), initial=0)
@@ -261,11 +287,14 @@ def _encoded(z, noise, amax, *, fmt, axis, size):
     above, below = of_vectors(_product(y, y)), of_vectors(_product(y, q))
     factor = jnp.where(below == 0, 1, divide(above, below))
     factor = jnp.expand_dims(merge_blocks(factor, axis), axis)
-    header = fmt.join(selector, _stochastic(scale * factor, noise, fmt.scale))
-    header = jnp.squeeze(jnp.where(jnp.isfinite(peaks), header, fmt.scale.nan), axis)
+    payload = jnp.where(jnp.isfinite(peaks), _stochastic(scale * factor, noise, fmt.scale), fmt.scale.nan)
+    end = _end(power, unit, fmt)
+    if in_multiples:
+        return merge_blocks(q * fmt.scale.decode(payload), axis), divide(end, np.float32(eden_constant(fmt)))
+    header = jnp.squeeze(jnp.where(jnp.isfinite(peaks), fmt.join(selector, payload), fmt.scale.nan), axis)
     codes = jnp.where(jnp.isfinite(peaks), codes, 0)
     codes = pack(merge_blocks(codes.astype(jnp.uint8), axis), fmt.bits, axis)
-    return codes, header.astype(jnp.uint8), _end(power, unit, fmt)
+    return codes, header.astype(jnp.uint8), end
 
 
 def _end(power, unit, fmt):
@@ -298,4 +327,4 @@ def _sum(a, axis):
 
 
 # The rounding record that training recipes use for operands.
-MS_EDEN = ROUNDINGS.register(Rounding("ms_eden", operand=ms_eden_packed, check=check_format, takes_seeds=True))
+MS_EDEN = ROUNDINGS.register(Rounding("ms_eden", operand=ms_eden_operand, check=check_format, takes_seeds=True))

@@ -20,8 +20,10 @@ from ifjax.codec.places import (
     Tensor,
     Trial,
     encoder_refusal,
+    is_exact,
     over,
     over_places,
+    signed,
     with_scalars,
 )
 from ifjax.formats import Candidate, Format, TableScale
@@ -92,9 +94,9 @@ class EdenCodec(PlaceCodec):
     ) -> Block:  # fmt: skip
         """Encode a block, given its rotated places xs as for `PlaceCodec.encode`; `noise` is one number for it.
 
+        Values are multiples of the tensor's factor.
         `across` maps (op, a) to the reduction of a by op over the blocks of a run; None for runs of one block.
         """
-        assert not wants_values, "MS-EDEN gives codes"
         (power, unit), fmt, scale_of = scalars, self.fmt, cast(TableScale, self.fmt.scale)
         if machine is None:
             peak = as_float(over_places(jnp.maximum, [magnitude_bits(bits_of(x)) for x in xs]))
@@ -112,7 +114,8 @@ class EdenCodec(PlaceCodec):
             trial = Trial(self, i, byte, kept, Tensor(power, 1, 1, 1, lookup), xs, ends, [None] * len(xs), machine)
             qs = trial.magnitudes()
             lost = self._sum([(y - q, y - q) for y, q in zip(ys, qs, strict=True)])
-            trials.append((lost, fmt.selector_of(c), *qs, *trial.words()))
+            words = trial.words() if wants_codes else []
+            trials.append((lost, fmt.selector_of(c), *qs, *words, *([trial.sign_mask()] if wants_values else [])))
         (lost, selector, *best), *others = trials
         for other_lost, other_selector, *other in others:
             wins = other_lost < lost
@@ -124,7 +127,14 @@ class EdenCodec(PlaceCodec):
             above, below = across(jnp.add, above), across(jnp.add, below)
         factor = jnp.where(below == 0, 1, _quotient(above, below, machine))
         payload = self._stochastic(scale * factor, noise + np.float32(0.5))
-        return Block(words, jnp.where(is_poisoned, fmt.scale.nan, fmt.join(selector, payload)), ())
+        header, values = jnp.where(is_poisoned, fmt.scale.nan, fmt.join(selector, payload)), ()
+        if wants_values:
+            *words, mask = words
+            scale = jnp.where(is_poisoned, np.float32(np.nan), scale_of.decode(payload))
+            values = [signed(q, x, mask) * scale for q, x in zip(qs, xs, strict=True)]
+            if not all(is_exact(fmt, c, self.dtype) for c in fmt.candidates):
+                values = [self.rounded(value, machine) for value in values]
+        return Block(words, header, values)
 
     @staticmethod
     def _sum(pairs):

@@ -316,7 +316,7 @@ class PlaceCodec:
             words, mask, values = rest[: -len(xs) - 1], rest[-len(xs) - 1], rest[-len(xs) :]
             is_given = self.in_multiples or not chooses
             values = values if is_given else [self.given(v, tensor, machine) for v in values]
-            values = [_signed(v, x, mask) for v, x in zip(values, xs, strict=True)] if self._on_magnitudes else values
+            values = [signed(v, x, mask) for v, x in zip(values, xs, strict=True)] if self._on_magnitudes else values
         return Block(words, jnp.where(is_poisoned, fmt.scale.nan, header), values)
 
     def decode(
@@ -570,7 +570,7 @@ class Trial:
             values = values if is_early else [finish(value) for value in values]
         if self.is_signed_last:
             mask = self.sign_mask()
-            values = [_signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]
+            values = [signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]
         return values
 
     def multiples(self) -> list[jax.Array]:
@@ -587,11 +587,11 @@ class Trial:
             levels = [(np.float32(c.grid.values[k]) + np.float32(c.offset)) * scale for k in _listed(c)]
             values = [grid.value(place, levels) for place in self.places]
         values = values if step == 1 else [value * step for value in values]
-        if not _is_exact(fmt, c, codec.dtype):
+        if not is_exact(fmt, c, codec.dtype):
             values = [codec._narrowed(value, self.machine) for value in values]
         if self.is_signed_last:
             mask = self.sign_mask()
-            values = [_signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]
+            values = [signed(v, x, mask) for v, x in zip(values, self.xs, strict=True)]
         return values
 
     def _levels(self):
@@ -606,7 +606,7 @@ class Trial:
         return _rows([look_up(rows)])
 
     def sign_mask(self) -> jax.Array:
-        """Return the int32 that `_signed` adds to a magnitude's bits, so that the top bit tells if it may have a sign.
+        """Return the int32 that `signed` adds to a magnitude's bits, so that the top bit tells if it may have a sign.
 
         Zeros have no sign if the grid has no -0, or if the block's scale is zero.
         """
@@ -630,7 +630,7 @@ def _scaled(d, amax, step, constant: np.float32, machine: Machine | None):
 
 
 @functools.cache
-def _is_exact(fmt: Format, c: Candidate, dtype: np.dtype) -> bool:
+def is_exact(fmt: Format, c: Candidate, dtype: np.dtype) -> bool:
     """Return whether the dtype represents a candidate's values times every scale exactly."""
     values = np.array(c.grid.values, np.float64) + c.offset
     products = np.outer(values, np.array(cast(TableScale, fmt.scale).values)) * np.float64(c.step)
@@ -827,6 +827,7 @@ def _with_signs(word, signs, grid: Grid):
     return (word ^ ((ones << 4) - ones)) + ones
 
 
-def _signed(magnitude, x, mask):
+def signed(magnitude: jax.Array, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return a magnitude with the sign of x, if the mask of `Trial.sign_mask` lets it have one."""
     bits = bits_of(magnitude)
     return as_float(bits | (bits + mask) & bits_of(x) & np.int32(-(2**31)))

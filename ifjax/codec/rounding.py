@@ -24,8 +24,8 @@ class Rounding:
             added to an element's position between two neighbours before it is rounded. None rounds to nearest.
         headroom: fraction of the range that is used. With 16/17 no value saturates even if the E4M3 scale was rounded
             down by 1/16.
-        operand: only for roundings of rotated operands of products: maps (x, fmt, key=, axis=, size=, signs=, amax=) to
-            the QTensor of x, rotated and rounded. None for all others.
+        operand: only for roundings of rotated operands of products: maps (x, fmt, key=, axis=, size=, signs=, amax=,
+            in_multiples=) to the QTensor of x, rotated and rounded, or to its `Multiples`. None for all others.
         check: only with `operand`: takes (fmt, size of the rotation) and raises ValueError if it is not supported.
         takes_seeds: whether the key may be given as its `seeds`.
     """

@@ -276,9 +276,11 @@ def operand_of(
         a = pad_axis(a, -(-a.shape[axis] // size) * size, axis)
         signs = random_signs(drawn.keys[at, 2], size) if product.signs == "fresh" else product.signs
         if operand.how is not None and operand.how.rounding.rotates:
+            in_multiples = like is not None and gives_multiples() and _is_decoded(a, like, product_name, side, settings)
             return operand.how.rounding.operand(
-                a, operand.how.fmt, key=key, axis=axis, size=size, signs=signs, amax=operand.amax
-            )
+                a, operand.how.fmt, key=key, axis=axis, size=size, signs=signs, amax=operand.amax,
+                in_multiples=in_multiples,
+            )  # fmt: skip
         if operand.how is None:
             return hadamard(a, axis=axis, size=size, signs=signs)
         rotated = {"size": size, "signs": signs}
@@ -318,9 +320,10 @@ def _is_decoded(a, other, product_name, side, settings):
         if isinstance(array, Multiples):
             array = array.values if array.packed is None else array.packed
         if not isinstance(array, QTensor):
-            if operand.how is None or operand.how.rounding.rotates:
+            has_native = backend_for(device) is not None
+            if operand.how is None or (has_native and operand.how.rounding.rotates):
                 return False
-            if backend_for(device) is not None:
+            if has_native:
                 array = jax.eval_shape(functools.partial(_zeros, array.shape, operand.how, axis, dtype))
         packed.append(array)
     if backend_for(device) is None:

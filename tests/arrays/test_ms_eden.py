@@ -11,7 +11,8 @@ from numpy.testing import assert_array_equal
 
 import ifjax
 from ifjax import codec
-from ifjax.arrays.ms_eden import ms_eden, ms_eden_packed
+from ifjax.arrays.ms_eden import ms_eden, ms_eden_operand, ms_eden_packed
+from ifjax.arrays.qtensor import unscaled_values
 from ifjax.numerics.hadamard import FIXED_SIGNS
 
 KEY = jax.random.key(0)
@@ -132,6 +133,20 @@ def test_the_values_are_those_of_packed_bytes(fmt):
         k = q.fmt.tensor_constant(q.headroom)
         assert np.frexp(k)[0] == 0.5 and q.bits_per_value < 4.6
         assert_array_equal(q.dequantize(), ms_eden(x, fmt, key=KEY, size=128))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("fmt", ["nvfp4", "if4", "nvint4"])
+def test_multiples_are_the_values_of_packed_bytes(fmt, axis, dtype):
+    x = normal(128, 128, seed=4).astype(dtype)
+    x[0, 0], x[64, 64], x[:, 32:64], x[32:64] = np.nan, np.inf, 0, 0
+    for amax in (None, 2.0):
+        place = {"key": KEY, "axis": axis, "size": 128 if axis == -1 else 32, "signs": "fixed", "amax": amax}
+        packed = ms_eden_packed(x, fmt, **place)
+        got = jax.jit(functools.partial(ms_eden_operand, fmt=fmt, in_multiples=True, **place))(x)
+        assert_array_equal(got.values.astype(F32), unscaled_values(packed, dtype).astype(F32))
+        assert got.factor == packed.amax / F32(packed.fmt.tensor_constant(packed.headroom))
 
 
 # --- unbiased --------------------------------------------------------------------------------------------------------

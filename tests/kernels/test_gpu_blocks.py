@@ -13,7 +13,7 @@ from test_tpu_blocks import data
 
 import ifjax
 from ifjax.arrays import ENCODERS, Encoder
-from ifjax.arrays.ms_eden import ms_eden_packed
+from ifjax.arrays.ms_eden import ms_eden_operand, ms_eden_packed
 from ifjax.arrays.qtensor import unscaled_values
 from ifjax.arrays.quantize import Multiples, operand_in_multiples, quantize_rotated
 from ifjax.codec import Encoding, decode
@@ -389,12 +389,14 @@ def test_ms_eden_has_the_bits_of_xla(monkeypatch, case):
 
     def run(x, key):
         signs = ifjax.random_signs(key, size)
-        return [ms_eden_packed(x, fmt, axis=axis, size=size, signs=signs, key=key, amax=amax) for amax in (None, 3.0)]
+        place = {"axis": axis, "size": size, "signs": signs, "key": key}
+        packed = [ms_eden_packed(x, fmt, amax=amax, **place) for amax in (None, 3.0)]
+        return *packed, ms_eden_operand(x, fmt, in_multiples=True, **place)
 
     with ifjax.kernels("always"):
         got = jax.jit(run)(x, jax.random.key(3))
-    assert taken == [size] * 2
+    assert taken == [size] * 3
     with ifjax.kernels("never"):
         expected = jax.jit(run)(x, jax.random.key(3))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert_array_equal(a, b)
+        assert_array_equal(a.astype(np.float32), b.astype(np.float32))
