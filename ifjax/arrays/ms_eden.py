@@ -121,7 +121,8 @@ def ms_eden_packed(
     codes, scales, end = _rounded(x, fmt, key, axis, size, signs, noise, amax, in_multiples=False)
     x, fmt = as_array(x), get_format(fmt)
     axis = axis % x.ndim - x.ndim
-    return QTensor(codes, scales, end, Blocking(packed_format(fmt), axis, x.shape[axis], x.dtype, _headroom(fmt)))
+    written, headroom = _packed(fmt)
+    return QTensor(codes, scales, end, Blocking(written, axis, x.shape[axis], x.dtype, headroom))
 
 
 def ms_eden_operand(
@@ -228,8 +229,10 @@ def packed_format(fmt: Format) -> Format:
     return dataclasses.replace(fmt, name=f"{fmt.name}_mseden", candidates=candidates)
 
 
-def _headroom(fmt):
-    return eden_constant(fmt) / (fmt.tensor_peak * (fmt.grid.max if fmt.peak is None else fmt.peak))
+def _packed(fmt):
+    """Return the format and the headroom of `ms_eden_packed`."""
+    headroom = eden_constant(fmt) / (fmt.tensor_peak * (fmt.grid.max if fmt.peak is None else fmt.peak))
+    return packed_format(fmt), headroom
 
 
 def check_format(fmt: str | Format, size: int) -> Format:
@@ -327,4 +330,6 @@ def _sum(a, axis):
 
 
 # The rounding record that training recipes use for operands.
-MS_EDEN = ROUNDINGS.register(Rounding("ms_eden", operand=ms_eden_operand, check=check_format, takes_seeds=True))
+MS_EDEN = ROUNDINGS.register(
+    Rounding("ms_eden", operand=ms_eden_operand, packed=_packed, check=check_format, takes_seeds=True)
+)

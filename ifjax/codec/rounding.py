@@ -26,6 +26,7 @@ class Rounding:
             down by 1/16.
         operand: only for roundings of rotated operands of products: maps (x, fmt, key=, axis=, size=, signs=, amax=,
             in_multiples=) to the QTensor of x, rotated and rounded, or to its `Multiples`. None for all others.
+        packed: only with `operand`: maps fmt to the format and the headroom of that QTensor.
         check: only with `operand`: takes (fmt, size of the rotation) and raises ValueError if it is not supported.
         takes_seeds: whether the key may be given as its `seeds`.
     """
@@ -34,6 +35,7 @@ class Rounding:
     noise: Callable[[jax.Array, tuple[int, ...], int], list[jax.Array]] | None = None
     headroom: float = 1.0
     operand: Callable[..., Any] | None = None
+    packed: Callable[[Any], tuple[Any, float]] | None = None
     check: Callable[[Any, int], Any] | None = None
     takes_seeds: bool = False
 

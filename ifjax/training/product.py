@@ -316,14 +316,14 @@ def _is_decoded(a, other, product_name, side, settings):
     if a.dtype != dtype or dtype not in (np.float32, jnp.bfloat16):  # float16 represents other multiples exactly
         return False
     packed, device = [], device_kind()
-    for array, operand, axis in zip((a, other) if side == "lhs" else (other, a), product.operands, axes, strict=True):
+    for array, own, axis in zip((a, other) if side == "lhs" else (other, a), ("lhs", "rhs"), axes, strict=True):
+        operand = getattr(product, own)
         if isinstance(array, Multiples):
             array = array.values if array.packed is None else array.packed
-        if not isinstance(array, QTensor):
-            has_native = backend_for(device) is not None
-            if operand.how is None or (has_native and operand.how.rounding.rotates):
+        if not isinstance(array, QTensor) or _rounds_anew(product, own):
+            if operand.how is None:
                 return False
-            if has_native:
+            if backend_for(device) is not None:
                 array = jax.eval_shape(functools.partial(_zeros, array.shape, operand.how, axis, dtype))
         packed.append(array)
     if backend_for(device) is None:
@@ -335,9 +335,10 @@ def _is_decoded(a, other, product_name, side, settings):
 
 
 def _zeros(shape, how, axis, dtype):
-    codes, scales = (jnp.zeros(s, jnp.uint8) for s in packed_shapes(shape, how.fmt, axis))
-    blocking = Blocking(how.fmt, axis, shape[axis], dtype, how.headroom, how.block_2d)
-    return QTensor(codes, scales, jnp.float32(0) if how.fmt.has_tensor_scale else None, blocking)
+    fmt, headroom = how.rounding.packed(how.fmt) if how.rounding.rotates else (how.fmt, how.headroom)
+    codes, scales = (jnp.zeros(s, jnp.uint8) for s in packed_shapes(shape, fmt, axis))
+    blocking = Blocking(fmt, axis, shape[axis], dtype, headroom, how.block_2d)
+    return QTensor(codes, scales, jnp.float32(0) if fmt.has_tensor_scale else None, blocking)
 
 
 class Drawn(NamedTuple):
