@@ -42,7 +42,7 @@ from ifjax.numerics.devices import device_kind
 from ifjax.numerics.hadamard import SIZES, hadamard, random_signs, signs_of
 from ifjax.numerics.packing import pack
 from ifjax.numerics.proofs import by_both, difference, fault_of, numbers_to_check
-from ifjax.numerics.xla import divide, opaque
+from ifjax.numerics.xla import divide, materialize, opaque
 
 # A given amax counts as at most this, so that the QTensor's, less than twice as large, is finite. No rotated value is
 # larger than 2^126, because the sum of a run is finite.
@@ -293,7 +293,8 @@ def _encoded(z, noise, amax, *, fmt, axis, size, in_multiples):
     payload = jnp.where(jnp.isfinite(peaks), _stochastic(scale * factor, noise, fmt.scale), fmt.scale.nan)
     end = _end(power, unit, fmt)
     if in_multiples:
-        return merge_blocks(q * fmt.scale.decode(payload), axis), divide(end, np.float32(eden_constant(fmt)))
+        values = q * materialize(fmt.scale.decode, payload)
+        return merge_blocks(values, axis), divide(end, np.float32(eden_constant(fmt)))
     header = jnp.squeeze(jnp.where(jnp.isfinite(peaks), fmt.join(selector, payload), fmt.scale.nan), axis)
     codes = jnp.where(jnp.isfinite(peaks), codes, 0)
     codes = pack(merge_blocks(codes.astype(jnp.uint8), axis), fmt.bits, axis)
