@@ -159,12 +159,12 @@ def _quotient(a, b, machine):
 def _quotients(numbers, b, machine):
     """Return a / b for each number a, correctly rounded.
 
-    A fused remainder and the correctly rounded reciprocal make of a quotient within two units one within one unit, and
-    of that the nearest (Markstein).
+    The product with the correctly rounded reciprocal is the nearest float or one beside it: it is off by less than one
+    unit before it is rounded. With a fused remainder two steps make of it the nearest one (Markstein).
     """
+    inverse, quotients = _quotient(jnp.ones_like(b), b, machine), []
     if machine is None:
-        return [_quotient(a, b, machine) for a in numbers]
-    inverse, quotients = machine.quotient(jnp.ones_like(b), b), []
+        return [correct_quotient(a, jnp.broadcast_to(b, a.shape), a * inverse) for a in numbers]
     for a in numbers:
         quotient = a * inverse
         for _ in range(2):

@@ -70,7 +70,7 @@ def _is_number(a: ArrayLike) -> bool:
 
 
 def correct_quotient(a: jax.Array, b: jax.Array, q: jax.Array) -> jax.Array:
-    """Return the float32 nearest to a / b, given q within one unit of it. Only normal numbers are corrected.
+    """Return the float32 nearest to a / b, given q, which is that or next to it. Only normal numbers are corrected.
 
     With 24-bit mantissas A, B, Q the remainder is R = A * 2^s - Q * B (s = 23 or 24 aligns the exponents).
     |R| < 2^26, so integer arithmetic modulo 2^32 gives it exactly. No fused multiply-add is needed, and none that the
@@ -82,8 +82,8 @@ def correct_quotient(a: jax.Array, b: jax.Array, q: jax.Array) -> jax.Array:
 
     (ea, ma), (eb, mb), (eq, mq) = split(a), split(b), split(q)
     shift = ea - (eq + eb - 127) + 23
-    normal = (ea > 0) & (ea < 255) & (eb > 0) & (eb < 255) & (eq > 1) & (eq < 254) & (shift >= 22) & (shift <= 25)
-    remainder = (ma << jnp.clip(shift, 0, 31)) - mq * mb
+    normal = (ea > 0) & (eb > 0) & (eq > 1) & (eq < 254)  # and so are a and b, if q is
+    remainder = (ma << (shift & 31)) - mq * mb
     # Below a power of two floats are twice as dense, so a step down is half as long.
     down = where(mq == 0x800000, mb, 2 * mb)
     step = where(2 * remainder > mb, 1, where(4 * remainder < -down, -1, 0))

@@ -18,7 +18,7 @@ from ifjax.arrays.qtensor import unscaled_values
 from ifjax.arrays.quantize import Multiples, operand_in_multiples, quantize_rotated
 from ifjax.codec import Encoding, decode
 from ifjax.codec.decode import narrowed
-from ifjax.codec.eden_places import EdenCodec
+from ifjax.codec.eden_places import EdenCodec, _quotients
 from ifjax.codec.places import PlaceCodec, over
 from ifjax.numerics.xla import divide
 from ifjax.training import product
@@ -173,6 +173,17 @@ def test_fused_quotients_are_correctly_rounded(b):
     a = np.random.default_rng(0).integers(0x3F800000, 0x40800000, 2**18, np.int32).view(np.float32)
     exact = (a.astype(np.float64) / np.float64(np.float32(b))).astype(np.float32)  # no quotient is near a tie
     assert_array_equal(over(jnp.asarray(a), np.float32(b), Emulated), exact)
+
+
+@pytest.mark.parametrize("machine", [None, Emulated], ids=["", "instructions"])
+def test_quotients_by_one_number_are_correctly_rounded(machine):
+    """Near powers of two, too, where the step between floats changes."""
+    near = np.r_[0:50, 2**22 - 5 : 2**22 + 5, 2**23 - 50 : 2**23] + (127 << 23)
+    mantissas = np.random.default_rng(0).integers(0x3F800000, 0x40000000, (2, 2000))
+    a, b = (np.r_[near, m].astype(np.int32).view(np.float32) for m in mantissas)
+    a, b = np.broadcast_to(a, (len(b), len(a))), b[:, None]
+    (got,) = _quotients([jnp.asarray(a)], jnp.asarray(b), machine)
+    assert_array_equal(got, a / b)
 
 
 @pytest.mark.by_default("*if4")
