@@ -86,7 +86,7 @@ H200 = {
     "dequantize if6": (1.1, 1, None),
 }
 # Bytes of a training product, in MiB, of which a bfloat16 product has 480, and its launches.
-PRODUCTS = {"product nvfp4": (1650, 20), "product if4": (1650, 20), "product quartet2": (2100, 32)}
+PRODUCTS = {"product nvfp4": (1650, 20), "product if4": (1650, 20), "product quartet2": (1650, 27)}
 
 
 @pytest.mark.compile
