@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from ifjax.arrays.smoothing import awq_scales, smooth_scales
@@ -48,6 +49,8 @@ class Transform:
 
     def inputs(self, x: Any, axis: int) -> Any:
         """Return inputs x in the new basis along an axis."""
+        if jnp.iscomplexobj(x):
+            return lax.complex(self.inputs(jnp.real(x), axis), self.inputs(jnp.imag(x), axis))
         y = jnp.asarray(x, jnp.float32)
         if self.scale is not None:
             y = y / self._along(self.scale, y, axis)

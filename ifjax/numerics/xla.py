@@ -130,7 +130,7 @@ def after(x: jax.Array, a: jax.Array) -> jax.Array:
     """
     if jax.device_count() > 1 or not x.size:
         return a
-    first = lax.bitcast_convert_type(lax.stop_gradient(x)[(0,) * x.ndim].astype(jnp.float32), jnp.int32)
+    first = lax.bitcast_convert_type(jnp.real(lax.stop_gradient(x)[(0,) * x.ndim]).astype(jnp.float32), jnp.int32)
     # Other platforms get a as it is: an operation of no effect would be a kernel of its own on a GPU.
     ways: Any = {"cpu": lambda a, b: a ^ ((b & 1) >> 1).astype(a.dtype), "default": lambda a, _: a}
     return by_platform(a, _of_a_member(first), **ways)

@@ -417,8 +417,8 @@ def _spread(factor, ndim, dims, x_ndim, q_ndim):
 
 
 def accumulator(dtype: np.dtype) -> np.dtype:
-    """Return the accumulator dtype for products of `dtype`: float64 for float64, else float32."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    """Return the accumulator dtype for products of `dtype`: itself for float64 and complex numbers, else float32."""
+    return np.dtype(dtype if dtype == np.float64 or jnp.issubdtype(dtype, jnp.complexfloating) else np.float32)
 
 
 def _with_one_amax(q):

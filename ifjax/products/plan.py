@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ifjax.arrays import Explanation, QTensor
 from ifjax.arrays.qtensor import check_arrays
@@ -153,7 +152,7 @@ def _plan_on_cpu(x, q, dims, dtype):
     pairs = fmt.bits == 4 and fmt.block % 2 == 0 and not fmt.scale.runs
     # Measured on two cores: this takes a quarter of the time of decoding the matrix first for one row, and two thirds
     # for four rows.
-    if rows <= 4 and is_matrix and math.prod(q.shape) >= 2**16 and pairs and dtype != np.float64:
+    if rows <= 4 and is_matrix and math.prod(q.shape) >= 2**16 and pairs and dtype.itemsize <= 4:
         return Explanation("xla_few_rows", f"{rows} rows: weights are decoded while they are multiplied")
     # XLA:CPU accumulates 16-bit products in float32 slowly. From 64 rows on, a float32 product is faster (measured).
     if rows >= 64 and dtype.itemsize == 2:

@@ -66,6 +66,8 @@ def test_the_function_stays_what_it_was(how):
     moved = jnp.tensordot(t.inputs(x, -1), t.weights(w, packed.axis), 1)
     np.testing.assert_allclose(moved, exact, atol=1e-5 * float(jnp.abs(exact).max()))
     np.testing.assert_allclose(t.undone(t.weights(w, packed.axis), packed.axis), w, atol=1e-6)
+    both = t.inputs(jax.lax.complex(X, X[::-1]), -1)
+    np.testing.assert_array_equal(both, jax.lax.complex(t.inputs(X, -1), t.inputs(X[::-1], -1)))
     # The program multiplies what was decoded, in the new basis, and gives what the decoded weights give.
     run = ifjax.quantized(made.apply)
     tree = quantized_by([Rule(".*", "nvfp4", **how)])

@@ -147,6 +147,24 @@ def test_the_result_has_the_type_that_jax_gives(side, x_dtype, q_dtype, preferre
     assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
 
 
+@jax.numpy_dtype_promotion("standard")
+@pytest.mark.parametrize("fmt", ["if4", "mxfp4"])
+def test_complex_operands_keep_their_imaginary_parts(fmt):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 512), (2, 512, 256)))
+    z, q = lax.complex(x, x[::-1]), ifjax.quantize(w, fmt, axis=1)
+    for rows in (z, z[:1]):  # also the path of few rows
+        want = rows @ q[0].dequantize().astype(rows.dtype)
+        for got in (rows @ q[0], jax.jit(ifjax.quantized(lambda q, z: z @ q))(q[0], rows)):
+            assert got.dtype == jnp.complex64
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    sizes = jnp.array([3, 5])
+    want = lax.ragged_dot(z, q.dequantize().astype(z.dtype), sizes)
+    np.testing.assert_allclose(ifjax.ragged_dot(z, q, sizes), want, rtol=0, atol=1e-4)
+    of = lambda w: jax.grad(lambda z: jnp.abs(z @ w).sum())(z)  # noqa: E731
+    np.testing.assert_allclose(of(q[0]), of(q[0].dequantize().astype(z.dtype)), rtol=0, atol=1e-3)
+
+
 def test_the_tensors_factor_is_applied_once_after_the_sum():
     """So doubling amax doubles the result to the last bit, and no product of weights sees a small or large factor."""
     q, x = ifjax.quantize(normal(6, 32)), normal(3, 32, seed=1)
