@@ -33,7 +33,10 @@ class Registry(Mapping[str, R], Generic[R]):
             raise TypeError(f"needs a {self.record_type.__name__}, got {type(record).__name__}")
         named: Any = record
         name = named.name if name is None else name
-        if self._records.setdefault(str(name), record) != record:
+        known = self.get(str(name))  # also one under a name that is derived from another
+        if known is None:
+            self._records[str(name)] = record
+        elif known != record:
             raise ValueError(f"{name!r} is another {self.kind} in {self.where}: choose another name")
         return record
 

@@ -55,6 +55,8 @@ class Grid:
     unused: tuple[int, ...] = ()
 
     def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise TypeError(f"a grid's name must be text, got {self.name!r}")
         largest = np.finfo(np.float32).max
         if not all(isinstance(v, int | float | np.floating) and abs(v) <= largest for v in self.values):
             raise ValueError(f"{self.name}: values must be finite float32 numbers, got {self.values}")

@@ -54,6 +54,7 @@ class Candidate:
                 raise ValueError(f"step, scale_multiplier and peak must be numbers > 0, such as 1.0e-5, got {number!r}")
         if not _is_number(self.offset) or not math.isfinite(self.offset):
             raise ValueError(f"offset must be a finite number, got {self.offset!r}")
+        _as_floats(self, "step", "scale_multiplier", "peak", "offset")
 
     @property
     def decoding(self) -> Decoding:
@@ -79,7 +80,7 @@ class Format:
         doc: description and source of the format, shown by `help`; not part of the record's identity.
 
     Raises:
-        TypeError: `candidates`, `scale`, `prevent_zero` or `saturates` has the wrong type.
+        TypeError: `name`, `candidates`, `scale`, `prevent_zero` or `saturates` has the wrong type.
         ValueError: a field is invalid, or fields do not fit together; the message says why.
     """
 
@@ -96,6 +97,8 @@ class Format:
     doc: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise TypeError(f"a format's name must be text, got {self.name!r}")
         if self.doc:
             object.__setattr__(self, "__doc__", self.doc)
         candidates: Any = self.candidates
@@ -131,6 +134,7 @@ class Format:
                 "peak is the format's"
             )
         self._check_tensor_peak()
+        _as_floats(self, "peak", "tensor_peak")
         if self.ties not in ("first", "last"):
             raise ValueError(f"{self.name}: ties must be 'first' or 'last', got {self.ties!r}")
         for field in ("prevent_zero", "saturates"):
@@ -149,6 +153,11 @@ class Format:
             raise ValueError(
                 f"{self.name}: {self.scale.name} scales are absolute or end below tensor_peak={self.tensor_peak:g}: "
                 "write tensor_peak=None for a format without a tensor scale, or a value of the scale"
+            )
+        if float(self._peak) * float(self.tensor_peak) > float(np.finfo(np.float32).max):
+            raise ValueError(
+                f"{self.name}: a tensor's maximum maps to peak * tensor_peak = {self._peak:g} * {self.tensor_peak:g}, "
+                "which float32 cannot represent: write the grid in larger units, with smaller values"
             )
 
     @property
@@ -285,6 +294,13 @@ def _from_layout_1(record: Mapping[str, Any]) -> dict[str, Any]:
         "scale": record["scale"].removesuffix("_256"), "tensor_peak": peaks[record["scale"]],
         "candidates": [candidate(c) for c in record["candidates"]],
     }  # fmt: skip
+
+
+def _as_floats(record: Any, *fields: str) -> None:
+    """Make floats of a record's numbers, which may be NumPy's or fractions."""
+    for field in fields:
+        if getattr(record, field) is not None:
+            object.__setattr__(record, field, float(getattr(record, field)))
 
 
 def _is_number(value: Any) -> bool:

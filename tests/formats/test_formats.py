@@ -1,6 +1,7 @@
 """Every format is a record that states what the specification says, proves itself, and survives being written down."""
 
 import dataclasses
+import fractions
 import json
 import pydoc
 
@@ -241,6 +242,35 @@ def test_the_first_candidate_sets_the_units(first):
 def test_candidates_are_candidates(wrong):
     with pytest.raises(TypeError, match="candidates must be a tuple of Candidate"):
         Format("mine", wrong, 16)
+
+
+@pytest.mark.parametrize("name", [4, None, b"mine"])
+def test_a_name_is_text(name):
+    with pytest.raises(TypeError, match="format's name must be text"):
+        Format(name, (Candidate(E2M1),), 16)
+    with pytest.raises(TypeError, match="grid's name must be text"):
+        Grid(name, (0.0, 1.0))
+
+
+def test_numbers_of_other_types_become_floats():
+    """So that each record can be written to a file."""
+    own = Candidate(INT4, np.float32(0.85), np.float64(2), np.float32(6.5), np.float16(0.25))
+    mine = Format("mine", (Candidate(E2M1), own), 16, peak=np.float32(6.5), tensor_peak=fractions.Fraction(447, 2))
+    assert Format.from_dict(json.loads(json.dumps(mine.to_dict()))) == mine
+    assert mine.tensor_peak == 223.5 and mine.candidates[1].step == np.float32(0.85)
+
+
+def test_a_tensors_maximum_maps_to_a_number_of_float32():
+    with pytest.raises(ValueError, match="which float32 cannot represent"):
+        Format("large", (Candidate(Grid("large", (0.0, 1e36))),), 16)
+    Format("large", (Candidate(Grid("large", (0.0, 7e35))),), 16)
+
+
+def test_no_other_format_takes_a_derived_name():
+    """A file or a rule that says "if4_bs32" means if4 with blocks of 32."""
+    with pytest.raises(ValueError, match="if4_bs32"):
+        ifjax.FORMATS.register(dataclasses.replace(FORMATS["if4"], name="if4_bs32"))
+    assert ifjax.get_format("if4_bs32").block == 32
 
 
 def test_a_list_of_candidates_becomes_a_tuple():
