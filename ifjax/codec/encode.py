@@ -644,10 +644,16 @@ class BlockTrials:
         if trial.unit is not None:
             unit = insert_axis(trial.unit, axis)
             x, d = x * unit, d * unit
-        if square is None:
-            return jnp.asarray(loss(jnp.moveaxis(x, axis, -1), jnp.moveaxis(d, axis, -1)))
-        x, d = (gather_squares(jnp.moveaxis(a, axis, -1), square - 1) for a in (x, d))
-        return repeat(loss(x, d), how.fmt.block, square)
+        x, d = (jnp.moveaxis(a, axis, -1) for a in (x, d))
+        if square is not None:
+            x, d = (gather_squares(a, square - 1) for a in (x, d))
+        lost = jnp.asarray(loss(x, d))
+        if lost.shape != x.shape[:-1]:
+            raise ValueError(
+                f"loss(x, rounded) takes two arrays {x.shape}, whose last axis is the values of a block, and must "
+                f"return one number for each block, {x.shape[:-1]}, got {lost.shape}: write .mean(axis=-1) or the like"
+            )
+        return lost if square is None else repeat(lost, how.fmt.block, square)
 
     def _of_whole(self, i, trial, multiplier):
         """Return the arrays that `_terms` takes for candidate i."""

@@ -419,6 +419,16 @@ def test_a_tie_keeps_the_first_candidate():
     assert not q.choices().any()
 
 
+@pytest.mark.parametrize("settings", [{}, {"axis": 0}, {"block_2d": True}, {"search": "fast"}])
+@pytest.mark.parametrize("reduced", [{}, {"axis": -1, "keepdims": True}, None])
+def test_a_loss_is_one_number_for_each_block(reduced, settings):
+    def loss(x, decoded):
+        return (x - decoded) ** 2 if reduced is None else ((x - decoded) ** 2).mean(**reduced)
+
+    with pytest.raises(ValueError, match="one number for each block"):
+        ifjax.quantize(normal(0, (32, 32)), "if4", loss=loss, **settings)
+
+
 # --- search
 
 
