@@ -8,6 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from ifjax.arrays.shaping import has_own_amax
 from ifjax.numerics.byte_order import as_array
 
 
@@ -22,7 +23,7 @@ def take(q: Any, indices: ArrayLike, axis: int) -> Any:
     amax = q.amax
     if amax is not None and axis < amax.ndim:
         shared = (*amax.shape[:axis], *[1] * jnp.ndim(indices), *amax.shape[axis + 1 :])
-        amax = pick(amax, 0) if amax.shape[axis] > 1 or q.shape[axis] == 1 else amax.reshape(shared)
+        amax = pick(amax, 0) if has_own_amax(q, axis) else amax.reshape(shared)
     scales = pick(q.scales, int(nan[0]))
     if len(nan) > 1:  # the bytes of a NaN header differ, so one fill value is not enough
         missing = (indices < -q.shape[axis]) | (indices >= q.shape[axis])
@@ -93,7 +94,7 @@ def _index(q, axis, entry):
     at = (slice(None),) * axis + (entry,)
     amax = q.amax
     if amax is not None and axis < amax.ndim:
-        if amax.shape[axis] > 1 or q.shape[axis] == 1:
+        if has_own_amax(q, axis):
             amax = amax[at]
         elif not isinstance(entry, slice):
             amax = amax.squeeze(axis)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 def has_own_amax(q: Any, axis: int) -> bool:
     """Return whether entries along a nonnegative axis each have their own amax."""
-    return q.amax is not None and axis < q.amax.ndim and (q.amax.shape[axis] > 1 or q.shape[axis] == 1)
+    return q.amax is not None and axis < q.amax.ndim and q.amax.shape[axis] == q.shape[axis]
 
 
 def spread_amax(q: Any, ndim: int) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ifjax.arrays import QTensor
+from ifjax.arrays.shaping import has_own_amax
 
 
 def is_blocked(q: QTensor, axis: int) -> bool:
@@ -21,7 +22,7 @@ def layers(q: QTensor, axis: int) -> tuple[tuple[Any, Any, Any], Any, QTensor]:
     codes, scales = (jnp.moveaxis(a, axis, 0) for a in (q.codes, q.scales))
     amax, shared = q.amax, None
     if amax is not None and axis < amax.ndim:
-        own = amax.shape[axis] > 1 or q.shape[axis] == 1
+        own = has_own_amax(q, axis)
         amax, shared = (jnp.moveaxis(amax, axis, 0), None) if own else (None, amax.squeeze(axis))
     else:
         amax, shared = None, amax

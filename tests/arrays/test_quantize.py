@@ -262,6 +262,15 @@ def test_empty_arrays_give_empty_results(fmt, shape):
         assert q.dequantize().dtype == jnp.bfloat16
 
 
+def test_empty_tensors_are_taken_apart_and_put_together():
+    q = ifjax.quantize(jnp.ones((0, 2, 16)), amax_axes=(0, 1)).transpose(1, 0, 2)
+    assert q.shape == q.dequantize().shape == (2, 0, 16) and q.amax.shape == (2, 0)
+    empty = ifjax.quantize(jnp.ones((3, 4, 16)), amax_axes=(1,))[:, 0:0]
+    part = ifjax.dynamic_slice(empty, (0, 0, 0), (2, 0, 16))
+    assert part.shape == (2, 0, 16)
+    assert ifjax.concatenate([part, empty]).dequantize().shape == (5, 0, 16)
+
+
 def test_an_empty_array_keeps_the_amax_axes_it_has():
     q = ifjax.quantize(jnp.zeros((3, 0, 8)), NVFP4, amax_axes=(0,))
     np.testing.assert_array_equal(q.amax, np.zeros(3))
