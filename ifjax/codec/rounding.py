@@ -29,6 +29,9 @@ class Rounding:
         packed: only with `operand`: maps fmt to the format and the headroom of that QTensor.
         check: only with `operand`: takes (fmt, size of the rotation) and raises ValueError if it is not supported.
         takes_seeds: whether the key may be given as its `seeds`.
+
+    Raises:
+        ValueError: one of `operand` and `packed` is given without the other.
     """
 
     name: str
@@ -38,6 +41,10 @@ class Rounding:
     packed: Callable[[Any], tuple[Any, float]] | None = None
     check: Callable[[Any, int], Any] | None = None
     takes_seeds: bool = False
+
+    def __post_init__(self):
+        if (self.operand is None) != (self.packed is None):
+            raise ValueError(f"{self.name}: operand and packed go together: give both, or none")
 
     @property
     def draws(self) -> bool:
