@@ -38,6 +38,8 @@ SECOND_MOMENTS = (
     "FactoredState.v", "FactoredState.v_row", "FactoredState.v_col",
     "ScaleByAdanState.n", "ScaleByAdaDeltaState.e_g", "ScaleByAdaDeltaState.e_x",
 )  # fmt: skip
+# Fields with such a name that hold signed averages.
+_FIRST_MOMENTS = ("ScaleBySM3State.nu",)
 # Fields that have the parameters' shapes but hold parameters or step sizes. Rounding them would change the model.
 NOT_MOMENTS = (
     "x0", "params0", "init_params", "init_particles",
@@ -160,7 +162,7 @@ def quantized_moments(
         def pack_field(tree, field):
             if _matches(field, keep):
                 return tree
-            is_second = _matches(field, second)
+            is_second = _matches(field, second) and not _matches(field, _FIRST_MOMENTS)
             return jax.tree.map(lambda x: pack_leaf(x, is_second), tree, is_leaf=lambda x: isinstance(x, QTensor))
 
         state = _map_moments(inner, pack_field, state)
@@ -204,7 +206,10 @@ def dequantize_moments(state: QuantizedMomentsState) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("fmt", "axis", "root"))
 def _encode(x, key, *, fmt, axis, root):
-    y = jnp.sqrt(x.astype(jnp.float32)) if root else x
+    y = x
+    if root:  # a state of someone's own may hold signed numbers under this name: they keep their signs
+        wide = x.astype(jnp.float32)
+        y = jnp.copysign(jnp.sqrt(jnp.abs(wide)), wide)
     amax = None
     if fmt.has_tensor_scale:
         magnitude = jnp.abs(y).astype(jnp.float32)
@@ -218,8 +223,9 @@ def _decode(packed):
     q = packed.values
     if not isinstance(packed, PackedRoot):
         return q.dequantize()
-    root = jnp.maximum(q.dequantize(jnp.float32), _least_positive(q))
-    return (root * root).astype(q.dtype)
+    root = q.dequantize(jnp.float32)
+    root = jnp.where(root < 0, root, jnp.maximum(root, _least_positive(q)))
+    return (root * jnp.abs(root)).astype(q.dtype)
 
 
 def _power_of_two_above(amax):

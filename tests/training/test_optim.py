@@ -1,6 +1,7 @@
 """Packed optimizer moments: what is packed, that noise is unbiased and harmless, and that optax's wrappers take it."""
 
 import math
+from typing import NamedTuple
 
 import flax.serialization
 import jax
@@ -123,11 +124,12 @@ def test_second_moments_may_have_another_format():
         (lambda: optax.amsgrad(1e-3), ["PackedMoment", "PackedRoot", "PackedRoot"]),
         (lambda: optax.adan(1e-3), ["PackedMoment", "PackedMoment", "PackedRoot", "PackedMoment"]),
         (lambda: optax.adadelta(1e-3), ["PackedRoot", "PackedRoot"]),
+        (lambda: optax.sm3(1e-3), ["PackedMoment"]),
         (lambda: optax.adamw(1e-3, mu_dtype=jnp.bfloat16), ["PackedMoment", "PackedRoot"]),
         (lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), ["PackedMoment", "PackedRoot"]),
         (lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3), ["PackedMoment", "PackedRoot"]),
     ],
-    ids=["lion", "sgd", "rmsprop", "adagrad", "amsgrad", "adan", "adadelta", "bf16", "chain", "inject"],
+    ids=["lion", "sgd", "rmsprop", "adagrad", "amsgrad", "adan", "adadelta", "sm3", "bf16", "chain", "inject"],
 )
 def test_moments_of(inner, found):
     params = {"w": normal(32, 64)}
@@ -148,6 +150,25 @@ def test_copies_of_parameters_are_no_moments():
         {"w": normal(32, 64)}
     )
     assert [kind for kind in kinds(kept.inner_state) if kind != "array"] == ["PackedRoot"]
+
+
+def test_a_second_moment_with_signs_keeps_them():
+    """Such as an average of estimates of a Hessian's diagonal, of which optax's Sophia has one."""
+
+    class State(NamedTuple):
+        nu: dict
+
+    inner = optax.GradientTransformation(
+        lambda params: State(jax.tree.map(jnp.zeros_like, params)), lambda g, state, params=None: (g, State(g))
+    )
+    g = {"w": normal(32, 64)}
+    optimizer = quantized_moments(inner, "nvfp6_e2m3", min_size=256)
+    _, state = optimizer.update(g, optimizer.init(g), g)
+    kept = dequantize_moments(state).nu["w"]
+    assert isinstance(state.inner_state.nu["w"], PackedRoot)
+    large = jnp.abs(g["w"]) > 0.1
+    np.testing.assert_array_equal(jnp.sign(kept)[large], jnp.sign(g["w"])[large])
+    assert jnp.linalg.norm(kept - g["w"]) < 0.15 * jnp.linalg.norm(g["w"])
 
 
 def test_parameters_may_be_a_bare_array():
