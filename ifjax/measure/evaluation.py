@@ -145,11 +145,12 @@ def evaluate(
             targets = None if targets is None else as_array(targets)
             if loss is None or logits:
                 _check(outputs, targets if loss is None else None)
-            rows = _rows(*outputs, targets, logits=logits, loss=loss)
-            sums.append(np.asarray(rows, np.float64))
+            if jax.tree.leaves(outputs)[0].shape[0]:  # a batch may be empty, as the last one of a filter
+                rows = _rows(*outputs, targets, logits=logits, loss=loss)
+                sums.append(np.asarray(rows, np.float64))
             bar.advance(task)
     if not sums:
-        raise ValueError("there is no batch to evaluate on")
+        raise ValueError("there is no batch with a row to evaluate on")
     count, counted, one, other, divergence, agreement = np.concatenate(sums).T
     seen = counted if with_targets and loss is None else count
 

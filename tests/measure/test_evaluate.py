@@ -69,11 +69,18 @@ def test_a_loss_of_ones_own():
     assert "perplexity" not in str(found)
 
 
+def test_batches_without_rows_count_nothing():
+    w, x, targets = data()
+    fns = [functools.partial(model, p) for p in (w, 1.1 * w)]
+    assert ifjax.evaluate(*fns, [(x[:0], targets[:0]), (x, targets)]) == ifjax.evaluate(*fns, [(x, targets)])
+
+
 def test_refusals():
     w, x, targets = data()
     fn = functools.partial(model, w)
     for batches, match in [
-        ([], "no batch"), ([(x, targets), (x, None)], "all or none"), ([(x, targets[:, :2])], "targets must be"),
+        ([], "no batch"), ([(x[:0], targets[:0])], "no batch with a row"),
+        ([(x, targets), (x, None)], "all or none"), ([(x, targets[:, :2])], "targets must be"),
         ([(x, jnp.full_like(targets, -1))], "all targets are negative"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=match):
