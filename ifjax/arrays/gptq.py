@@ -77,8 +77,8 @@ def gptq(
 
     Raises:
         TypeError: w is not a float array.
-        ValueError: shapes do not fit, the Hessian is not finite or not positive semidefinite, damping is negative, or
-            `quantize` rejects an argument.
+        ValueError: shapes do not fit, the Hessian is not finite, symmetric or positive semidefinite, damping is
+            negative, or `quantize` rejects an argument.
 
     Source: GPTQ arXiv 2210.17323, equations 2 and 3. There a scale is fixed by its group's maximum; here it is chosen
     by the error of the products.
@@ -127,6 +127,9 @@ def _checked_hessian(hessian, k):
             raise ValueError("hessian must be finite: an input was not, or the sum of squares overflows float32")
         if bool((jnp.diagonal(hessian) < 0).any()):
             raise ValueError("hessian must have no negative diagonal: it is the sum of x^T x over the rows of x")
+        sizes = jnp.sqrt(jnp.diagonal(hessian))
+        if bool((jnp.abs(hessian - hessian.T) > 0.01 * jnp.outer(sizes, sizes)).any()):
+            raise ValueError("hessian must be symmetric: it is the sum of x^T x over the rows of x, not a part of it")
     return hessian
 
 

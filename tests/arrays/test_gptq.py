@@ -222,6 +222,7 @@ def test_an_empty_array_gives_an_empty_tensor():
         ({"hessian": np.eye(4, dtype=np.int32)}, "must be float, got int32"),
         ({"hessian": np.full((4, 4), np.nan, np.float32)}, "must be finite"),
         ({"hessian": -np.eye(4, dtype=np.float32)}, "no negative diagonal"),
+        ({"hessian": np.triu(np.full((4, 4), 0.5, np.float32)) + 0.5 * np.eye(4, dtype=np.float32)}, "be symmetric"),
         ({"hessian": np.ones((4, 4), np.float32) - 0.5 * np.eye(4, dtype=np.float32)}, "no Cholesky factor"),
         ({"damping": -1.0}, "damping must be finite and not negative"),
         ({"damping": np.nan}, "damping must be finite and not negative"),
