@@ -91,7 +91,10 @@ def learn_format(
     arrays = samples if isinstance(samples, list | tuple) else [samples]
     data = [_blocks(as_array(x), plain, offsets) for x in arrays]
     if not any(len(blocks) for blocks, _ in data):
-        raise ValueError(f"learn_format needs samples with a last axis of at least one block of {block} values")
+        raise ValueError(
+            f"learn_format needs samples with a last axis of at least one block of {block} values that are not all "
+            f"zero, got shapes {[x.shape for x in map(jnp.asarray, arrays)]}"
+        )
     x, scales = (np.concatenate(part) for part in zip(*data, strict=True))
 
     before = np.inf

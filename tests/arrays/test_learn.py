@@ -128,6 +128,7 @@ def test_the_record_works_like_any_other(tmp_path, monkeypatch):
         ({"samples": []}, ValueError, "at least one block"),
         ({"samples": np.zeros((4, 16), np.float32)}, ValueError, "at least one block"),
         ({"samples": np.float32([[np.nan] * 16])}, ValueError, "finite samples"),
+        ({"samples": np.zeros((4, 64), np.float32)}, ValueError, "not all zero"),
         ({"samples": np.ones((4, 16), np.int32)}, TypeError, "must be a float array"),
     ],
 )
