@@ -465,10 +465,14 @@ def test_named_formats_are_equal_by_name_and_by_record():
     assert_is_product(y, *explicit(Recipe("mine", Product(Operand(mine), Operand(mine))), X, W, G, KEY)[0])
 
 
-@pytest.mark.by_default("quartet2")
+@pytest.mark.by_default("200-quartet2")
 @pytest.mark.parametrize("name", ["nvfp4", "fouroversix", "nvidia_nvfp4", "quartet2", "nvfp4_mseden"])
-def test_a_blackwell_multiplies_all_three_products_natively(monkeypatch, name):
-    """In programs lowered for it with the device known, the kernel is handed both operands of each product."""
+@pytest.mark.parametrize("tokens", [256, 200])
+def test_a_blackwell_multiplies_all_three_products_natively(monkeypatch, tokens, name):
+    """In programs lowered for it with the device known, the kernel is handed both operands of each product.
+
+    200 tokens are padded to whole runs of the rotation by 128.
+    """
     modules = [importlib.import_module(f"ifjax.{name}") for name in ("products.dot_general", "training.product")]
     found = []
     jax.clear_caches()  # of products that were lowered before
@@ -481,7 +485,7 @@ def test_a_blackwell_multiplies_all_three_products_natively(monkeypatch, name):
         monkeypatch.setattr(module, "device_kind", lambda target=None: target or "NVIDIA B200")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(BACKENDS["scaled_matmul"].load, "matmul", staticmethod(matmul))
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((256, 128), (128, 384), (256, 384))]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((tokens, 128), (128, 384), (tokens, 384))]
     run = jax.jit(lambda x, w, g: products(x, w, g, KEY, recipe=name))
     run.trace(*arrays).lower(lowering_platforms=("cuda",))
     assert set(found) == {(-1, -2), (-1, -1), (-2, -2)}
