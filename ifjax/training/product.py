@@ -276,10 +276,9 @@ def operand_of(
         a = pad_axis(a, -(-a.shape[axis] // size) * size, axis)
         signs = random_signs(drawn.keys[at, 2], size) if product.signs == "fresh" else product.signs
         if operand.how is not None and operand.how.rounding.rotates:
-            in_multiples = like is not None and gives_multiples() and _is_decoded(a, like, product_name, side, settings)
             return operand.how.rounding.operand(
                 a, operand.how.fmt, key=key, axis=axis, size=size, signs=signs, amax=operand.amax,
-                in_multiples=in_multiples,
+                in_multiples=_takes_multiples(a, like, product_name, side, settings),
             )  # fmt: skip
         if operand.how is None:
             return hadamard(a, axis=axis, size=size, signs=signs)
@@ -291,7 +290,7 @@ def operand_of(
     elif amax is not None:
         amax = lax.cond(amax > 0, lambda a, amax: amax, lambda a, amax: largest(a), a, amax)
     how, place = operand.how, {"axis": axis, "key": key, "amax": amax, **rotated}
-    if like is not None and gives_multiples() and _is_decoded(a, like, product_name, side, settings):
+    if _takes_multiples(a, like, product_name, side, settings):
         is_kept, rounds_anew = (False, False) if later is None else (getattr(*later).reuse, _rounds_anew(*later))
         wants = {"wants_codes": is_kept, "wants_values": rounds_anew or not is_kept}
         found = operand_in_multiples(a, how, **wants, **place)
@@ -310,8 +309,13 @@ def _rounds_anew(product, side):
     return operand.reuse and bool(operand.fmt or product.hadamard)
 
 
-def _is_decoded(a, other, product_name, side, settings):
-    """Return whether the device decodes both operands of a product before it multiplies them."""
+def _takes_multiples(a, other, product_name, side, settings):
+    """Return whether a product takes a's values from an encoder: both operands are decoded before they are multiplied.
+
+    `other` is the other operand; None if it is not known.
+    """
+    if other is None or not gives_multiples():
+        return False
     product, dtype, axes = getattr(settings.recipe, product_name), settings.dtype, _CONTRACTED[product_name]
     if a.dtype != dtype or dtype not in (np.float32, jnp.bfloat16):  # float16 represents other multiples exactly
         return False
