@@ -48,13 +48,13 @@ class Candidate:
     def __post_init__(self):
         if not isinstance(self.grid, Grid):
             raise TypeError(f"a candidate needs an ifjax.Grid, got {type(self.grid).__name__}")
+        _make_floats(self, "step", "scale_multiplier", "peak", "offset")
         for number in (self.step, self.scale_multiplier, 1.0 if self.peak is None else self.peak):
             # YAML reads 1e-5 as a string, so the message suggests 1.0e-5.
             if not _is_number(number) or not 0 < number < math.inf:
                 raise ValueError(f"step, scale_multiplier and peak must be numbers > 0, such as 1.0e-5, got {number!r}")
         if not _is_number(self.offset) or not math.isfinite(self.offset):
             raise ValueError(f"offset must be a finite number, got {self.offset!r}")
-        _as_floats(self, "step", "scale_multiplier", "peak", "offset")
 
     @property
     def decoding(self) -> Decoding:
@@ -99,6 +99,7 @@ class Format:
     def __post_init__(self):
         if not isinstance(self.name, str):
             raise TypeError(f"a format's name must be text, got {self.name!r}")
+        _make_floats(self, "peak", "tensor_peak")
         if self.doc:
             object.__setattr__(self, "__doc__", self.doc)
         candidates: Any = self.candidates
@@ -134,7 +135,6 @@ class Format:
                 "peak is the format's"
             )
         self._check_tensor_peak()
-        _as_floats(self, "peak", "tensor_peak")
         if self.ties not in ("first", "last"):
             raise ValueError(f"{self.name}: ties must be 'first' or 'last', got {self.ties!r}")
         for field in ("prevent_zero", "saturates"):
@@ -154,7 +154,7 @@ class Format:
                 f"{self.name}: {self.scale.name} scales are absolute or end below tensor_peak={self.tensor_peak:g}: "
                 "write tensor_peak=None for a format without a tensor scale, or a value of the scale"
             )
-        if float(self._peak) * float(self.tensor_peak) > float(np.finfo(np.float32).max):
+        if self._peak * self.tensor_peak > float(np.finfo(np.float32).max):
             raise ValueError(
                 f"{self.name}: a tensor's maximum maps to peak * tensor_peak = {self._peak:g} * {self.tensor_peak:g}, "
                 "which float32 cannot represent: write the grid in larger units, with smaller values"
@@ -258,8 +258,6 @@ class Format:
         try:
             if "grid" in record["candidates"][0] and "magnitudes" in record["candidates"][0]["grid"]:
                 record = _from_layout_1(record)
-            if not isinstance(record["name"], str):
-                raise TypeError("a format's name must be text")
             candidates = tuple(Candidate(**c | {"grid": _grid_of(c["grid"])}) for c in record["candidates"])
             return cls(**record | {"candidates": candidates, "scale": scale_from_dict(record["scale"])})
         except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -296,10 +294,10 @@ def _from_layout_1(record: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _as_floats(record: Any, *fields: str) -> None:
-    """Make floats of a record's numbers, which may be NumPy's or fractions."""
+def _make_floats(record: Any, *fields: str) -> None:
+    """Make floats of a record's numbers, which may be NumPy's or fractions, so that it can be written to a file."""
     for field in fields:
-        if getattr(record, field) is not None:
+        if _is_number(getattr(record, field)):
             object.__setattr__(record, field, float(getattr(record, field)))
 
 
