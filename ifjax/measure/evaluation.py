@@ -145,11 +145,10 @@ def evaluate(
             targets = None if targets is None else as_array(targets)
             if loss is None or logits:
                 _check(outputs, targets if loss is None else None)
-            if jax.tree.leaves(outputs)[0].shape[0]:  # a batch may be empty, as the last one of a filter
-                rows = _rows(*outputs, targets, logits=logits, loss=loss)
-                sums.append(np.asarray(rows, np.float64))
+            rows = _rows(*outputs, targets, logits=logits, loss=loss)
+            sums.append(np.asarray(rows, np.float64))
             bar.advance(task)
-    if not sums:
+    if not any(map(len, sums)):
         raise ValueError("there is no batch with a row to evaluate on")
     count, counted, one, other, divergence, agreement = np.concatenate(sums).T
     seen = counted if with_targets and loss is None else count
@@ -173,7 +172,7 @@ def _rows(one, other, targets, *, logits, loss):
     """Return [rows, 6]: number of positions, number counted, sums of both losses, of divergences, of agreements."""
 
     def by_row(a):
-        return a.astype(jnp.float32).reshape(a.shape[0], -1).sum(-1)
+        return a.astype(jnp.float32).reshape(a.shape[0], math.prod(a.shape[1:])).sum(-1)
 
     first = jax.tree.leaves(one)[0]
     nothing = jnp.zeros(first.shape[0], jnp.float32)
