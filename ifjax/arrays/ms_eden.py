@@ -118,8 +118,8 @@ def ms_eden_packed(
     The key may be given as its `seeds`. The QTensor's `amax` is not the array's, but the number to which K maps the
     factor of all values.
     """
+    x, fmt = as_array(x), check_format(fmt, size)
     codes, scales, end = _rounded(x, fmt, key, axis, size, signs, noise, amax, in_multiples=False)
-    x, fmt = as_array(x), get_format(fmt)
     axis = axis % x.ndim - x.ndim
     written, headroom = _packed(fmt)
     return QTensor(codes, scales, end, Blocking(written, axis, x.shape[axis], x.dtype, headroom))
@@ -132,17 +132,15 @@ def ms_eden_operand(
     """Return `ms_eden_packed`, or its values without the tensor's factor, which nothing packs and unpacks."""
     if not in_multiples:
         return ms_eden_packed(x, fmt, key=key, axis=axis, size=size, signs=signs, amax=amax)
-    values, factor = _rounded(x, fmt, key, axis, size, signs, None, amax, in_multiples=True)
+    values, factor = _rounded(x, check_format(fmt, size), key, axis, size, signs, None, amax, in_multiples=True)
     return Multiples(values, factor)
 
 
 def _rounded(x, fmt, key, axis, size, signs, noise, amax, in_multiples) -> Any:
     """Return packed codes, scale bytes and amax of the QTensor, or values without the tensor's factor, and the factor.
 
-    Arguments and errors are those of `ms_eden`.
+    Arguments and errors are those of `ms_eden`; x is an array and fmt a record that `check_format` returned.
     """
-    fmt = check_format(fmt, size)
-    x = as_array(x)
     if (key is None) == (noise is None):
         raise ValueError("ms_eden needs key=, for example key=jax.random.key(0), or noise=, and not both")
     amax = None if amax is None else as_array(amax, jnp.float32)

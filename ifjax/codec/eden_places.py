@@ -164,7 +164,7 @@ def _quotients(numbers, b, machine):
     """
     inverse, quotients = _quotient(jnp.ones_like(b), b, machine), []
     if machine is None:
-        return [correct_quotient(a, jnp.broadcast_to(b, a.shape), a * inverse) for a in numbers]
+        return [correct_quotient(a, b, a * inverse) for a in numbers]
     for a in numbers:
         quotient = a * inverse
         for _ in range(2):
