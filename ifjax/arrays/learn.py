@@ -93,7 +93,7 @@ def learn_format(
     if not any(len(blocks) for blocks, _ in data):
         raise ValueError(
             f"learn_format needs samples with a last axis of at least one block of {block} values that are not all "
-            f"zero, got shapes {[x.shape for x in map(jnp.asarray, arrays)]}"
+            f"zero, got shapes {[*map(np.shape, arrays)]}"
         )
     x, scales = (np.concatenate(part) for part in zip(*data, strict=True))
 

@@ -20,12 +20,11 @@ def layers(q: QTensor, axis: int) -> tuple[tuple[Any, Any, Any], Any, QTensor]:
     adjusted to the layers' rank. One of the two amaxes is None, or both if q has none.
     """
     codes, scales = (jnp.moveaxis(a, axis, 0) for a in (q.codes, q.scales))
-    amax, shared = q.amax, None
-    if amax is not None and axis < amax.ndim:
-        own = has_own_amax(q, axis)
-        amax, shared = (jnp.moveaxis(amax, axis, 0), None) if own else (None, amax.squeeze(axis))
-    else:
-        amax, shared = None, amax
+    amax, shared = None, q.amax
+    if shared is not None and has_own_amax(q, axis):
+        amax, shared = jnp.moveaxis(shared, axis, 0), None
+    elif shared is not None and axis < shared.ndim:
+        shared = shared.squeeze(axis)
     return (codes, scales, amax), shared, q.remove_axis(axis, {})
 
 
