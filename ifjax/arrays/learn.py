@@ -88,12 +88,12 @@ def learn_format(
     _format(name, levels, mirror, fields)  # raises if the arguments do not make a format
     # The peak is 1 whatever the levels are, so the scales computed for one grid hold for all rounds.
     plain = _format(name, levels[:1], False, fields)
-    arrays = samples if isinstance(samples, list | tuple) else [samples]
-    data = [_blocks(as_array(x), plain, offsets) for x in arrays]
+    arrays = [as_array(x) for x in (samples if isinstance(samples, list | tuple) else [samples])]
+    data = [_blocks(x, plain, offsets) for x in arrays]
     if not any(len(blocks) for blocks, _ in data):
         raise ValueError(
             f"learn_format needs samples with a last axis of at least one block of {block} values that are not all "
-            f"zero, got shapes {[*map(np.shape, arrays)]}"
+            f"zero, got shapes {[x.shape for x in arrays]}"
         )
     x, scales = (np.concatenate(part) for part in zip(*data, strict=True))
 
