@@ -272,6 +272,8 @@ def _encoded(z, noise, amax, *, fmt, axis, size, in_multiples):
         q = grid.round(scaled)
         if c.step != 1:  # the sign keeps compilers from contracting the product and the difference below
             q = jnp.copysign(jnp.abs(q) * np.float32(c.step), y)
+        if in_multiples and grid.zero == "unsigned":  # no code has the sign of a zero
+            q = jnp.where(q == 0, 0, q)
         trials.append((grid.encode(scaled), q, _sum(_product(y - q, y - q), axis)))
     (codes, q, loss), *others = trials
     selector = 0

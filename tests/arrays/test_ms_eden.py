@@ -145,7 +145,9 @@ def test_multiples_are_the_values_of_packed_bytes(fmt, axis, dtype):
         place = {"key": KEY, "axis": axis, "size": 128 if axis == -1 else 32, "signs": "fixed", "amax": amax}
         packed = ms_eden_packed(x, fmt, **place)
         got = jax.jit(functools.partial(ms_eden_operand, fmt=fmt, in_multiples=True, **place))(x)
-        assert_array_equal(got.values.astype(F32), unscaled_values(packed, dtype).astype(F32))
+        values, want = got.values.astype(F32), unscaled_values(packed, dtype).astype(F32)
+        assert_array_equal(values, want)
+        assert_array_equal(np.signbit(values)[want == 0], np.signbit(want)[want == 0])
         assert got.factor == packed.amax / F32(packed.fmt.tensor_constant(packed.headroom))
 
 
